@@ -1,0 +1,111 @@
+"""The whole configuration of a run, as frozen dataclasses; recipes.py holds the named ones.
+
+The text under a field is its help on the command line.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Stage = Literal["pretrain", "finetune"]
+TEMPLATES = ("plain", "v0", "v1", "llama_2", "llava_llama_2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    decoder: str = ""
+    """Hugging Face folder of the language model (LlamaForCausalLM)."""
+    vision_tower: str = ""
+    """Hugging Face folder of the vision tower (CLIPVisionModel or a whole CLIP)."""
+    projector: str = ""
+    """Trained projector to start from: a run of stage 1, a .safetensors or LLaVA's mm_projector.bin."""
+    tokenizer: str = ""
+    """Folder or file with tokenizer.model or tokenizer.json; empty: the decoder's folder."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole decoder."""
+    alpha: float = 16.0
+    """The adapter's product is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    train_embeddings: bool = False
+    """Also train embed_tokens and lm_head in full, as the released LoRA runs did."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """JSON (or JSON lines) file in LLaVA's format."""
+    image_root: str = ""
+    """Folder that the samples' image paths are relative to."""
+    template: Literal["plain", "v0", "v1", "llama_2", "llava_llama_2"] = "v1"
+    """Conversation template."""
+    use_im_start_end: bool = True
+    """Write <im_start> and <im_end> around the image (plain ignores it)."""
+    types: tuple[str, ...] = ()
+    """Keep only samples of these types (conversation, detail, reasoning); empty: all."""
+    num_samples: int | None = None
+    """Keep only the first N samples (after the choice of types)."""
+    text_only: bool = False
+    """Strip <image> and train on the text alone, without a vision tower."""
+    shuffle: bool = True
+    """Draw a new order of the samples in every epoch."""
+    max_length: int = 2048
+    """Longest sample in tokens, counted with the image as one token."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What to do with a sample that cannot be used: stop, or leave it out, counted and listed."""
+    check_images: bool = True
+    """Decode every image once before the first step (remembered beside the data's fingerprint)."""
+    num_workers: int = 2
+    """Worker processes that decode images and pack; 0 does it in the main process."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    """Share of the steps with a linear warm-up; cosine to 0 follows."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    """Save the full training state every N steps; 0: only at the end and on interruption."""
+    keep: int = 2
+    """How many of the latest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    stage: Stage
+    """pretrain: the projector learns; finetune: projector and decoder learn."""
+    run_dir: Path = Path("runs/run")
+    """Everything that the run writes; the same command continues what it finds there."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    global_batch_size: int = 32
+    """Samples in one optimizer step, over all processes."""
+    micro_batch_tokens: int = 8192
+    """Most tokens in one forward and backward pass of one process."""
+    num_epochs: float = 1.0
+    """Passes over the data; ignored where num_steps is set."""
+    num_steps: int | None = None
+    """Optimizer steps."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 42
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard under run_dir/tensorboard."""

@@ -1,0 +1,1 @@
+"""Text-only alignment evaluation: TruthfulQA and ETHICS, scored by log-likelihood."""

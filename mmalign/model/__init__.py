@@ -1,0 +1,1 @@
+"""Vision tower, projector and decoder: a minimal CLIP / LLaMA2 on packed tokens."""

@@ -1,0 +1,31 @@
+"""Two packages: mmalign (the trainer) and mmalign_kernels (its operations, usable alone)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mmalign",
+    version="0.1.0",
+    description="Both stages of LLaVA training and text-only alignment evaluation on packed batches",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
+    package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "matplotlib",
+        "pillow",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tokenizers",
+        "tqdm",
+        "tyro",
+    ],
+    extras_require={
+        "triton": ["triton"],
+        # the oracles that the tests compare with
+        "test": ["accelerate", "lm_eval", "pytest", "pytest-xdist", "ruff", "transformers", "triton"],
+    },
+)
