@@ -1,0 +1,239 @@
+"""Tokenizer: text to ids and back, from sentencepiece's tokenizer.model or from tokenizer.json.
+
+The class knows text and ids only. Where special tokens go is the business of the templates, so
+nothing in a text is ever parsed as a special token: "</s>" in an answer stays three pieces.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from mmalign.errors import UserError
+
+IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
+_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+Offsets = list[tuple[int, int]]
+
+
+class Tokenizer:
+    """Ids and offsets of plain text, and the ids of the special tokens.
+
+    The three image tokens of LLaVA keep their ids where the tokenizer has them; otherwise they
+    follow the vocabulary, in this order: <im_patch> vocab_size, <im_start> + 1, <im_end> + 2.
+    pad is unk, as in the released models; a tokenizer without unk pads with eos.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path  # the file that is read; its siblings hold settings
+        self._backend = _SentencePiece(path) if path.suffix == ".model" else _HuggingFace(path)
+        settings = _read_settings(path.parent)
+        added = {**_read_added_tokens(path.parent, settings), **self._backend.added_tokens}
+        image_ids = {name: added.get(name, self._backend.find(name)) for name in IMAGE_TOKENS}
+        others = [i for name, i in added.items() if name not in IMAGE_TOKENS]
+        known = {i for i in image_ids.values() if i is not None}
+        vocab_size = max([self._backend.vocab_size, *(i + 1 for i in others)])
+        while vocab_size - 1 in known:  # image tokens at the end are not of the base vocabulary
+            vocab_size -= 1
+        self.vocab_size = vocab_size
+        self.image_token_id, self.im_start_id, self.im_end_id = (
+            vocab_size + i if image_ids[name] is None else image_ids[name]
+            for i, name in enumerate(IMAGE_TOKENS)
+        )
+        self._image_names = {
+            self.image_token_id: "<im_patch>",
+            self.im_start_id: "<im_start>",
+            self.im_end_id: "<im_end>",
+        }
+        self.bos_token_id = self._special("bos", "<s>", settings)
+        self.eos_token_id = self._special("eos", "</s>", settings)
+        unk = self._special("unk", "<unk>", settings, required=False)
+        self.unk_token_id = self.pad_token_id = self.eos_token_id if unk is None else unk
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """Read a folder (tokenizer.model is preferred to tokenizer.json) or one of these files."""
+        path = Path(path)
+        candidates = [path / name for name in _FILES[:2]] if path.is_dir() else [path]
+        for file in candidates:
+            if file.is_file() and file.suffix in (".model", ".json"):
+                return cls(file)
+        looked_for = " and ".join(str(file) for file in candidates)
+        raise UserError(
+            f"no tokenizer: looked for {looked_for}. Name a folder with tokenizer.model or "
+            "tokenizer.json, or one of these files (--model.tokenizer)"
+        )
+
+    def num_image_tokens_added(self, use_im_start_end: bool) -> int:
+        """Rows that a multimodal decoder has beyond vocab_size: 3 with im_start/im_end, else 1."""
+        names = (self.image_token_id, self.im_start_id, self.im_end_id)
+        return max(0, max(names if use_im_start_end else names[:1]) + 1 - self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, nothing parsed as special."""
+        return self._backend.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids and, for each, the characters [begin, end) of `text` that it stands for.
+
+        An id that stands for no character of its own (a leading blank that the tokenizer puts in,
+        all but the last byte of a character written in bytes) has begin == end.
+        """
+        return self._backend.encode_with_offsets(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bos, eos and unk give none, image tokens their names."""
+        runs = groupby((int(i) for i in ids), key=self._image_names.get)
+        return "".join(
+            name * len(list(run)) if name else self._backend.decode(list(run)) for name, run in runs
+        )
+
+    def token(self, token_id: int) -> str:
+        """The piece of one id as the vocabulary spells it (U+2581 is a blank)."""
+        return self._image_names.get(token_id) or self._backend.token(int(token_id))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's file and of the ids that its settings lead to."""
+        ids = (self.vocab_size, self.bos_token_id, self.eos_token_id, self.unk_token_id)
+        ids += (self.image_token_id, self.im_start_id, self.im_end_id)
+        return hashlib.sha256(self.path.read_bytes() + repr(ids).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files so that transformers can load `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            source = self.path.parent / name
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+        if self.path.name not in _FILES:  # a file of another name, named by the user
+            shutil.copyfile(self.path, folder / f"tokenizer{self.path.suffix}")
+        config = folder / "tokenizer_config.json"
+        if not config.is_file():
+            config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n")
+
+    def _transformers_config(self) -> dict:
+        sentencepiece_model = isinstance(self._backend, _SentencePiece)
+        return {
+            "tokenizer_class": "LlamaTokenizer" if sentencepiece_model else "TokenizersBackend",
+            "bos_token": self.token(self.bos_token_id),
+            "eos_token": self.token(self.eos_token_id),
+            "unk_token": self.token(self.unk_token_id),
+            "pad_token": self.token(self.pad_token_id),
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "padding_side": "right",
+            "legacy": True,
+        }
+
+    def _special(self, role: str, usual: str, settings: dict, required: bool = True) -> int | None:
+        name = settings.get(f"{role}_token") or usual
+        name = name["content"] if isinstance(name, dict) else name
+        token_id = self._backend.special(role, name)
+        if token_id is None and required:
+            raise UserError(
+                f"{self.path}: no {role} token ({name!r} is not in the vocabulary). "
+                f"Name it as {role}_token in tokenizer_config.json beside the file"
+            )
+        return token_id
+
+
+class _SentencePiece:
+    """sentencepiece's own tokenisation: what LLaMA was trained with."""
+
+    added_tokens: dict[str, int] = {}
+
+    def __init__(self, path: Path):
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a sentencepiece model ({error})") from error
+        self.vocab_size = self._model.vocab_size()
+
+    def find(self, token: str) -> int | None:
+        token_id = self._model.piece_to_id(token)
+        return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def special(self, role: str, name: str) -> int | None:
+        token_id = getattr(self._model, f"{role}_id")()
+        return self.find(name) if token_id < 0 else token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        mapping = self._model.encode(text, return_type="offset_mapping")
+        return mapping["ids"], mapping["offsets"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def token(self, token_id: int) -> str:
+        return self._model.id_to_piece(token_id)
+
+
+class _HuggingFace:
+    """A tokenizer.json through the tokenizers library."""
+
+    def __init__(self, path: Path):
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path} is not a tokenizer.json ({error})") from error
+        self._model.encode_special_tokens = True  # text is text
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.added_tokens = {
+            token.content: i for i, token in self._model.get_added_tokens_decoder().items()
+        }
+        self.vocab_size = max(self._model.get_vocab().values()) + 1
+
+    def find(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def special(self, role: str, name: str) -> int | None:
+        return self.find(name)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def token(self, token_id: int) -> str:
+        return self._model.id_to_token(token_id)
+
+
+def _read_settings(folder: Path) -> dict:
+    """tokenizer_config.json over special_tokens_map.json, whichever exist."""
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings |= json.loads((folder / name).read_text())
+    return settings
+
+
+def _read_added_tokens(folder: Path, settings: dict) -> dict[str, int]:
+    """Tokens added to a sentencepiece model, in the two spellings of published folders."""
+    added = {}
+    if (folder / "added_tokens.json").is_file():
+        added |= json.loads((folder / "added_tokens.json").read_text())
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
+        added[token["content"]] = int(token_id)
+    return added
