@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="mmalign",
     version="0.1.0",
-    description="Both stages of LLaVA training and text-only alignment evaluation on packed batches",
+    description="LLaVA training on packed batches and text-only alignment evaluation",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
@@ -26,6 +26,14 @@ setup(
     extras_require={
         "triton": ["triton"],
         # the oracles that the tests compare with
-        "test": ["accelerate", "lm_eval", "pytest", "pytest-xdist", "ruff", "transformers", "triton"],
+        "test": [
+            "accelerate",
+            "lm_eval",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "transformers",
+            "triton",
+        ],
     },
 )

@@ -5,10 +5,13 @@ The text under a field is its help on the command line.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+# a switch that takes its value: --data.shuffle False
+Switch = Annotated[bool, tyro.conf.FlagConversionOff]
 Stage = Literal["pretrain", "finetune"]
-TEMPLATES = ("plain", "v0", "v1", "llama_2", "llava_llama_2")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class ModelConfig:
     vision_tower: str = ""
     """Hugging Face folder of the vision tower (CLIPVisionModel or a whole CLIP)."""
     projector: str = ""
-    """Trained projector to start from: a run of stage 1, a .safetensors or LLaVA's mm_projector.bin."""
+    """Trained projector to start from: run of stage 1, .safetensors or LLaVA's mm_projector.bin."""
     tokenizer: str = ""
     """Folder or file with tokenizer.model or tokenizer.json; empty: the decoder's folder."""
 
@@ -31,7 +34,7 @@ class LoraConfig:
     """The adapter's product is scaled by alpha / rank."""
     dropout: float = 0.05
     """Dropout on the adapter's input."""
-    train_embeddings: bool = False
+    train_embeddings: Switch = False
     """Also train embed_tokens and lm_head in full, as the released LoRA runs did."""
 
 
@@ -43,21 +46,21 @@ class DataConfig:
     """Folder that the samples' image paths are relative to."""
     template: Literal["plain", "v0", "v1", "llama_2", "llava_llama_2"] = "v1"
     """Conversation template."""
-    use_im_start_end: bool = True
+    use_im_start_end: Switch = True
     """Write <im_start> and <im_end> around the image (plain ignores it)."""
     types: tuple[str, ...] = ()
     """Keep only samples of these types (conversation, detail, reasoning); empty: all."""
     num_samples: int | None = None
     """Keep only the first N samples (after the choice of types)."""
-    text_only: bool = False
+    text_only: Switch = False
     """Strip <image> and train on the text alone, without a vision tower."""
-    shuffle: bool = True
+    shuffle: Switch = True
     """Draw a new order of the samples in every epoch."""
     max_length: int = 2048
     """Longest sample in tokens, counted with the image as one token."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a sample that cannot be used: stop, or leave it out, counted and listed."""
-    check_images: bool = True
+    check_images: Switch = True
     """Decode every image once before the first step (remembered beside the data's fingerprint)."""
     num_workers: int = 2
     """Worker processes that decode images and pack; 0 does it in the main process."""
@@ -87,7 +90,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: Stage
+    stage: tyro.conf.Suppress[Stage]
     """pretrain: the projector learns; finetune: projector and decoder learn."""
     run_dir: Path = Path("runs/run")
     """Everything that the run writes; the same command continues what it finds there."""
@@ -107,5 +110,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensorboard: bool = False
+    tensorboard: Switch = False
     """Also write the metrics for TensorBoard under run_dir/tensorboard."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the resolved configuration as JSON and stop."""

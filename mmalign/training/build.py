@@ -1,0 +1,88 @@
+"""From a configuration to what the loop needs: paths filled in, dataset, model."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mmalign.config import TrainConfig
+from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.data.toy_world import toy_world
+from mmalign.errors import UserError
+from mmalign.model.config import VisionConfig
+from mmalign.model.hf_read import load_decoder, load_projector, load_vision_tower
+from mmalign.model.llava import Llava
+from mmalign.model.projector import Projector
+from mmalign.tokenizer import Tokenizer
+
+log = logging.getLogger("mmalign")
+TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fills in what a recipe leaves open; raises UserError for what the user has to give."""
+    model, data = config.model, config.data
+    if data.text_only:
+        if config.stage == "pretrain":
+            raise UserError("stage pretrain trains the projector; data.text_only leaves no image")
+        model = replace(model, vision_tower="", projector="")
+        data = replace(data, image_root="")
+    if TOY_WORLD in (model.decoder, model.vision_tower, data.path, data.image_root):
+        world = toy_world()
+        toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
+        model = replace(
+            model,
+            decoder=_fill(model.decoder, world.decoder),
+            vision_tower=_fill(model.vision_tower, world.vision_tower),
+        )
+        data = replace(
+            data,
+            path=_fill(data.path, toy_json),
+            image_root=_fill(data.image_root, world.image_root),
+        )
+    required = {"--model.decoder": model.decoder, "--data.path": data.path}
+    if not data.text_only:
+        required["--model.vision-tower"] = model.vision_tower
+        required["--data.image-root"] = data.image_root
+    missing = [flag for flag, value in required.items() if not value]
+    if missing:
+        raise UserError(
+            f"this recipe needs {', '.join(missing)}. The README says where to get them."
+        )
+    model = replace(model, tokenizer=model.tokenizer or model.decoder)
+    return replace(config, model=model, data=data)
+
+
+def _fill(value: str, toy_path: Path) -> str:
+    return str(toy_path) if value == TOY_WORLD else value
+
+
+def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
+    samples = read_samples(config.data.path, config.data)
+    if config.data.text_only:
+        return ConversationDataset(samples, tokenizer, config.data, num_patches=0, image_size=0)
+    vision = VisionConfig.from_hf(config.model.vision_tower)
+    return ConversationDataset(
+        samples, tokenizer, config.data, vision.num_patches, vision.image_size
+    )
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
+    """The model with its pre-trained weights and with what the stage trains marked."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    if config.data.text_only:
+        decoder = load_decoder(config.model.decoder, dtype)
+        model = Llava(decoder, None, None, tokenizer)
+    else:
+        added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
+        decoder = load_decoder(config.model.decoder, dtype, num_added_tokens=added)
+        tower = load_vision_tower(config.model.vision_tower, dtype)
+        projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
+        model = Llava(decoder, tower, projector, tokenizer)
+        if config.model.projector:
+            model.load_projector(load_projector(config.model.projector))
+        elif config.stage == "finetune":
+            log.warning("no --model.projector: stage 2 starts with an untrained projector")
+    model.set_stage(config)
+    return model

@@ -1,0 +1,97 @@
+"""config.json of a run folder: settings and versions, and whether a command fits it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import mmalign
+from mmalign.config import TrainConfig
+from mmalign.errors import UserError
+
+# fields that may differ between the start of a run and its continuation
+FREE_FIELDS = (
+    "run_dir",
+    "device",
+    "tensorboard",
+    "print_config",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.num_workers",
+    "data.check_images",
+)
+
+
+def config_json(config: TrainConfig, **extra) -> str:
+    return json.dumps(dataclasses.asdict(config) | extra, indent=2, default=str)
+
+
+def write_config(config: TrainConfig) -> None:
+    """config.json of a new run; for a folder that has one, checks that it is the same run."""
+    path = config.run_dir / "config.json"
+    if path.exists():
+        _check_same_run(json.loads(path.read_text()), config, path)
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    torn = path.with_suffix(".tmp")
+    torn.write_text(config_json(config, command=sys.argv, versions=versions()))
+    torn.rename(path)
+
+
+def versions() -> dict[str, str | None]:
+    packages = ("torch", "triton", "numpy", "pillow", "safetensors", "sentencepiece", "tokenizers")
+    found = {name: _package_version(name) for name in packages}
+    return {
+        "mmalign": mmalign.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **found,
+    }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source that runs, with '-dirty' where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(mmalign.__file__).parent
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _check_same_run(saved: dict, config: TrainConfig, path: Path) -> None:
+    before, now = _flatten(saved), _flatten(json.loads(config_json(config)))
+    changed = [
+        f"{name} was {before.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if name not in FREE_FIELDS and before.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run with another configuration: {'; '.join(changed)}. "
+            "Give the command that started it, or another --run-dir."
+        )

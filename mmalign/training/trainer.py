@@ -1,0 +1,253 @@
+"""The training loop of both stages.
+
+config -> data check -> model -> steps (micro-batches -> loss -> gradients -> AdamW) -> export
+"""
+
+import logging
+import math
+import signal
+import time
+from dataclasses import replace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mmalign.config import TrainConfig
+from mmalign.data.check import CheckReport, check_samples
+from mmalign.data.loader import Step, StepLoader
+from mmalign.data.packing import PackedBatch
+from mmalign.errors import UserError
+from mmalign.model.hf_export import export_llama, export_llava, save_projector
+from mmalign.tokenizer import Tokenizer
+from mmalign.training.build import build_dataset, build_model, resolve
+from mmalign.training.checkpoint import Checkpoints
+from mmalign.training.metrics import Metrics
+from mmalign.training.optimizer import AdamW
+from mmalign.training.parallel import Ranks, start_ranks
+from mmalign.training.run_folder import write_config
+from mmalign.training.schedule import learning_rate_at
+
+log = logging.getLogger("mmalign")
+
+
+def train(config: TrainConfig) -> None:
+    """Runs the stage that `config` describes, or continues it from its latest checkpoint."""
+    with start_ranks(config.device) as ranks:
+        trainer = Trainer(resolve(config), ranks)
+        trainer.run()
+        trainer.export()
+
+
+class Trainer:
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        torch.manual_seed(config.seed)
+        with ranks.main_first():
+            write_config(config)
+        self.tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
+        self.dataset = build_dataset(config, self.tokenizer)
+        with ranks.main_first():
+            self.report = self._check_data()
+        num_samples = len(self.report.kept)
+        self.num_steps = config.num_steps or math.ceil(
+            config.num_epochs * num_samples / config.global_batch_size
+        )
+        self.model = build_model(config, self.tokenizer).to(ranks.device)
+        self.optimizer = AdamW(self.model.trainable_parameters(), config.optimizer)
+        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
+        self.first_step = self._resume()
+        self.replica = self.model
+        if ranks.world_size > 1:
+            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    # ---- before the first step ----
+
+    def _check_data(self) -> CheckReport:
+        report = check_samples(
+            self.dataset, self.config.stage, self.config.run_dir / "data_check.npz"
+        )
+        if report.skipped and self.ranks.is_main:
+            log.warning("%d samples skipped (listed in skipped_samples.txt)", len(report.skipped))
+            lines = "".join(f"{error}\n" for error in report.skipped)
+            (self.config.run_dir / "skipped_samples.txt").write_text(lines)
+        return report
+
+    def _resume(self) -> int:
+        """Loads the latest checkpoint; the number of optimizer steps it has behind it."""
+        state = self.optimizer.state()
+        meta = self.checkpoints.load_latest(state)
+        if meta is None:
+            if self.ranks.is_main:
+                self.checkpoints.check_disk(state)
+            return 0
+        self.optimizer.step_count = meta["step"]
+        if self.ranks.is_main:
+            log.info("continuing %s after step %d", self.config.run_dir, meta["step"])
+        return meta["step"]
+
+    # ---- the loop ----
+
+    def run(self) -> None:
+        """All remaining steps. Saves before it leaves, for whatever reason it leaves."""
+        loader = StepLoader(
+            self.dataset,
+            self.report,
+            self.config,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            start_step=self.first_step,
+            num_steps=self.num_steps,
+        )
+        self.done = self.first_step  # optimizer steps that the weights have behind them
+        self.updating = False  # true while the weights are between two steps
+        metrics = self._metrics() if self.ranks.is_main else None
+        stop = StopSignal()
+        try:
+            for step, data_seconds in timed(loader):
+                record = self.train_step(step, data_seconds)
+                if metrics:
+                    metrics.log(record)
+                if self.ranks.any(stop.requested):
+                    self._save()
+                    raise UserError(
+                        f"stopped by a signal after step {self.done}; everything is saved. "
+                        "The same command continues."
+                    )
+                if self.config.checkpoint.every and self.done % self.config.checkpoint.every == 0:
+                    self._save()
+            self._save()
+        except BaseException:
+            self._save_before_leaving()
+            raise
+        finally:
+            stop.restore()
+            if metrics:
+                metrics.close()
+
+    def train_step(self, step: Step, data_seconds: float) -> dict:
+        """One optimizer step on exactly the samples of `step`; its line of metrics.jsonl."""
+        started = time.perf_counter()
+        # dropout is a function of the step, so a continued run draws the same masks
+        torch.manual_seed(hash((self.config.seed, step.index, self.ranks.rank)) % 2**63)
+        loss = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(step.batches):
+            self._synchronise_gradients(last=i == len(step.batches) - 1)
+            # the mean over every supervised token of the global batch, not a mean of means;
+            # DDP averages over the ranks, so each rank's share is scaled up by their number
+            share = self.replica(to_device(batch, self.ranks.device)) / step.num_loss_tokens
+            (share * self.ranks.world_size).backward()
+            loss += share.detach()
+        loss_value = self.ranks.sum(loss).item()
+        if not math.isfinite(loss_value):
+            raise UserError(
+                f"the loss of step {step.index + 1} is {loss_value}. Its samples: "
+                f"{', '.join(step.sample_ids)}. Look at them with scripts/preview_batch.py, or "
+                "lower --optimizer.learning-rate; the weights before this step are saved."
+            )
+        gradient_norm = self.optimizer.gradient_norm()
+        optimizer = self.config.optimizer
+        learning_rate = learning_rate_at(
+            step.index, self.num_steps, optimizer.learning_rate, optimizer.warmup_ratio
+        )
+        self.updating = True
+        self.optimizer.step(learning_rate, gradient_norm)
+        self.optimizer.zero_grad()
+        self.done, self.updating = step.index + 1, False
+        seconds = time.perf_counter() - started + data_seconds
+        return {
+            "step": self.done,
+            "loss": loss_value,
+            "grad_norm": gradient_norm.item(),
+            "learning_rate": learning_rate,
+            "tokens": step.num_tokens,
+            "loss_tokens": step.num_loss_tokens,
+            "samples": len(step.sample_ids),
+            "micro_batches": len(step.batches),
+            "seconds": seconds,
+            "data_wait_seconds": data_seconds,
+            "tokens_per_second": step.num_tokens / seconds,
+            "samples_per_second": len(step.sample_ids) / seconds,
+        }
+
+    def _synchronise_gradients(self, last: bool) -> None:
+        if isinstance(self.replica, DistributedDataParallel):
+            self.replica.require_backward_grad_sync = last  # one reduction a step
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            self.config.run_dir,
+            self.config.stage,
+            self.first_step,
+            self.num_steps,
+            self.config.tensorboard,
+        )
+
+    def _save(self) -> None:
+        if self.ranks.is_main:
+            self.checkpoints.save(self.done, self.optimizer.state(), {})
+        self.ranks.barrier()
+
+    def _save_before_leaving(self) -> None:
+        """After an error: every rank holds the same state, so the failing one saves it alone."""
+        if self.updating or self.done == self.first_step:
+            return
+        try:
+            self.checkpoints.save(self.done, self.optimizer.state(), {})
+        except (UserError, FileExistsError, OSError) as error:  # the first error is the one to show
+            log.error("could not save step %d: %s", self.done, error)
+
+    # ---- after the last step ----
+
+    def export(self) -> None:
+        """Hugging Face folders and the projector, under run_dir/export."""
+        if self.ranks.is_main:
+            folder = self.config.run_dir / "export"
+            if not self.config.data.text_only:
+                save_projector(self.model, folder / "projector.safetensors")
+            if self.config.stage == "finetune":
+                export_llama(self.model, folder / "llama", self.tokenizer)
+                if not self.config.data.text_only:
+                    export_llava(self.model, folder / "llava", self.tokenizer)
+            log.info("exported to %s", folder)
+        self.ranks.barrier()
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if device.type == "cpu":
+        return batch
+    tensors = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **tensors)
+
+
+def timed(steps: StepLoader):
+    """Each item with the seconds that it was waited for."""
+    iterator = iter(steps)
+    while True:
+        started = time.perf_counter()
+        step = next(iterator, None)
+        if step is None:
+            return
+        yield step, time.perf_counter() - started
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the step in flight; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        self.previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _on_signal(self, number, frame) -> None:
+        self.requested = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

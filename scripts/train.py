@@ -1,0 +1,34 @@
+"""Train one stage: python|torchrun scripts/train.py RECIPE [--field.sub value ...]
+
+    python scripts/train.py tiny-pretrain --run-dir runs/pretrain
+    python scripts/train.py tiny-finetune --run-dir runs/finetune --model.projector runs/pretrain
+
+The same command continues a stopped run. --help lists the recipes, RECIPE --help its fields.
+"""
+
+import logging
+import sys
+
+import tyro
+
+from mmalign.errors import UserError
+from mmalign.recipes import RECIPES
+from mmalign.training.run_folder import config_json
+from mmalign.training.trainer import resolve, train
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
+    try:
+        config = resolve(config)
+        if config.print_config:
+            print(config_json(config))
+        else:
+            train(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
