@@ -1,0 +1,186 @@
+"""Shapes of the decoder and of the vision tower, read from and written to Hugging Face configs."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from mmalign.errors import UserError
+
+# What transformers leaves out of config.json because it is the default of its config class.
+_LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CLIP_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "layer_norm_eps": 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA decoder. Names and meaning are those of transformers' LlamaConfig."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in the fused qkv_proj."""
+        key_value_size = self.num_key_value_heads * self.head_dim
+        return self.num_attention_heads * self.head_dim, key_value_size, key_value_size
+
+    @classmethod
+    def from_hf(cls, folder: str | Path) -> "DecoderConfig":
+        """Reads config.json of a LlamaForCausalLM folder, or the text part of a LLaVA folder.
+
+        Takes the spelling of published checkpoints (rope_theta, rope_scaling) and of transformers
+        5 (rope_parameters). Raises UserError for anything that the decoder does not compute.
+        """
+        path = Path(folder) / "config.json"
+        hf = read_json(path)
+        if "text_config" in hf:
+            _require(path, hf, "model_type", "llava")
+            tied = hf.get("tie_word_embeddings") or hf["text_config"].get("tie_word_embeddings")
+            hf = {"model_type": "llama"} | hf["text_config"] | {"tie_word_embeddings": bool(tied)}
+        _require(path, hf, "model_type", "llama", "llava", "llava_llama")
+        _require(path, hf, "hidden_act", None, "silu")
+        _require(path, hf, "attention_bias", None, False)
+        _require(path, hf, "mlp_bias", None, False)
+        hf = _LLAMA_DEFAULTS | hf
+        heads = hf["num_attention_heads"]
+        return cls(
+            **{name: hf[name] for name in _LLAMA_DEFAULTS},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=_rope_theta(path, hf),
+        )
+
+    def to_hf(self, dtype: torch.dtype) -> dict:
+        """config.json of a LlamaForCausalLM, in the spelling that all versions read."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": None,
+            **asdict(self),
+        }
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision tower. Names and meaning are those of transformers' CLIPVisionConfig."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} of the vision tower is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens that one image takes in the sequence."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_hf(cls, folder: str | Path) -> "VisionConfig":
+        """Reads config.json of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration."""
+        path = Path(folder) / "config.json"
+        hf = read_json(path)
+        _require(path, hf, "model_type", "clip_vision_model", "clip", "llava")
+        if hf["model_type"] != "clip_vision_model":
+            if "vision_config" not in hf:
+                raise UserError(f"{path}: no vision_config, so there is no vision tower in it")
+            # CLIP's first releases repeat the values in vision_config_dict, which has precedence
+            hf = hf["vision_config"] | (hf.get("vision_config_dict") or {})
+            _require(path, hf, "model_type", None, "clip_vision_model")
+        _require(path, hf, "hidden_act", None, "quick_gelu")
+        _require(path, hf, "num_channels", None, 3)
+        hf = _CLIP_VISION_DEFAULTS | hf
+        return cls(**{name: hf[name] for name in _CLIP_VISION_DEFAULTS})
+
+    def to_hf(self, dtype: torch.dtype) -> dict:
+        """config.json of a CLIPVisionModel."""
+        return {
+            "architectures": ["CLIPVisionModel"],
+            "model_type": "clip_vision_model",
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "hidden_act": "quick_gelu",
+            "num_channels": 3,
+            **asdict(self),
+        }
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError with the path where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. Give the folder of a Hugging Face checkpoint "
+            "(config.json beside the weights)."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _require(path: Path, hf: dict, name: str, *allowed) -> None:
+    """`allowed` holds None where the key may be absent."""
+    if hf.get(name) not in allowed:
+        expected = " or ".join(repr(value) for value in allowed if value is not None)
+        raise UserError(f"{path}: {name} is {hf.get(name)!r}; supported: {expected}")
+
+
+def _rope_theta(path: Path, hf: dict) -> float:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise UserError(f"{path}: rope scaling of type {kind!r} is not supported; only plain RoPE")
+    return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)

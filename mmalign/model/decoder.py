@@ -1,0 +1,69 @@
+"""The LLaMA decoder on packed tokens: one row of samples, told apart by cu_seqlens."""
+
+import torch
+from mmalign_kernels import rms_norm
+from torch import Tensor, nn
+
+from mmalign.model.config import DecoderConfig
+from mmalign.model.layers import (
+    DecoderLayer,
+    Embedding,
+    Linear,
+    PackedPositions,
+    RMSNorm,
+    RotaryTables,
+)
+from mmalign.model.projector import Projector
+
+
+class Decoder(nn.Module):
+    """embed_tokens -> layers -> norm; lm_head is applied by the loss, on the rows that need it.
+
+    Parameters start uninitialised: load_decoder or init_weights fills them. With
+    tie_word_embeddings lm_head.weight is embed_tokens.weight.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rotary = RotaryTables(
+            config.head_dim, config.rope_theta, config.max_position_embeddings
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        image_features: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        projector: Projector | None = None,
+        token_rows: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Final hidden states of a packed row, normed: ready for linear_cross_entropy.
+
+        input_ids (total_tokens,); position_ids and cu_seqlens as in PackedBatch. With a projector,
+        rows image_positions of the embeddings are the projected image_features
+        (num_images * num_patches, vision_hidden_size). token_rows gives single tokens another
+        embedding, (hidden_size,) each. Returns (total_tokens, hidden_size).
+        """
+        residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
+        for token_id, row in (token_rows or {}).items():
+            residual = torch.where((input_ids == token_id)[:, None], row, residual)
+        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        if projector is None:
+            normed = rms_norm(residual, norms[0].weight, norms[0].eps)
+        else:
+            residual, normed = projector(image_features, residual, image_positions, norms[0])
+        cos, sin = self.rotary.up_to(max_seqlen)
+        positions = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
+        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
+            normed, residual = layer(normed, residual, next_norm, positions)
+        return normed

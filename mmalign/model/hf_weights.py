@@ -1,0 +1,19 @@
+"""Hugging Face folders in and out: the functions that other rooms call."""
+
+from mmalign.model.hf_export import (
+    export_llama,
+    export_llava,
+    export_vision_tower,
+    save_projector,
+)
+from mmalign.model.hf_read import load_decoder, load_projector, load_vision_tower
+
+__all__ = [
+    "export_llama",
+    "export_llava",
+    "export_vision_tower",
+    "load_decoder",
+    "load_projector",
+    "load_vision_tower",
+    "save_projector",
+]

@@ -1,0 +1,158 @@
+"""Layers shared by the decoder and the vision tower. Parameters start uninitialised."""
+
+from dataclasses import dataclass
+
+import torch
+from mmalign_kernels import add_rms_norm, rotary_attention, swiglu
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmalign.model.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class PackedPositions:
+    """Where each token of a packed row stands, and the rotary tables for it."""
+
+    cos: Tensor  # (max_positions, head_dim // 2) fp32
+    sin: Tensor  # (max_positions, head_dim // 2) fp32
+    position_ids: Tensor  # (total_tokens,) int32
+    cu_seqlens: Tensor  # (num_samples + 1,) int32
+    max_seqlen: int
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias, weight (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, num_rows: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Only holds the weight: the norms are fused with what comes before them."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.eps = eps
+
+
+class Constants(nn.Module):
+    """fp32 tables that move with the module but keep their precision under .to(bfloat16)."""
+
+    def __init__(self, **tables: Tensor):
+        super().__init__()
+        self.set(**tables)
+
+    def set(self, **tables: Tensor) -> None:
+        for name, table in tables.items():
+            assert table.dtype == torch.float32
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, table in self._buffers.items():
+            self._buffers[name] = exact[name].to(table.device)
+        return self
+
+
+class RotaryTables(Constants):
+    """cos and sin of position * theta^(-2i / head_dim), (num_positions, head_dim // 2).
+
+    Positions past the end of the table extend it: rotary positions extrapolate by definition, and
+    an image makes a sample longer than the text limit.
+    """
+
+    def __init__(self, head_dim: int, theta: float, num_positions: int):
+        exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+        self.inverse_frequencies = 1.0 / theta**exponents
+        super().__init__(**self._tables(num_positions))
+
+    def _tables(self, num_positions: int) -> dict[str, Tensor]:
+        positions = torch.arange(num_positions, device="cpu").float()
+        # computed on the CPU, so every device rotates by the same numbers
+        angles = torch.outer(positions, self.inverse_frequencies)
+        return {"cos": angles.cos(), "sin": angles.sin()}
+
+    def up_to(self, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) with at least max_seqlen rows."""
+        num_positions, device = len(self.cos), self.cos.device
+        if max_seqlen > num_positions:
+            grown = self._tables(max(max_seqlen, 2 * num_positions))
+            self.set(**{name: table.to(device) for name, table in grown.items()})
+        return self.cos, self.sin
+
+
+class DecoderLayer(nn.Module):
+    """One LLaMA layer; ends with the norm of what follows it, so each add is fused with a norm."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        hidden_size, qkv_sizes = config.hidden_size, config.qkv_sizes
+        self.input_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
+        self.qkv_proj = Linear(hidden_size, sum(qkv_sizes))
+        self.o_proj = Linear(qkv_sizes[0], hidden_size)
+        self.post_attention_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
+        self.gate_up_proj = Linear(hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, hidden_size)
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+
+    def forward(
+        self, normed: Tensor, residual: Tensor, next_norm: RMSNorm, positions: PackedPositions
+    ) -> tuple[Tensor, Tensor]:
+        """normed: the residual stream after this layer's input_layernorm.
+
+        Returns (the stream after next_norm, the stream), each (total_tokens, hidden_size).
+        """
+        attended = rotary_attention(
+            self.qkv_proj(normed),
+            positions.cos,
+            positions.sin,
+            positions.position_ids,
+            positions.cu_seqlens,
+            positions.max_seqlen,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )  # (total_tokens, num_attention_heads * head_dim)
+        norm = self.post_attention_layernorm
+        normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)
+        expanded = swiglu(self.gate_up_proj(normed))  # (total_tokens, intermediate_size)
+        return add_rms_norm(self.down_proj(expanded), residual, next_norm.weight, next_norm.eps)
+
+
+def init_weights(module: nn.Module, seed: int) -> None:
+    """Random weights, the same on every device: norms 1, biases 0, all else normal(0, 0.02)."""
+    generator = torch.Generator().manual_seed(seed)
+    for owner in module.modules():
+        is_norm = isinstance(owner, RMSNorm | LayerNorm)
+        for name, parameter in owner.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif is_norm:
+                nn.init.ones_(parameter)
+            else:
+                parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,163 @@
+"""The whole model: vision tower -> projector -> decoder -> loss, and what each stage trains."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from mmalign_kernels import linear_cross_entropy
+from torch import Tensor, nn
+
+from mmalign.config import TrainConfig
+from mmalign.errors import UserError
+from mmalign.model.decoder import Decoder
+from mmalign.model.lora import LoraLinear, add_lora, merge_lora
+from mmalign.model.projector import Projector
+from mmalign.model.vision_tower import VisionTower
+
+if TYPE_CHECKING:
+    from mmalign.data.packing import PackedBatch
+
+
+class ImageTokens(Protocol):
+    """What the model needs of a tokenizer."""
+
+    image_token_id: int
+    im_start_id: int
+    im_end_id: int
+
+
+class Llava(nn.Module):
+    """Without tower and projector it is the decoder alone, for text-only training.
+
+    image_token_embeddings (2, hidden_size) exists while stage 1 trains the rows of <im_start> and
+    <im_end>: it stands in for these two rows of the frozen embed_tokens. The export merges it.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vision_tower: VisionTower | None,
+        projector: Projector | None,
+        tokenizer: ImageTokens,
+    ):
+        super().__init__()
+        assert (vision_tower is None) == (projector is None)
+        self.decoder = decoder
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.image_token_id = tokenizer.image_token_id
+        self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
+        self.register_parameter("image_token_embeddings", None)
+        if vision_tower is not None:
+            vision_tower.requires_grad_(False)
+
+    def forward(self, batch: "PackedBatch") -> Tensor:
+        """Sum of the losses of all supervised tokens, an fp32 scalar (not their mean)."""
+        hidden_states = self.hidden_states(batch)
+        return linear_cross_entropy(hidden_states, self.decoder.lm_head.weight, batch.target_ids)
+
+    def hidden_states(self, batch: "PackedBatch") -> Tensor:
+        """The decoder's normed output, (total_tokens, hidden_size)."""
+        return self.decoder(
+            batch.input_ids,
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            image_features=self._image_features(batch.pixel_values),
+            image_positions=batch.image_positions,
+            projector=self.projector,
+            token_rows=self._token_rows(),
+        )
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor | None:
+        if self.vision_tower is None:
+            assert len(pixel_values) == 0, "a batch with images needs a vision tower"
+            return None
+        if len(pixel_values) == 0:  # the tower has nothing to do, the projector stays in the graph
+            return self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
+        return self.vision_tower(pixel_values)
+
+    def _token_rows(self) -> dict[int, Tensor]:
+        if self.image_token_embeddings is None:
+            return {}
+        return dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
+
+    def set_stage(self, config: TrainConfig) -> None:
+        """Marks what config.stage trains (requires_grad); the vision tower never learns.
+
+        pretrain: the projector, and where the template writes <im_start> and <im_end> their two
+        rows. finetune: the projector and the decoder, or with config.lora.rank its adapters.
+        """
+        self.requires_grad_(False)
+        merge_lora(self.decoder)
+        self.merge_image_token_embeddings()
+        if self.projector is not None:
+            self.projector.requires_grad_(True)
+        if config.stage == "pretrain":
+            if self.projector is None:
+                raise UserError("stage pretrain trains the projector, but this model has none")
+            if config.data.use_im_start_end and config.data.template != "plain":
+                self._split_image_token_embeddings()
+        elif config.lora.rank == 0:
+            self.decoder.requires_grad_(True)
+        else:
+            add_lora(self.decoder, config.lora)
+            for module in self.decoder.modules():
+                if isinstance(module, LoraLinear):
+                    module.lora_a.requires_grad_(True)
+                    module.lora_b.requires_grad_(True)
+            if config.lora.train_embeddings:
+                self.decoder.embed_tokens.requires_grad_(True)
+                self.decoder.lm_head.requires_grad_(True)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_projector(self, state: dict[str, Tensor]) -> None:
+        """Takes what hf_read.load_projector returns; the two token rows go to embed_tokens."""
+        for name in ("weight", "bias"):
+            parameter = getattr(self.projector, name)
+            if parameter.shape != state[name].shape:
+                raise UserError(
+                    f"projector {name}: expected shape {tuple(parameter.shape)} for this vision "
+                    f"tower and decoder, found {tuple(state[name].shape)}"
+                )
+            parameter.copy_(state[name])
+        rows = state.get("image_token_embeddings")
+        if rows is not None:
+            self._check_image_token_rows(rows)
+            self.decoder.embed_tokens.weight[list(self.im_start_end_ids)] = rows.to(
+                self.decoder.embed_tokens.weight
+            )
+
+    def _check_image_token_rows(self, rows: Tensor | None = None) -> None:
+        vocab_size, hidden_size = self.decoder.embed_tokens.weight.shape
+        if max(self.im_start_end_ids) >= vocab_size:
+            raise UserError(
+                f"<im_start> and <im_end> have the ids {self.im_start_end_ids}, but the decoder's "
+                f"vocabulary has {vocab_size} tokens. Load it with the image tokens added "
+                "(data.use_im_start_end)."
+            )
+        if rows is not None and rows.shape != (2, hidden_size):
+            raise UserError(
+                f"image_token_embeddings: expected shape {(2, hidden_size)}, "
+                f"found {tuple(rows.shape)}"
+            )
+
+    def _split_image_token_embeddings(self) -> None:
+        self._check_image_token_rows()
+        if self.decoder.config.tie_word_embeddings:
+            raise UserError(
+                "this decoder ties lm_head to embed_tokens, so <im_start> and <im_end> cannot "
+                "learn without lm_head. Use template plain or use_im_start_end False in stage 1."
+            )
+        rows = self.decoder.embed_tokens.weight.detach()[list(self.im_start_end_ids)]
+        self.image_token_embeddings = nn.Parameter(rows)
+
+    @torch.no_grad()
+    def merge_image_token_embeddings(self) -> None:
+        """Writes the two trained rows, if there are any, into embed_tokens."""
+        if self.image_token_embeddings is not None:
+            rows = self.image_token_embeddings
+            self.decoder.embed_tokens.weight[list(self.im_start_end_ids)] = rows
+            self.image_token_embeddings = None

@@ -1,0 +1,93 @@
+"""The CLIP vision tower, up to the layer whose output the projector reads."""
+
+import torch
+from mmalign_kernels import full_attention, layer_norm, quick_gelu
+from torch import Tensor, nn
+
+from mmalign.model.config import VisionConfig
+from mmalign.model.layers import Constants, Embedding, LayerNorm, Linear
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.layer_norm1 = LayerNorm(hidden_size, config.layer_norm_eps)
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=True)
+        self.out_proj = Linear(hidden_size, hidden_size, bias=True)
+        self.layer_norm2 = LayerNorm(hidden_size, config.layer_norm_eps)
+        self.fc1 = Linear(hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, hidden_size, bias=True)
+        self.num_attention_heads = config.num_attention_heads
+
+    def forward(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        qkv = self.qkv_proj(_normed(hidden_states, self.layer_norm1))
+        attended = full_attention(qkv, cu_seqlens, max_seqlen, self.num_attention_heads)
+        hidden_states = hidden_states + self.out_proj(attended)
+        expanded = quick_gelu(self.fc1(_normed(hidden_states, self.layer_norm2)))
+        return hidden_states + self.fc2(expanded)
+
+
+class VisionTower(nn.Module):
+    """CLIPVisionModel's weights; forward gives hidden_states[-2] without the class token.
+
+    The last layer and post_layernorm are never computed; their weights are kept for the export.
+    Parameters start uninitialised: load_vision_tower or init_weights fills them.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        hidden_size, patch_size = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(hidden_size))
+        self.patch_embedding = Linear(3 * patch_size**2, hidden_size)
+        self.position_embedding = Embedding(config.num_patches + 1, hidden_size)
+        self.pre_layrnorm = LayerNorm(hidden_size, config.layer_norm_eps)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = LayerNorm(hidden_size, config.layer_norm_eps)
+        self.pixels = Constants(mean=_per_channel(CLIP_MEAN), std=_per_channel(CLIP_STD))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (num_images, 3, image_size, image_size) uint8, not normalised.
+
+        Returns (num_images * num_patches, hidden_size). Keeps no graph while it is frozen.
+        """
+        trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
+        with torch.set_grad_enabled(trains):
+            num_images, seqlen = len(pixel_values), self.config.num_patches + 1
+            hidden_states = _normed(self._embed(pixel_values), self.pre_layrnorm)
+            cu_seqlens = torch.arange(
+                0, (num_images + 1) * seqlen, seqlen, dtype=torch.int32, device=pixel_values.device
+            )
+            for layer in self.layers[:-1]:
+                hidden_states = layer(hidden_states, cu_seqlens, seqlen)
+            return hidden_states.unflatten(0, (num_images, seqlen))[:, 1:].flatten(0, 1)
+
+    def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
+        """uint8 levels to CLIP's zero mean and unit deviation, in the parameters' dtype."""
+        pixels = (pixel_values.float() / 255 - self.pixels.mean) / self.pixels.std
+        return pixels.to(self.class_embedding.dtype)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Class token and patches of every image, (num_images * (num_patches + 1), hidden_size)."""
+        size, num_images = self.config.patch_size, len(pixel_values)
+        side = self.config.image_size // size
+        pixels = self.normalize_pixels(pixel_values)[:, :, : side * size, : side * size]
+        patches = pixels.unflatten(3, (side, size)).unflatten(2, (side, size))
+        # (num_images, 3, rows, size, columns, size) -> one row of 3 * size * size values a patch
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_images, side * side, -1)
+        embedded = self.patch_embedding(patches)  # (num_images, num_patches, hidden_size)
+        class_token = self.class_embedding.expand(num_images, 1, -1)
+        positions = self.position_embedding.weight
+        return (torch.cat((class_token, embedded), 1) + positions).flatten(0, 1)
+
+
+def _normed(hidden_states: Tensor, norm: LayerNorm) -> Tensor:
+    return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
