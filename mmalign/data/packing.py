@@ -1,8 +1,15 @@
 """PackedBatch: samples of any length in one row of tokens, told apart by cu_seqlens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmalign.data.dataset import EncodedSample
 
 IGNORE_INDEX = -100
 
@@ -19,3 +26,40 @@ class PackedBatch:
     num_loss_tokens: int  # target_ids != IGNORE_INDEX, counted on the CPU
     pixel_values: Tensor  # (num_images, 3, image_size, image_size) uint8; normalised on the device
     image_positions: Tensor  # (num_images * num_patches,) int64; rows of the sequence to fill
+
+
+def pack_samples(
+    encoded: "Sequence[EncodedSample]", pixels: Sequence[Tensor | None], image_token_id: int
+) -> PackedBatch:
+    """Put samples one after the other in one row.
+
+    Args:
+        encoded: ids and unshifted labels, the image already expanded to its patches.
+        pixels: for each sample its image, uint8 (3, image_size, image_size), or None.
+        image_token_id: marks the rows that image patches fill.
+    """
+    lengths = np.array([len(sample.input_ids) for sample in encoded])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])  # (num_samples + 1,)
+    input_ids = np.concatenate([sample.input_ids for sample in encoded]).astype(np.int64)
+    labels = np.concatenate([sample.labels for sample in encoded])
+    target_ids = np.full_like(input_ids, IGNORE_INDEX)
+    target_ids[:-1] = labels[1:]
+    target_ids[cu_seqlens[1:] - 1] = IGNORE_INDEX  # no sample predicts the next one's first token
+    position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+    images = [image for image in pixels if image is not None]
+    image_positions = np.flatnonzero(input_ids == image_token_id)
+    assert len(images) == sum(sample.image is not None for sample in encoded)
+    num_patches = len(image_positions) // max(1, len(images))
+    assert num_patches * len(images) == len(image_positions)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        target_ids=torch.from_numpy(target_ids),
+        position_ids=torch.from_numpy(position_ids.astype(np.int32)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        num_loss_tokens=int((target_ids != IGNORE_INDEX).sum()),
+        pixel_values=torch.stack(images)
+        if images
+        else torch.empty((0, 3, 0, 0), dtype=torch.uint8),
+        image_positions=torch.from_numpy(image_positions),
+    )

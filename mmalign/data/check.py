@@ -1,0 +1,166 @@
+"""Every sample is read once before training: what will not work shows before the first step."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.packing import IGNORE_INDEX
+from mmalign.errors import SampleError, UserError
+
+_CHUNK = 256  # samples that a worker process checks at a time
+_LISTED = 10  # offenders that an error names
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the check found; the arrays have one entry for each kept sample."""
+
+    kept: np.ndarray  # (num_kept,) int64; indices into the dataset
+    lengths: np.ndarray  # (num_kept,) int32; tokens with the image expanded
+    num_loss_tokens: np.ndarray  # (num_kept,) int32; targets that have a loss, after the shift
+    num_images: np.ndarray  # (num_kept,) int32; 0 or 1
+    skipped: list[SampleError]
+
+
+def check_samples(
+    dataset: ConversationDataset,
+    cache_path: str | Path | None = None,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """Encode every sample and decode every image (data.check_images) in worker processes.
+
+    Args:
+        cache_path: .npz that remembers the report. It is used, and no image read again, as long as
+            data file, data settings, tokenizer and image root are those that it was made with.
+        num_workers: processes; None: one a CPU core, none where data.num_workers is 0.
+    Raises:
+        SampleError: the first sample that cannot be used, and how many there are, where
+            data.on_bad_sample is "error". With "skip" they are in the report's `skipped`.
+        UserError: no usable sample is left.
+    """
+    cache = None if cache_path is None else Path(cache_path)
+    report = None if cache is None else load_report(dataset, cache)
+    if report is not None:
+        return report
+    report = _check_all(dataset, num_workers, progress)
+    if report.skipped and dataset.data.on_bad_sample == "error":
+        raise _summary(report.skipped, len(dataset))
+    if not len(report.kept):
+        raise UserError(f"no usable sample: {_summary(report.skipped, len(dataset))}")
+    if cache is not None:
+        _save(report, cache, dataset.fingerprint)
+    return report
+
+
+def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport | None:
+    """The remembered report; None where there is none or it is of other data or settings."""
+    try:
+        with np.load(cache_path) as file:
+            if str(file["fingerprint"]) != dataset.fingerprint:
+                return None
+            skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
+            arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
+            return CheckReport(*arrays, skipped)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # none, or cut short: check again
+        return None
+
+
+def _check_all(
+    dataset: ConversationDataset, num_workers: int | None, progress: bool
+) -> CheckReport:
+    chunks = [
+        range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
+    ]
+    bar = tqdm(total=len(dataset), desc="checking samples", unit=" samples", disable=not progress)
+    counts, skipped = [], []
+    with bar:
+        for chunk_counts, chunk_skipped in _run(dataset, chunks, num_workers):
+            counts.append(chunk_counts)
+            skipped += chunk_skipped
+            bar.update(len(chunk_counts))
+    counts = np.concatenate(counts)  # (num_samples, 3)
+    kept = np.flatnonzero(counts[:, 0])
+    lengths, num_loss_tokens, num_images = np.ascontiguousarray(counts[kept].T)
+    return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped)
+
+
+def _run(
+    dataset: ConversationDataset, chunks: list[range], num_workers: int | None
+) -> Iterator[tuple[np.ndarray, list[SampleError]]]:
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if dataset.data.num_workers else 0
+    if num_workers == 0 or len(chunks) == 1:
+        yield from (_check_chunk(dataset, chunk) for chunk in chunks)
+        return
+    with ProcessPoolExecutor(
+        min(num_workers, len(chunks)), initializer=_start_worker, initargs=(dataset,)
+    ) as pool:
+        yield from pool.map(_check_chunk_in_worker, chunks)
+
+
+_worker_dataset: ConversationDataset | None = None
+
+
+def _start_worker(dataset: ConversationDataset) -> None:
+    global _worker_dataset
+    _worker_dataset = dataset
+
+
+def _check_chunk_in_worker(chunk: range) -> tuple[np.ndarray, list[SampleError]]:
+    return _check_chunk(_worker_dataset, chunk)
+
+
+def _check_chunk(
+    dataset: ConversationDataset, chunk: range
+) -> tuple[np.ndarray, list[SampleError]]:
+    """Length, loss tokens and images of each sample, zeros for one that cannot be used."""
+    counts = np.zeros((len(chunk), 3), np.int32)
+    skipped = []
+    for row, index in enumerate(chunk):
+        try:
+            sample = dataset.encode(index)
+            num_loss_tokens = np.count_nonzero(sample.labels[1:] != IGNORE_INDEX)
+            if num_loss_tokens == 0:
+                raise SampleError(sample.id, "nothing to train on", "Leave it out of the file")
+            dataset.check_image(sample)
+            counts[row] = len(sample.input_ids), num_loss_tokens, sample.image is not None
+        except SampleError as error:
+            skipped.append(error)
+    return counts, skipped
+
+
+def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
+    first = skipped[0]
+    if len(skipped) == 1:
+        return first
+    listed = "".join(f"\n  {error.sample_id!r}: {error.problem}" for error in skipped[:_LISTED])
+    rest = len(skipped) - _LISTED
+    listed += f"\n  and {rest} more" if rest > 0 else ""
+    remedy = f"{first.remedy}\n{len(skipped)} of {num_samples} samples cannot be used:{listed}"
+    return SampleError(first.sample_id, first.problem, remedy)
+
+
+def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
+    with temporary.open("wb") as file:
+        np.savez_compressed(
+            file,
+            fingerprint=fingerprint,
+            kept=report.kept,
+            lengths=report.lengths,
+            num_loss_tokens=report.num_loss_tokens,
+            num_images=report.num_images,
+            skipped=skipped,
+        )
+    os.replace(temporary, path)

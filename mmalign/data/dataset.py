@@ -1,0 +1,199 @@
+"""Samples of a LLaVA JSON file, and what they become: ids, labels, pixels."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from mmalign.config import DataConfig
+from mmalign.data.conversation import IMAGE, IMAGE_SENTINEL, Turn, encode_conversation
+from mmalign.data.images import check_image, load_image
+from mmalign.data.samples import Sample, SampleFile, read_samples
+from mmalign.errors import SampleError, UserError
+from mmalign.tokenizer import Tokenizer
+
+__all__ = [
+    "ConversationDataset",
+    "EncodedSample",
+    "Sample",
+    "SampleFile",
+    "Turn",
+    "read_samples",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """One sample as the model sees it, before packing."""
+
+    id: str
+    input_ids: np.ndarray  # (num_tokens,) int32; every patch of the image is an image_token_id
+    labels: np.ndarray  # (num_tokens,) int32; unshifted, IGNORE_INDEX where there is no loss
+    image: Path | None
+
+
+class ConversationDataset:
+    """Encodes samples one by one, at the moment they are asked for.
+
+    Raises SampleError for a sample that cannot be used: wrong turns, `<image>` count unlike the
+    sample's image key, empty question or answer, longer than data.max_length (the reference cuts
+    such a sample off in silence), image path outside data.image_root.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        num_patches: int,
+        image_size: int,
+    ):
+        self.samples, self.tokenizer, self.data = samples, tokenizer, data
+        self.num_patches, self.image_size = num_patches, image_size
+        self._root = os.path.realpath(data.image_root or ".")
+        if not data.text_only and not os.path.isdir(self._root):
+            raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what the samples become, image files excepted."""
+        data = self.data
+        settings = (
+            *(data.template, data.use_im_start_end, data.text_only, data.max_length),
+            *(data.check_images, data.on_bad_sample, self._root, self.num_patches, self.image_size),
+            self.tokenizer.fingerprint,
+        )
+        digest = hashlib.sha256(repr(settings).encode())
+        if isinstance(self.samples, SampleFile):
+            digest.update(self.samples.fingerprint.encode())
+        else:
+            for sample in self.samples:
+                digest.update(repr(sample).encode())
+        return digest.hexdigest()
+
+    def encode(self, index: int) -> EncodedSample:
+        """Ids and labels with the image expanded to its patches. The image is not opened."""
+        sample = self.samples[index]
+        turns = self._checked_turns(sample)
+        data, tokenizer = self.data, self.tokenizer
+        ids, labels = encode_conversation(turns, data.template, tokenizer, data.use_im_start_end)
+        if len(ids) > data.max_length:
+            raise SampleError(
+                sample.id,
+                f"{len(ids)} tokens (the image counted as one), at most {data.max_length} allowed",
+                "Shorten or split the conversation, or raise --data.max-length",
+            )
+        if tokenizer.image_token_id in ids:
+            raise SampleError(
+                sample.id,
+                f"the text contains {tokenizer.token(tokenizer.image_token_id)!r}, the token that "
+                "marks image positions",
+                f"Write {IMAGE} where the image belongs",
+            )
+        ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
+        image = None if data.text_only else self._image_path(sample)
+        if image is not None:
+            ids, labels = self._expand(ids, labels)
+        return EncodedSample(sample.id, ids, labels, image)
+
+    def load_pixels(self, index: int) -> Tensor | None:
+        """The sample's image, uint8 (3, image_size, image_size); None without an image."""
+        sample = self.samples[index]
+        image = None if self.data.text_only else self._image_path(sample)
+        return (
+            None if image is None else _naming_sample(sample.id, load_image, image, self.image_size)
+        )
+
+    def check_image(self, sample: EncodedSample) -> None:
+        """Raise SampleError where load_pixels would.
+
+        With data.check_images off the file only has to be there.
+        """
+        if sample.image is None:
+            return
+        if self.data.check_images:
+            _naming_sample(sample.id, check_image, sample.image)
+        elif not sample.image.is_file():
+            raise _image_error(sample.id, f"no file {sample.image}")
+
+    def _expand(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        repeats = np.where(ids == IMAGE_SENTINEL, self.num_patches, 1)
+        ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
+        return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
+
+    def _image_path(self, sample: Sample) -> Path | None:
+        if sample.image is None:
+            return None
+        path = os.path.realpath(os.path.join(self._root, sample.image))
+        if os.path.commonpath([path, self._root]) != self._root:
+            raise SampleError(
+                sample.id,
+                f"its image {sample.image!r} lies outside the image root {self._root}",
+                "Use paths relative to --data.image-root, without .. and outward links",
+            )
+        return Path(path)
+
+    def _checked_turns(self, sample: Sample) -> list[Turn]:
+        turns = list(sample.conversations)
+        problem = _speaker_problem(turns) or self._image_count_problem(sample)
+        if not problem and self.data.template == "plain" and len(turns) != 2:
+            problem = f"template plain takes one question and one answer, got {len(turns)} turns"
+        if problem:
+            raise SampleError(sample.id, problem, "Mend the sample or leave it out of the file")
+        if self.data.text_only:
+            turns = [
+                Turn(turn.speaker, turn.text.replace(IMAGE, "").strip())
+                if IMAGE in turn.text
+                else turn
+                for turn in turns
+            ]
+        needed = turns[1::2] if self.data.template == "plain" else turns
+        for turn in needed:
+            if not turn.text.strip():
+                what = "nothing to train on: an answer" if turn.speaker == "gpt" else "a question"
+                raise SampleError(
+                    sample.id, f"{what} is empty", "Fill it in or leave the sample out of the file"
+                )
+        return turns
+
+    def _image_count_problem(self, sample: Sample) -> str | None:
+        if any(IMAGE in turn.text for turn in sample.conversations if turn.speaker == "gpt"):
+            return f"{IMAGE} stands in an answer; it belongs in a question"
+        count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
+        if self.data.text_only or count == (sample.image is not None):
+            return None
+        if sample.image is None:
+            return f"{count} {IMAGE} in its questions, but the sample has no image"
+        return f"{count} {IMAGE} in its questions, expected 1 for its image {sample.image!r}"
+
+
+def _naming_sample(sample_id: str, read: Callable, *arguments) -> Tensor | None:
+    try:
+        return read(*arguments)
+    except UserError as error:
+        raise _image_error(sample_id, str(error)) from error
+
+
+def _image_error(sample_id: str, problem: str) -> SampleError:
+    return SampleError(sample_id, problem, "Mend the file, or use --data.on-bad-sample skip")
+
+
+def _speaker_problem(turns: Sequence[Turn]) -> str | None:
+    """Question and answer in turn. (The reference drops a leading answer; we refuse the sample.)"""
+    expected = ("human", "gpt")
+    for i, turn in enumerate(turns):
+        if turn.speaker != expected[i % 2]:
+            return f"turn {i + 1} is from {turn.speaker!r}, expected {expected[i % 2]!r}"
+    if not turns:
+        return "nothing to train on: no turns"
+    if len(turns) % 2:
+        return f"nothing to train on after its last turn ({len(turns)}), a question without answer"
+    return None
