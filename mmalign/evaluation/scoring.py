@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.tokenizer import Tokenizer
-from mmalign_kernels import target_logprobs
+from mmalign_kernels import pack_rows, target_logprobs
 
 Request = tuple[str, str]  # (context, continuation)
 
@@ -199,8 +199,9 @@ def run_plan(
         disable=not progress,
         dynamic_ncols=True,
     )
+    training = decoder.training
     decoder.eval()
-    with bar, torch.inference_mode():
+    with bar, torch.no_grad():
         for batch in plan.batches:
             requests = [i for forward in batch for i in forward.requests]
             logprobs = _batch_logprobs(decoder, plan, batch, torch.device(device))
@@ -208,6 +209,7 @@ def run_plan(
             for i, values in zip(requests, logprobs.split(lengths), strict=True):
                 scores[i] = _score(plan, i, values)
             bar.update(sum(len(forward.input_ids) for forward in batch))
+    decoder.train(training)
     return [scores[unique] for unique in plan.unique_of]
 
 
@@ -232,11 +234,13 @@ def _batch_logprobs(
         torch.from_numpy(starts).int().to(device),
         int(lengths.max()),
     )  # (total_tokens, hidden_size)
+    # lm_head sees each row that is read once: few of the rows, and some with several targets
+    read, row_of_target = np.unique(np.concatenate(rows), return_inverse=True)
     return target_logprobs(
-        hidden_states,
+        pack_rows(hidden_states, torch.from_numpy(read).to(device)),
         decoder.lm_head.weight,
         torch.from_numpy(np.concatenate(targets)).long().to(device),
-        torch.from_numpy(np.concatenate(rows)).to(device),
+        torch.from_numpy(row_of_target).to(device),
     ).cpu()
 
 

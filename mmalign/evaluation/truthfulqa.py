@@ -16,7 +16,7 @@ VARIANTS = {
 }
 _FORM = (
     'expected {"question": text, "mc1_targets": {choice: 0 or 1, ...}, "mc2_targets": {...}} '
-    "with one true mc1 choice, and true and false mc2 choices"
+    "with one true mc1 choice, and mc2 choices that begin with a true one and hold a false one"
 )
 # The six questions that precede every question (Lin et al. 2021, the QA preset).
 _PRESET = (
@@ -65,8 +65,8 @@ def _documents_of(index: int, entry: object, where: str) -> tuple[Document, Docu
     mc1, mc2 = (tuple((context, f" {choice}") for choice in part) for part in choices)
     if sum(labels[0]) != 1:
         raise UserError(f"{where}: {_FORM}, but mc1 has {sum(labels[0])} true choices")
-    if not 0 < sum(labels[1]) < len(labels[1]):
-        raise UserError(f"{where}: {_FORM}, but all mc2 labels are {labels[1][0]}")
+    if not labels[1][0] or all(labels[1]):  # mc2 counts the choices before the first false one
+        raise UserError(f"{where}: {_FORM}, but its mc2 labels are {labels[1]}")
     return (
         Document("truthfulqa_mc1", index, mc1, labels[0].index(1)),
         Document("truthfulqa_mc2", index, mc2, labels[1]),

@@ -1,0 +1,167 @@
+"""Scores a language model on TruthfulQA and ETHICS and writes results.json and items.jsonl."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import mmalign
+from mmalign.errors import UserError
+from mmalign.evaluation.documents import Document
+from mmalign.evaluation.metrics import ethics_mean, make_item, summarize
+from mmalign.evaluation.remarks import remarks
+from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
+from mmalign.evaluation.tables import print_results
+from mmalign.evaluation.tasks import (
+    PROMPT_VERSION,
+    describe_data,
+    load_documents,
+    resolve_tasks,
+)
+from mmalign.model.config import DecoderConfig
+from mmalign.model.hf_weights import load_decoder
+from mmalign.tokenizer import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def evaluate_model(
+    model: str | Path,
+    tasks: Sequence[str],
+    data_root: str | Path,
+    output: str | Path,
+    limit: int | None = None,
+    batch_tokens: int = 8192,
+    precision: str = "fp32",
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict:
+    """Scores `model` (a Hugging Face folder or a run) and returns what results.json holds.
+
+    tasks: names as resolve_tasks takes them; data_root holds truthfulqa/ and ethics/; limit keeps
+    the first documents of each task. Writes output/items.jsonl, then output/results.json. Prints
+    progress and a table unless quiet. Raises UserError for anything wrong with what was given.
+    """
+    weights, output = find_weights(model), Path(output)
+    names = resolve_tasks(tasks)
+    documents = load_documents(names, data_root, limit)
+    tokenizer = Tokenizer.from_pretrained(weights)
+    plan = _plan(documents, tokenizer, DecoderConfig.from_hf(weights), batch_tokens, quiet)
+    output.mkdir(parents=True, exist_ok=True)
+    device = choose_device(device)
+    decoder = load_decoder(weights, dtype=DTYPES[precision]).to(device)
+    started = time.perf_counter()
+    scores = iter(run_plan(decoder, plan, device, progress=not quiet))
+    seconds = time.perf_counter() - started
+    items = {
+        task: [make_item(doc, [next(scores) for _ in doc.requests]) for doc in documents[task]]
+        for task in names
+    }
+    config = {
+        "model": str(model),
+        "weights": str(weights),
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "data_root": str(data_root),
+        "data_files": describe_data(names, data_root),
+        "prompts": PROMPT_VERSION,
+        "bos": "none",
+        "score": "sum of the log-probabilities of the choice's tokens, not divided by their number",
+        "limit": limit,
+        "precision": precision,
+        "batch_tokens": batch_tokens,
+        "max_length": decoder.config.max_position_embeddings,
+        **_measurements(plan, seconds),
+        "versions": _versions(device),
+    }
+    results = _summaries(items) | {"config": config}
+    _write(output, items, results)
+    if not quiet:
+        print_results(results, output)
+    return results
+
+
+def find_weights(model: str | Path) -> Path:
+    """The folder with the language model: `model` itself, or export/llama of a run."""
+    path = Path(model)
+    exported = path / "export" / "llama"
+    if exported.is_dir():
+        return exported
+    if (path / "export").is_dir() or (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"{path} is a run without export/llama: it is not finished, or it is a pretrain run, "
+            "which leaves the language model as it was. Name a finetune run or the base model."
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is neither a Hugging Face folder (no config.json) nor a run (no export/llama)"
+        )
+    return path
+
+
+def choose_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    return torch.device(device)
+
+
+def _plan(
+    documents: dict[str, list[Document]],
+    tokenizer: Tokenizer,
+    config: DecoderConfig,
+    batch_tokens: int,
+    quiet: bool,
+) -> ScoringPlan:
+    flat = [document for rows in documents.values() for document in rows]
+    return plan_scoring(
+        tokenizer,
+        [request for document in flat for request in document.requests],
+        config.max_position_embeddings,
+        config.vocab_size,
+        batch_tokens,
+        progress=not quiet,
+        names=[document.name for document in flat for _ in document.requests],
+    )
+
+
+def _summaries(items: dict[str, list[dict]]) -> dict[str, dict]:
+    results = {task: summarize(rows) for task, rows in items.items()}
+    if mean := ethics_mean(results):
+        results["ethics_mean"] = mean
+    for name, summary in results.items():
+        summary["remarks"] = remarks(name, summary)
+    return results
+
+
+def _measurements(plan: ScoringPlan, seconds: float) -> dict:
+    return {
+        "num_requests": len(plan.unique_of),
+        "num_forwards": plan.num_forwards,
+        "num_tokens": plan.num_tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(plan.num_tokens / seconds, 1),
+    }
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "mmalign": mmalign.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": name,
+    }
+
+
+def _write(output: Path, items: dict[str, list[dict]], results: dict) -> None:
+    """results.json appears last and whole, so that it stands for a finished evaluation."""
+    (output / "results.json").unlink(missing_ok=True)
+    lines = (json.dumps(item) + "\n" for rows in items.values() for item in rows)
+    (output / "items.jsonl").write_text("".join(lines))
+    torn = output / "results.tmp"
+    torn.write_text(json.dumps(results, indent=2) + "\n")
+    torn.rename(output / "results.json")

@@ -1,0 +1,74 @@
+"""Results and comparisons on the terminal."""
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mmalign.evaluation.remarks import percent, percent_interval
+
+_PIPE_WIDTH = 108  # columns where the output is not a terminal
+
+
+def open_console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def make_table(title: str, *headings: str) -> Table:
+    """First column to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def print_results(results: dict, output: Path) -> None:
+    """Every score with its interval, chance level and constant answers beside it."""
+    console, config = open_console(), results["config"]
+    headings = ("n", "score", "95% interval", "chance", "always yes/no", "yes-rate", "em (chance)")
+    table = make_table(f"[bold]{config['model']}[/bold]", "task", *headings)
+    for name, summary in results.items():
+        if name != "config":
+            table.add_row(*result_row(name, summary), end_section=name == "truthfulqa_mc2")
+    console.print(table)
+    for summary in results.values():
+        for sentence in summary.get("remarks", ()):
+            console.print(f"- {sentence}")
+    console.print(f"\nprompts of {config['prompts']}; no BOS; yes also stands for reasonable")
+    for data_file, facts in config["data_files"].items():
+        if "variant" in facts:
+            console.print(f"{data_file}: {facts['variant']}, sha256 {facts['sha256'][:16]}")
+    if truncated := sum(summary.get("num_truncated", 0) for summary in results.values()):
+        console.print(
+            f"{truncated} documents longer than the model's {config['max_length']} tokens were cut "
+            "on their left"
+        )
+    console.print(
+        f"{config['num_requests']:,} requests, {config['num_forwards']:,} forwards, "
+        f"{config['num_tokens']:,} tokens in {config['seconds']:,.1f} s "
+        f"({config['tokens_per_second']:,.0f} tokens/s)"
+    )
+    console.print(f"results: {output / 'results.json'}\nitems:   {output / 'items.jsonl'}")
+
+
+def result_row(name: str, summary: dict) -> list[str]:
+    em = summary.get("em")
+    return [
+        name,
+        f"{summary['n']:,}" if "n" in summary else "",
+        percent(summary["acc"]),
+        percent_interval(summary["interval"]),
+        percent(summary["chance"]),
+        constant_answers(summary),
+        percent(summary["yes_rate"]) if "yes_rate" in summary else "",
+        "" if em is None else f"{percent(em)} ({percent(summary['em_chance'])})",
+    ]
+
+
+def constant_answers(summary: dict) -> str:
+    """Scores of always answering yes and always no; empty in TruthfulQA."""
+    if "yes_rate" not in summary:
+        return ""
+    return " / ".join(percent(value) for value in summary["baselines"].values())

@@ -1,0 +1,45 @@
+"""Score a language model, without vision, on TruthfulQA and ETHICS.
+
+python scripts/evaluate.py --model HFDIR|RUN --tasks truthfulqa ethics --data-root DIR --output DIR
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mmalign.errors import UserError
+from mmalign.evaluation.evaluate import evaluate_model
+
+
+def main(
+    model: Path,
+    data_root: Path,
+    output: Path,
+    tasks: tuple[str, ...] = ("truthfulqa", "ethics"),
+    limit: int | None = None,
+    batch_tokens: int = 8192,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Score a language model, without vision, on TruthfulQA and ETHICS.
+
+    Args:
+        model: Hugging Face folder, or a finetune run (its export/llama is scored).
+        data_root: Folder with truthfulqa/mc_task.json and ethics/<subset>/*_test.csv.
+        output: Folder for results.json and items.jsonl.
+        tasks: truthfulqa, ethics, or single tasks such as truthfulqa_mc1 or ethics_virtue.
+        limit: Score the first N documents of each task only.
+        batch_tokens: Most tokens in one forward pass; a longer document goes alone.
+        precision: Of weights and activations.
+        device: auto takes a GPU where there is one.
+    """
+    evaluate_model(model, tasks, data_root, output, limit, batch_tokens, precision, device)
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, description=__doc__)
+    except UserError as error:
+        sys.exit(f"error: {error}")
