@@ -87,8 +87,8 @@ class Llava(nn.Module):
         pretrain: the projector, and where the template writes <im_start> and <im_end> their two
         rows. finetune: the projector and the decoder, or with config.lora.rank its adapters.
         """
-        self.requires_grad_(False)
         merge_lora(self.decoder)
+        self.requires_grad_(False)
         self.merge_image_token_embeddings()
         if self.projector is not None:
             self.projector.requires_grad_(True)

@@ -74,5 +74,5 @@ def merge_lora(decoder: "Decoder") -> None:
         for name, module in list(layer.named_children()):
             if isinstance(module, LoraLinear):
                 merged = Linear(module.weight.shape[1], module.weight.shape[0])
-                merged.weight = nn.Parameter(module.merged_weight())
+                merged.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
                 setattr(layer, name, merged)

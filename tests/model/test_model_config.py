@@ -1,0 +1,177 @@
+"""config.json in both spellings, and everything that is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from mmalign.errors import UserError
+from mmalign.model.config import DecoderConfig, VisionConfig
+
+# as published: meta-llama/Llama-2-7b-hf and openlm-research/open_llama_3b_v2, shortened
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+}
+OPEN_LLAMA_3B = {
+    "hidden_act": "silu",
+    "hidden_size": 3200,
+    "intermediate_size": 8640,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 26,
+    "rms_norm_eps": 1e-06,
+    "vocab_size": 32000,
+}
+CLIP_VIT_L_14 = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "text_config": {"hidden_size": 768, "model_type": "clip_text_model"},
+    "vision_config": {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 1024,
+        "image_size": 224,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-05,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+    },
+    "vision_config_dict": {"hidden_size": 1024, "num_hidden_layers": 24},
+}
+
+
+def decoder_config(folder, hf: dict) -> DecoderConfig:
+    (folder / "config.json").write_text(json.dumps(hf))
+    return DecoderConfig.from_hf(folder)
+
+
+def vision_config(folder, hf: dict) -> VisionConfig:
+    (folder / "config.json").write_text(json.dumps(hf))
+    return VisionConfig.from_hf(folder)
+
+
+def test_published_llama(tmp_path):
+    config = decoder_config(tmp_path, LLAMA_2_7B)
+    assert (config.head_dim, config.rms_norm_eps, config.rope_theta) == (128, 1e-5, 10000.0)
+    assert config.max_position_embeddings == 4096
+    config = decoder_config(tmp_path, OPEN_LLAMA_3B)
+    assert (config.head_dim, config.num_key_value_heads) == (100, 32)
+    assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
+    ],
+)
+def test_both_spellings_of_rope_theta(tmp_path, spelling):
+    assert decoder_config(tmp_path, LLAMA_2_7B | spelling).rope_theta == 5e5
+
+
+def test_left_out_values_are_those_of_transformers(tmp_path):
+    """Published LLaVA folders leave out of text_config whatever is LlamaConfig's default."""
+    config, default = decoder_config(tmp_path, {"model_type": "llama"}), LlamaConfig()
+    for name in vars(config):
+        if name != "rope_theta":
+            assert getattr(config, name) == getattr(default, name), name
+    assert config.rope_theta == default.rope_parameters["rope_theta"]
+    hf = {"model_type": "clip", "vision_config": {}}
+    config, default = vision_config(tmp_path, hf), CLIPVisionConfig()
+    for name in vars(config):
+        assert getattr(config, name) == getattr(default, name), name
+
+
+def test_text_part_of_a_llava_config(tmp_path):
+    text = {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5}
+    config = decoder_config(tmp_path, {"model_type": "llava", "text_config": text})
+    assert (config.vocab_size, config.hidden_size) == (32064, 4096)
+    hf = {"model_type": "llava", "tie_word_embeddings": True, "text_config": text}
+    assert decoder_config(tmp_path, hf).tie_word_embeddings
+
+
+def test_original_llava_config_is_flat(tmp_path):
+    hf = LLAMA_2_7B | {"model_type": "llava", "mm_hidden_size": 1024, "vocab_size": 32003}
+    assert decoder_config(tmp_path, hf).vocab_size == 32003
+
+
+def test_published_clip(tmp_path):
+    config = vision_config(tmp_path, CLIP_VIT_L_14)
+    assert (config.num_patches, config.hidden_size, config.num_hidden_layers) == (256, 1024, 24)
+    flat = CLIP_VIT_L_14["vision_config"]
+    assert vision_config(tmp_path, flat) == config
+    hf = {"model_type": "llava", "text_config": {}, "vision_config": flat}
+    assert vision_config(tmp_path, hf) == config
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported: 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "type 'llama3' is not supported"),
+        ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
+        ({"head_dim": 33}, "head_dim is 33"),
+    ],
+)
+def test_decoders_that_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        decoder_config(tmp_path, LLAMA_2_7B | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "siglip_vision_model"}, "model_type is 'siglip_vision_model'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'quick_gelu'"),
+        ({"num_channels": 1}, "num_channels is 1"),
+        ({"num_attention_heads": 7}, "not a multiple of num_attention_heads 7"),
+    ],
+)
+def test_towers_that_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        vision_config(tmp_path, CLIP_VIT_L_14["vision_config"] | change)
+
+
+def test_missing_and_malformed_files(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        DecoderConfig.from_hf(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        VisionConfig.from_hf(tmp_path)
+    with pytest.raises(UserError, match="no vision_config"):
+        vision_config(tmp_path, LLAMA_2_7B | {"model_type": "llava"})
+
+
+def test_written_config_reads_back(tmp_path):
+    config = decoder_config(tmp_path, OPEN_LLAMA_3B | {"rope_theta": 123.0})
+    hf = config.to_hf(torch.bfloat16)
+    assert hf["torch_dtype"] == "bfloat16"
+    assert decoder_config(tmp_path, hf) == config
+    assert LlamaConfig(**hf).rope_parameters["rope_theta"] == 123.0
+    tower = vision_config(tmp_path, CLIP_VIT_L_14)
+    assert vision_config(tmp_path, tower.to_hf(torch.float32)) == tower
