@@ -1,7 +1,12 @@
-"""From LLaVA's JSON to packed batches.
+"""From files to packed batches.
 
-    json + jpg -> Sample -> EncodedSample -> PackedBatch
-    dataset.py    conversation.py + images.py    packing.py, planned by loader.py
+    json file           read_samples         samples.py       compact, parsed when asked for
+      Sample            encode               dataset.py       checks; templates in conversation.py
+      EncodedSample     load_pixels          images.py        uint8, resized as CLIP does
+        |               check_samples        check.py         all of this once, before training
+        v
+      PackedBatch       pack_samples         packing.py       one row of tokens, no padding
+      Step              StepLoader           loader.py        exactly one global batch, loaded ahead
 
-check.py reads everything once before the first step, so that bad input stops a run early.
+preview.py shows people what comes out; toy_world.py makes a small world of data.
 """

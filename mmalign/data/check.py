@@ -16,7 +16,7 @@ from mmalign.data.packing import IGNORE_INDEX
 from mmalign.errors import SampleError, UserError
 
 _CHUNK = 256  # samples that a worker process checks at a time
-_LISTED = 10  # offenders that an error names
+NUM_LISTED = 10  # offenders that an error names
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
     first = skipped[0]
     if len(skipped) == 1:
         return first
-    listed = "".join(f"\n  {error.sample_id!r}: {error.problem}" for error in skipped[:_LISTED])
-    rest = len(skipped) - _LISTED
+    listed = "".join(f"\n  {error.sample_id!r}: {error.problem}" for error in skipped[:NUM_LISTED])
+    rest = len(skipped) - NUM_LISTED
     listed += f"\n  and {rest} more" if rest > 0 else ""
     remedy = f"{first.remedy}\n{len(skipped)} of {num_samples} samples cannot be used:{listed}"
     return SampleError(first.sample_id, first.problem, remedy)

@@ -59,6 +59,15 @@ class ConversationDataset:
         if not data.text_only and not os.path.isdir(self._root):
             raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
 
+    @classmethod
+    def open(
+        cls, data: DataConfig, tokenizer: str | Path, image_size: int, patch_size: int
+    ) -> "ConversationDataset":
+        """Read data.path and the tokenizer's folder or file."""
+        samples = read_samples(data.path, data)
+        num_patches = (image_size // patch_size) ** 2
+        return cls(samples, Tokenizer.from_pretrained(tokenizer), data, num_patches, image_size)
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -1,0 +1,164 @@
+"""What is trained on, for people and for programs: supervised text, image spans, packing map."""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.loader import micro_batches
+from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
+from mmalign.errors import SampleError
+from mmalign.tokenizer import Tokenizer
+
+_STYLES = {"supervised": "bold green", "image": "cyan", "special": "dim", "text": ""}
+
+
+def write_json(dataset: ConversationDataset) -> None:
+    """Print one object a sample: {"id", "input_ids", "labels"}, labels unshifted, image expanded.
+
+    Images are not opened, so their files need not be there.
+    """
+    for index in range(len(dataset)):
+        try:
+            sample = dataset.encode(index)
+        except SampleError as error:
+            if dataset.data.on_bad_sample == "error":
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
+        print(json.dumps({"id": sample.id, "input_ids": ids, "labels": labels}))
+
+
+def show(dataset: ConversationDataset, micro_batch_tokens: int, console: Console) -> None:
+    """Print the samples as one optimizer step: each with its marks, then the packing map."""
+    report = check_samples(dataset, progress=False)
+    for error in report.skipped:
+        console.print(f"skipped: {error}", style="red", markup=False, highlight=False)
+    marks = "bold and green" if _in_colour(console) else "between [[ and ]]"
+    legend = f"trained on: {marks}; <image x N>: the N patches of an image"
+    console.print(legend, markup=False, highlight=False)
+    table = _packing_table(micro_batch_tokens)
+    boundaries = []
+    cut = micro_batches(report.lengths.tolist(), micro_batch_tokens, 1)[0]
+    for number, members in enumerate(cut):
+        indices = report.kept[members].tolist()
+        encoded = [dataset.encode(i) for i in indices]
+        pixels = [dataset.load_pixels(i) for i in indices]
+        batch = pack_samples(encoded, pixels, dataset.tokenizer.image_token_id)
+        for row, sample in enumerate(encoded):
+            console.print(Rule(Text(f"sample {sample.id}"), align="left"))
+            console.print(str(sample.image or "no image"), style="dim", highlight=False)
+            _show_tokens(row, batch, dataset.tokenizer, console)
+        _add_row(table, number, batch, micro_batch_tokens)
+        boundaries.append(f"{number}: {' '.join(map(str, batch.cu_seqlens.tolist()))}")
+    console.print(table)
+    console.print("cu_seqlens", *boundaries, sep="\n", highlight=False)
+
+
+def _show_tokens(row: int, batch: PackedBatch, tokenizer: Tokenizer, console: Console) -> None:
+    begin, end = batch.cu_seqlens[row : row + 2].tolist()
+    input_ids = batch.input_ids[begin:end]
+    supervised = torch.zeros_like(input_ids, dtype=torch.bool)
+    supervised[1:] = batch.target_ids[begin : end - 1] != IGNORE_INDEX  # targets are shifted
+    text = Text()
+    for piece, kind in pieces(input_ids.tolist(), supervised.tolist(), tokenizer):
+        if kind == "supervised" and not _in_colour(console):
+            piece = f"[[{piece}]]"
+        text.append(piece, style=_STYLES[kind])
+    console.print(text, highlight=False)
+    share = f"{int(supervised.sum())} of {end - begin} tokens trained on"
+    console.print(share, style="dim", highlight=False)
+
+
+def pieces(
+    input_ids: list[int], supervised: list[bool], tokenizer: Tokenizer
+) -> Iterator[tuple[str, str]]:
+    """(text, kind) of every run of one kind: supervised, image, special or text.
+
+    A supervised end marker belongs to the supervised run before it.
+    """
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    special |= {tokenizer.im_start_id, tokenizer.im_end_id}
+
+    def kind(item: tuple[int, bool]) -> str:
+        token_id, is_supervised = item
+        if is_supervised:
+            return "supervised"
+        if token_id == tokenizer.image_token_id:
+            return "image"
+        return "special" if token_id in special else "text"
+
+    stretch = []  # ids since the last special token: what a run's blanks depend on
+    for name, run in groupby(zip(input_ids, supervised, strict=True), key=kind):
+        ids = [token_id for token_id, _ in run]
+        if name == "image":
+            yield f"<image x {len(ids)}>", name
+            stretch = []
+            continue
+        text = ""
+        for is_special, part in groupby(ids, key=special.__contains__):
+            part = list(part)
+            if is_special:
+                text += "".join(tokenizer.token(token_id) for token_id in part)
+                stretch = []
+            else:
+                text += tokenizer.decode(stretch + part)[len(tokenizer.decode(stretch)) :]
+                stretch += part
+        yield text, name
+
+
+def _in_colour(console: Console) -> bool:
+    return console.is_terminal and not console.no_color
+
+
+def _packing_table(micro_batch_tokens: int) -> Table:
+    table = Table(title=f"packing map, at most {micro_batch_tokens} tokens a micro-batch")
+    for column in ("", "samples", "images", "tokens", "full", "trained on", "share", "padded"):
+        table.add_column(column, justify="right")
+    table.caption = "padded: tokens that a batch padded to its longest sample would have"
+    return table
+
+
+def _add_row(table: Table, number: int, batch: PackedBatch, micro_batch_tokens: int) -> None:
+    num_tokens, num_samples = len(batch.input_ids), len(batch.cu_seqlens) - 1
+    table.add_row(
+        str(number),
+        str(num_samples),
+        str(len(batch.pixel_values)),
+        str(num_tokens),
+        f"{num_tokens / micro_batch_tokens:.0%}",
+        str(batch.num_loss_tokens),
+        f"{batch.num_loss_tokens / num_tokens:.0%}",
+        str(num_samples * batch.max_seqlen),
+    )
+
+
+def show_report(report: CheckReport, dataset: ConversationDataset, console: Console) -> None:
+    """Print what check_samples counted, and the first samples that cannot be used."""
+    table = Table(show_header=False)
+    lengths, num_samples = report.lengths, len(report.kept)
+    rows = [
+        ("samples", f"{len(dataset):,}"),
+        ("usable", f"{num_samples:,}"),
+        ("with an image", f"{report.num_images.sum():,}"),
+        ("tokens, images expanded", f"{lengths.sum(dtype=np.int64):,}"),
+        ("tokens a sample: mean, longest", f"{lengths.mean():.0f}, {lengths.max():,}"),
+        ("tokens trained on", f"{report.num_loss_tokens.sum() / lengths.sum():.1%}"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for error in report.skipped[:NUM_LISTED]:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    if len(report.skipped) > NUM_LISTED:
+        console.print(f"and {len(report.skipped) - NUM_LISTED:,} more")
