@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from mmalign.config import TrainConfig
-from mmalign.data.dataset import ConversationDataset, read_samples
-from mmalign.data.toy_world import toy_world
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.samples import read_samples
 from mmalign.errors import UserError
 from mmalign.model.config import VisionConfig
-from mmalign.model.hf_read import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.tokenizer import Tokenizer
@@ -29,6 +29,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         model = replace(model, vision_tower="", projector="")
         data = replace(data, image_root="")
     if TOY_WORLD in (model.decoder, model.vision_tower, data.path, data.image_root):
+        from mmalign.data.toy_world import toy_world  # its making needs much that others do not
+
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
         model = replace(

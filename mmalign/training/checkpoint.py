@@ -4,18 +4,18 @@ A checkpoint is written under another name and renamed when every byte is on the
 write is never taken for one, and the last good one stays until its successor is complete.
 """
 
-import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from mmalign.errors import UserError
-
-_STATE = "state"  # torch.distributed.checkpoint's folder inside step_N
-_META = "meta.json"
 
 
 class Checkpoints:
@@ -30,6 +30,10 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         names = self.folder.glob("step_*")
         return sorted(int(path.name[5:]) for path in names if path.name[5:].isdigit())
+
+    def latest_step(self) -> int:
+        """Optimizer steps that the latest checkpoint has behind it; 0 without one."""
+        return max(self.steps(), default=0)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
@@ -46,18 +50,18 @@ class Checkpoints:
                 "--checkpoint.keep or choose another --run-dir."
             )
 
-    def save(self, step: int, state: dict[str, Tensor], meta: dict) -> Path:
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
         """Writes the state after `step` optimizer steps. Called by one process of the run."""
         final = self.path(step)
         if final.exists():
-            return final
+            return
         self.check_disk(state)
         torn = self.folder / f"torn_{os.getpid()}_step_{step}"
         try:
-            dcp.save(state, checkpoint_id=torn / _STATE, no_dist=True)
-            (torn / _META).write_text(json.dumps({"step": step, **meta}, indent=2))
+            with _single_process():
+                dcp.save(state, checkpoint_id=torn, no_dist=True)
             _flush_to_disk(torn)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             shutil.rmtree(torn, ignore_errors=True)
             raise UserError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: "
@@ -70,20 +74,23 @@ class Checkpoints:
             shutil.rmtree(torn, ignore_errors=True)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
-        return final
 
-    def load_latest(self, state: dict[str, Tensor]) -> dict | None:
-        """Fills `state` in place from the latest checkpoint; its meta data, or None if none."""
-        steps = self.steps()
-        if not steps:
-            return None
-        latest = self.path(steps[-1])
-        dcp.load(state, checkpoint_id=latest / _STATE, no_dist=True)
-        return json.loads((latest / _META).read_text())
+    def load(self, step: int, state: dict[str, Tensor]) -> None:
+        """Fills the tensors of `state` in place."""
+        with _single_process():
+            dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
 
     def _what_remains(self) -> str:
         steps = self.steps()
         return f"Step {steps[-1]} is safe." if steps else "There is no earlier checkpoint."
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """One process writes and reads the whole state; torch warns that it guesses so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _flush_to_disk(folder: Path) -> None:

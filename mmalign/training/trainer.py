@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader
+from mmalign.data.loader import Step, StepLoader, num_steps_of
 from mmalign.data.packing import PackedBatch
 from mmalign.errors import UserError
-from mmalign.model.hf_export import export_llama, export_llava, save_projector
+from mmalign.model.hf_weights import export_llama, export_llava, save_projector
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve
 from mmalign.training.checkpoint import Checkpoints
@@ -48,14 +48,15 @@ class Trainer:
         self.dataset = build_dataset(config, self.tokenizer)
         with ranks.main_first():
             self.report = self._check_data()
-        num_samples = len(self.report.kept)
-        self.num_steps = config.num_steps or math.ceil(
-            config.num_epochs * num_samples / config.global_batch_size
+        self.num_steps = config.num_steps or num_steps_of(
+            len(self.report.kept), config.global_batch_size, config.num_epochs
         )
+        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
+        self.first_step = self.checkpoints.latest_step()
+        self.loader = self._loader()  # refuses what does not fit before any weight is read
         self.model = build_model(config, self.tokenizer).to(ranks.device)
         self.optimizer = AdamW(self.model.trainable_parameters(), config.optimizer)
-        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
-        self.first_step = self._resume()
+        self._resume()
         self.replica = self.model
         if ranks.world_size > 1:
             self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -64,7 +65,7 @@ class Trainer:
 
     def _check_data(self) -> CheckReport:
         report = check_samples(
-            self.dataset, self.config.stage, self.config.run_dir / "data_check.npz"
+            self.dataset, self.config.run_dir / "data_check.npz", progress=self.ranks.is_main
         )
         if report.skipped and self.ranks.is_main:
             log.warning("%d samples skipped (listed in skipped_samples.txt)", len(report.skipped))
@@ -72,38 +73,27 @@ class Trainer:
             (self.config.run_dir / "skipped_samples.txt").write_text(lines)
         return report
 
-    def _resume(self) -> int:
-        """Loads the latest checkpoint; the number of optimizer steps it has behind it."""
+    def _resume(self) -> None:
         state = self.optimizer.state()
-        meta = self.checkpoints.load_latest(state)
-        if meta is None:
+        if self.first_step == 0:
             if self.ranks.is_main:
                 self.checkpoints.check_disk(state)
-            return 0
-        self.optimizer.step_count = meta["step"]
+            return
+        self.checkpoints.load(self.first_step, state)
+        self.optimizer.step_count = self.first_step
         if self.ranks.is_main:
-            log.info("continuing %s after step %d", self.config.run_dir, meta["step"])
-        return meta["step"]
+            log.info("continuing %s after step %d", self.config.run_dir, self.first_step)
 
     # ---- the loop ----
 
     def run(self) -> None:
         """All remaining steps. Saves before it leaves, for whatever reason it leaves."""
-        loader = StepLoader(
-            self.dataset,
-            self.report,
-            self.config,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            start_step=self.first_step,
-            num_steps=self.num_steps,
-        )
         self.done = self.first_step  # optimizer steps that the weights have behind them
         self.updating = False  # true while the weights are between two steps
         metrics = self._metrics() if self.ranks.is_main else None
         stop = StopSignal()
         try:
-            for step, data_seconds in timed(loader):
+            for step, data_seconds in timed(self.loader):
                 record = self.train_step(step, data_seconds)
                 if metrics:
                     metrics.log(record)
@@ -173,6 +163,21 @@ class Trainer:
         if isinstance(self.replica, DistributedDataParallel):
             self.replica.require_backward_grad_sync = last  # one reduction a step
 
+    def _loader(self) -> StepLoader:
+        config = self.config
+        return StepLoader(
+            self.dataset,
+            self.report,
+            global_batch_size=config.global_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+            seed=config.seed,
+            num_steps=self.num_steps,
+            start_step=self.first_step,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            require_images=config.stage == "pretrain",
+        )
+
     def _metrics(self) -> Metrics:
         return Metrics(
             self.config.run_dir,
@@ -184,7 +189,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.ranks.is_main:
-            self.checkpoints.save(self.done, self.optimizer.state(), {})
+            self.checkpoints.save(self.done, self.optimizer.state())
         self.ranks.barrier()
 
     def _save_before_leaving(self) -> None:
@@ -192,7 +197,7 @@ class Trainer:
         if self.updating or self.done == self.first_step:
             return
         try:
-            self.checkpoints.save(self.done, self.optimizer.state(), {})
+            self.checkpoints.save(self.done, self.optimizer.state())
         except (UserError, FileExistsError, OSError) as error:  # the first error is the one to show
             log.error("could not save step %d: %s", self.done, error)
 

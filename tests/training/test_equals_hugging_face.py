@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionModel,
@@ -79,8 +80,6 @@ def padded_batch(dataset, indices: list[int], image_root: str) -> dict[str, torc
         labels[row, :length] = torch.tensor(sample.labels, dtype=torch.long)
         attention_mask[row, :length] = 1
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    from PIL import Image
-
     images = [Image.open(sample.image).convert("RGB") for sample in encoded if sample.image]
     if images:
         crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -141,4 +140,4 @@ def test_losses_equal_a_hugging_face_loop(
     train(config)
     ours, theirs = losses(tmp_path), hugging_face_losses(config, num_added_tokens)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
-    assert theirs[-1] < theirs[0] - 0.3  # it learned, so the steps were not all alike
+    assert theirs[0] - theirs[-1] > 0.05  # it learned: 500 times the tolerance
