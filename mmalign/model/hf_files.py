@@ -54,11 +54,8 @@ class WeightFiles:
         return tuple(reader.get_slice(key).get_shape())
 
     def read(self, key: str) -> Tensor:
-        path, reader = self._readers[key]
-        try:
-            return reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
-        except SafetensorError as error:
-            raise UserError(f"{path}: {key} cannot be read: {error}") from None
+        _, reader = self._readers[key]
+        return reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
 
 
 def _shards(index: Path) -> list[Path]:

@@ -48,6 +48,7 @@ class Llava(nn.Module):
         self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
         self.register_parameter("image_token_embeddings", None)
         if vision_tower is not None:
+            self._check_vocabulary(self.image_token_id)
             vision_tower.requires_grad_(False)
 
     def forward(self, batch: "PackedBatch") -> Tensor:
@@ -123,29 +124,19 @@ class Llava(nn.Module):
                     f"tower and decoder, found {tuple(state[name].shape)}"
                 )
             parameter.copy_(state[name])
-        rows = state.get("image_token_embeddings")
-        if rows is not None:
-            self._check_image_token_rows(rows)
-            self.decoder.embed_tokens.weight[list(self.im_start_end_ids)] = rows.to(
-                self.decoder.embed_tokens.weight
-            )
+        if "image_token_embeddings" in state:
+            self._write_image_token_rows(state["image_token_embeddings"])
 
-    def _check_image_token_rows(self, rows: Tensor | None = None) -> None:
-        vocab_size, hidden_size = self.decoder.embed_tokens.weight.shape
-        if max(self.im_start_end_ids) >= vocab_size:
+    def _check_vocabulary(self, *token_ids: int) -> None:
+        vocab_size = self.decoder.config.vocab_size
+        if max(token_ids) >= vocab_size:
             raise UserError(
-                f"<im_start> and <im_end> have the ids {self.im_start_end_ids}, but the decoder's "
-                f"vocabulary has {vocab_size} tokens. Load it with the image tokens added "
-                "(data.use_im_start_end)."
-            )
-        if rows is not None and rows.shape != (2, hidden_size):
-            raise UserError(
-                f"image_token_embeddings: expected shape {(2, hidden_size)}, "
-                f"found {tuple(rows.shape)}"
+                f"the image tokens have the ids {token_ids}, but the decoder's vocabulary has "
+                f"{vocab_size} tokens. Load it with the image tokens added (num_added_tokens)."
             )
 
     def _split_image_token_embeddings(self) -> None:
-        self._check_image_token_rows()
+        self._check_vocabulary(*self.im_start_end_ids)
         if self.decoder.config.tie_word_embeddings:
             raise UserError(
                 "this decoder ties lm_head to embed_tokens, so <im_start> and <im_end> cannot "
@@ -154,10 +145,14 @@ class Llava(nn.Module):
         rows = self.decoder.embed_tokens.weight.detach()[list(self.im_start_end_ids)]
         self.image_token_embeddings = nn.Parameter(rows)
 
-    @torch.no_grad()
     def merge_image_token_embeddings(self) -> None:
         """Writes the two trained rows, if there are any, into embed_tokens."""
         if self.image_token_embeddings is not None:
-            rows = self.image_token_embeddings
-            self.decoder.embed_tokens.weight[list(self.im_start_end_ids)] = rows
+            self._write_image_token_rows(self.image_token_embeddings)
             self.image_token_embeddings = None
+
+    @torch.no_grad()
+    def _write_image_token_rows(self, rows: Tensor) -> None:
+        self._check_vocabulary(*self.im_start_end_ids)
+        weight = self.decoder.embed_tokens.weight
+        weight[list(self.im_start_end_ids)] = rows.to(weight)

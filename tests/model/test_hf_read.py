@@ -225,6 +225,24 @@ def test_folder_without_weights(folder):
         load_decoder(folder)
 
 
+def test_key_in_two_shards(folder):
+    whole = folder / "model.safetensors"
+    for name in ("a.safetensors", "b.safetensors"):
+        (folder / name).write_bytes(whole.read_bytes())
+    whole.unlink()
+    index = {"weight_map": {"one": "a.safetensors", "two": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"b\.safetensors: .* is also in a\.safetensors"):
+        load_decoder(folder)
+
+
+def test_bin_file_with_something_else(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": {"model.norm.weight": torch.ones(128)}}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="something else than named tensors"):
+        load_decoder(folder)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_damaged_file(folder, name):

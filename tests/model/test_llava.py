@@ -1,5 +1,7 @@
 """The whole model against LlavaForConditionalGeneration, and what each stage trains."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -200,15 +202,17 @@ def test_projector_of_another_size_is_refused(untied_models):
         model.load_projector(state)
 
 
-def test_token_rows_beyond_the_vocabulary_are_refused(untied_models):
+def test_image_tokens_beyond_the_vocabulary_are_refused(untied_models):
     _, model = untied_models
+    with pytest.raises(UserError, match=r"ids \(103,\), but .* vocabulary has 103 tokens"):
+        tokenizer = SimpleNamespace(image_token_id=103, im_start_id=104, im_end_id=105)
+        Llava(model.decoder, model.vision_tower, model.projector, tokenizer)
     model.im_start_end_ids = (103, 104)
-    with pytest.raises(UserError, match=r"\(103, 104\).*vocabulary has 103 tokens"):
+    with pytest.raises(UserError, match=r"ids \(103, 104\)"):
         model.set_stage(STAGES["pretrain-im-start-end"])
-    rows = torch.zeros(2, 128)
     state = {"weight": model.projector.weight, "bias": model.projector.bias}
-    with pytest.raises(UserError, match=r"vocabulary has 103 tokens"):
-        model.load_projector(state | {"image_token_embeddings": rows})
+    with pytest.raises(UserError, match=r"ids \(103, 104\)"):
+        model.load_projector(state | {"image_token_embeddings": torch.zeros(2, 128)})
 
 
 def test_tied_decoder_cannot_train_two_rows(tmp_path):
