@@ -6,6 +6,7 @@ nothing in a text is ever parsed as a special token: "</s>" in an answer stays t
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,6 +17,7 @@ import tokenizers
 
 from mmalign.errors import UserError
 
+log = logging.getLogger("mmalign")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 _FILES = (
     "tokenizer.model",
@@ -111,32 +113,38 @@ class Tokenizer:
         return hashlib.sha256(self.path.read_bytes() + repr(ids).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files so that transformers can load `folder`."""
+        """Copy the tokenizer's files, and write what transformers needs to load the folder.
+
+        transformers 5 orders the merges of a bare tokenizer.model wrongly (runs of blanks get
+        other ids), so a tokenizer.json that equals it goes beside it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            source = self.path.parent / name
+        sources = {name: self.path.parent / name for name in _FILES}
+        sources[f"tokenizer{self.path.suffix}"] = self.path  # the user may have named it otherwise
+        for name, source in sources.items():
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
-        if self.path.name not in _FILES:  # a file of another name, named by the user
-            shutil.copyfile(self.path, folder / f"tokenizer{self.path.suffix}")
+        if not (folder / "tokenizer.json").is_file():
+            self._save_json(folder / "tokenizer.json")
         config = folder / "tokenizer_config.json"
         if not config.is_file():
             config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n")
 
+    def _save_json(self, path: Path) -> None:
+        converted = _to_tokenizers(self)
+        probe = "  Two  blanks,\ttab\n\n\u00e9\u2603 (12.5%) at the end "
+        if converted.encode(probe, add_special_tokens=False).ids == self.encode(probe):
+            converted.save(str(path))
+        else:
+            log.warning("%s is not a plain byte-pair model: no %s is written", self.path, path)
+
     def _transformers_config(self) -> dict:
-        sentencepiece_model = isinstance(self._backend, _SentencePiece)
-        return {
-            "tokenizer_class": "LlamaTokenizer" if sentencepiece_model else "TokenizersBackend",
-            "bos_token": self.token(self.bos_token_id),
-            "eos_token": self.token(self.eos_token_id),
-            "unk_token": self.token(self.unk_token_id),
-            "pad_token": self.token(self.pad_token_id),
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "padding_side": "right",
-            "legacy": True,
-        }
+        roles = {"bos": self.bos_token_id, "eos": self.eos_token_id}
+        roles |= {"unk": self.unk_token_id, "pad": self.pad_token_id}
+        tokens = {f"{role}_token": self.token(token_id) for role, token_id in roles.items()}
+        # the class that takes tokenizer.json as it is; LlamaTokenizer changes leading blanks
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", **tokens}
 
     def _special(self, role: str, usual: str, settings: dict, required: bool = True) -> int | None:
         name = settings.get(f"{role}_token") or usual
@@ -218,6 +226,42 @@ class _HuggingFace:
 
     def token(self, token_id: int) -> str:
         return self._model.id_to_token(token_id)
+
+
+def _to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A byte-pair sentencepiece model for the tokenizers library, as LLaMA's are published."""
+    model = tokenizer._backend._model
+    pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    special = [i for i in pieces.values() if model.is_control(i) or model.is_unknown(i)]
+    merges = []  # (score, halves): sentencepiece joins the halves with the highest score first
+    for piece, i in pieces.items():
+        if i not in special and not model.is_byte(i):
+            halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+            known = [pair for pair in halves if pair[0] in pieces and pair[1] in pieces]
+            known.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
+            merges += [(model.get_score(i), pair) for pair in known]
+    merges.sort(key=lambda merge: -merge[0])
+    unk, bos = tokenizer.token(tokenizer.unk_token_id), tokenizer.token(tokenizer.bos_token_id)
+    result = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            pieces, [pair for _, pair in merges], unk_token=unk, fuse_unk=True, byte_fallback=True
+        )
+    )
+    blank = "\u2581"
+    prepend, replace = tokenizers.normalizers.Prepend, tokenizers.normalizers.Replace
+    result.normalizer = tokenizers.normalizers.Sequence([prepend(blank), replace(" ", blank)])
+    decoders = tokenizers.decoders
+    result.decoder = decoders.Sequence(
+        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)]
+    )
+    result.add_special_tokens(
+        [tokenizers.AddedToken(model.id_to_piece(i), normalized=False) for i in special]
+    )
+    result.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return result
 
 
 def _read_settings(folder: Path) -> dict:
