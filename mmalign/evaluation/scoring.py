@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from mmalign_kernels import pack_rows, target_logprobs
 from tqdm import tqdm
 
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.tokenizer import Tokenizer
-from mmalign_kernels import pack_rows, target_logprobs
 
 Request = tuple[str, str]  # (context, continuation)
 

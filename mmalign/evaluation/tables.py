@@ -72,3 +72,42 @@ def constant_answers(summary: dict) -> str:
     if "yes_rate" not in summary:
         return ""
     return " / ".join(percent(value) for value in summary["baselines"].values())
+
+
+COMPARISON_HEADINGS = ("A", "B", "B - A", "95% interval", "lost", "gained", "p (Holm)")
+
+
+def print_comparison(comparison: dict) -> None:
+    """Differences per task; those whose interval leaves out 0 in bold."""
+    console = open_console()
+    console.print(f"A: {comparison['a']}\nB: {comparison['b']}")
+    table = make_table("", "task", *COMPARISON_HEADINGS)
+    for name, row in comparison["tasks"].items():
+        style = "bold" if is_resolved(row) else None
+        table.add_row(*comparison_row(name, row), style=style)
+    console.print(table)
+    if not any(map(is_resolved, comparison["tasks"].values())):
+        console.print("No difference can be told from zero.")
+    if comparison["only_in_one"]:
+        console.print(f"not compared, as only one has it: {', '.join(comparison['only_in_one'])}")
+    console.print(f"{comparison['method']}; lost, gained: documents that turned wrong, right")
+
+
+def is_resolved(row: dict) -> bool:
+    """Whether the difference's interval leaves out zero."""
+    low, high = row["interval"]
+    return low > 0 or high < 0
+
+
+def comparison_row(name: str, row: dict) -> list[str]:
+    low, high = row["interval"]
+    return [
+        name,
+        percent(row["acc_a"]),
+        percent(row["acc_b"]),
+        f"{100 * row['difference']:+.1f}",
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        f"{row['lost']:,}" if "lost" in row else "",
+        f"{row['gained']:,}" if "gained" in row else "",
+        f"{row['p_holm']:.2g}" if "p_holm" in row else "",
+    ]
