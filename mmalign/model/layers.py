@@ -101,8 +101,9 @@ class RotaryTables(Constants):
         """(cos, sin) with at least max_seqlen rows."""
         num_positions, device = len(self.cos), self.cos.device
         if max_seqlen > num_positions:
-            grown = self._tables(max(max_seqlen, 2 * num_positions))
-            self.set(**{name: table.to(device) for name, table in grown.items()})
+            with torch.inference_mode(False):  # a table grown while scoring also serves training
+                grown = self._tables(max(max_seqlen, 2 * num_positions))
+                self.set(**{name: table.to(device) for name, table in grown.items()})
         return self.cos, self.sin
 
 

@@ -132,7 +132,8 @@ class Llava(nn.Module):
         if max(token_ids) >= vocab_size:
             raise UserError(
                 f"the image tokens have the ids {token_ids}, but the decoder's vocabulary has "
-                f"{vocab_size} tokens. Load it with the image tokens added (num_added_tokens)."
+                f"{vocab_size} tokens. Give a decoder with these tokens, and data.use_im_start_end "
+                "as in the run that trained the projector."
             )
 
     def _split_image_token_embeddings(self) -> None:

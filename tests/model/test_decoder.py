@@ -124,6 +124,14 @@ def test_rotary_tables_stay_exact_and_grow(tmp_path):
     assert not any("rotary" in name for name in decoder.state_dict())
 
 
+def test_tables_grown_while_scoring_serve_training(tmp_path):
+    hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path)
+    with torch.inference_mode():
+        run(decoder, text_samples())
+    loss_of(decoder, text_samples()).backward()
+
+
 def test_init_weights_depends_on_the_seed_alone(tmp_path):
     hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
     config = load_decoder(tmp_path).config
