@@ -10,6 +10,7 @@ complex_reasoning, complex_reasoning_77k) count as these.
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     path = Path(path)
     text, file_hash = _read_text(path)
     wanted = {_TYPES.get(name, name) for name in data.types}
-    limit = len(text) if data.num_samples is None else data.num_samples
+    limit = math.inf if data.num_samples is None else data.num_samples
     if limit < 1:
         raise UserError(f"--data.num-samples is {limit}, expected at least 1")
     content, ends, numbers, seen_ids, seen_types = bytearray(), [], [], set(), Counter()

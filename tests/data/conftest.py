@@ -1,0 +1,85 @@
+"""A tokenizer and a few samples with pictures that need nothing from outside."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+from mmalign.config import DataConfig
+from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.tokenizer import Tokenizer
+
+NUM_PATCHES, IMAGE_SIZE = 4, 28
+WORDS = "what colour is the small boat tied to a pier at sunset it looks red green or blue".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-pair sentencepiece model with LLaMA's settings."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    rng = np.random.default_rng(0)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(rng.choice(WORDS, size=9)) for _ in range(300)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared_data) -> Tokenizer:
+    return Tokenizer.from_pretrained(shared_data / "llama_tokenizer")
+
+
+@dataclass
+class World:
+    """A data file that a test may change, its images, and the dataset that they make."""
+
+    root: Path
+    tokenizer: Tokenizer
+    samples: list[dict]
+
+    def dataset(self, **settings) -> ConversationDataset:
+        path = self.root / "data.json"
+        path.write_text(json.dumps(self.samples))
+        data = DataConfig(path=str(path), image_root=str(self.root / "images"), **settings)
+        return ConversationDataset(
+            read_samples(path, data), self.tokenizer, data, NUM_PATCHES, IMAGE_SIZE
+        )
+
+
+@pytest.fixture
+def world(tmp_path, tokenizer) -> World:
+    """20 samples of 1 to 4 questions; every fourth has no image."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    samples = []
+    for i in range(20):
+        turns = []
+        for _ in range(int(rng.integers(1, 5))):
+            turns += [("human", rng.choice(WORDS, 6)), ("gpt", rng.choice(WORDS, 1 + i))]
+        turns = [{"from": speaker, "value": " ".join(words)} for speaker, words in turns]
+        sample = {"id": f"sample-{i}", "conversations": turns}
+        if i % 4:
+            sample["image"] = f"{i}.png"
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            pixels = rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        samples.append(sample)
+    return World(tmp_path, tokenizer, samples)

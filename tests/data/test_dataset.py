@@ -1,0 +1,127 @@
+"""What a sample becomes, and the samples that are refused."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from mmalign.data.conversation import IMAGE_SENTINEL, Turn, encode_conversation
+from mmalign.data.images import load_image
+from mmalign.data.packing import IGNORE_INDEX
+from mmalign.errors import SampleError, UserError
+from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES
+
+
+def talk(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_the_image_becomes_its_patches_in_place(world):
+    dataset = world.dataset(template="v1")
+    sample = dataset.encode(1)
+    turns = [Turn(turn["from"], turn["value"]) for turn in world.samples[1]["conversations"]]
+    ids, labels = encode_conversation(turns, "v1", world.tokenizer, True)
+    place = ids.index(IMAGE_SENTINEL)
+    patches = [world.tokenizer.image_token_id] * NUM_PATCHES
+    assert sample.input_ids.tolist() == ids[:place] + patches + ids[place + 1 :]
+    ignored = [IGNORE_INDEX] * NUM_PATCHES
+    assert sample.labels.tolist() == labels[:place] + ignored + labels[place + 1 :]
+    assert sample.input_ids.dtype == sample.labels.dtype == np.int32
+    assert sample.image == (world.root / "images/1.png").resolve()
+    expected = load_image(world.root / "images/1.png", IMAGE_SIZE)
+    assert torch.equal(dataset.load_pixels(1), expected)
+    assert dataset.encode(0).image is None and dataset.load_pixels(0) is None
+
+
+def test_text_only_equals_the_same_conversation_without_image(world):
+    with_image = world.dataset(text_only=True)
+    for sample in world.samples:
+        sample.pop("image", None)
+        first = sample["conversations"][0]
+        first["value"] = first["value"].removeprefix("<image>\n")
+    without = world.dataset()
+    for i in range(len(without)):
+        ours, expected = with_image.encode(i), without.encode(i)
+        assert ours.input_ids.tolist() == expected.input_ids.tolist()
+        assert ours.labels.tolist() == expected.labels.tolist()
+        assert ours.image is None and with_image.load_pixels(i) is None
+
+
+@pytest.mark.parametrize(
+    "conversations, image, problem",
+    [
+        (talk("what is it", "a boat"), "1.png", "0 <image> in its questions, expected 1"),
+        (talk("<image> what <image>", "a boat"), "1.png", "2 <image> in its questions, expected 1"),
+        (talk("<image>", "a", "<image>", "b"), "1.png", "2 <image> in its questions, expected 1"),
+        (talk("<image> what", "a boat"), None, "1 <image> in its questions, but .* no image"),
+        (talk("what", "an <image>"), "1.png", "<image> stands in an answer"),
+        (talk("<image>", ""), "1.png", "nothing to train on: an answer is empty"),
+        (talk("<image>", "a", "what", " \n"), "1.png", "nothing to train on: an answer is empty"),
+        (talk("<image> what"), "1.png", "nothing to train on .* a question without answer"),
+        ([], "1.png", "nothing to train on: no turns"),
+        (talk(" ", "a boat"), None, "a question is empty"),
+        (talk("what", "a", "what")[1:], None, "turn 1 is from 'gpt', expected 'human'"),
+        (talk("what") + talk("is", "it"), None, "turn 2 is from 'human', expected 'gpt'"),
+        ([{"from": "system", "value": "x"}], None, "turn 1 is from 'system'"),
+        (talk("what is <im_patch>", "a boat"), None, None),  # no such token in the vocabulary: text
+    ],
+)
+def test_conversations_that_do_not_fit(world, conversations, image, problem):
+    world.samples[1] = {"id": "odd", "conversations": conversations, "image": image}
+    dataset = world.dataset()
+    if problem is None:
+        assert dataset.encode(1).image is None
+        return
+    with pytest.raises(SampleError, match=f"sample 'odd': .*{problem}"):
+        dataset.encode(1)
+
+
+def test_plain_takes_one_question_and_one_answer(world):
+    world.samples[1]["conversations"] = talk("<image>", "a boat", "what", "a pier")
+    world.samples[2]["conversations"] = talk("<image>", "a boat")
+    dataset = world.dataset(template="plain")
+    with pytest.raises(SampleError, match="one question and one answer, got 4 turns"):
+        dataset.encode(1)
+    boat = world.tokenizer.encode("a boat\n")
+    patches = [world.tokenizer.image_token_id] * NUM_PATCHES
+    assert dataset.encode(2).input_ids.tolist() == [1, *patches, *boat]
+    assert dataset.encode(2).labels.tolist() == [IGNORE_INDEX] * (1 + NUM_PATCHES) + boat
+
+
+def test_max_length_counts_the_image_as_one_token(world):
+    length = len(world.dataset().encode(1).input_ids) - NUM_PATCHES + 1
+    assert len(world.dataset(max_length=length).encode(1).labels) == length + NUM_PATCHES - 1
+    with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} allowed"):
+        world.dataset(max_length=length - 1).encode(1)
+
+
+def test_images_must_lie_inside_the_image_root(world):
+    images, outside = world.root / "images", world.root / "outside.png"
+    outside.write_bytes((images / "1.png").read_bytes())
+    os.symlink(outside, images / "link.png")
+    os.symlink(world.root, images / "folder")
+    paths = [
+        "../outside.png",
+        str(outside),
+        "link.png",
+        "folder/outside.png",
+        "a/../../outside.png",
+    ]
+    for path in paths:
+        world.samples[1]["image"] = path
+        dataset = world.dataset()
+        for use in (dataset.encode, dataset.load_pixels):
+            with pytest.raises(SampleError, match="sample 'sample-1': .*outside the image root"):
+                use(1)
+    os.symlink(images / "1.png", images / "inside.png")
+    for path in ("./1.png", "../images/1.png", "inside.png", str(images / "1.png")):
+        world.samples[1]["image"] = path
+        assert world.dataset().encode(1).image == (images / "1.png").resolve()
+
+
+def test_image_root_that_is_no_folder(world):
+    (world.root / "images").rename(world.root / "moved")
+    with pytest.raises(UserError, match="image root .*images is not a folder"):
+        world.dataset()
+    assert len(world.dataset(text_only=True)) == 20

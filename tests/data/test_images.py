@@ -1,0 +1,124 @@
+"""Images against transformers' CLIPImageProcessor (the PIL version) fed as LLaVA feeds it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from mmalign.data.images import check_image, load_image
+from mmalign.errors import UserError
+
+PHOTOS = ("alpaca.png", "bard.jpg", "extreme_ironing.jpg", "llama.jpg", "llava_v1_5_radar.jpg")
+PHOTOS += ("vicuna.jpeg", "waterview.jpg")
+
+
+def clip_pixels(path: Path, image_size: int) -> np.ndarray:
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    image = Image.open(path).convert("RGB")
+    return np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
+
+
+def assert_within_one_level(path: Path, image_size: int) -> None:
+    ours = load_image(path, image_size)
+    assert ours.dtype == torch.uint8 and ours.shape == (3, image_size, image_size)
+    theirs = clip_pixels(path, image_size).astype(int)
+    assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("image_size", [28, 224, 336])
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photos_equal_clip(shared_data, name, image_size):
+    assert_within_one_level(shared_data / "llava/images" / name, image_size)
+
+
+# (height, width): enlarged, equal, one off, long, wide, rounding of the long side, halved and less
+SHAPES = [(1, 1), (5, 90), (30, 7), (224, 224), (224, 225), (225, 224), (37, 64), (900, 20)]
+SHAPES += [(223, 500), (17, 1000), (448, 449), (447, 600), (451, 1333), (900, 700)]
+
+
+@pytest.mark.parametrize("height, width", SHAPES)
+def test_noise_of_any_shape_equals_clip(tmp_path, height, width):
+    rng = np.random.default_rng(height * width)
+    pixels = rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255  # the worst for rounding
+    Image.fromarray(pixels).save(tmp_path / "noise.png", compress_level=0)
+    assert_within_one_level(tmp_path / "noise.png", 224)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("L", "png"), ("1", "png"), ("P", "png"), ("P", "gif"), ("LA", "png"), ("RGBA", "png")]
+    + [("CMYK", "jpg"), ("L", "jpg"), ("RGB", "webp"), ("RGB", "bmp")],
+)
+def test_modes_equal_clip(tmp_path, mode, suffix):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (90, 120), dtype=np.uint8)))
+    path = tmp_path / f"image.{suffix}"
+    image.save(path)
+    assert Image.open(path).mode == mode
+    assert_within_one_level(path, 56)
+
+
+def test_exif_orientation_is_left_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6  # stored on its side
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "plain.jpg")
+    turned, plain = (load_image(tmp_path / name, 28) for name in ("turned.jpg", "plain.jpg"))
+    assert torch.equal(turned, plain)
+    assert_within_one_level(tmp_path / "turned.jpg", 28)
+
+
+@pytest.mark.parametrize("read", [lambda path: load_image(path, 28), check_image])
+@pytest.mark.parametrize("name", ["waterview.jpg", "extreme_ironing.jpg", "alpaca.png"])
+def test_truncated_photos_are_refused(shared_data, tmp_path, name, read):
+    content = (shared_data / "llava/images" / name).read_bytes()
+    for share in (0.0, 0.01, 0.3, 0.6, 0.9, 0.97):
+        (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(UserError, match=f"{name} cannot be decoded"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [lambda path: load_image(path, 28), check_image])
+def test_other_unusable_files(tmp_path, monkeypatch, read):
+    with pytest.raises(UserError, match="no file .*absent.jpg"):
+        read(tmp_path / "absent.jpg")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        read(tmp_path)
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    with pytest.raises(UserError, match="page.jpg cannot be decoded"):
+        read(tmp_path / "page.jpg")
+    deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 15
+    Image.fromarray(deep).save(tmp_path / "deep.png")  # PIL would clip it to white
+    with pytest.raises(UserError, match="deep.png has mode I;16, more than 8 bits"):
+        read(tmp_path / "deep.png")
+    Image.new("RGB", (40, 50)).save(tmp_path / "large.png")
+    for limit in (1500, 500):  # PIL warns of the first and refuses the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UserError, match="large.png is too large"):
+            read(tmp_path / "large.png")
+
+
+def test_a_thread_of_an_image_is_refused_before_it_fills_memory(tmp_path):
+    Image.new("RGB", (20000, 1)).save(tmp_path / "thread.png")
+    with pytest.raises(UserError, match="thread.png is 20000 x 1"):
+        load_image(tmp_path / "thread.png", 224)
