@@ -1,0 +1,197 @@
+"""Attention in plain PyTorch: one fused call for each run of samples of one length, no padding."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .rms_norm import wide_type
+
+aten = torch.ops.aten
+
+
+def _runs(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Iterator[tuple[slice, int]]:
+    """Rows of consecutive samples of one length, and how many samples they are."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens}, got {bounds}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a sample has {max(lengths)} tokens")
+    first = 0
+    for i, length in enumerate(lengths):
+        if i + 1 == len(lengths) or lengths[i + 1] != length:
+            if length:
+                yield slice(bounds[first], bounds[i + 1]), i + 1 - first
+            first = i + 1
+
+
+def _by_sample(x: Tensor, rows: slice, count: int) -> Tensor:
+    """(total_tokens, heads, ...) -> (count, heads, length, ...), a view."""
+    return x[rows].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(count, heads, length, ...) -> (count * length, heads, ...)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if causal:
+        length = q.shape[-2]
+        above = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(above, -torch.inf)
+    return scores
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of (count, heads, length, head_dim)."""
+    if q.is_cpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.to(wide_type(x)) for x in (q, k, v))
+    scores = _scores(q, k.repeat_interleave(group, 1), causal)
+    logsumexp = scores.logsumexp(-1)
+    return (scores - logsumexp[..., None]).exp() @ v.repeat_interleave(group, 1), logsumexp
+
+
+def _attention_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_cpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, logsumexp, 0.0, causal
+        )
+    group = q.shape[1] // k.shape[1]
+    grad, q, k, v, out = (x.to(wide_type(x)) for x in (grad, q, k, v, out))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    probs = (_scores(q, k, causal) - logsumexp[..., None]).exp()
+    grad_scores = grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+    grad_scores.mul_(probs).mul_(q.shape[-1] ** -0.5)
+    grad_k, grad_v = grad_scores.transpose(-1, -2) @ q, probs.transpose(-1, -2) @ grad
+    grad_k, grad_v = (x.unflatten(1, (-1, group)).sum(2) for x in (grad_k, grad_v))
+    return grad_scores @ k, grad_k, grad_v
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """q, k, v (total_tokens, heads, head_dim) -> flat output, logsumexp (total_tokens, heads)."""
+    outs, logsumexps = [q.new_empty(0, *q.shape[1:])], [q.new_empty(0, q.shape[1])]
+    for rows, count in _runs(cu_seqlens, max_seqlen, len(q)):
+        out, logsumexp = _attention(*(_by_sample(x, rows, count) for x in (q, k, v)), causal)
+        outs.append(_flat(out).to(q.dtype))
+        logsumexps.append(_flat(logsumexp))
+    if len(outs) == 2:  # one call did it all
+        return outs[1].flatten(1), logsumexps[1].contiguous()
+    return torch.cat(outs).flatten(1), torch.cat(logsumexps)
+
+
+def _attend_bwd(
+    grad_out: Tensor, parts: tuple[Tensor, ...], cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """parts: q, k, v, out, logsumexp -> rows and their gradients of q, k, v (rows, heads, dim)."""
+    grad_out = grad_out.reshape(parts[3].shape)
+    for rows, count in _runs(cu_seqlens, max_seqlen, len(grad_out)):
+        grads = _attention_bwd(
+            *(_by_sample(x, rows, count) for x in (grad_out, *parts)), causal=causal
+        )
+        yield rows, tuple(_flat(x) for x in grads)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate x (rows, heads, head_dim) by cos, sin (rows, 1, 1, head_dim / 2) into out."""
+    x = x.to(cos.dtype).unflatten(-1, (2, -1))
+    wide = out.unflatten(-1, (2, -1)) if out.dtype == cos.dtype else torch.empty_like(x)
+    torch.mul(x, cos, out=wide)
+    wide[:, :, 0].addcmul_(x[:, :, 1], sin[:, 0], value=-1)
+    wide[:, :, 1].addcmul_(x[:, :, 0], sin[:, 0])
+    if out.dtype != cos.dtype:
+        out.copy_(wide.flatten(-2))
+
+
+def _angles(table: Tensor, position_ids: Tensor, like: Tensor) -> Tensor:
+    return table.index_select(0, position_ids).to(wide_type(like))[:, None, None]
+
+
+def _rotated_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_attention_heads: int, num_key_value_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k rotated, v as it is: (total_tokens, heads, head_dim)."""
+    heads = qkv.unflatten(1, (num_attention_heads + 2 * num_key_value_heads, -1))
+    turning, v = heads[:, :-num_key_value_heads], heads[:, -num_key_value_heads:]
+    rotated = qkv.new_empty(turning.shape)
+    _rotate(turning, cos, sin, rotated)
+    return rotated[:, :num_attention_heads], rotated[:, num_attention_heads:], v
+
+
+def rotary_attention_fwd(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = _angles(cos, position_ids, qkv), _angles(sin, position_ids, qkv)
+    qkv = qkv.contiguous()
+    q, k, v = _rotated_heads(qkv, cos, sin, num_attention_heads, num_key_value_heads)
+    return _attend(q, k, v, cu_seqlens, max_seqlen, causal)
+
+
+def rotary_attention_bwd(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    causal: bool,
+) -> Tensor:
+    cos, sin = _angles(cos, position_ids, qkv), _angles(sin, position_ids, qkv)
+    qkv = qkv.contiguous()
+    q, k, v = _rotated_heads(qkv, cos, sin, num_attention_heads, num_key_value_heads)
+    parts = (q, k, v, out.view(q.shape), logsumexp)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    sizes = (num_attention_heads, num_key_value_heads, num_key_value_heads)
+    heads = grad_qkv.unflatten(1, (sum(sizes), -1)).split(sizes, 1)
+    for rows, grads in _attend_bwd(grad_out, parts, cu_seqlens, max_seqlen, causal):
+        for part in (0, 1):
+            _rotate(grads[part], cos[rows], -sin[rows], heads[part][rows])
+        heads[2][rows] = grads[2]
+    return grad_qkv
+
+
+def full_attention_fwd(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_attention_heads: int
+) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.contiguous().unflatten(1, (3, num_attention_heads, -1)).unbind(1)
+    return _attend(q, k, v, cu_seqlens, max_seqlen, causal=False)
+
+
+def full_attention_bwd(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_attention_heads: int,
+) -> Tensor:
+    parts = qkv.contiguous().unflatten(1, (3, num_attention_heads, -1)).unbind(1)
+    parts = (*parts, out.view(parts[0].shape), logsumexp)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    heads = grad_qkv.unflatten(1, (3, num_attention_heads, -1)).unbind(1)
+    for rows, grads in _attend_bwd(grad_out, parts, cu_seqlens, max_seqlen, causal=False):
+        for part in range(3):
+            heads[part][rows] = grads[part]
+    return grad_qkv
