@@ -10,7 +10,7 @@ from mmalign.config import TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
 from mmalign.errors import UserError
-from mmalign.model.config import VisionConfig
+from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
@@ -77,8 +77,9 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
         decoder = load_decoder(config.model.decoder, dtype)
         model = Llava(decoder, None, None, tokenizer)
     else:
-        added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
-        decoder = load_decoder(config.model.decoder, dtype, num_added_tokens=added)
+        decoder = load_decoder(
+            config.model.decoder, dtype, num_added_tokens=_num_missing_rows(config, tokenizer)
+        )
         tower = load_vision_tower(config.model.vision_tower, dtype)
         projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer)
@@ -88,3 +89,10 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
     model.set_stage(config)
     return model
+
+
+def _num_missing_rows(config: TrainConfig, tokenizer: Tokenizer) -> int:
+    """Rows of image tokens that the decoder's vocabulary lacks; an export of ours has them."""
+    added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
+    vocab_size = DecoderConfig.from_hf(config.model.decoder).vocab_size
+    return max(0, tokenizer.vocab_size + added - vocab_size)

@@ -59,7 +59,9 @@ class Trainer:
         self._resume()
         self.replica = self.model
         if ranks.world_size > 1:
-            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.replica = DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     # ---- before the first step ----
 

@@ -39,6 +39,6 @@ def test_bf16_parameters_follow_an_fp32_master():
         master.grad = torch.ones_like(master)
         optimizer.step(1e-5, optimizer.gradient_norm())
         reference.step()
-    upper = parameter.detach().view(torch.int16).int() << 16
-    lower = optimizer.remainder["weight"].int() & 0xFFFF
-    torch.testing.assert_close((upper | lower).view(torch.float32), master.detach())
+    # read as integers, the weight's 16 bits and the signed remainder add up to the fp32 master
+    bits = (parameter.detach().view(torch.int16).int() << 16) + optimizer.remainder["weight"].int()
+    torch.testing.assert_close(bits.view(torch.float32), master.detach())
