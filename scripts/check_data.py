@@ -15,7 +15,7 @@ from rich.console import Console
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.preview import show_report
+from mmalign.data.preview import TokenizerConfig, show_report
 from mmalign.errors import UserError
 
 
@@ -26,14 +26,8 @@ class CheckData(DataConfig):
 
 
 @dataclass(frozen=True)
-class CheckModel:
-    tokenizer: str
-    """Folder or file with tokenizer.model or tokenizer.json."""
-
-
-@dataclass(frozen=True)
 class Check:
-    model: CheckModel
+    model: TokenizerConfig
     data: tyro.conf.FlagConversionOff[CheckData] = CheckData()
     image_size: int = 224
     patch_size: int = 14

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mmalign.config import DataConfig
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.preview import show, write_json
+from mmalign.data.preview import TokenizerConfig, show, write_json
 from mmalign.errors import UserError
 
 
@@ -26,14 +26,8 @@ class PreviewData(DataConfig):
 
 
 @dataclass(frozen=True)
-class PreviewModel:
-    tokenizer: str
-    """Folder or file with tokenizer.model or tokenizer.json."""
-
-
-@dataclass(frozen=True)
 class Preview:
-    model: PreviewModel
+    model: TokenizerConfig
     data: tyro.conf.FlagConversionOff[PreviewData] = PreviewData()
     num_samples: int | None = None
     """Show only the first N samples; without it 4, or all with --json."""
@@ -48,8 +42,8 @@ class Preview:
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
     config = tyro.cli(Preview, description=__doc__)
-    num_samples = config.num_samples or config.data.num_samples or (None if config.json else 4)
-    data = replace(config.data, num_samples=num_samples)
+    limits = [n for n in (config.num_samples, config.data.num_samples) if n is not None]
+    data = replace(config.data, num_samples=min(limits, default=None if config.json else 4))
     sizes = config.image_size, config.patch_size
     try:
         dataset = ConversationDataset.open(data, config.model.tokenizer, *sizes)

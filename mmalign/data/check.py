@@ -70,7 +70,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
             arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
             return CheckReport(*arrays, skipped)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # none, or cut short: check again
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # none, or cut short
         return None
 
 
@@ -97,7 +97,7 @@ def _run(
     dataset: ConversationDataset, chunks: list[range], num_workers: int | None
 ) -> Iterator[tuple[np.ndarray, list[SampleError]]]:
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if dataset.data.num_workers else 0
+        num_workers = _num_cores() if dataset.data.num_workers else 0
     if num_workers == 0 or len(chunks) == 1:
         yield from (_check_chunk(dataset, chunk) for chunk in chunks)
         return
@@ -105,6 +105,12 @@ def _run(
         min(num_workers, len(chunks)), initializer=_start_worker, initargs=(dataset,)
     ) as pool:
         yield from pool.map(_check_chunk_in_worker, chunks)
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _worker_dataset: ConversationDataset | None = None

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -18,6 +19,13 @@ from mmalign.data.loader import micro_batches
 from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from mmalign.errors import SampleError
 from mmalign.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer: str
+    """Folder or file with tokenizer.model or tokenizer.json."""
+
 
 _STYLES = {"supervised": "bold green", "image": "cyan", "special": "dim", "text": ""}
 

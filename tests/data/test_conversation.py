@@ -60,6 +60,13 @@ def test_v0_equals_the_reference_on_answers_and_end_markers(gold, llama_tokenize
         assert text_of(left_out, llama_tokenizer) == "###" + "### Assistant:" * len(answers) + " "
 
 
+def test_tokenizer_json_gives_the_same_ids_and_labels(gold, llama_tokenizer, tmp_path):
+    llama_tokenizer.save(tmp_path)
+    from_json = Tokenizer.from_pretrained(tmp_path / "tokenizer.json")
+    for sample in gold:
+        assert encode(sample, from_json) == encode(sample, llama_tokenizer), sample["id"]
+
+
 def test_prompts_equal_the_reference(gold, llama_tokenizer):
     tokenizer = llama_tokenizer
     names = {1: "<s>", 2: "</s>", IMAGE_SENTINEL: "<image>"}

@@ -4,12 +4,14 @@ import os
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from mmalign.data.conversation import IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.data.images import load_image
 from mmalign.data.packing import IGNORE_INDEX
 from mmalign.errors import SampleError, UserError
+from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES
 
 
@@ -75,6 +77,24 @@ def test_conversations_that_do_not_fit(world, conversations, image, problem):
         return
     with pytest.raises(SampleError, match=f"sample 'odd': .*{problem}"):
         dataset.encode(1)
+
+
+def test_a_text_may_not_make_the_id_of_image_positions(world, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["what is it a boat"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=["<im_patch>"],
+        minloglevel=2,
+    )
+    world.tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer.model")
+    assert world.tokenizer.image_token_id == 3
+    world.samples[0]["conversations"] = talk("what is <im_patch>", "a boat")
+    with pytest.raises(SampleError, match="the text contains '<im_patch>'"):
+        world.dataset().encode(0)
+    assert (world.dataset().encode(1).input_ids == 3).sum() == NUM_PATCHES
 
 
 def test_plain_takes_one_question_and_one_answer(world):

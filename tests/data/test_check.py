@@ -1,0 +1,187 @@
+"""Every kind of bad sample stops the run before training, or is skipped and counted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmalign.config import DataConfig
+from mmalign.data.check import check_samples, load_report
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.packing import IGNORE_INDEX
+from mmalign.errors import SampleError, UserError
+
+BAD = 5  # the sample that a test spoils; it has an image
+
+
+def truncate(world) -> None:
+    path = world.root / "images" / f"{BAD}.png"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def leave_root(world) -> None:
+    (world.root / "images" / "5.png").rename(world.root / "5.png")
+    world.samples[BAD]["image"] = "../5.png"
+
+
+def last_turn(text: str):
+    def spoil(world) -> None:
+        world.samples[BAD]["conversations"][-1]["value"] = text
+
+    return spoil
+
+
+def drop_answer(world) -> None:
+    world.samples[BAD]["conversations"] = world.samples[BAD]["conversations"][:1]
+
+
+SPOILED = {
+    "missing image": (lambda w: (w.root / "images/5.png").unlink(), "no file .*5.png"),
+    "truncated image": (truncate, "5.png cannot be decoded"),
+    "no image for <image>": (lambda w: w.samples[BAD].pop("image"), "1 <image> in its questions"),
+    "<image> in an answer": (last_turn("a <image>"), "<image> stands in an answer"),
+    "empty answer": (last_turn(""), "nothing to train on"),
+    "no answer": (drop_answer, "nothing to train on"),
+    "too long": (last_turn("a boat " * 400), "tokens .* at most 500 allowed"),
+    "outside the root": (leave_root, "outside the image root"),
+    "malformed": (lambda w: w.samples[BAD].update(conversations=3), "expected a list of turns"),
+}
+
+
+@pytest.mark.parametrize("spoil, problem", SPOILED.values(), ids=SPOILED)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples(world, monkeypatch, spoil, problem, num_workers):
+    monkeypatch.setattr("mmalign.data.check._CHUNK", 8)  # three pieces of work
+    spoil(world)
+    with pytest.raises(SampleError, match=f"sample 'sample-{BAD}': .*{problem}"):
+        check_samples(world.dataset(max_length=500), num_workers=num_workers, progress=False)
+    dataset = world.dataset(max_length=500, on_bad_sample="skip")
+    report = check_samples(dataset, num_workers=num_workers, progress=False)
+    assert [error.sample_id for error in report.skipped] == [f"sample-{BAD}"]
+    assert report.kept.tolist() == [i for i in range(20) if i != BAD]
+
+
+def test_report_counts_what_training_will_see(world):
+    dataset = world.dataset()
+    report = check_samples(dataset, num_workers=0, progress=False)
+    encoded = [dataset.encode(i) for i in range(20)]
+    assert report.lengths.tolist() == [len(sample.input_ids) for sample in encoded]
+    targets = [sample.labels[1:] for sample in encoded]
+    assert report.num_loss_tokens.tolist() == [int((t != IGNORE_INDEX).sum()) for t in targets]
+    assert report.num_images.tolist() == [int(sample.image is not None) for sample in encoded]
+    assert report.kept.dtype == np.int64 and report.lengths.dtype == np.int32
+
+
+def test_error_counts_and_lists_the_offenders(world):
+    for sample in world.samples[3:16]:
+        sample["conversations"] = sample["conversations"][:1]
+    with pytest.raises(SampleError) as caught:
+        check_samples(world.dataset(), progress=False)
+    assert caught.value.sample_id == "sample-3"
+    assert "13 of 20 samples cannot be used" in str(caught.value)
+    assert "'sample-12'" in str(caught.value) and "'sample-13'" not in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+
+
+def test_no_usable_sample_is_an_error_even_with_skip(world):
+    world.samples = world.samples[:1]
+    world.samples[0]["conversations"] = []
+    with pytest.raises(UserError, match="no usable sample: sample 'sample-0'"):
+        check_samples(world.dataset(on_bad_sample="skip"), progress=False)
+
+
+def test_without_check_images_a_file_only_has_to_be_there(world):
+    truncate(world)
+    assert len(check_samples(world.dataset(check_images=False), progress=False).kept) == 20
+    (world.root / "images/5.png").unlink()
+    with pytest.raises(SampleError, match="sample 'sample-5': no file"):
+        check_samples(world.dataset(check_images=False), progress=False)
+
+
+def test_text_only_needs_no_images(world):
+    dataset = world.dataset(text_only=True)
+    for path in (world.root / "images").iterdir():
+        path.unlink()
+    report = check_samples(dataset, progress=False)
+    assert len(report.kept) == 20 and not report.num_images.any()
+
+
+def same(a, b) -> bool:
+    arrays = ("kept", "lengths", "num_loss_tokens", "num_images")
+    equal = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+    return equal and [str(e) for e in a.skipped] == [str(e) for e in b.skipped]
+
+
+def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, tmp_path):
+    cache = tmp_path / "run" / "check.npz"
+    last_turn("")(world)
+    skip = {"on_bad_sample": "skip"}
+    first = check_samples(world.dataset(**skip), cache, progress=False)
+    calls = []
+    check_image = ConversationDataset.check_image
+    monkeypatch.setattr(
+        ConversationDataset, "check_image", lambda *a: calls.append(a) or check_image(*a)
+    )
+    again = check_samples(world.dataset(**skip), cache, progress=False)
+    assert same(first, again) and not calls
+    assert same(load_report(world.dataset(num_workers=0, **skip), cache), first)
+    # anything that decides what the samples become makes the report void
+    for settings in ({"template": "v0"}, {"max_length": 300}, {"use_im_start_end": False}):
+        assert load_report(world.dataset(**skip, **settings), cache) is None
+    assert load_report(world.dataset(), cache) is None  # on_bad_sample error
+    dataset = world.dataset(**skip)
+    dataset.num_patches += 1
+    assert load_report(dataset, cache) is None
+    data = replace(dataset.data, image_root=str(tmp_path))
+    moved = ConversationDataset(dataset.samples, dataset.tokenizer, data, 4, 28)
+    assert load_report(moved, cache) is None
+    world.samples[0]["conversations"][1]["value"] += " too"
+    assert load_report(world.dataset(**skip), cache) is None
+    second = check_samples(world.dataset(**skip), cache, progress=False)
+    assert calls and not same(first, second)
+    # a file cut short, as by a full disk, is no report
+    cache.write_bytes(cache.read_bytes()[:300])
+    assert load_report(world.dataset(**skip), cache) is None
+    cache.write_bytes(b"")
+    assert same(check_samples(world.dataset(**skip), cache, progress=False), second)
+
+
+def test_a_failed_check_is_not_remembered(world, tmp_path):
+    path = world.root / "images" / f"{BAD}.png"
+    content = path.read_bytes()
+    truncate(world)
+    for _ in range(2):
+        with pytest.raises(SampleError):
+            check_samples(world.dataset(), tmp_path / "check.npz", progress=False)
+    path.write_bytes(content)  # the data file is as it was
+    report = check_samples(world.dataset(), tmp_path / "check.npz", progress=False)
+    assert len(report.kept) == 20
+
+
+def test_real_text_and_photos(shared_data, llama_tokenizer, tmp_path):
+    photos = sorted((shared_data / "llava/images").iterdir())
+    lines = (shared_data / "llava/coco2014_val_gpt4_qa_30x3.jsonl").read_text().splitlines()
+    samples = []
+    for i, question in enumerate(map(json.loads, lines)):
+        texts = ("human", f"<image>\n{question['instruction']}"), ("gpt", question["output"])
+        turns = [{"from": speaker, "value": value} for speaker, value in texts]
+        samples.append(
+            {"id": i, "image": photos[i % len(photos)].name, "type": question["type"]}
+            | {"conversations": turns}
+        )
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    settings = {"template": "v1", "types": ("detail", "reasoning")}
+    dataset = ConversationDataset.open(
+        DataConfig(str(tmp_path / "data.json"), str(photos[0].parent), **settings),
+        shared_data / "llama_tokenizer",
+        image_size=224,
+        patch_size=14,
+    )
+    report = check_samples(dataset, progress=False)
+    assert len(report.kept) == 60 and report.lengths.min() > 256 and report.num_images.all()
+    assert all(dataset.load_pixels(i).shape == (3, 224, 224) for i in range(len(photos)))
+    assert all(dataset.load_pixels(i).dtype == torch.uint8 for i in range(len(photos)))
+    assert Image.open(photos[0]).mode == "RGBA"

@@ -1,0 +1,119 @@
+"""What the commands show is what is trained on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from mmalign.data import preview
+from mmalign.data.check import check_samples
+from tests.conftest import REPOSITORY
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "scripts" / script), *map(str, arguments)]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_json_equals_the_reference(shared_data, tmp_path):
+    gold = json.loads((shared_data / "formats/conversations.json").read_text())["samples"]
+    gold = [s for s in gold if s["template"] == "v1" and not s["mm_use_im_start_end"]]
+    samples = [
+        {"id": s["id"], "conversations": s["conversations"]}
+        | ({"image": "not-opened.jpg"} if s["has_image"] else {})
+        for s in gold
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    done = run(
+        "preview_batch.py",
+        *("--data.path", tmp_path / "data.json", "--data.image-root", tmp_path),
+        *("--data.template", "v1", "--data.use-im-start-end", "False", "--json"),
+        *("--model.tokenizer", shared_data / "llama_tokenizer"),
+    )
+    assert done.returncode == 0, done.stderr
+    for line, sample in zip(done.stdout.splitlines(), gold, strict=True):
+        ours = json.loads(line)
+        assert ours["id"] == sample["id"]
+        assert [-200 if i == 32000 else i for i in squeeze(ours["input_ids"])] == sample[
+            "input_ids"
+        ]
+        patches = ours["input_ids"].count(32000)
+        assert patches == (256 if sample["has_image"] else 0)
+        supervised = [label for label in ours["labels"] if label != -100]
+        assert supervised == [label for label in sample["labels"] if label != -100]
+        assert len(ours["labels"]) == len(ours["input_ids"])
+
+
+def squeeze(ids: list[int]) -> list[int]:
+    return [a for a, b in zip(ids, [*ids[1:], None], strict=True) if (a, b) != (32000, 32000)]
+
+
+def test_view_marks_exactly_the_answers(world, capsys):
+    for colour in (False, True):
+        console = Console(width=10_000, force_terminal=colour, color_system="standard")
+        preview.show(world.dataset(), 400, console)
+        shown = capsys.readouterr().out
+        mark = r"\x1b\[1;32m(.*?)\x1b\[0m" if colour else r"\[\[(.*?)\]\]"
+        answers = [
+            f" {turn['value']}</s>"
+            for sample in world.samples
+            for turn in sample["conversations"]
+            if turn["from"] == "gpt"
+        ]
+        samples = shown.split("sample sample-", 1)[1]  # after the legend
+        assert sorted(re.findall(mark, samples)) == sorted(answers)
+        assert shown.count("<image x 4>") == sum("image" in sample for sample in world.samples)
+
+
+def test_view_shows_the_packing_map(world):
+    dataset = world.dataset()
+    report = check_samples(dataset, num_workers=0, progress=False)
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    preview.show(dataset, 100_000, console)
+    shown = console.export_text()
+    total = report.lengths.sum()
+    assert re.search(rf"0 .* 20 .* 15 .* {total} .* {report.num_loss_tokens.sum()} ", shown)
+    boundaries = [0, *report.lengths.cumsum().tolist()]
+    assert f"0: {' '.join(map(str, boundaries))}" in shown.replace("\n", " ")
+
+
+def test_pieces_show_blanks_and_characters_of_several_bytes(llama_tokenizer):
+    text = "  two \u2603 [INST]\n\nline\U0001d11e"
+    ids = [1, *llama_tokenizer.encode(text), 2]
+    supervised = [False] * 4 + [True] * (len(ids) - 4)  # from the first byte of U+2603 on
+    shown = list(preview.pieces(ids, supervised, llama_tokenizer))
+    assert "".join(piece for piece, _ in shown) == f"<s>{text}</s>"
+    assert [kind for _, kind in shown] == ["special", "text", "supervised"]
+
+
+def test_commands_end_with_an_error_for_bad_data(world):
+    world.dataset()
+    world.samples[5]["conversations"][1]["value"] = ""
+    world.samples[9]["image"] = "../x.png"
+    world.dataset()
+    common = ["--data.path", world.root / "data.json", "--data.image-root", world.root / "images"]
+    common += ["--model.tokenizer", world.tokenizer.path, "--image-size", "28"]
+    done = run("check_data.py", *common)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"usable\W+18\b", done.stdout)
+    assert "'sample-5': nothing to train on" in done.stdout
+    assert "'sample-9': its image '../x.png' lies outside" in done.stdout
+    done = run("preview_batch.py", *common, "--num-samples", "8")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: sample 'sample-5': nothing to train on")
+
+
+@pytest.mark.parametrize("script", ["check_data.py", "preview_batch.py"])
+def test_commands_without_a_tokenizer(world, script):
+    world.dataset()
+    done = run(
+        script, "--data.path", world.root / "data.json", "--model.tokenizer", world.root / "absent"
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no tokenizer: looked for") and done.stdout == ""
