@@ -19,7 +19,8 @@ from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, Task
 
 METHOD = (
     f"paired percentile bootstrap, {NUM_RESAMPLES:,} resamples of documents (of whole groups in "
-    "deontology, justice and virtue); p: exact McNemar test, Holm-corrected over the tasks"
+    "deontology, justice and virtue); p: exact McNemar test, Holm-corrected over the tasks, which "
+    "takes all documents as independent (where they come in groups, trust the interval)"
 )
 
 

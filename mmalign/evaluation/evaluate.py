@@ -13,7 +13,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
 from mmalign.evaluation.metrics import ethics_mean, make_item, summarize
 from mmalign.evaluation.remarks import remarks
-from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
+from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
 from mmalign.evaluation.tables import print_results
 from mmalign.evaluation.tasks import (
     PROMPT_VERSION,
@@ -25,6 +25,11 @@ from mmalign.model.config import DecoderConfig
 from mmalign.model.hf_weights import load_decoder
 from mmalign.tokenizer import Tokenizer
 
+PROTOCOL = {
+    "prompts": PROMPT_VERSION,
+    "bos": "none",
+    "score": "sum of the log-probabilities of the choice's tokens, not divided by their number",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,37 +50,34 @@ def evaluate_model(
     the first documents of each task. Writes output/items.jsonl, then output/results.json. Prints
     progress and a table unless quiet. Raises UserError for anything wrong with what was given.
     """
-    weights, output = find_weights(model), Path(output)
-    names = resolve_tasks(tasks)
+    weights, output, names = find_weights(model), Path(output), resolve_tasks(tasks)
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
+    target = choose_device(device)
     documents = load_documents(names, data_root, limit)
-    tokenizer = Tokenizer.from_pretrained(weights)
-    plan = _plan(documents, tokenizer, DecoderConfig.from_hf(weights), batch_tokens, quiet)
-    output.mkdir(parents=True, exist_ok=True)
-    device = choose_device(device)
-    decoder = load_decoder(weights, dtype=DTYPES[precision]).to(device)
-    started = time.perf_counter()
-    scores = iter(run_plan(decoder, plan, device, progress=not quiet))
-    seconds = time.perf_counter() - started
-    items = {
-        task: [make_item(doc, [next(scores) for _ in doc.requests]) for doc in documents[task]]
-        for task in names
-    }
     config = {
         "model": str(model),
         "weights": str(weights),
-        "tokenizer_sha256": tokenizer.fingerprint,
         "data_root": str(data_root),
         "data_files": describe_data(names, data_root),
-        "prompts": PROMPT_VERSION,
-        "bos": "none",
-        "score": "sum of the log-probabilities of the choice's tokens, not divided by their number",
+        **PROTOCOL,
         "limit": limit,
         "precision": precision,
         "batch_tokens": batch_tokens,
-        "max_length": decoder.config.max_position_embeddings,
-        **_measurements(plan, seconds),
-        "versions": _versions(device),
     }
+    tokenizer = Tokenizer.from_pretrained(weights)
+    plan = _plan(documents, tokenizer, DecoderConfig.from_hf(weights), batch_tokens, quiet)
+    output.mkdir(parents=True, exist_ok=True)
+    decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
+    started = time.perf_counter()
+    scores = run_plan(decoder, plan, target, progress=not quiet)
+    config |= {
+        "max_length": decoder.config.max_position_embeddings,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        **_measurements(plan, time.perf_counter() - started),
+        "versions": _versions(target),
+    }
+    items = _items(documents, scores)
     results = _summaries(items) | {"config": config}
     _write(output, items, results)
     if not quiet:
@@ -126,6 +128,14 @@ def _plan(
         progress=not quiet,
         names=[document.name for document in flat for _ in document.requests],
     )
+
+
+def _items(documents: dict[str, list[Document]], scores: list[Score]) -> dict[str, list[dict]]:
+    remaining = iter(scores)  # in the order of the requests
+    return {
+        task: [make_item(doc, [next(remaining) for _ in doc.requests]) for doc in rows]
+        for task, rows in documents.items()
+    }
 
 
 def _summaries(items: dict[str, list[dict]]) -> dict[str, dict]:

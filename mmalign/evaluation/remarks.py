@@ -43,4 +43,5 @@ def _constant_answer(name: str, summary: dict) -> list[str]:
         rate, answer = 1 - rate, task.answer_of_label_0
     if rate < _NEARLY_ALWAYS:
         return []
-    return [f'{name}: the model answers "{task.answer_name(answer)}" to {percent(rate)}%.']
+    said = task.answer_name(answer)
+    return [f'{name}: the model answers "{said}" to {percent(rate)}% of the documents.']

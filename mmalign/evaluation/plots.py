@@ -1,0 +1,144 @@
+"""The figures of report.md, drawn without a display."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for colour-blind eyes
+_GREY = "#6b6b6b"
+_CONSTANT_MARKERS = {"always yes": "^", "always no": "v", "shortest choice": "s"}
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
+    """Loss and tokens/s over the optimizer steps; one column a stage. stages: metrics.jsonl."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            2,
+            len(stages),
+            figsize=(5 * len(stages), 5.2),
+            sharex="col",
+            squeeze=False,
+            height_ratios=(2, 1),
+            layout="constrained",
+        )
+        for column, (name, records) in enumerate(stages.items()):
+            loss, speed = axes[:, column]
+            _plot_series(loss, records, "loss", COLORS[column % len(COLORS)])
+            _plot_series(speed, records, "tokens_per_second", COLORS[column % len(COLORS)])
+            loss.set_title(name, fontweight="bold")
+            speed.set_ylim(bottom=0)
+            speed.set_xlabel("optimizer step")
+            speed.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            speed.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes[0, 0].set_ylabel("loss (nats a token)")
+        axes[1, 0].set_ylabel("tokens/s")
+        for axis in axes[0]:
+            axis.legend()
+        figure.align_ylabels()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _plot_series(axes: Axes, records: list[dict], key: str, color: str) -> None:
+    steps = np.array([record["step"] for record in records])
+    values = np.array([record[key] for record in records])
+    half = len(values) // 50
+    axes.plot(
+        steps, values, color=color, alpha=0.3 if half else 1.0, linewidth=0.8, label="one step"
+    )
+    if half:
+        window = 2 * half + 1  # centred, so that the mean does not lag behind
+        mean = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps[half:-half], mean, color=color, label=f"mean of {window} steps")
+
+
+def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
+    """Scores with 95% intervals, model by model, and what each task gives for nothing.
+
+    evaluations: name -> results.json.
+    """
+    tasks = list(dict.fromkeys(t for results in evaluations.values() for t in results))
+    tasks.remove("config")
+    rows = {task: row for row, task in enumerate(tasks)}
+    with plt.rc_context(_STYLE):
+        height = 1.3 + 0.55 * len(tasks)
+        figure, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
+        axes.grid(axis="y", visible=False)
+        for row in range(1, len(tasks), 2):  # bands lead the eye from the name to the marks
+            axes.axhspan(row - 0.5, row + 0.5, color="#f6f6f6", linewidth=0)
+        _plot_references(axes, evaluations, rows)
+        offsets = np.linspace(-0.2, 0.2, len(evaluations)) if len(evaluations) > 1 else [0.0]
+        for index, (name, results) in enumerate(evaluations.items()):
+            shown = [task for task in tasks if task in results]
+            _plot_model(
+                axes,
+                name,
+                [results[t] for t in shown],
+                COLORS[index % len(COLORS)],
+                [rows[task] + offsets[index] for task in shown],
+            )
+        axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(tasks) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("score (%), with 95% interval")
+        figure.legend(loc="outside upper center", ncols=6)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _plot_model(axes: Axes, name: str, summaries: list[dict], color: str, rows: list) -> None:
+    scores = [100 * summary["acc"] for summary in summaries]
+    intervals = 100 * np.array([summary["interval"] for summary in summaries])
+    errors = np.abs(intervals.T - scores)  # (2, num_tasks): below, above
+    axes.errorbar(
+        scores, rows, xerr=errors, fmt="o", color=color, markersize=5.5, elinewidth=1.6, label=name
+    )
+
+
+def _plot_references(axes: Axes, evaluations: dict[str, dict], rows: dict[str, int]) -> None:
+    references = {}  # chance and constant answers belong to the documents, not to the model
+    for results in evaluations.values():
+        references |= {task: results[task] for task in rows if task in results}
+    centers = np.array(list(rows.values()))
+    chance = [100 * references[task]["chance"] for task in rows]
+    axes.vlines(
+        chance, centers - 0.42, centers + 0.42, color="black", linewidth=1.6, label="chance"
+    )
+    marks: dict[str, list[tuple[float, int]]] = {label: [] for label in _CONSTANT_MARKERS}
+    for task, row in rows.items():
+        baselines = list(references[task].get("baselines", {}).values())
+        labels = list(_CONSTANT_MARKERS)[:2] if len(baselines) == 2 else ["shortest choice"]
+        for label, value in zip(labels, baselines, strict=False):
+            marks[label].append((100 * value, row))
+    for label, points in marks.items():
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle="",
+                marker=_CONSTANT_MARKERS[label],
+                markersize=6.5,
+                markerfacecolor="white",
+                markeredgecolor=_GREY,
+                label=label,
+            )
