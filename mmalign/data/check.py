@@ -156,17 +156,14 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
 
 
 def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    arrays = {name: value for name, value in vars(report).items() if name != "skipped"}
     skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
-    with temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            fingerprint=fingerprint,
-            kept=report.kept,
-            lengths=report.lengths,
-            num_loss_tokens=report.num_loss_tokens,
-            num_images=report.num_images,
-            skipped=skipped,
-        )
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, fingerprint=fingerprint, skipped=skipped, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write the data check to {path} ({error.strerror})") from error

@@ -1,5 +1,6 @@
 """Every kind of bad sample stops the run before training, or is skipped and counted."""
 
+import errno
 import json
 from dataclasses import replace
 
@@ -159,6 +160,17 @@ def test_a_failed_check_is_not_remembered(world, tmp_path):
     path.write_bytes(content)  # the data file is as it was
     report = check_samples(world.dataset(), tmp_path / "check.npz", progress=False)
     assert len(report.kept) == 20
+
+
+def test_a_report_that_cannot_be_written(world, monkeypatch, tmp_path):
+    def fill_disk(file, **arrays):
+        file.write(b"half a rep")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fill_disk)
+    with pytest.raises(UserError, match=r"cannot write .*check.npz \(No space left on device\)"):
+        check_samples(world.dataset(), tmp_path / "run/check.npz", progress=False)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_real_text_and_photos(shared_data, llama_tokenizer, tmp_path):
