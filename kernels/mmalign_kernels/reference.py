@@ -39,7 +39,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_DWEIGHT_ROWS = 512  # rows in a partial sum: dweight stays about as exact as a pairwise sum
+_DWEIGHT_ROWS = 256  # rows in a partial sum: dweight stays about as exact as a pairwise sum
 
 # RMSNorm
 

@@ -45,10 +45,21 @@ def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return scores
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of (count, heads, length, head_dim)."""
-    if q.is_cpu:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of (count, heads, length, head_dim), by PyTorch's CPU kernel."""
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+def fused_attention_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, logsumexp, 0.0, causal
+    )
+
+
+def spelled_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """The same on any device, with all scores in memory."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.to(wide_type(x)) for x in (q, k, v))
     scores = _scores(q, k.repeat_interleave(group, 1), causal)
@@ -56,13 +67,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, T
     return (scores - logsumexp[..., None]).exp() @ v.repeat_interleave(group, 1), logsumexp
 
 
-def _attention_bwd(
+def spelled_attention_bwd(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cpu:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, logsumexp, 0.0, causal
-        )
     group = q.shape[1] // k.shape[1]
     grad, q, k, v, out = (x.to(wide_type(x)) for x in (grad, q, k, v, out))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -79,8 +86,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v (total_tokens, heads, head_dim) -> flat output, logsumexp (total_tokens, heads)."""
     outs, logsumexps = [q.new_empty(0, *q.shape[1:])], [q.new_empty(0, q.shape[1])]
+    attention = fused_attention if q.is_cpu else spelled_attention
     for rows, count in _runs(cu_seqlens, max_seqlen, len(q)):
-        out, logsumexp = _attention(*(_by_sample(x, rows, count) for x in (q, k, v)), causal)
+        out, logsumexp = attention(*(_by_sample(x, rows, count) for x in (q, k, v)), causal)
         outs.append(_flat(out).to(q.dtype))
         logsumexps.append(_flat(logsumexp))
     if len(outs) == 2:  # one call did it all
@@ -93,8 +101,9 @@ def _attend_bwd(
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """parts: q, k, v, out, logsumexp -> rows and their gradients of q, k, v (rows, heads, dim)."""
     grad_out = grad_out.reshape(parts[3].shape)
+    attention_bwd = fused_attention_bwd if grad_out.is_cpu else spelled_attention_bwd
     for rows, count in _runs(cu_seqlens, max_seqlen, len(grad_out)):
-        grads = _attention_bwd(
+        grads = attention_bwd(
             *(_by_sample(x, rows, count) for x in (grad_out, *parts)), causal=causal
         )
         yield rows, tuple(_flat(x) for x in grads)

@@ -1,0 +1,68 @@
+"""How the tests judge a result: against an fp64 oracle, beside the same computation by PyTorch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# error over size of the oracle, both root mean square
+RATIOS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_accurate(name: str, ours: Tensor, peer: Tensor, oracle: Tensor, factor: float) -> None:
+    """Our error is at most `factor` times the peer's, and small for the type."""
+    assert ours.dtype == peer.dtype and ours.shape == peer.shape, name
+    assert ours.isfinite().all(), f"{name} is not finite"
+    error, allowed = rms(ours - oracle), factor * rms(peer - oracle)
+    if ours.dtype != torch.float64:  # there the peer is the oracle
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    ratio = error / max(rms(oracle), 1e-30)
+    assert ratio <= RATIOS[ours.dtype], f"{name}: relative error {ratio:.3g}"
+
+
+def cast(x, dtype: torch.dtype):
+    """A leaf with the values of x in another type; anything but floating tensors as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().to(dtype).requires_grad_(x.requires_grad)
+    return x
+
+
+def results(function: Callable, inputs: tuple, seed: int = 1) -> dict[str, Tensor]:
+    """Outputs, and gradients of all inputs that want one, for fixed random output gradients."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    leaves = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
+    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    if leaves:
+        grads = torch.autograd.grad(outputs, list(leaves.values()), grads)
+        found |= {f"gradient {i}": x for i, x in zip(leaves, grads, strict=True)}
+    return found
+
+
+def compare(ours: Callable, peer: Callable, inputs: tuple, dtype: torch.dtype) -> None:
+    """ours(*inputs) beside peer(*inputs) in `dtype`, both against peer in fp64.
+
+    Outputs may err twice as much as the peer's, gradients three times.
+    """
+    inputs = tuple(cast(x, dtype) for x in inputs)
+    oracle = results(peer, tuple(cast(x, torch.float64) for x in inputs))
+    theirs = results(peer, inputs)
+    for name, value in results(ours, inputs).items():
+        factor = 2 if name.startswith("output") else 3
+        assert_accurate(name, value, theirs[name], oracle[name], factor)
+
+
+def assert_same_bits(function: Callable, inputs: tuple) -> None:
+    """The same input twice gives the same bits, and leaves the input as it was."""
+    before = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    first, second = results(function, inputs), results(function, inputs)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    for x, old in zip(inputs, before, strict=True):
+        assert not isinstance(x, Tensor) or torch.equal(x, old), "an input was modified"
