@@ -18,7 +18,10 @@ from . import dispatch
 
 
 class Operation:
-    """`mmalign::<name>`: calling it runs the implementation, or its registered form in tracing."""
+    """`mmalign::<name>`: calling it runs the implementation, or its registered form in tracing.
+
+    The first argument, a tensor or a list of them, decides which implementation.
+    """
 
     def __init__(self, declaration: Callable, mutates: tuple[str, ...]):
         self.name = declaration.__name__

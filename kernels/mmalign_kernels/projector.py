@@ -31,14 +31,14 @@ def project_image_features_fwd(
 
 @operation
 def project_image_features_bwd(
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
     image_features: Tensor,
     weight: Tensor,
     hidden_states: Tensor,
     image_positions: Tensor,
     norm_weight: Tensor,
     rstd: Tensor,
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of image_features, weight, bias, hidden_states, norm_weight; empty if not needed.
@@ -68,7 +68,7 @@ def _backward(ctx: Any, grad_hidden: Tensor | None, grad_normed: Tensor | None, 
     if grad_hidden is None and grad_normed is None:
         return (None,) * 7
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 5)]
-    grads = project_image_features_bwd(grad_hidden, grad_normed, *ctx.saved_tensors, needs)
+    grads = project_image_features_bwd(*ctx.saved_tensors, grad_hidden, grad_normed, needs)
     grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     return *grads[:4], None, grads[4], None
 

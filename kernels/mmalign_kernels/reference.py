@@ -115,14 +115,14 @@ def project_image_features_fwd(
 
 
 def project_image_features_bwd(
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
     image_features: Tensor,
     weight: Tensor,
     hidden_states: Tensor,
     image_positions: Tensor,
     norm_weight: Tensor,
     rstd: Tensor,
+    grad_hidden: Tensor | None,
+    grad_normed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_features, needs_weight, needs_bias, needs_hidden, needs_norm = needs

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# error over size of the oracle, both root mean square
+# error over size of the oracle, both root mean square, by type of the inputs
 RATIOS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -13,15 +13,17 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def assert_accurate(name: str, ours: Tensor, peer: Tensor, oracle: Tensor, factor: float) -> None:
-    """Our error is at most `factor` times the peer's, and small for the type."""
+def assert_accurate(
+    name: str, ours: Tensor, peer: Tensor, oracle: Tensor, factor: float, limit: float
+) -> None:
+    """Our error is at most `factor` times the peer's, and `limit` beside the oracle's size."""
     assert ours.dtype == peer.dtype and ours.shape == peer.shape, name
     assert ours.isfinite().all(), f"{name} is not finite"
     error, allowed = rms(ours - oracle), factor * rms(peer - oracle)
-    if ours.dtype != torch.float64:  # there the peer is the oracle
+    if peer is not oracle:
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
     ratio = error / max(rms(oracle), 1e-30)
-    assert ratio <= RATIOS[ours.dtype], f"{name}: relative error {ratio:.3g}"
+    assert ratio <= limit, f"{name}: relative error {ratio:.3g}"
 
 
 def cast(x, dtype: torch.dtype):
@@ -40,22 +42,26 @@ def results(function: Callable, inputs: tuple, seed: int = 1) -> dict[str, Tenso
     leaves = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
     found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     if leaves:
+        pairs = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
         grads = torch.autograd.grad(outputs, list(leaves.values()), grads)
         found |= {f"gradient {i}": x for i, x in zip(leaves, grads, strict=True)}
     return found
 
 
-def compare(ours: Callable, peer: Callable, inputs: tuple, dtype: torch.dtype) -> None:
+def compare(
+    ours: Callable, peer: Callable, inputs: tuple, dtype: torch.dtype, ratios: dict = RATIOS
+) -> None:
     """ours(*inputs) beside peer(*inputs) in `dtype`, both against peer in fp64.
 
     Outputs may err twice as much as the peer's, gradients three times.
     """
     inputs = tuple(cast(x, dtype) for x in inputs)
     oracle = results(peer, tuple(cast(x, torch.float64) for x in inputs))
-    theirs = results(peer, inputs)
+    theirs = oracle if dtype == torch.float64 else results(peer, inputs)
     for name, value in results(ours, inputs).items():
         factor = 2 if name.startswith("output") else 3
-        assert_accurate(name, value, theirs[name], oracle[name], factor)
+        assert_accurate(name, value, theirs[name], oracle[name], factor, ratios[dtype])
 
 
 def assert_same_bits(function: Callable, inputs: tuple) -> None:
