@@ -20,7 +20,8 @@ def write_report(
 
     stages: name -> run folder (config.json, metrics.jsonl); evaluations: name -> output folder of
     evaluate_model, the base model first: the others are compared with it. visual: accuracies on
-    held-out visual questions, {"tuned", "blind", "chance": 0 to 1, "n": questions}.
+    held-out visual questions, {"tuned", "blind", "chance": 0 to 1, "n": questions}; where there,
+    also "misled" (another picture), "majority", and "kinds" (the same for each kind of question).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

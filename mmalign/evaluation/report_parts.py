@@ -46,8 +46,8 @@ def summary(base: str, comparisons: dict[str, dict], visual: dict | None) -> lis
     if visual:
         sentences.append(
             f"Questions about images never seen in training: {percent(visual['tuned'])}% right "
-            f"with the image, {percent(visual['blind'])}% without it, {percent(visual['chance'])}% "
-            f"by chance ({visual['n']:,} questions)."
+            f"with the picture, {percent(visual['blind'])}% without it (blind), "
+            f"{percent(visual['chance'])}% by chance ({visual['n']:,} questions)."
         )
     return [bullets(sentences)] if sentences else []
 
@@ -132,16 +132,32 @@ def differences(base: str, comparisons: dict[str, dict]) -> list[str]:
     return ["## Differences", *blocks, note]
 
 
+_SIGHT = {
+    "tuned": "with the picture",
+    "blind": "without it (blind)",
+    "misled": "with another picture",
+    "majority": "most frequent answer",
+    "chance": "chance",
+}
+
+
 def visual_questions(visual: dict) -> list[str]:
-    rows = [
-        [label, percent(visual[key]), percent_interval(wilson_interval(visual[key], visual["n"]))]
-        for key, label in (("tuned", "with the image"), ("blind", "without it (blind)"))
-    ]
-    rows.append(["chance", percent(visual["chance"]), ""])
+    columns = {key: label for key, label in _SIGHT.items() if key in visual}
+    rows = []
+    for kind, found in {"all": visual, **visual.get("kinds", {})}.items():
+        cells = {key: percent(found[key]) for key in columns}
+        if kind == "all":
+            for key in ("tuned", "blind", "misled"):  # the model's own answers
+                if key in cells:
+                    interval = wilson_interval(visual[key], visual["n"])
+                    cells[key] = f"**{cells[key]}** ({percent_interval(interval)})"
+        rows.append([kind, f"{found['n']:,}", *cells.values()])
     return [
         "## Seeing",
-        f"{visual['n']:,} held-out questions about images that training never showed.",
-        markdown_table(["model", "right (%)", "95% Wilson interval"], rows),
+        "Held-out questions about images that training never showed; percent right, 95% Wilson "
+        "interval in brackets. A model that has only learned how answers are spread does as well "
+        "without the picture.",
+        markdown_table(["questions", "n", *columns.values()], rows),
     ]
 
 
