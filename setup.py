@@ -17,7 +17,7 @@ setup(
         "pillow",
         "rich",
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.2",
         "tensorboard",
         "tokenizers",
         "tqdm",

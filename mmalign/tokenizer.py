@@ -131,6 +131,21 @@ class Tokenizer:
         if not config.is_file():
             config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n")
 
+    def save_image_tokens(self, folder: str | Path, vocab_size: int) -> None:
+        """Teach a saved tokenizer.json the image tokens that a decoder of vocab_size rows has.
+
+        transformers' LlavaProcessor then writes <im_patch> once a patch, at image_token_id.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():  # save() said why
+            return
+        saved = tokenizers.Tokenizer.from_file(str(path))
+        for token_id, name in self._image_names.items():
+            if token_id < vocab_size:
+                saved.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
+                assert saved.token_to_id(name) == token_id, (name, token_id)
+        saved.save(str(path))
+
     def _save_json(self, path: Path) -> None:
         converted = _to_tokenizers(self)
         probe = "  Two  blanks,\ttab\n\n\u00e9\u2603 (12.5%) at the end "

@@ -77,6 +77,8 @@ def export_llava(llava: Llava, folder: str | Path, tokenizer: "Tokenizer | None"
         _write_weights(partial, _llava_tensors(llava))
         if tokenizer is not None:
             tokenizer.save(partial)
+            tokenizer.save_image_tokens(partial, llava.decoder.config.vocab_size)
+            _write_processor(partial, tokenizer, tower.config)
 
 
 def save_projector(llava: Llava, path: str | Path) -> None:
@@ -195,6 +197,18 @@ def _write_preprocessor(folder: Path, config: VisionConfig) -> None:
         "image_std": CLIP_STD,
     }
     _write_json(folder / "preprocessor_config.json", settings)
+
+
+def _write_processor(folder: Path, tokenizer: "Tokenizer", config: VisionConfig) -> None:
+    """What LlavaProcessor needs to write one image token for every patch."""
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "image_token": tokenizer.token(tokenizer.image_token_id),
+        "patch_size": config.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
+    }
+    _write_json(folder / "processor_config.json", settings)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -209,14 +210,23 @@ class Trainer:
         """Hugging Face folders and the projector, under run_dir/export."""
         if self.ranks.is_main:
             folder = self.config.run_dir / "export"
-            if not self.config.data.text_only:
-                save_projector(self.model, folder / "projector.safetensors")
-            if self.config.stage == "finetune":
-                export_llama(self.model, folder / "llama", self.tokenizer)
-                if not self.config.data.text_only:
-                    export_llava(self.model, folder / "llava", self.tokenizer)
+            try:
+                self._write_export(folder)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} could not be written: {error}. All {self.num_steps} steps are safe "
+                    "in the last checkpoint; free some space and give the same command again."
+                ) from error
             log.info("exported to %s", folder)
         self.ranks.barrier()
+
+    def _write_export(self, folder: Path) -> None:
+        if not self.config.data.text_only:
+            save_projector(self.model, folder / "projector.safetensors")
+        if self.config.stage == "finetune":
+            export_llama(self.model, folder / "llama", self.tokenizer)
+            if not self.config.data.text_only:
+                export_llava(self.model, folder / "llava", self.tokenizer)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -169,20 +169,6 @@ def test_large_models_are_sharded(tmp_path, monkeypatch):
     assert_same_state(load_decoder(tmp_path / "ours"), model.decoder)
 
 
-def test_tokenizer_is_saved_beside_the_weights(tmp_path):
-    class SavesItself:
-        image_token_id, im_start_id, im_end_id = vars(TOKENIZER).values()
-
-        def save(self, folder):
-            (folder / "tokenizer.model").write_text("pieces")
-
-    model = ours(hf_llava(**GROUPED_QUERY), tmp_path / "theirs")
-    export_llava(model, tmp_path / "llava", SavesItself())
-    export_llama(model, tmp_path / "llama", SavesItself())
-    for name in ("llava", "llama"):
-        assert (tmp_path / name / "tokenizer.model").read_text() == "pieces"
-
-
 def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path / "theirs")
     decoder = load_decoder(tmp_path / "theirs")
