@@ -22,6 +22,7 @@ from mmalign.evaluation.tasks import (
     resolve_tasks,
 )
 from mmalign.model.config import DecoderConfig
+from mmalign.model.decoder import Decoder
 from mmalign.model.hf_weights import load_decoder
 from mmalign.tokenizer import Tokenizer
 
@@ -55,28 +56,17 @@ def evaluate_model(
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
     target = choose_device(device)
     documents = load_documents(names, data_root, limit)
-    config = {
-        "model": str(model),
-        "weights": str(weights),
-        "data_root": str(data_root),
-        "data_files": describe_data(names, data_root),
-        **PROTOCOL,
-        "limit": limit,
-        "precision": precision,
-        "batch_tokens": batch_tokens,
-    }
+    config = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
+    config |= {"data_files": describe_data(names, data_root)} | PROTOCOL
+    config |= {"limit": limit, "precision": precision, "batch_tokens": batch_tokens}
     tokenizer = Tokenizer.from_pretrained(weights)
     plan = _plan(documents, tokenizer, DecoderConfig.from_hf(weights), batch_tokens, quiet)
     output.mkdir(parents=True, exist_ok=True)
     decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
-    started = time.perf_counter()
-    scores = run_plan(decoder, plan, target, progress=not quiet)
-    config |= {
-        "max_length": decoder.config.max_position_embeddings,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        **_measurements(plan, time.perf_counter() - started),
-        "versions": _versions(target),
-    }
+    scores, measurements = _run(decoder, plan, target, quiet)
+    config["max_length"] = decoder.config.max_position_embeddings
+    config["tokenizer_sha256"] = tokenizer.fingerprint
+    config |= measurements | {"versions": _versions(target)}
     items = _items(documents, scores)
     results = _summaries(items) | {"config": config}
     _write(output, items, results)
@@ -147,8 +137,14 @@ def _summaries(items: dict[str, list[dict]]) -> dict[str, dict]:
     return results
 
 
-def _measurements(plan: ScoringPlan, seconds: float) -> dict:
-    return {
+def _run(
+    decoder: Decoder, plan: ScoringPlan, device: torch.device, quiet: bool
+) -> tuple[list[Score], dict]:
+    """The scores, and what it took to get them."""
+    started = time.perf_counter()
+    scores = run_plan(decoder, plan, device, progress=not quiet)
+    seconds = time.perf_counter() - started
+    return scores, {
         "num_requests": len(plan.unique_of),
         "num_forwards": plan.num_forwards,
         "num_tokens": plan.num_tokens,

@@ -20,13 +20,14 @@ def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:
     """How many independent documents say as much as these, which come in groups.
 
     n over the design effect of the groups (Kish 1965), never more than n: answers to one scenario
-    tend to be right or wrong together.
+    tend to be right or wrong together. Where all are right or all wrong the effect cannot be
+    estimated, and every group counts once.
     """
     sums, sizes = group_sums(scores, groups)
     n, mean = len(scores), float(np.mean(scores))
     independent = mean * (1 - mean) / n
     if independent == 0 or len(sums) < 2:
-        return float(n)
+        return float(len(sums))
     residuals = sums - mean * sizes
     clustered = len(sums) / (len(sums) - 1) * float(residuals @ residuals) / n**2
     return n / max(1.0, clustered / independent)
