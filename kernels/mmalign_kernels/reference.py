@@ -138,12 +138,11 @@ def project_image_features_bwd(
             pick(grad_normed), grad, pick(hidden_states), norm_weight, pick(rstd), needs_norm
         )
     grad_image = grad.index_select(0, rows) if everywhere else grad
-    none = weight.new_empty(0)
     return (
-        grad_image @ weight if needs_features else none,
-        grad_image.t() @ image_features if needs_weight else none,
-        grad_image.sum(0) if needs_bias else none,
-        grad.index_fill(0, rows, 0) if needs_hidden else none,
+        grad_image @ weight if needs_features else weight.new_empty(0),
+        grad_image.t() @ image_features if needs_weight else weight.new_empty(0),
+        grad_image.sum(0) if needs_bias else weight.new_empty(0),
+        grad.index_fill(0, rows, 0) if needs_hidden else weight.new_empty(0),
         dnorm,
     )
 

@@ -1,0 +1,178 @@
+"""AdamW against torch.optim.AdamW; bf16 weights with an exact master, and rounded at random."""
+
+import pytest
+import torch
+from mmalign_kernels import adamw_step
+from mmalign_kernels.adamw import join_master, split_master
+
+SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+SHAPES = ((1,), (199,), (33, 70), (257, 1031))
+
+
+class Run:
+    """Parameters of several shapes and their state; one call makes a step."""
+
+    def __init__(self, params, remainders=None, seed=None):
+        self.params, self.remainders, self.seed = params, remainders, seed
+        self.moments = [
+            [torch.zeros(p.shape, dtype=torch.float32) for p in params] for _ in range(2)
+        ]
+        self.count = 0
+
+    def step(self, grads, learning_rate=1e-2, grad_scale=None):
+        self.count += 1
+        adamw_step(
+            self.params,
+            [grad.clone() for grad in grads],
+            *self.moments,
+            step=self.count,
+            learning_rate=learning_rate,
+            grad_scale=grad_scale,
+            remainders=self.remainders,
+            seed=self.seed,
+            **SETTINGS,
+        )
+
+
+def weights():
+    return [torch.randn(shape) for shape in SHAPES]
+
+
+def gradients(num_steps, dtype=torch.float32):
+    return [[torch.randn(shape).to(dtype) for shape in SHAPES] for _ in range(num_steps)]
+
+
+@pytest.mark.parametrize("clip", (False, True))
+@pytest.mark.parametrize("fused", (False, True))
+def test_fp32_equals_torch(fused, clip):
+    run = Run(weights())
+    theirs = [p.clone().requires_grad_() for p in run.params]
+    betas = (SETTINGS["beta1"], SETTINGS["beta2"])
+    decay = SETTINGS["weight_decay"]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=betas, weight_decay=decay, fused=fused)
+    for i, grads in enumerate(gradients(20)):
+        learning_rate, scale = 1e-2 * (20 - i) / 20, torch.tensor(0.3 if clip else 1.0)
+        run.step(grads, learning_rate, scale if clip else None)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        for param, grad in zip(theirs, grads, strict=True):
+            param.grad = grad * scale
+        optimizer.step()
+    for our, their in zip(run.params, theirs, strict=True):
+        torch.testing.assert_close(our, their.detach(), rtol=2e-6, atol=2e-7)
+
+
+def test_one_step_by_the_formula():
+    """fp64 arithmetic, the formula of the paper written out."""
+    run, grads = Run(weights()), gradients(2)
+    m, v = (SETTINGS[name] for name in ("beta1", "beta2"))
+    expected = [p.double() for p in run.params]
+    first, second = [0] * len(SHAPES), [0] * len(SHAPES)
+    for step, grads_of_step in enumerate(grads, 1):
+        run.step(grads_of_step)
+        for i, grad in enumerate(g.double() for g in grads_of_step):
+            first[i] = m * first[i] + (1 - m) * grad
+            second[i] = v * second[i] + (1 - v) * grad**2
+            root = (second[i] / (1 - v**step)).sqrt() + SETTINGS["eps"]
+            decayed = expected[i] * (1 - 1e-2 * SETTINGS["weight_decay"])
+            expected[i] = decayed - 1e-2 * first[i] / (1 - m**step) / root
+    for our, exact in zip(run.params, expected, strict=True):
+        torch.testing.assert_close(our, exact.float(), rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("grad_dtype", (torch.float32, torch.bfloat16))
+def test_split_master_is_the_fp32_run_bit_for_bit(grad_dtype):
+    exact = Run(weights())
+    split = [split_master(p) for p in exact.params]
+    ours = Run([weight for weight, _ in split], [remainder for _, remainder in split])
+    for grads in gradients(20, grad_dtype):
+        scale = torch.tensor(0.7)
+        exact.step([grad.float() for grad in grads], grad_scale=scale)
+        ours.step(grads, grad_scale=scale)
+    for i, master in enumerate(exact.params):
+        assert torch.equal(join_master(ours.params[i], ours.remainders[i]), master)
+        assert (ours.params[i].float() - master).abs().le(master.abs() / 256).all()
+        for kind in (0, 1):
+            assert torch.equal(ours.moments[kind][i], exact.moments[kind][i])
+
+
+def test_split_master_of_every_kind_of_number():
+    bits = torch.randint(-(2**31), 2**31, (100_000,)).int()
+    special = [0.0, -0.0, 1.0, 1.0 + 2**-8, 1.0 + 2**-9, 3e-45, -3e-45, 1e38, torch.inf, -torch.inf]
+    numbers = torch.cat((bits.view(torch.float32), torch.tensor(special)))
+    numbers = numbers[~numbers.isnan()]
+    weight, remainder = split_master(numbers)
+    joined = join_master(weight, remainder)
+    assert torch.equal(joined.view(torch.int32), numbers.view(torch.int32))
+    ties = (numbers.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(weight[~ties], numbers[~ties].bfloat16())
+    plain = torch.randn(1000).bfloat16()  # a bf16 weight with remainder zero is itself
+    assert torch.equal(join_master(plain, torch.zeros(1000, dtype=torch.int16)), plain.float())
+
+
+def test_random_rounding_is_unbiased():
+    """A step far below bf16's resolution moves the mean weight by what fp32 would move it."""
+    num, learning_rate = 400_000, 1e-4  # bf16 keeps steps of 2^-7 around 1
+    run = Run([torch.ones(num).bfloat16()], seed=5)
+    exact = Run([torch.ones(num)])
+    grads = [torch.full((num,), 2.0)]
+    run.step(grads, learning_rate)
+    exact.step(grads, learning_rate)
+    rounded, target = run.params[0].float(), exact.params[0][0].item()
+    assert set(rounded.unique().tolist()) == {1 - 2**-8, 1.0}  # the two neighbours of the target
+    share = (1 - target) / 2**-8
+    deviation = (share * (1 - share) / num) ** 0.5
+    assert abs(rounded.lt(1).double().mean().item() - share) < 4 * deviation
+    assert not torch.equal(rounded[: num // 2], rounded[num // 2 :])
+
+
+def test_random_rounding_of_negative_weights():
+    run = Run([-torch.ones(100_000).bfloat16()], seed=5)
+    run.step([torch.full((100_000,), -2.0)], 1e-4)
+    exact = Run([-torch.ones(1)])
+    exact.step([torch.full((1,), -2.0)], 1e-4)
+    mean = run.params[0].double().mean().item()
+    assert abs(mean - exact.params[0].item()) < 4 * 2**-9 / 100_000**0.5
+
+
+def test_random_rounding_follows_its_seed():
+    start, grads = [p.bfloat16() for p in weights()], gradients(3)
+    found = []
+    for seed in (7, 7, 8):
+        run = Run([p.clone() for p in start], seed=seed)
+        for grads_of_step in grads:
+            run.step(grads_of_step)
+        found.append(run.params)
+    assert all(torch.equal(x, y) for x, y in zip(found[0], found[1], strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(found[0], found[2], strict=True))
+
+
+def test_every_step_rounds_anew():
+    """With one seed, step 1 and step 2 must not draw the same numbers."""
+    found = []
+    for step in (1, 2):
+        run = Run([torch.ones(10_000).bfloat16()], seed=3)
+        run.count = step - 1
+        run.step([torch.full((10_000,), 1.0)], 1e-3)
+        found.append(run.params[0])
+    assert not torch.equal(*found)
+
+
+def test_nothing_to_update():
+    Run([]).step([])
+
+
+def test_wrong_arguments():
+    run = Run(weights())
+    with pytest.raises(ValueError, match="4 params, but 3 grads"):
+        run.step(gradients(1)[0][:3])
+    with pytest.raises(ValueError, match=r"grads\[0\] has shape \(2,\), expected \(1,\)"):
+        run.step([torch.ones(2), *gradients(1)[0][1:]])
+    halves = [p.bfloat16() for p in weights()]
+    with pytest.raises(ValueError, match="bf16 takes one of them"):
+        Run(halves).step(gradients(1)[0])
+    with pytest.raises(ValueError, match="fp32 takes neither"):
+        Run(weights(), seed=1).step(gradients(1)[0])
+    with pytest.raises(ValueError, match=r"remainders\[0\] is torch.int32"):
+        Run(halves, [torch.zeros(s, dtype=torch.int32) for s in SHAPES]).step(gradients(1)[0])
+    with pytest.raises(ValueError, match=r"params\[0\].*not contiguous"):
+        Run([torch.randn(4, 3).t()]).step([torch.randn(3, 4)])

@@ -1,0 +1,82 @@
+"""Which implementation runs, and that nothing is exchanged for another in silence."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from mmalign_kernels import dispatch, pack_rows, swiglu
+
+
+@pytest.fixture(autouse=True)
+def no_backend(monkeypatch):
+    """These tests force backends themselves."""
+    monkeypatch.setattr(dispatch, "_override", None)
+    monkeypatch.delenv("MMALIGN_BACKEND", raising=False)
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def invented_backend(monkeypatch):
+    """A Triton file for swiglu and for nothing else."""
+    module = ModuleType("mmalign_kernels.swiglu_triton")
+    module.swiglu_fwd = lambda gate_up: gate_up[:, : gate_up.shape[1] // 2] * 0 + 7
+    module.swiglu_bwd = lambda grad, gate_up: gate_up * 0 + 11
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_missing_backend_is_an_error(backend, monkeypatch):
+    words = f"pack_rows_fwd has no {backend} implementation.*packing_{backend}.py.*missing"
+    with dispatch.use_backend(backend), pytest.raises(NotImplementedError, match=words):
+        pack_rows(torch.ones(3, 2), torch.tensor([1]))
+    monkeypatch.setenv("MMALIGN_BACKEND", backend)
+    with pytest.raises(NotImplementedError, match=words):
+        pack_rows(torch.ones(3, 2), torch.tensor([1]))
+
+
+def test_unknown_backend_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="'tritton' is not one of reference, triton, cuda"):
+        with dispatch.use_backend("tritton"):
+            pass
+    monkeypatch.setenv("MMALIGN_BACKEND", "tritton")
+    with pytest.raises(ValueError, match="MMALIGN_BACKEND='tritton' is not one of"):
+        swiglu(torch.ones(1, 2))
+
+
+def test_a_new_file_is_all_that_a_backend_needs(invented_backend):
+    gate_up = torch.ones(2, 4, requires_grad=True)
+    assert swiglu(gate_up)[0, 0] != 7  # the reference, on a CPU
+    with dispatch.use_backend("triton"):
+        out = swiglu(gate_up)
+    assert (out == 7).all()
+    out.sum().backward()  # outside the block: still the backend of the forward pass
+    assert (gate_up.grad == 11).all()
+
+
+def test_override_beats_environment(invented_backend, monkeypatch):
+    monkeypatch.setenv("MMALIGN_BACKEND", "triton")
+    assert (swiglu(torch.ones(1, 2)) == 7).all()
+    with dispatch.use_backend("reference"):
+        assert (swiglu(torch.ones(1, 2)) != 7).all()
+        with dispatch.use_backend("triton"):
+            assert (swiglu(torch.ones(1, 2)) == 7).all()
+        assert (swiglu(torch.ones(1, 2)) != 7).all()
+
+
+def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend):
+    chosen = dispatch.implementation("swiglu_fwd", "swiglu", "cuda")
+    assert chosen is sys.modules["mmalign_kernels.swiglu_triton"].swiglu_fwd
+    chosen = dispatch.implementation("pack_rows_fwd", "packing", "cuda")
+    assert chosen.__module__ == "mmalign_kernels.reference"
+
+
+def test_broken_backend_file_is_not_taken_for_a_missing_one(monkeypatch, tmp_path):
+    import mmalign_kernels
+
+    (tmp_path / "packing_triton.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.setattr(mmalign_kernels, "__path__", [*mmalign_kernels.__path__, str(tmp_path)])
+    with dispatch.use_backend("triton"), pytest.raises(ModuleNotFoundError, match="not_there"):
+        pack_rows(torch.ones(3, 2), torch.tensor([1]))
