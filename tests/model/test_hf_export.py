@@ -28,7 +28,6 @@ from tests.model.tiny import (
     GROUPED_QUERY,
     NUM_PATCHES,
     SHAPES,
-    TOKENIZER,
     hf_clip,
     hf_llama,
     hf_llava,
