@@ -1,14 +1,12 @@
 """Scores a language model on TruthfulQA and ETHICS and writes results.json and items.jsonl."""
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import mmalign
 from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
 from mmalign.evaluation.metrics import ethics_mean, make_item, summarize
@@ -24,6 +22,7 @@ from mmalign.evaluation.tasks import (
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf_weights import load_decoder
+from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
 
 PROTOCOL = {
@@ -31,7 +30,6 @@ PROTOCOL = {
     "bos": "none",
     "score": "sum of the log-probabilities of the choice's tokens, not divided by their number",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def evaluate_model(
@@ -66,7 +64,7 @@ def evaluate_model(
     scores, measurements = _run(decoder, plan, target, quiet)
     config["max_length"] = decoder.config.max_position_embeddings
     config["tokenizer_sha256"] = tokenizer.fingerprint
-    config |= measurements | {"versions": _versions(target)}
+    config |= measurements | {"versions": versions()}
     items = _items(documents, scores)
     results = _summaries(items) | {"config": config}
     _write(output, items, results)
@@ -91,14 +89,6 @@ def find_weights(model: str | Path) -> Path:
             f"{path} is neither a Hugging Face folder (no config.json) nor a run (no export/llama)"
         )
     return path
-
-
-def choose_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device(device)
 
 
 def _plan(
@@ -150,16 +140,6 @@ def _run(
         "num_tokens": plan.num_tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(plan.num_tokens / seconds, 1),
-    }
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {
-        "mmalign": mmalign.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": name,
     }
 
 

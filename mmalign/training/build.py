@@ -4,8 +4,6 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mmalign.config import TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
@@ -14,6 +12,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
+from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
@@ -72,7 +71,7 @@ def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationData
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
     """The model with its pre-trained weights and with what the stage trains marked."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtype = DTYPES[config.precision]
     if config.data.text_only:
         decoder = load_decoder(config.model.decoder, dtype)
         model = Llava(decoder, None, None, tokenizer)

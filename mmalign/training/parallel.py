@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mmalign.errors import UserError
+from mmalign.system import choose_device
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,6 @@ class Ranks:
         yield
         if self.is_main:
             self.barrier()
-
-
-def choose_device(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch sees no CUDA device. Use --device cpu.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 @contextmanager

@@ -1,18 +1,13 @@
 """config.json of a run folder: settings and versions, and whether a command fits it."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-import mmalign
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
+from mmalign.system import versions
 
 # fields that may differ between the start of a run and its continuation
 FREE_FIELDS = (
@@ -41,36 +36,6 @@ def write_config(config: TrainConfig) -> None:
     torn = path.with_suffix(".tmp")
     torn.write_text(config_json(config, command=sys.argv, versions=versions()))
     torn.rename(path)
-
-
-def versions() -> dict[str, str | None]:
-    packages = ("torch", "triton", "numpy", "pillow", "safetensors", "sentencepiece", "tokenizers")
-    found = {name: _package_version(name) for name in packages}
-    return {
-        "mmalign": mmalign.__version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        **found,
-    }
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the source that runs, with '-dirty' where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        folder = Path(mmalign.__file__).parent
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
