@@ -1,0 +1,42 @@
+"""Sum of partial rows: the second half of weight gradients, in a fixed order, without atomics.
+
+out[c] = sum over r of partial[r, c]. One program owns a strip of columns and walks down its rows.
+Reads 4 bytes per partial element, mostly from L2 where the first half has just written them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _column_sum_kernel(
+    partial_ptr,  # (num_rows, COLUMNS), the wide type
+    out_ptr,  # (COLUMNS,)
+    num_rows,
+    COLUMNS: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+    COLUMNS_BLOCK: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)
+    total = tl.zeros((ROWS_BLOCK, COLUMNS_BLOCK), partial_ptr.dtype.element_ty)
+    for first in range(0, num_rows, ROWS_BLOCK):
+        rows = first + tl.arange(0, ROWS_BLOCK)
+        inside = (rows < num_rows)[:, None] & (columns < COLUMNS)[None]
+        total += tl.load(partial_ptr + rows[:, None] * COLUMNS + columns[None], inside, other=0)
+    tl.store(out_ptr + columns, tl.sum(total, 0).to(out_ptr.dtype.element_ty), columns < COLUMNS)
+
+
+def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """partial (num_rows, num_columns), fp32 or fp64 -> (num_columns,) of type dtype."""
+    num_rows, columns = partial.shape
+    out = partial.new_empty(columns, dtype=dtype)
+    rows_block, columns_block, num_warps = 64, 32, 4
+    _column_sum_kernel[(launch.ceil_div(columns, columns_block),)](
+        partial, out, num_rows, COLUMNS=columns, ROWS_BLOCK=rows_block,
+        COLUMNS_BLOCK=columns_block, num_warps=num_warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,212 @@
+"""Compiles every Triton kernel for sm_80 and sm_90 without a GPU, and reads what came out.
+
+The launchers run on meta tensors under a driver that knows nothing but its target. So a kernel is
+compiled with exactly the arguments and settings that production passes, and a launcher that waited
+for a value on the device would fail here. Needs a process without TRITON_INTERPRET:
+
+    python -m tests.kernels.codegen rms_norm   # one JSON line for every kernel and architecture
+
+A family says what to launch in `codegen_<family>.py`:
+
+    LAUNCHES      {"what for": a function that calls launchers on tensors of `meta(...)`}
+    MEMORY_BOUND  names of kernels whose rows must move 128 bits at a time
+    READERS       the same, but what they write is little or scattered
+    MATRIX        names of kernels whose products must run on tensor cores, HGMMA on sm_90
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from mmalign_kernels import launch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TARGETS = (launch.A100, launch.H100)
+SHARED_PER_MULTIPROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
+SHARED_PER_PROGRAM = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture; instructions are counted in the program text."""
+
+    family: str
+    launch: str
+    kernel: str
+    architecture: int
+    num_warps: int
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spills: int  # local loads and stores
+    occupancy: float  # share of the threads that a multiprocessor can hold
+    loads: dict[str, int]  # bits of a global load -> count; asynchronous copies included
+    stores: dict[str, int]
+    hgmma: int
+    hmma: int
+    tma: int
+
+    @property
+    def wide_loads(self) -> float:
+        return _wide_share(self.loads)
+
+    @property
+    def wide_stores(self) -> float:
+        return _wide_share(self.stores)
+
+
+def _wide_share(counts: dict[str, int]) -> float:
+    """Share of the bits that 128-bit accesses move."""
+    return 128 * counts.get("128", 0) / max(sum(int(bits) * n for bits, n in counts.items()), 1)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor with an address of the usual alignment and no data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_family(family: str) -> list[Compiled]:
+    module = import_module(f"{__package__}.codegen_{family}")
+    found = []
+    for gpu in TARGETS:
+        for name, run in module.LAUNCHES.items():
+            with _recording(gpu) as kernels, torch.no_grad():
+                run()
+            unique = {(k.metadata.name, k.metadata.hash): k for k in kernels}
+            found += [_read(family, name, gpu.capability, k) for k in unique.values()]
+    return found
+
+
+@contextmanager
+def _recording(gpu: launch.Gpu) -> Iterator[list]:
+    """Inside the block a launch compiles for `gpu`, runs nothing and is listed."""
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return kernels[-1]
+
+    target = GPUTarget("cuda", gpu.capability, launch.WARP)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: gpu.capability,  # kernels are kept by device
+            get_current_stream=lambda device: 0,
+        )
+    )
+    JITFunction.run = compile_only
+    try:
+        with launch.pretend(gpu):
+            yield kernels
+    finally:
+        JITFunction.run = run
+
+
+def _read(family: str, name: str, architecture: int, kernel: triton.compiler.CompiledKernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    count = Counter(opcode.split(".")[0] for opcode in opcodes)
+    num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    return Compiled(
+        family=family,
+        launch=name,
+        kernel=kernel.metadata.name,
+        architecture=architecture,
+        num_warps=num_warps,
+        registers=registers,
+        shared_bytes=shared,
+        stack_bytes=stack,
+        spills=count["LDL"] + count["STL"],
+        occupancy=_occupancy(architecture, num_warps, registers, shared),
+        loads=_widths(opcodes, "LDG", "LDGSTS"),
+        stores=_widths(opcodes, "STG"),
+        hgmma=count["HGMMA"],
+        hmma=count["HMMA"],
+        tma=count["UTMALDG"] + count["UTMASTG"],
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+
+
+def _widths(opcodes: list[str], *names: str) -> dict[str, int]:
+    counts = Counter()
+    for opcode in opcodes:
+        name, *parts = opcode.split(".")
+        if name in names:
+            narrow = [x[1:] for x in parts if x in ("U8", "S8", "U16", "S16")]
+            counts[next((x for x in parts if x in ("64", "128")), (narrow or ["32"])[0])] += 1
+    return dict(sorted(counts.items(), key=lambda item: int(item[0])))
+
+
+def _occupancy(architecture: int, num_warps: int, registers: int, shared: int) -> float:
+    by_registers = 65536 // (-(-registers // 8) * 8 * launch.WARP * num_warps)
+    by_shared = SHARED_PER_MULTIPROCESSOR[architecture] // (shared + 1024)  # 1 KiB is the system's
+    programs = min(by_registers, by_shared, 64 // num_warps, 32)
+    return programs * num_warps / 64
+
+
+COLUMNS = (
+    *("launch", "kernel", "sm", "warps", "registers", "shared bytes", "stack", "spills"),
+    *("occupancy", "loads", "stores", "HGMMA", "HMMA", "TMA"),
+)
+
+
+def render(kernels: list[Compiled]) -> str:
+    """A family's section of kernels/CODEGEN.md."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    for x in kernels:
+        loads, stores = (
+            " ".join(f"{n}x{bits}" for bits, n in counts.items()) for counts in (x.loads, x.stores)
+        )
+        lines.append(
+            [x.launch, f"`{x.kernel}`", x.architecture, x.num_warps, x.registers, x.shared_bytes]
+            + [x.stack_bytes, x.spills, f"{x.occupancy:.0%}", loads, stores]
+            + [x.hgmma, x.hmma, x.tma]
+        )
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return f"## {kernels[0].family}\n\n{table}\n"
+
+
+def families() -> list[str]:
+    files = Path(__file__).parent.glob("codegen_*.py")
+    return sorted(file.stem.removeprefix("codegen_") for file in files)
+
+
+def compile_apart(family: str) -> list[Compiled]:
+    """compile_family in a process of its own: TRITON_INTERPRET turns the compiler off."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", __spec__.name, family]
+    process = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    if process.returncode:
+        raise RuntimeError(process.stderr)
+    return [Compiled(**json.loads(line)) for line in process.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    for compiled in compile_family(sys.argv[1]):
+        print(json.dumps(asdict(compiled)))
