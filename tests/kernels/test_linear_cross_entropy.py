@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmalign_kernels import linear_cross_entropy, reference_head
+from mmalign_kernels import linear_cross_entropy
 from mmalign_kernels.operation import Operation
 
 from .close import RATIOS as COMMON_RATIOS
@@ -13,7 +13,7 @@ IGNORED = -100
 # logits are rounded to the type of the input, and spread over tens
 RATIOS = COMMON_RATIOS | {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHAPES = ((1, 8, 11), (199, 64, 1003), (700, 24, 3200))  # rows, hidden_size, vocab_size
+SHAPES = ((1, 8, 11), (199, 64, 1003), (130, 24, 3200))  # rows, hidden_size, vocab_size
 
 
 def whole_logits(hidden_states, weight, target_ids):
@@ -22,7 +22,7 @@ def whole_logits(hidden_states, weight, target_ids):
     return F.cross_entropy(logits, target_ids, ignore_index=IGNORED, reduction="sum")
 
 
-def inputs(rows=199, hidden_size=64, vocab_size=1003, ignored=0.3):
+def inputs(rows=70, hidden_size=24, vocab_size=203, ignored=0.3):
     hidden_states = torch.randn(rows, hidden_size)
     weight = torch.randn(vocab_size, hidden_size) * torch.logspace(-2, 0, vocab_size)[:, None]
     target_ids = torch.randint(vocab_size, (rows,))
@@ -38,17 +38,30 @@ def test_equals_whole_logits(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("num_logits", (1, 5 * 1003))
-def test_chunks(num_logits, dtype, monkeypatch):
-    """A few rows at a time, down to one, and a last chunk that is not full."""
-    monkeypatch.setattr(reference_head, "_NUM_LOGITS", num_logits)
-    compare(linear_cross_entropy, whole_logits, inputs(), dtype, RATIOS)
+@pytest.mark.parametrize("num_logits", (1, 5 * 203))
+def test_chunks(num_logits, dtype, backend, monkeypatch):
+    """A few rows at a time, down to one (or one tile), a last chunk that is not full or empty."""
+    where = {"reference": "reference_head", "triton": "linear_cross_entropy_triton"}[backend]
+    monkeypatch.setattr(f"mmalign_kernels.{where}._NUM_LOGITS", num_logits)
+    compare(linear_cross_entropy, whole_logits, inputs(199), dtype, RATIOS)
+    compare(linear_cross_entropy, whole_logits, inputs(199, ignored=0.8), dtype, RATIOS)
+
+
+def test_tensor_descriptors(backend):
+    """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
+    if backend != "triton":
+        pytest.skip("Triton only")
+    from mmalign_kernels import launch
+
+    with launch.pretend(launch.H100._replace(num_multiprocessors=3)):
+        compare(linear_cross_entropy, whole_logits, inputs(150), torch.float16, RATIOS)
 
 
 def test_gradcheck():
     hidden_states, weight, target_ids = inputs(6, 4, 9)
     weights = (x.detach().double().requires_grad_() for x in (hidden_states, weight))
-    torch.autograd.gradcheck(lambda *xs: linear_cross_entropy(*xs, target_ids), tuple(weights))
+    function = lambda *xs: linear_cross_entropy(*xs, target_ids)  # noqa: E731
+    torch.autograd.gradcheck(function, tuple(weights), fast_mode=True)
 
 
 def test_no_supervised_row():
