@@ -2,6 +2,7 @@
 
 from .adamw import adamw_step
 from .attention import full_attention
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .packing import pack_rows, unpack_rows
 from .projector import project_image_features
@@ -16,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "full_attention",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "pack_rows",
     "project_image_features",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import product
 from .reference_adamw import adamw_update
 from .reference_attention import (
     full_attention_bwd,
@@ -108,7 +109,7 @@ def project_image_features_fwd(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    projected = F.linear(image_features, weight, bias)
+    projected = product(image_features, weight, bias)
     new_hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
     new_hidden_states.index_copy_(0, image_positions.long(), projected)
     return new_hidden_states, *rms_norm_fwd(new_hidden_states, norm_weight, eps)
@@ -139,8 +140,8 @@ def project_image_features_bwd(
         )
     grad_image = grad.index_select(0, rows) if everywhere else grad
     return (
-        grad_image @ weight if needs_features else weight.new_empty(0),
-        grad_image.t() @ image_features if needs_weight else weight.new_empty(0),
+        product(grad_image, weight.t()) if needs_features else weight.new_empty(0),
+        product(grad_image.t(), image_features.t()) if needs_weight else weight.new_empty(0),
         grad_image.sum(0) if needs_bias else weight.new_empty(0),
         grad.index_fill(0, rows, 0) if needs_hidden else weight.new_empty(0),
         dnorm,

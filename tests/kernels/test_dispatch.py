@@ -3,6 +3,7 @@
 import sys
 from types import ModuleType
 
+import mmalign_kernels
 import pytest
 import torch
 from mmalign_kernels import dispatch, pack_rows, swiglu
@@ -27,12 +28,13 @@ def invented_backend(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-@pytest.mark.parametrize("backend", ("triton", "cuda"))
-def test_missing_backend_is_an_error(backend, monkeypatch):
-    words = f"pack_rows_fwd has no {backend} implementation.*packing_{backend}.py.*missing"
-    with dispatch.use_backend(backend), pytest.raises(NotImplementedError, match=words):
+@pytest.mark.parametrize("missing", ("triton", "cuda"))
+def test_missing_backend_is_an_error(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"mmalign_kernels.packing_{missing}", None)  # as if absent
+    words = f"pack_rows_fwd has no {missing} implementation.*packing_{missing}.py.*missing"
+    with dispatch.use_backend(missing), pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
-    monkeypatch.setenv("MMALIGN_BACKEND", backend)
+    monkeypatch.setenv("MMALIGN_BACKEND", missing)
     with pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
 
@@ -66,7 +68,8 @@ def test_override_beats_environment(invented_backend, monkeypatch):
         assert (swiglu(torch.ones(1, 2)) != 7).all()
 
 
-def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend):
+def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mmalign_kernels.packing_triton", None)
     chosen = dispatch.implementation("swiglu_fwd", "swiglu", "cuda")
     assert chosen is sys.modules["mmalign_kernels.swiglu_triton"].swiglu_fwd
     chosen = dispatch.implementation("pack_rows_fwd", "packing", "cuda")
@@ -74,9 +77,7 @@ def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend):
 
 
 def test_broken_backend_file_is_not_taken_for_a_missing_one(monkeypatch, tmp_path):
-    import mmalign_kernels
-
-    (tmp_path / "packing_triton.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "broken_triton.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.setattr(mmalign_kernels, "__path__", [*mmalign_kernels.__path__, str(tmp_path)])
     with dispatch.use_backend("triton"), pytest.raises(ModuleNotFoundError, match="not_there"):
-        pack_rows(torch.ones(3, 2), torch.tensor([1]))
+        dispatch.implementation("broken_fwd", "broken", "cpu")

@@ -1,0 +1,74 @@
+"""Matrix products against torch.nn.functional.linear."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmalign_kernels import linear
+from mmalign_kernels.linear import _SMALL, product
+
+from .close import assert_same_bits, compare, results
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# rows, in_features, out_features: below and above the size at which a library is chosen
+SHAPES = ((0, 8, 6), (1, 8, 6), (199, 100, 130), (1, 1200, 900))
+
+
+def inputs(rows, in_features, out_features, bias=True):
+    shapes = ((rows, in_features), (out_features, in_features), (out_features,))
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    return (*tensors[:2], tensors[2] if bias else None)
+
+
+def test_shapes_are_on_both_sides():
+    sizes = [rows * columns * out for rows, columns, out in SHAPES]
+    assert min(sizes) < _SMALL < max(sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torch(shape, bias, dtype):
+    compare(linear, F.linear, inputs(*shape, bias), dtype)
+
+
+def test_more_dimensions():
+    x, weight, bias = inputs(199, 100, 130)
+    found, expected = (results(f, (x.view(1, 199, 100), weight, bias)) for f in (linear, F.linear))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", (0, 1, 2))
+def test_frozen_argument_gets_no_gradient(frozen):
+    tensors = list(inputs(199, 100, 130))
+    tensors[frozen] = tensors[frozen].detach()
+    found, expected = (results(f, tuple(tensors)) for f in (linear, F.linear))
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_strided_operands():
+    a, b = torch.randn(150, 210), torch.randn(140, 210)
+    views = (a, a.t().contiguous().t(), torch.randn(150, 215)[:, 3:-2], a[:1].expand(150, 210))
+    for x in views:
+        for weight in (b, b.t().contiguous().t()):
+            torch.testing.assert_close(product(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)
+    x, weight = a.requires_grad_(), b.requires_grad_()
+    (grad,) = torch.autograd.grad(linear(x, weight).sum(), x)  # a gradient without memory
+    torch.testing.assert_close(grad, b.sum(0).expand_as(a), rtol=1e-5, atol=1e-4)
+
+
+def test_same_bits():
+    assert_same_bits(linear, inputs(199, 100, 130))
+
+
+def test_compiles():
+    arguments = inputs(199, 100, 130)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), linear(*arguments), rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"x \(3, 8\) and weight \(6, 9\)"):
+        linear(torch.ones(3, 8), torch.ones(6, 9))
+    with pytest.raises(ValueError, match="bias is torch.float64"):
+        linear(torch.ones(3, 8), torch.ones(6, 8), torch.ones(6).double())
