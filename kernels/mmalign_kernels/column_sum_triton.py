@@ -34,7 +34,7 @@ def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """partial (num_rows, num_columns), fp32 or fp64 -> (num_columns,) of type dtype."""
     num_rows, columns = partial.shape
     out = partial.new_empty(columns, dtype=dtype)
-    rows_block, columns_block, num_warps = 64, 32, 4
+    rows_block, columns_block, num_warps = 128, 32, 8
     _column_sum_kernel[(launch.ceil_div(columns, columns_block),)](
         partial, out, num_rows, COLUMNS=columns, ROWS_BLOCK=rows_block,
         COLUMNS_BLOCK=columns_block, num_warps=num_warps,

@@ -58,47 +58,54 @@ def ceil_div(x: int, y: int) -> int:
     return -(-x // y)
 
 
-def row_block(x: Tensor) -> tuple[int, int]:
-    """Block and warps of a program that holds one row: about two vectors for every thread."""
-    columns = x.shape[1]
-    block = next_power_of_2(columns)
-    threads = block * x.element_size() // (4 * VECTOR_BYTES)
-    return block, min(max(threads // WARP, 1), 16)
+# Tiles of the memory-bound kernels: 8 KiB of each input, 32 bytes of it a thread. Fewer bytes leave
+# the memory idle between the steps of a program, more cost registers and with them programs.
+_TILE_BYTES = 8192
+_THREAD_BYTES = 32
+_MAX_WARPS = 16
+_RESIDENT_WARPS = 16  # of persistent programs on a multiprocessor
+_MAX_ROWS = 128  # of a sum down the columns
+_INTERPRETER_TILE_BYTES = 1 << 18  # it takes the same time for any tile
+STAGES = 3  # of tiles in a persistent program's loop: one worked on, two on their way
 
 
-def persistent_rows(x: Tensor, num_inputs: int) -> tuple[int, int, int, int]:
-    """Block, warps, stages and programs where programs stay and take one row after the other."""
-    num_rows, columns = x.shape
-    block = next_power_of_2(columns)
+def tile_bytes(x: Tensor) -> int:
+    return _INTERPRETER_TILE_BYTES if gpu(x) is _INTERPRETER else _TILE_BYTES
+
+
+def row_tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows, block of columns and warps of a program that holds whole rows of x.
+
+    Several rows only where they are narrow: one row a program has its weights where its lanes are.
+    A block is a power of two. The lanes that 3200 columns leave idle in 4096 move nothing and cost
+    issue slots, of which a row waiting for memory has more than half to spare.
+    """
+    block = next_power_of_2(x.shape[1])
     row_bytes = block * x.element_size()
-    num_warps = min(max(row_bytes // (2 * VECTOR_BYTES * WARP), 1), 16)
-    stages = 3
-    per_multiprocessor = 32 // num_warps
-    return block, num_warps, stages, min(num_rows, gpu(x).num_multiprocessors * per_multiprocessor)
+    rows = min(max(tile_bytes(x) // 4 // row_bytes, 1), _MAX_ROWS)
+    return rows, block, _num_warps(rows * row_bytes)
 
 
-def attention_columns(head_dim: int) -> int:
-    """Columns of a tile of one head: a matrix product takes a power of two from 16 on."""
-    return max(next_power_of_2(head_dim), 16)
+def part_tile(num_columns: int, x: Tensor) -> tuple[int, int, int]:
+    """Rows, block of columns and warps where programs may cut rows of num_columns into pieces."""
+    elements, num_warps = flat_tile(x)
+    block = min(next_power_of_2(num_columns), elements // 4)
+    return elements // block, block, num_warps
 
 
-def attention_fwd(qkv: Tensor, head_dim: int) -> dict[str, int]:
-    """Queries and keys of a tile (BLOCK_M a multiple of BLOCK_N), warps and stages."""
-    columns = attention_columns(head_dim)
-    if qkv.dtype == torch.float32:  # no matrix units at full precision
-        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_D=columns, num_warps=4, num_stages=1)
-    if gpu(qkv).capability >= 90:
-        return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=columns, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=columns, num_warps=8, num_stages=2)
+def flat_tile(x: Tensor) -> tuple[int, int]:
+    """Elements and warps of a program where x has no rows."""
+    return tile_bytes(x) // x.element_size(), _num_warps(tile_bytes(x))
 
 
-def attention_bwd(qkv: Tensor, head_dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The same for the gradients of the queries, and for those of keys and values."""
-    columns = attention_columns(head_dim)
-    if qkv.dtype == torch.float32:
-        settings = dict(BLOCK_M=32, BLOCK_N=32, BLOCK_D=columns, num_warps=4, num_stages=1)
-        return settings, settings
-    return (
-        dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=columns, num_warps=8, num_stages=2),
-        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=columns, num_warps=8, num_stages=2),
-    )
+def _num_warps(num_bytes: int) -> int:
+    return min(max(num_bytes // (_THREAD_BYTES * WARP), 1), _MAX_WARPS)
+
+
+def persistent(x: Tensor, num_tiles: int, num_warps: int) -> int:
+    """Number of programs that stay and take one tile after the other, all resident at once.
+
+    16 warps a multiprocessor with two tiles on their way are 64 KiB in flight for two inputs, three
+    times what the latency of memory asks for, and the registers of a weight gradient still fit.
+    """
+    return min(num_tiles, gpu(x).num_multiprocessors * max(_RESIDENT_WARPS // num_warps, 1))

@@ -4,10 +4,11 @@
     dx = rstd * (w*dy - xhat * mean(w*dy*xhat)) + grad_residual,  xhat = x * rstd
     dweight = sum over rows of dy * xhat
 
-Forward: one program owns a row and keeps it in registers, so a row is read once and written once.
-Backward: a fixed number of programs owns every num_programs-th row; the next rows travel to shared
-memory while one is worked on. Each adds up its dweight in registers and writes one partial row; a
-second kernel adds the partial rows in a fixed order. A frozen weight compiles all of that out.
+Forward: one program owns a row (several narrow ones) and keeps it in registers, so a row is read
+once and written once. Backward: two programs a multiprocessor own every num_programs-th row; the
+next rows travel to shared memory while one is worked on. Each adds up its dweight in registers and
+writes one partial row; a second kernel adds the partial rows in a fixed order. A frozen weight
+compiles all of that out.
 
 Bytes of a row of H columns of b bytes: forward 2bH, with the addition 4bH, rstd 4; backward 3bH,
 with a residual gradient 4bH. Partial rows: 4H bytes per program, written once and read once.
@@ -23,7 +24,7 @@ from .rms_norm import statistics
 from .wide_triton import wide
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_fwd_kernel(
     x_ptr,  # (num_rows, COLUMNS)
     residual_ptr,  # like x, or unused
@@ -31,25 +32,27 @@ def _rms_norm_fwd_kernel(
     y_ptr,
     new_residual_ptr,
     rstd_ptr,  # (num_rows,)
+    num_rows,
     eps,
     COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < COLUMNS
-    at = row * COLUMNS + columns
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)[None]
+    inside = (rows < num_rows)[:, None] & (columns < COLUMNS)
+    at = rows.to(tl.int64)[:, None] * COLUMNS + columns  # [ROWS, BLOCK]
     x = tl.load(x_ptr + at, inside, other=0, eviction_policy="evict_first")
     if ADDS:
         residual = tl.load(residual_ptr + at, inside, other=0, eviction_policy="evict_first")
         x = (wide(x) + wide(residual)).to(x.dtype)  # rounded before the norm reads it
         tl.store(new_residual_ptr + at, x, inside)
-    weight = wide(tl.load(weight_ptr + columns, inside, other=0, eviction_policy="evict_last"))
     x = wide(x)
-    rstd = 1 / tl.sqrt(tl.sum(x * x, 0) / COLUMNS + eps)
-    tl.store(y_ptr + at, (x * rstd * weight).to(y_ptr.dtype.element_ty), inside)
-    tl.store(rstd_ptr + row, rstd)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / COLUMNS + eps)
+    weight = tl.load(weight_ptr + columns, columns < COLUMNS, other=0, eviction_policy="evict_last")
+    tl.store(y_ptr + at, (x * rstd[:, None] * wide(weight)).to(y_ptr.dtype.element_ty), inside)
+    tl.store(rstd_ptr + rows, rstd, rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -63,43 +66,47 @@ def _rms_norm_bwd_kernel(
     partial_ptr,  # (num_programs, COLUMNS), the wide type
     num_rows,
     COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
     NEEDS_WEIGHT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < COLUMNS
-    weight = wide(tl.load(weight_ptr + columns, inside, other=0))
-    grad_weight = tl.zeros_like(weight)
-    for row in tl.range(program, num_rows, num_programs, num_stages=STAGES):
-        at = tl.cast(row, tl.int64) * COLUMNS + columns
+    columns = tl.arange(0, BLOCK)[None]
+    weight = wide(tl.load(weight_ptr + columns, columns < COLUMNS, other=0))
+    grad_weight = tl.zeros((ROWS, BLOCK), weight.dtype)
+    num_tiles = tl.cdiv(num_rows, ROWS)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & (columns < COLUMNS)
+        at = rows.to(tl.int64)[:, None] * COLUMNS + columns
         grad = wide(tl.load(grad_y_ptr + at, inside, other=0))
         x = wide(tl.load(x_ptr + at, inside, other=0))
-        rstd = tl.load(rstd_ptr + row)
+        rstd = tl.load(rstd_ptr + rows, rows < num_rows, other=0)[:, None]
         normed = x * rstd
         if NEEDS_WEIGHT:
             grad_weight += grad * normed
         grad *= weight
-        along = tl.sum(grad * normed, 0) / COLUMNS
+        along = tl.sum(grad * normed, 1)[:, None] / COLUMNS
         grad_x = (grad - normed * along) * rstd
         if ADDS:
             grad_x += wide(tl.load(grad_residual_ptr + at, inside, other=0))
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), inside)
     if NEEDS_WEIGHT:
-        tl.store(partial_ptr + program * COLUMNS + columns, grad_weight, inside)
+        partial = tl.sum(grad_weight, 0)[None]
+        tl.store(partial_ptr + tl.program_id(0) * COLUMNS + columns, partial, columns < COLUMNS)
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple:
     num_rows, columns = x.shape
     y, rstd = x.new_empty(x.shape), statistics(x)
     new_residual = y if residual is None else x.new_empty(x.shape)
-    if x.numel():
-        block, num_warps = launch.row_block(x)
-        _rms_norm_fwd_kernel[(num_rows,)](
-            x, x if residual is None else residual, weight, y, new_residual, rstd, eps,
-            COLUMNS=columns, BLOCK=block, ADDS=residual is not None, num_warps=num_warps,
+    rows, block, num_warps = launch.row_tile(x)
+    if num_rows:
+        _rms_norm_fwd_kernel[(launch.ceil_div(num_rows, rows),)](
+            x, x if residual is None else residual, weight, y, new_residual, rstd, num_rows, eps,
+            COLUMNS=columns, ROWS=rows, BLOCK=block, ADDS=residual is not None,
+            num_warps=num_warps,
         )  # fmt: skip
     return y, new_residual, rstd
 
@@ -128,12 +135,13 @@ def rms_norm_bwd(
     grad_residual = grad_residual.contiguous() if adds else x
     num_rows, columns = x.shape
     grad_x = x.new_empty(x.shape)
-    block, num_warps, stages, programs = launch.persistent_rows(x, 3 if adds else 2)
-    partial = rstd.new_empty((programs, columns) if needs_weight else (0,))
-    if programs:
+    rows, block, num_warps = launch.row_tile(x)
+    programs = launch.persistent(x, launch.ceil_div(num_rows, rows), num_warps)
+    partial = rstd.new_empty((programs, columns) if needs_weight else 0)
+    if num_rows:
         _rms_norm_bwd_kernel[(programs,)](
-            grad_y, grad_residual, x, weight, rstd, grad_x, partial, num_rows,
-            COLUMNS=columns, BLOCK=block, ADDS=adds, NEEDS_WEIGHT=needs_weight,
-            STAGES=stages, num_warps=num_warps,
+            grad_y, grad_residual, x, weight, rstd.contiguous(), grad_x, partial, num_rows,
+            COLUMNS=columns, ROWS=rows, BLOCK=block, ADDS=adds, NEEDS_WEIGHT=needs_weight,
+            STAGES=launch.STAGES, num_warps=num_warps,
         )  # fmt: skip
     return grad_x, column_sum(partial, weight.dtype) if needs_weight else weight.new_empty(0)

@@ -11,6 +11,7 @@ A family says what to launch in `codegen_<family>.py`:
     LAUNCHES      {"what for": a function that calls launchers on tensors of `meta(...)`}
     MEMORY_BOUND  names of kernels whose rows must move 128 bits at a time
     READERS       the same, but what they write is little or scattered
+    PERSISTENT    names of kernels that launch 16 warps for every multiprocessor, all at once
     MATRIX        names of kernels whose products must run on tensor cores, HGMMA on sm_90
 """
 
@@ -121,9 +122,10 @@ def _read(family: str, name: str, architecture: int, kernel: triton.compiler.Com
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
-    registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "-res-usage", "-sass", file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{x}:(\d+)", sass)[1]) for x in ("REG", "STACK"))
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     count = Counter(opcode.split(".")[0] for opcode in opcodes)
     num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
@@ -144,11 +146,6 @@ def _read(family: str, name: str, architecture: int, kernel: triton.compiler.Com
         hmma=count["HMMA"],
         tma=count["UTMALDG"] + count["UTMASTG"],
     )
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
 def _widths(opcodes: list[str], *names: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from .codegen import meta
 ROWS = 16384
 WIDTHS = (1024, 3200, 4096, 8192)
 MEMORY_BOUND = {"_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel"}
+PERSISTENT = {"_rms_norm_bwd_kernel"}
 READERS = {"_column_sum_kernel"}
 
 
@@ -16,7 +17,6 @@ def _launches(columns):
     return {
         f"rms_norm {columns}": lambda: rms_norm_fwd(x, weight, 1e-5),
         f"add_rms_norm {columns}": lambda: add_rms_norm_fwd(x, x, weight, 1e-5),
-        f"rms_norm backward {columns}": lambda: rms_norm_bwd(x, None, x, weight, rstd, True),
         f"add_rms_norm backward {columns}": lambda: rms_norm_bwd(x, x, x, weight, rstd, True),
         f"add_rms_norm backward {columns}, frozen": lambda: rms_norm_bwd(
             x, x, x, weight, rstd, False
