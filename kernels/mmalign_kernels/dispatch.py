@@ -49,11 +49,22 @@ def _choose(operation: str, family: str, device_type: str, forced: str | None) -
     for backend in backends:
         function = _find(backend, operation, family)
         if function is not None:
+            _check_device(backend, operation, device_type)
             return function
     raise NotImplementedError(
         f"{operation} has no {forced} implementation: mmalign_kernels/{_file(forced, family)}.py "
         f"with {operation} is missing. Unset MMALIGN_BACKEND, or force 'reference'"
     )
+
+
+def _check_device(backend: str, operation: str, device_type: str) -> None:
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and backend != "reference" and not interpreted:
+        raise NotImplementedError(
+            f"{operation}: the {backend} kernels need a CUDA device, the tensors are on the CPU. "
+            "Unset MMALIGN_BACKEND. (Triton's interpreter runs its kernels on a CPU, slowly, where "
+            "TRITON_INTERPRET=1 is set before Python starts.)"
+        )
 
 
 def _file(backend: str, family: str) -> str:

@@ -22,6 +22,7 @@ def no_backend(monkeypatch):
 @pytest.fixture
 def invented_backend(monkeypatch):
     """A Triton file for swiglu and for nothing else."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     module = ModuleType("mmalign_kernels.swiglu_triton")
     module.swiglu_fwd = lambda gate_up: gate_up[:, : gate_up.shape[1] // 2] * 0 + 7
     module.swiglu_bwd = lambda grad, gate_up: gate_up * 0 + 11
@@ -37,6 +38,15 @@ def test_missing_backend_is_an_error(missing, monkeypatch):
     monkeypatch.setenv("MMALIGN_BACKEND", missing)
     with pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("forced", ("triton", "cuda"))
+def test_gpu_backend_on_the_cpu_is_an_error(forced, invented_backend, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    module = sys.modules["mmalign_kernels.swiglu_triton"]
+    monkeypatch.setitem(sys.modules, "mmalign_kernels.swiglu_cuda", module)
+    with dispatch.use_backend(forced), pytest.raises(NotImplementedError, match="CUDA device"):
+        swiglu(torch.ones(1, 2))
 
 
 def test_unknown_backend_is_an_error(monkeypatch):
