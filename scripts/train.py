@@ -7,11 +7,13 @@ The same command continues a stopped run. --help lists the recipes, RECIPE --hel
 """
 
 import logging
+import os
 import sys
 
 import tyro
 
 from mmalign.errors import UserError
+from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
 from mmalign.training.run_folder import config_json
 from mmalign.training.trainer import resolve, train
@@ -26,6 +28,10 @@ def main() -> None:
             print(config_json(config))
         else:
             train(config)
+            if int(os.environ.get("RANK", 0)) == 0:
+                stages = {config.stage: config.run_dir}
+                report = write_report(config.run_dir / "report.md", stages, evaluations={})
+                print(f"curves and settings: {report}")
     except UserError as error:
         sys.exit(f"error: {error}")
 

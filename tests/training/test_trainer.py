@@ -79,6 +79,7 @@ def test_two_processes_equal_one(small_world, tmp_path, stage):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     result = run_command(command_line(pair, *launcher))
     assert result.returncode == 0, result.stderr[-3000:]
+    assert (pair.run_dir / "report.md").exists()
     assert_same_losses(alone.run_dir, pair.run_dir)
     ours, theirs = exported_weights(alone.run_dir), exported_weights(pair.run_dir)
     assert ours.keys() == theirs.keys()
