@@ -71,6 +71,7 @@ def _gather_rows_kernel(
     weight_ptr,  # (vocab_size, COLUMNS)
     gathered_ptr,  # (num_rows up to PAD, COLUMNS)
     target_logits_ptr,  # (num_rows,), the wide type, or None
+    chosen_ids_ptr,  # (num_rows,) int32 or None: target ids of the chosen rows
     unchosen_ptr,  # (num_rows, COLUMNS) or None: gets zeros where a row is not chosen
     num_rows,
     row_stride,
@@ -87,16 +88,17 @@ def _gather_rows_kernel(
     if i < count:
         row = tl.load(rows_ptr + i).to(tl.int64)
         logit = wide(zero)
+        target = tl.load(marks_ptr + row).to(tl.int64)
         for begin in range(0, COLUMNS, BLOCK):
             inside = begin + columns < COLUMNS
             x = tl.load(x_ptr + row * row_stride + begin + columns, mask=inside, other=0.0)
             tl.store(to + begin + columns, x, mask=inside)
             if target_logits_ptr is not None:
-                target = tl.load(marks_ptr + row).to(tl.int64)
                 w = tl.load(weight_ptr + target * COLUMNS + begin + columns, mask=inside, other=0.0)
                 logit += wide(x) * wide(w)
         if target_logits_ptr is not None:
             tl.store(target_logits_ptr + i, tl.sum(logit))
+            tl.store(chosen_ids_ptr + i, target)
     elif i < tl.cdiv(tl.maximum(count, 1), PAD) * PAD:
         for begin in range(0, COLUMNS, BLOCK):
             tl.store(to + begin + columns, zero, mask=begin + columns < COLUMNS)
@@ -114,8 +116,8 @@ def _row_statistics_kernel(
     weight,  # (VOCAB, HIDDEN)
     count_ptr,  # (1,)
     exps_ptr,  # (num_rows, EXPS_STRIDE) or None
-    maxima_ptr,  # (num_rows, tiles of VOCAB)
-    sums_ptr,  # (num_rows, tiles of VOCAB)
+    maxima_ptr,  # (total_rows, tiles of VOCAB)
+    sums_ptr,  # (total_rows, tiles of VOCAB)
     first_row,
     num_rows,  # of this chunk, a multiple of BLOCK_M
     HIDDEN: tl.constexpr,
@@ -148,11 +150,12 @@ def _row_statistics_kernel(
         row = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         largest = tl.max(logits, 1)
         exps = tl.exp(logits - largest[:, None])
-        tl.store(maxima_ptr + row * num_n + n, largest)
-        tl.store(sums_ptr + row * num_n + n, tl.sum(exps, 1))
         if exps_ptr is not None:
             to = exps_ptr + row[:, None] * EXPS_STRIDE + column[None, :]
             tl.store(to, exps.to(exps_ptr.dtype.element_ty))
+        row += first_row
+        tl.store(maxima_ptr + row * num_n + n, largest)
+        tl.store(sums_ptr + row * num_n + n, tl.sum(exps, 1))
 
 
 @triton.jit
@@ -182,7 +185,7 @@ def padded(num_rows: int, tile: Tile) -> int:
 
 def column_block(num_columns: int) -> dict[str, int]:
     block = min(launch.next_power_of_2(num_columns), 4096)
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+    return {"BLOCK": block, "num_warps": 4}
 
 
 def choose_rows(marks: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -202,13 +205,14 @@ def gather_rows(
     count: Tensor,
     weight: Tensor,
     target_logits: Tensor | None = None,
+    chosen_ids: Tensor | None = None,
     unchosen: Tensor | None = None,
 ) -> Tensor:
     """x[rows[:count]], then zeros up to a multiple of PAD, then anything."""
     num_rows, num_columns = x.shape
     gathered = x.new_empty(padded(num_rows, tile_settings(x)), num_columns)
     _gather_rows_kernel[(launch.ceil_div(num_rows, PAD) * PAD,)](
-        x, marks, rows, count, weight, gathered, target_logits, unchosen,
+        x, marks, rows, count, weight, gathered, target_logits, chosen_ids, unchosen,
         num_rows, x.stride(0), IGNORE_INDEX, num_columns, PAD, **column_block(num_columns),
     )  # fmt: skip
     return gathered

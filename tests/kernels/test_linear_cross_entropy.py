@@ -22,7 +22,7 @@ def whole_logits(hidden_states, weight, target_ids):
     return F.cross_entropy(logits, target_ids, ignore_index=IGNORED, reduction="sum")
 
 
-def inputs(rows=70, hidden_size=24, vocab_size=203, ignored=0.3):
+def inputs(rows=40, hidden_size=24, vocab_size=203, ignored=0.3):
     hidden_states = torch.randn(rows, hidden_size)
     weight = torch.randn(vocab_size, hidden_size) * torch.logspace(-2, 0, vocab_size)[:, None]
     target_ids = torch.randint(vocab_size, (rows,))
@@ -44,7 +44,7 @@ def test_chunks(num_logits, dtype, backend, monkeypatch):
     where = {"reference": "reference_head", "triton": "linear_cross_entropy_triton"}[backend]
     monkeypatch.setattr(f"mmalign_kernels.{where}._NUM_LOGITS", num_logits)
     compare(linear_cross_entropy, whole_logits, inputs(199), dtype, RATIOS)
-    compare(linear_cross_entropy, whole_logits, inputs(199, ignored=0.8), dtype, RATIOS)
+    compare(linear_cross_entropy, whole_logits, inputs(130, ignored=0.8), dtype, RATIOS)
 
 
 def test_tensor_descriptors(backend):
