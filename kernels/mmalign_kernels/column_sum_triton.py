@@ -14,10 +14,11 @@ from . import launch
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _column_sum_kernel(
-    partial_ptr,  # (num_rows, COLUMNS), the wide type
+    partial_ptr,  # (num_rows, COLUMNS) of fp32 or fp64, rows ROW_STRIDE apart
     out_ptr,  # (COLUMNS,)
     num_rows,
     COLUMNS: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     COLUMNS_BLOCK: tl.constexpr,
 ):
@@ -26,17 +27,17 @@ def _column_sum_kernel(
     for first in range(0, num_rows, ROWS_BLOCK):
         rows = first + tl.arange(0, ROWS_BLOCK)
         inside = (rows < num_rows)[:, None] & (columns < COLUMNS)[None]
-        total += tl.load(partial_ptr + rows[:, None] * COLUMNS + columns[None], inside, other=0)
+        total += tl.load(partial_ptr + rows[:, None] * ROW_STRIDE + columns[None], inside, other=0)
     tl.store(out_ptr + columns, tl.sum(total, 0).to(out_ptr.dtype.element_ty), columns < COLUMNS)
 
 
 def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """partial (num_rows, num_columns), fp32 or fp64 -> (num_columns,) of type dtype."""
+    """partial (num_rows, num_columns), fp32 or fp64, dense rows -> (num_columns,) of type dtype."""
     num_rows, columns = partial.shape
     out = partial.new_empty(columns, dtype=dtype)
     rows_block, columns_block, num_warps = 128, 32, 8
     _column_sum_kernel[(launch.ceil_div(columns, columns_block),)](
-        partial, out, num_rows, COLUMNS=columns, ROWS_BLOCK=rows_block,
-        COLUMNS_BLOCK=columns_block, num_warps=num_warps,
+        partial, out, num_rows, COLUMNS=columns, ROW_STRIDE=partial.stride(0),
+        ROWS_BLOCK=rows_block, COLUMNS_BLOCK=columns_block, num_warps=num_warps,
     )  # fmt: skip
     return out

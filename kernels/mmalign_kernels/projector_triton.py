@@ -257,7 +257,7 @@ def project_image_features_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_features, needs_weight, needs_bias, needs_hidden, needs_norm = needs
-    empty, (num_images, columns) = weight.new_empty(0), (len(image_features), len(weight))
+    num_images, columns = len(image_features), len(weight)
     grad_image = weight.new_empty(num_images, columns) if needs_features or needs_weight else None
     grad_text = weight.new_empty(hidden_states.shape) if needs_hidden else None
     partial_bias, partial_norm = _rows_gradient(
@@ -265,11 +265,11 @@ def project_image_features_bwd(
         grad_image, grad_text, needs_bias, needs_norm,
     )  # fmt: skip
     return (
-        torch.mm(grad_image, weight) if needs_features else empty,
-        torch.mm(grad_image.t(), image_features) if needs_weight else empty,
-        column_sum(partial_bias, weight.dtype) if needs_bias else empty,
-        grad_text if needs_hidden else empty,
-        column_sum(partial_norm, weight.dtype) if needs_norm else empty,
+        torch.mm(grad_image, weight) if needs_features else weight.new_empty(0),
+        torch.mm(grad_image.t(), image_features) if needs_weight else weight.new_empty(0),
+        column_sum(partial_bias, weight.dtype) if needs_bias else weight.new_empty(0),
+        grad_text if needs_hidden else weight.new_empty(0),
+        column_sum(partial_norm, weight.dtype) if needs_norm else weight.new_empty(0),
     )
 
 

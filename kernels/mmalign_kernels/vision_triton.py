@@ -137,7 +137,8 @@ def layer_norm_bwd(
             grad_y, x, weight, grad_x, partial, num_rows, eps, COLUMNS=columns,
             ROWS=rows, BLOCK=block, STAGES=launch.STAGES, num_warps=num_warps,
         )  # fmt: skip
-    return grad_x, *column_sum(partial, weight.dtype).chunk(2)
+    sums = (column_sum(part, weight.dtype) for part in partial.chunk(2, 1))
+    return grad_x, *sums
 
 
 def _quick_gelu(x: Tensor, grad_y: Tensor | None) -> Tensor:

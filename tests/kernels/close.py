@@ -38,7 +38,7 @@ def results(function: Callable, inputs: tuple, seed: int = 1) -> dict[str, Tenso
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+    grads = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in outputs]
     leaves = {i: x for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad}
     found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     if leaves:

@@ -13,13 +13,18 @@ import torch
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
+else:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's products must repeat, too
 
 from mmalign_kernels import dispatch  # noqa: E402
 
 FAMILIES = {  # of a test file that is not named after its one family
     "test_attention": ("attention", "rotary"),
     "test_dispatch": (),
-    "test_registration": (),
+    "test_registration": (
+        *("adamw", "attention", "linear_cross_entropy", "packing", "projector", "rms_norm"),
+        *("rotary", "swiglu", "target_logprobs", "vision"),
+    ),
 }
 
 
@@ -28,7 +33,9 @@ def pytest_generate_tests(metafunc):
     families = FAMILIES.get(name, (name.removeprefix("test_"),))
     backends = ["reference"]
     if families and all(find_spec(f"mmalign_kernels.{family}_triton") for family in families):
-        backends.append("triton")
+        backends.append(pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu))
+    if any(mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")):
+        return
     if "backend" in metafunc.fixturenames and name != "test_codegen":
         metafunc.parametrize("backend", backends, indirect=True)
 
@@ -38,7 +45,8 @@ def backend(request):
     dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
     if request.param == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter computes bf16 wrongly; runs on a GPU")
-    with dispatch.use_backend(request.param):
+    on_gpu = request.param == "triton" and not INTERPRETED
+    with torch.device("cuda" if on_gpu else "cpu"), dispatch.use_backend(request.param):
         yield request.param
 
 
