@@ -1,4 +1,7 @@
-"""Argument checks of the public operations: facts the host knows, so they wait for no device."""
+"""Argument checks of the public operations: facts the host knows, so they wait for no device.
+
+check_offsets is the exception, for backends on a CPU.
+"""
 
 import torch
 from torch import Tensor
@@ -47,3 +50,16 @@ def check_integers(operation: str, beside: Tensor, **tensors: Tensor) -> None:
                 f"{operation}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
                 f"expected one dimension of int32 or int64 on {beside.device}"
             )
+
+
+def check_offsets(
+    cu_seqlens: Tensor, max_seqlen: int, num_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Bounds and lengths of the samples; ValueError where they do not fit. Waits for a GPU."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens}, got {bounds}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a sample has {max(lengths)} tokens")
+    return bounds, lengths

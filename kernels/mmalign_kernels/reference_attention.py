@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .checks import check_offsets
 from .rms_norm import wide_type
 
 aten = torch.ops.aten
@@ -12,12 +13,7 @@ aten = torch.ops.aten
 
 def _runs(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Iterator[tuple[slice, int]]:
     """Rows of consecutive samples of one length, and how many samples they are."""
-    bounds = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens}, got {bounds}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a sample has {max(lengths)} tokens")
+    bounds, lengths = check_offsets(cu_seqlens, max_seqlen, num_tokens)
     first = 0
     for i, length in enumerate(lengths):
         if i + 1 == len(lengths) or lengths[i + 1] != length:

@@ -15,14 +15,14 @@ from .close import assert_same_bits, compare, results
 from .packed import block_mask, offsets, plain_attention, positions, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADS = ((4, 4, 64), (6, 2, 64), (3, 3, 100), (2, 1, 128))  # heads, key heads, head_dim
+HEADS = ((2, 2, 64), (4, 2, 64), (3, 3, 100), (2, 1, 128))  # heads, key heads, head_dim
 LENGTHS = [1, 37, 130, 37, 37, 1]
 
 
 class Case:
     """The arguments of one call, and transformers' answer to it."""
 
-    def __init__(self, lengths=LENGTHS, heads=(4, 2, 16), causal=True):
+    def __init__(self, lengths=LENGTHS, heads=(2, 1, 16), causal=True):
         self.lengths, self.causal = lengths, causal
         self.num_heads, self.num_kv, self.head_dim = heads
         columns = (self.num_heads + 2 * self.num_kv) * self.head_dim
@@ -73,9 +73,10 @@ def test_long_sample():
     compare(case.ours, case.hugging_face, (case.qkv,), torch.float32)
 
 
-def test_gradcheck():
+def test_gradcheck(backend):
     case = Case(lengths=[1, 3, 3, 2], heads=(2, 1, 4))
-    torch.autograd.gradcheck(case.ours, (case.qkv.detach().double().requires_grad_(),))
+    qkv = case.qkv.detach().double().requires_grad_()
+    torch.autograd.gradcheck(case.ours, (qkv,), fast_mode=backend == "triton")
 
 
 @pytest.mark.parametrize("lengths", (LENGTHS, [33] * 4))
@@ -175,7 +176,7 @@ def test_form_for_other_devices():
     ],
 )
 def test_wrong_arguments(change, words):
-    case = Case()
+    case = Case(heads=(4, 2, 16))
     for name, value in change.items():
         setattr(case, name, value)
     with pytest.raises(ValueError, match=words):
@@ -214,9 +215,11 @@ def test_full_attention_equals_clip(lengths, dtype):
     compare(ours, clip, (torch.randn(sum(lengths), 384, requires_grad=True),), dtype)
 
 
-def test_full_attention_gradcheck():
+def test_full_attention_gradcheck(backend):
     qkv = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: full_attention(x, offsets([2, 1, 3]), 3, 2), (qkv,))
+    torch.autograd.gradcheck(
+        lambda x: full_attention(x, offsets([2, 1, 3]), 3, 2), (qkv,), fast_mode=backend == "triton"
+    )
 
 
 def test_no_images():

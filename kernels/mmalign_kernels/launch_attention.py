@@ -1,0 +1,63 @@
+"""Launch settings of the attention kernels: tile, warps and stages by head_dim, type and device.
+
+BLOCK_M queries by BLOCK_N keys; what a program owns (queries, or keys for their own gradients) is a
+multiple of the other. On sm_90 two warpgroups own 64 rows each: fewer would read keys and values
+from L2 twice as often, more do not fit in the registers. On sm_80 products take their operands from
+registers, so the other side of a tile is narrower.
+"""
+
+from torch import Tensor
+
+from .launch import VECTOR_BYTES, WARP, gpu, next_power_of_2
+
+Settings = dict[str, int]
+
+
+def block_columns(head_dim: int) -> int:
+    """Columns of a tile of one head: matrix units take a power of two, from 16 on."""
+    return max(next_power_of_2(head_dim), 16)
+
+
+def turn_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
+    """Tokens and key heads of a program; a thread's part of the tokens' half heads is 16 bytes."""
+    if qkv.is_cpu:  # the interpreter takes the same time for any tile
+        return 256, 8
+    elements = 4 * WARP * VECTOR_BYTES // min(qkv.element_size(), 4)
+    return max(2 * elements // block_columns(head_dim), 1), 8
+
+
+def forward(qkv: Tensor, head_dim: int) -> Settings:
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), num_stages=1)
+    if gpu(qkv).capability >= 90:
+        return _settings(head_dim, 128, 64, num_stages=3)
+    return _settings(head_dim, 128, 32, num_stages=3)
+
+
+def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
+    """For the gradients of queries, and for those of keys and values."""
+    if qkv.element_size() > 2:
+        return (_settings(head_dim, *_square(qkv), num_stages=1),) * 2
+    if gpu(qkv).capability >= 90:
+        return _settings(head_dim, 128, 64, num_stages=2), _settings(head_dim, 64, 128, 3)
+    narrow = block_columns(head_dim) <= 64
+    return (
+        _settings(head_dim, 64, 64, num_stages=2),
+        _settings(head_dim, *((32, 128) if narrow else (64, 64)), num_stages=2),
+    )
+
+
+def _square(qkv: Tensor) -> tuple[int, int]:
+    """For fp32 and fp64, which are multiplied as they are: small, as no matrix unit does it."""
+    side = 64 if qkv.is_cpu else 32  # the interpreter takes the same time for any tile
+    return side, side
+
+
+def _settings(head_dim: int, queries: int, keys: int, num_stages: int) -> Settings:
+    return dict(
+        BLOCK_M=queries,
+        BLOCK_N=keys,
+        BLOCK_D=block_columns(head_dim),
+        num_warps=8,  # two warpgroups
+        num_stages=num_stages,
+    )
