@@ -30,10 +30,10 @@ multiprocessor can hold. HGMMA and HMMA are tensor-core products, TMA bulk tenso
 
 
 def main(wanted: list[str]) -> None:
+    new = {family: codegen.render(codegen.compile_apart(family)).strip() for family in wanted}
     old = PATH.read_text() if PATH.exists() else ""
     sections = {x.split("\n", 1)[0]: f"## {x}".strip() for x in re.split(r"^## ", old, flags=re.M)}
-    for family in wanted:
-        sections[family] = codegen.render(codegen.compile_apart(family)).strip()
+    sections |= new
     body = [sections[family] for family in codegen.families() if family in sections]
     PATH.write_text("\n\n".join((HEAD.strip(), *body)) + "\n")
 

@@ -43,6 +43,7 @@ def _rms_norm_fwd_kernel(
     columns = tl.arange(0, BLOCK)[None]
     inside = (rows < num_rows)[:, None] & (columns < COLUMNS)
     at = rows.to(tl.int64)[:, None] * COLUMNS + columns  # [ROWS, BLOCK]
+    weight = tl.load(weight_ptr + columns, columns < COLUMNS, other=0, eviction_policy="evict_last")
     x = tl.load(x_ptr + at, inside, other=0, eviction_policy="evict_first")
     if ADDS:
         residual = tl.load(residual_ptr + at, inside, other=0, eviction_policy="evict_first")
@@ -50,7 +51,6 @@ def _rms_norm_fwd_kernel(
         tl.store(new_residual_ptr + at, x, inside)
     x = wide(x)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / COLUMNS + eps)
-    weight = tl.load(weight_ptr + columns, columns < COLUMNS, other=0, eviction_policy="evict_last")
     tl.store(y_ptr + at, (x * rstd[:, None] * wide(weight)).to(y_ptr.dtype.element_ty), inside)
     tl.store(rstd_ptr + rows, rstd, rows < num_rows)
 

@@ -47,9 +47,9 @@ def _layer_norm_fwd_kernel(
     inside = (rows < num_rows)[:, None] & (columns < COLUMNS)
     at = rows.to(tl.int64)[:, None] * COLUMNS + columns
     x = wide(tl.load(x_ptr + at, inside, other=0, eviction_policy="evict_first"))
-    normed, _ = _normalize(x, inside, eps, COLUMNS)
     weight = wide(tl.load(weight_ptr + columns, columns < COLUMNS, other=0))
     bias = wide(tl.load(bias_ptr + columns, columns < COLUMNS, other=0))
+    normed, _ = _normalize(x, inside, eps, COLUMNS)
     tl.store(y_ptr + at, (normed * weight + bias).to(y_ptr.dtype.element_ty), inside)
 
 
