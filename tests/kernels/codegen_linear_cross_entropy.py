@@ -21,13 +21,15 @@ def _launches(hidden_size, vocab_size):
     grad_loss = meta(dtype=torch.float32)
     head = (hidden_states, weight, target_ids)
     name = f"linear_cross_entropy {hidden_size} x {vocab_size}"
-    return {
-        name: lambda: linear_cross_entropy_fwd(*head, True, True),
-        f"{name}, no gradient": lambda: linear_cross_entropy_fwd(*head, False, False),
-        f"{name}, backward": lambda: linear_cross_entropy_bwd(
-            hidden_states, grad_weight, grad_loss
-        ),
-    }
+    launches = {name: lambda: linear_cross_entropy_fwd(*head, True, True)}
+    if (hidden_size, vocab_size) == SHAPES[0]:  # one that stands for the others
+        launches |= {
+            f"{name}, no gradient": lambda: linear_cross_entropy_fwd(*head, False, False),
+            f"{name}, backward": lambda: linear_cross_entropy_bwd(
+                hidden_states, grad_weight, grad_loss
+            ),
+        }
+    return launches
 
 
 LAUNCHES = {name: run for shape in SHAPES for name, run in _launches(*shape).items()}

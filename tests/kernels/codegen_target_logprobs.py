@@ -15,12 +15,8 @@ MATRIX = {"_row_statistics_kernel"}
 def _launches(hidden_size, vocab_size):
     hidden_states, weight = meta(ROWS, hidden_size), meta(vocab_size, hidden_size)
     targets = meta(TARGETS, dtype=torch.int64)
-    rows = meta(ROWS, dtype=torch.int64)
     name = f"target_logprobs {hidden_size} x {vocab_size}"
-    return {
-        name: lambda: target_logprobs_fwd(hidden_states, weight, targets, targets),
-        f"{name}, row by row": lambda: target_logprobs_fwd(hidden_states, weight, rows, None),
-    }
+    return {name: lambda: target_logprobs_fwd(hidden_states, weight, targets, targets)}
 
 
 LAUNCHES = {name: run for shape in SHAPES for name, run in _launches(*shape).items()}

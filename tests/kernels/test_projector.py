@@ -60,6 +60,16 @@ def test_no_image(trained):
         torch.testing.assert_close(value, expected[name])
 
 
+def test_tensor_descriptors(backend):
+    """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
+    if backend != "triton":
+        pytest.skip("Triton only")
+    from mmalign_kernels import launch
+
+    with launch.pretend(launch.H100._replace(num_multiprocessors=3)):
+        compare(ours(), hugging_face(), inputs(), torch.float16)
+
+
 def test_only_images():
     everywhere = torch.arange(12).flip(0).int()
     arguments = inputs(positions=everywhere, num_tokens=12)
