@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17  # elements whose fp32 copies stay in the cache between the passes
+_BLOCK = 1 << 18  # elements whose fp32 copies stay in the cache between the passes
 
 
 def adamw_update(
