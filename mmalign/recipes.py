@@ -38,18 +38,20 @@ TINY_PRETRAIN = TrainConfig(
     stage="pretrain",
     model=_TOY_MODEL,
     data=replace(_TOY_DATA, template="plain"),
-    optimizer=OptimizerConfig(learning_rate=2e-3),
+    optimizer=OptimizerConfig(learning_rate=5e-3),
     global_batch_size=32,
     micro_batch_tokens=4096,
+    num_steps=500,
     precision="fp32",
 )
 TINY_FINETUNE = TrainConfig(
     stage="finetune",
     model=_TOY_MODEL,
     data=replace(_TOY_DATA, template="v1"),
-    optimizer=OptimizerConfig(learning_rate=1e-3),
-    global_batch_size=32,
+    optimizer=OptimizerConfig(learning_rate=1.5e-3),
+    global_batch_size=8,
     micro_batch_tokens=4096,
+    num_steps=1500,
     precision="fp32",
 )
 
