@@ -28,22 +28,22 @@ def turn_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
 
 def forward(qkv: Tensor, head_dim: int) -> Settings:
     if qkv.element_size() > 2:
-        return _settings(head_dim, *_square(qkv), num_stages=1)
+        return _settings(head_dim, *_square(qkv), 1)
     if gpu(qkv).capability >= 90:
-        return _settings(head_dim, 128, 64, num_stages=3)
-    return _settings(head_dim, 128, 32, num_stages=3)
+        return _settings(head_dim, 128, 64, 3)
+    return _settings(head_dim, 128, 32, 3)
 
 
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradients of queries, and for those of keys and values."""
     if qkv.element_size() > 2:
-        return (_settings(head_dim, *_square(qkv), num_stages=1),) * 2
+        return (_settings(head_dim, *_square(qkv), 1),) * 2
     if gpu(qkv).capability >= 90:
-        return _settings(head_dim, 128, 64, num_stages=2), _settings(head_dim, 64, 128, 3)
+        return _settings(head_dim, 128, 64, 3), _settings(head_dim, 64, 128, 3)
     narrow = block_columns(head_dim) <= 64
     return (
-        _settings(head_dim, 64, 64, num_stages=2),
-        _settings(head_dim, *((32, 128) if narrow else (64, 64)), num_stages=2),
+        _settings(head_dim, 64, 64, 3),
+        _settings(head_dim, *((32, 128) if narrow else (64, 64)), 3),
     )
 
 
