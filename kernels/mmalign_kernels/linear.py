@@ -43,7 +43,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        # a frozen weight keeps no activation, as in F.linear
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return product(x, weight, bias)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from mmalign_kernels import add_rms_norm, rotary_attention, swiglu
+from mmalign_kernels import add_rms_norm, linear, rotary_attention, swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +30,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from mmalign_kernels import linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,10 +39,10 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         updates = [
-            F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
+            linear(linear(F.dropout(x, self.dropout, self.training), a), b)
             for a, b in zip(self.lora_a, self.lora_b, strict=True)
         ]
-        return torch.add(F.linear(x, self.weight), torch.cat(updates, 1), alpha=self.scaling)
+        return torch.add(linear(x, self.weight), torch.cat(updates, 1), alpha=self.scaling)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
