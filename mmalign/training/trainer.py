@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mmalign.data.loader import Step, StepLoader, num_steps_of
 from mmalign.data.packing import PackedBatch
 from mmalign.errors import UserError
 from mmalign.model.hf_weights import export_llama, export_llava, save_projector
+from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve
 from mmalign.training.checkpoint import Checkpoints
@@ -60,9 +62,7 @@ class Trainer:
         self._resume()
         self.replica = self.model
         if ranks.world_size > 1:
-            self.replica = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.replica = _data_parallel(self.model)
 
     # ---- before the first step ----
 
@@ -227,6 +227,13 @@ class Trainer:
             export_llama(self.model, folder / "llama", self.tokenizer)
             if not self.config.data.text_only:
                 export_llava(self.model, folder / "llava", self.tokenizer)
+
+
+def _data_parallel(model: Llava) -> DistributedDataParallel:
+    with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, 2.11 has no other name
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        # the buffers are constants: every process has made its own
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
