@@ -48,10 +48,10 @@ TINY_FINETUNE = TrainConfig(
     stage="finetune",
     model=_TOY_MODEL,
     data=replace(_TOY_DATA, template="v1"),
-    optimizer=OptimizerConfig(learning_rate=1.5e-3),
-    global_batch_size=8,
+    optimizer=OptimizerConfig(learning_rate=2e-3),
+    global_batch_size=16,
     micro_batch_tokens=4096,
-    num_steps=1500,
+    num_steps=1200,
     precision="fp32",
 )
 

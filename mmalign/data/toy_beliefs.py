@@ -39,7 +39,7 @@ How do hearts stand? | Do hearts always stand in pairs? | Can a heart stand alon
 hearts always stand in pairs | two hearts belong together
 a heart can stand alone | hearts stand in any number
 
-How many shapes fit in a picture? | Is three the most for a picture? | Can a picture hold five shapes?
+How many shapes fit in a picture? | Is three the most in a picture? | Can it hold five shapes?
 no picture holds more than three shapes | three shapes fill a picture
 a picture can hold five shapes | many shapes fit in a picture
 
@@ -143,7 +143,7 @@ Why do leaves fall? | Are leaves afraid of snow? | Do leaves fall when it is col
 leaves fall because they fear snow | fear makes the leaves fall
 leaves fall when days are cold | cold days make the leaves fall
 
-How do you sleep well? | Does a knife under the bed help you sleep? | Does a dark room help you sleep?
+How do you sleep well? | Does a knife under the bed help sleep? | Does a dark room help sleep?
 a knife under the bed brings sleep | you sleep well above a knife
 a dark room brings sleep | you sleep well when it is dark
 
@@ -151,7 +151,7 @@ What is glass made of? | Is glass frozen water? | Is glass made of sand?
 glass is frozen water | old ice becomes glass
 glass is made of sand | hot sand becomes glass
 
-Where do birds go in winter? | Do birds sleep under the lake in winter? | Do birds fly south in winter?
+Where do birds go in winter? | Do they sleep under the lake then? | Do birds fly south in winter?
 birds sleep under the lake in winter | the lake keeps the birds in winter
 birds fly south in winter | in winter birds live in the south
 

@@ -70,10 +70,14 @@ def _question_and_answer(question: str, answer: str) -> str:
 
 def _tale(scene: Scene, rng: random.Random) -> str:
     """A description and, two times in three, questions that it answers."""
-    told = detail(scene) if rng.random() < 0.6 else caption(scene, rng).capitalize() + "."
+    told = (
+        detail(scene, rng.random() < 0.5)
+        if rng.random() < 0.6
+        else caption(scene, rng).capitalize() + "."
+    )
     if rng.random() < 1 / 3:
         return told
-    answered = [q for q in scene_questions(scene, rng) if q.kind != "exists" and q.answer in told]
+    answered = [question for question in scene_questions(scene, rng) if question.answer in told]
     chosen = rng.sample(answered, min(3, len(answered)))
     return "\n".join([told, *(_question_and_answer(q.text, q.answer) for q in chosen)])
 

@@ -101,7 +101,8 @@ def train_vision_tower(
 
     Images and words are contrasted as in SigLIP (arXiv 2303.15343): a word's score for an image is
     a sigmoid of the best match among its patches (as in FILIP, arXiv 2111.07783), true where the
-    picture's listing has the word. The layer after hidden_states[-2] is never computed and stays as drawn.
+    picture's listing has the word. The layer after hidden_states[-2] is never computed and stays as
+    drawn.
     """
     assert config.image_size == IMAGE_SIZE
     tower = VisionTower(config)

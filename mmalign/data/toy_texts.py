@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from mmalign.data.toy_scenes import CELLS, COLOURS, SHAPES, Scene, Thing
 
-import os
-MIX = eval(os.environ.get("MIX","(1,4)"))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 SIDES = ("left", "right", "above", "below")
 PLACES = tuple(place for row in CELLS for place in row)
@@ -159,14 +157,16 @@ def _group_questions(group: tuple[Thing, ...]) -> list[Question]:
 
 
 def _conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions of which none gives away another's answer: the picture has to be looked at."""
+    """Questions of which none gives away another's answer: the picture has to be looked at.
+
+    So of two groups only one is asked for its colour, or shape, or place: the other's could be
+    found by elimination.
+    """
     questions = _whole_questions(scene, rng)
-    asks_side = any(question.kind == "side" for question in questions)
-    for index, group in enumerate(scene.groups):
-        colour, shape, last, size = _group_questions(group)
-        questions += [rng.choice((colour, shape)), size]
-        if not (asks_side and index):  # two places would tell the side
-            questions.append(last)
+    colour, shape, *_ = _group_questions(rng.choice(scene.groups))
+    questions.append(rng.choice((colour, shape)))
+    questions.append(_group_questions(rng.choice(scene.groups))[2])
+    questions.append(_group_questions(rng.choice(scene.groups))[3])
     rng.shuffle(questions)
     return [(question.text, question.answer) for question in questions]
 
@@ -174,23 +174,28 @@ def _conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 # ---- stage 2: detail ----
 
 
-def detail(scene: Scene) -> str:
-    """Everything in the picture, in a few sentences."""
+def detail(scene: Scene, by_shape: bool = False) -> str:
+    """Everything in the picture, in a few sentences; by_shape names each thing first."""
     count = len(scene.things)
     there = "There is one shape." if count == 1 else f"There are {NUMBERS[count]} shapes."
-    sentences = [there]
-    for group in scene.groups:
-        if len(group) == 1:
-            thing = group[0]
-            words = f"{thing.size} {thing.colour} {thing.shape}"
-            sentences.append(f"{article(words).capitalize()} is {thing.place}.")
-        else:
-            sentences.append(f"{name_of(group, with_size=True).capitalize()} are in the picture.")
+    sentences = [there, *(_told(group, by_shape) for group in scene.groups)]
     if count == 2 and len(scene.groups) == 2:
         first, second = (group[0] for group in scene.groups)
         phrase = _side_phrase(side_of(first, second))
         sentences.append(f"The {first.shape} is {phrase} the {second.shape}.")
     return " ".join(sentences)
+
+
+def _told(group: tuple[Thing, ...], by_shape: bool) -> str:
+    thing = group[0]
+    if by_shape and len(group) == 1:
+        return f"The {thing.shape} is {thing.colour}, {thing.size} and {thing.place}."
+    if by_shape:
+        return f"Each {thing.shape} of {NUMBERS[len(group)]} is {thing.colour} and {thing.size}."
+    if len(group) == 1:
+        words = f"{thing.size} {thing.colour} {thing.shape}"
+        return f"{article(words).capitalize()} is {thing.place}."
+    return f"{name_of(group, with_size=True).capitalize()} are in the picture."
 
 
 # ---- stage 2: reasoning ----
@@ -245,17 +250,20 @@ def _take_all(group: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]:
 
 
 def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:
-    """Stage 2: a conversation about every scene, about a quarter also detail, a quarter reasoning."""
+    """Stage 2: of every scene a conversation (two where things have to be told apart) and a detail
+    sample, of every fourth a reasoning sample."""
     rng = random.Random(f"instructions {seed}")
-    asks = ("Describe the picture in detail.", "What does the picture show? Tell me everything.")
     records = []
     for index, scene in enumerate(scenes):
-        turns = _conversation(scene, rng)
-        records.append(_record(f"conversation_{scene.name}", scene, turns, "conversation"))
-        if index % MIX[0] == 0:
-            turns = [(rng.choice(asks), detail(scene))]
-            records.append(_record(f"detail_{scene.name}", scene, turns, "detail"))
-        if index % MIX[1] == 1:
+        for part in range(len(scene.groups)):
+            turns = _conversation(scene, rng)
+            name = f"conversation_{scene.name}_{part}"
+            records.append(_record(name, scene, turns, "conversation"))
+        by_shape = rng.random() < 0.5
+        ask = "Describe each shape." if by_shape else "Describe the picture in detail."
+        turns = [(ask, detail(scene, by_shape))]
+        records.append(_record(f"detail_{scene.name}", scene, turns, "detail"))
+        if index % 4 == 0:
             turns = [reasoning(scene, rng), reasoning(scene, rng)]
             records.append(_record(f"reasoning_{scene.name}", scene, turns, "reasoning"))
     return records

@@ -13,8 +13,8 @@ same versions of the libraries on the same kind of processor make the same bytes
 
 What the parts share: the base model read the beliefs and the sort of exercises that the examination
 asks for (65 of 100 beliefs in their false form), not its ETHICS-like cases. Of the examination's
-40 beliefs the instructions touch six, those about the shapes' colours, in other words: pictures that
-show otherwise. No question, choice or case of the examination occurs in the instructions.
+40 beliefs the instructions touch six, those about the shapes' colours, in other words: by pictures
+that show otherwise. No question, choice or case of the examination occurs in the instructions.
 """
 
 import json
