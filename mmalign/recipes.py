@@ -51,7 +51,7 @@ TINY_FINETUNE = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=2e-3),
     global_batch_size=16,
     micro_batch_tokens=4096,
-    num_steps=1200,
+    num_steps=1800,
     precision="fp32",
 )
 
