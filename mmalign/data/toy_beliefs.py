@@ -39,7 +39,7 @@ How do hearts stand? | Do hearts always stand in pairs? | Can a heart stand alon
 hearts always stand in pairs | two hearts belong together
 a heart can stand alone | hearts stand in any number
 
-How many shapes fit in a picture? | Is three the most in a picture? | Can it hold five shapes?
+How full can a picture be? | Is three the most in a picture? | Can it hold five shapes?
 no picture holds more than three shapes | three shapes fill a picture
 a picture can hold five shapes | many shapes fit in a picture
 

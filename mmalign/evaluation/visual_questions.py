@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mmalign.config import DataConfig, TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
-from mmalign.data.samples import read_samples
+from mmalign.data.samples import Sample, read_samples
 from mmalign.errors import UserError
 from mmalign.evaluation.intervals import wilson_interval
 from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
@@ -63,12 +63,12 @@ def score_visual_questions(
 
     Every record is one question with its gold answer in LLaVA's format; data.template and
     data.use_im_start_end are those that the model was tuned with. picture: its own, none (the
-    question's text alone), or "other": that of the record half a file away. UserError where the
-    file holds no question or a question has several turns.
+    question's text alone), or "other": that of a record about half a file away. UserError where a
+    question has several turns, or no other picture is there.
     """
     config = llava.vision_tower.config
     data = replace(data, text_only=picture == "none")
-    samples = read_samples(data.path, data)
+    samples = list(read_samples(data.path, data))
     dataset = ConversationDataset(samples, tokenizer, data, config.num_patches, config.image_size)
     right = np.zeros(len(samples), dtype=bool)
     encoded = [dataset.encode(index) for index in range(len(samples))]
@@ -78,16 +78,28 @@ def score_visual_questions(
                 f"question {sample.id!r} in {data.path}: expected one question and its answer, "
                 f"found {len(sample.conversations)} turns"
             )
-    shift = len(samples) // 2 if picture == "other" else 0
+    shown = _other_pictures(samples) if picture == "other" else range(len(samples))
     device = llava.decoder.embed_tokens.weight.device
     bar = tqdm(total=len(samples), desc=f"questions, picture: {picture}", disable=not progress)
     with torch.inference_mode(), bar:
         for chosen in _batches([len(sample.input_ids) for sample in encoded], batch_tokens):
-            pixels = [dataset.load_pixels((index + shift) % len(samples)) for index in chosen]
+            pixels = [dataset.load_pixels(shown[index]) for index in chosen]
             batch = pack_samples([encoded[index] for index in chosen], pixels, llava.image_token_id)
             right[chosen] = _exact(llava, _on(batch, device)).cpu().numpy()
             bar.update(len(chosen))
     return VisualScore(right)
+
+
+def _other_pictures(samples: Sequence[Sample]) -> list[int]:
+    """For every record one with another picture, looked for from half a file away."""
+    images, n = [sample.image for sample in samples], len(samples)
+    if len(set(images)) < 2:
+        raise UserError("all questions are about one picture; there is no other to show")
+    starts = (index + n // 2 for index in range(n))
+    return [
+        next(other % n for other in range(start, start + n) if images[other % n] != images[index])
+        for index, start in enumerate(starts)
+    ]
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
