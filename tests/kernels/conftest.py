@@ -1,7 +1,7 @@
 """Every test here runs once for each backend, with uninitialised memory filled with NaN.
 
-Without a CUDA device Triton's kernels run in its interpreter (tests/conftest.py), on CPU tensors. It computes bf16
-wrongly, so those tests need a GPU.
+Without a CUDA device Triton's kernels run in its interpreter (tests/conftest.py), on CPU tensors.
+It computes bf16 wrongly, so those tests need a GPU.
 """
 
 import os
