@@ -113,4 +113,4 @@ class TrainConfig:
     tensorboard: Switch = False
     """Also write the metrics for TensorBoard under run_dir/tensorboard."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the resolved configuration as JSON and stop."""
+    """Print the configuration of this command as JSON and stop."""

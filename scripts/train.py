@@ -16,22 +16,21 @@ from mmalign.errors import UserError
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
 from mmalign.training.run_folder import config_json
-from mmalign.training.trainer import resolve, train
+from mmalign.training.trainer import train
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
+    if config.print_config:
+        print(config_json(config))
+        return
     try:
-        config = resolve(config)
-        if config.print_config:
-            print(config_json(config))
-        else:
-            train(config)
-            if int(os.environ.get("RANK", 0)) == 0:
-                stages = {config.stage: config.run_dir}
-                report = write_report(config.run_dir / "report.md", stages, evaluations={})
-                print(f"curves and settings: {report}")
+        train(config)
+        if int(os.environ.get("RANK", 0)) == 0:
+            stages = {config.stage: config.run_dir}
+            report = write_report(config.run_dir / "report.md", stages, evaluations={})
+            print(f"curves and settings: {report}")
     except UserError as error:
         sys.exit(f"error: {error}")
 

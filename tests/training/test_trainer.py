@@ -212,6 +212,14 @@ def test_config_json_says_what_ran(small_world, tmp_path):
     assert saved["stage"] == "pretrain" and saved["data"]["template"] == "v1"
 
 
+def test_print_config_needs_no_data():
+    script = str(REPOSITORY / "scripts" / "train.py")
+    arguments = ["finetune-7b", "--num-steps", "7", "--data.shuffle", "False", "--print-config"]
+    printed = json.loads(run_command([sys.executable, script, *arguments]).stdout)
+    assert printed["num_steps"] == 7 and printed["data"]["shuffle"] is False
+    assert printed["global_batch_size"] == 32
+
+
 def test_typing_errors_get_a_suggestion():
     script = str(REPOSITORY / "scripts" / "train.py")
     result = run_command([sys.executable, script, "tiny-pretrain", "--data.shufle", "False"])
