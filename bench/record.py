@@ -72,12 +72,12 @@ def _driver() -> str | None:
 def write_part(
     folder: Path, part: str, records: list[Record], ceilings: dict, command: str
 ) -> Path:
-    """Adds records to `<folder>/<machine>/<part>.json`, in place of those of the same benchmarks."""
+    """Adds records to `<folder>/<machine>/<part>.json`, in place of the same benchmarks'."""
     this = machine()
     path = folder / this["name"] / f"{part}.json"
     measured = {record.benchmark for record in records}
     before = json.loads(path.read_text())["records"] if path.exists() else []
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     run = {"date": date, "command": command, "commit": this["git_commit"]}
     rows = [row for row in before if row["benchmark"] not in measured]
     rows += [asdict(record) | {"run": run} for record in records]
