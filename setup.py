@@ -30,6 +30,7 @@ setup(
             "accelerate",
             "lm_eval",
             "pytest",
+            "pytest-benchmark",
             "pytest-xdist",
             "ruff",
             "transformers",

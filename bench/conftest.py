@@ -1,0 +1,178 @@
+"""Fixtures of `pytest bench/`: where our measurements, pytest-benchmark and the records meet.
+
+pytest-benchmark times one function after another by the wall clock, so it is not asked to time:
+the rows of a comparison are measured in turn (bench/timing.py), and each row replays its rounds to
+pytest-benchmark through a clock that stands still in between. Its tables, --benchmark-json and
+--benchmark-compare then speak of our measurements.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.comparison import Comparison, Row, WrongResult, record, title
+from bench.record import Record, write_part
+from bench.table import tables
+from bench.timing import Timing, measure
+
+
+class ReplayClock:
+    """Time that passes only where a recorded round is replayed."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def replay(self, rounds: list[float]) -> None:
+        self.seconds += rounds.pop(0)
+
+
+class Measurements:
+    """What this run has measured: the comparisons' timings, and a record of every row."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.timings: dict[str, dict[str, Timing]] = {}
+        self.wrong: dict[str, dict[str, str]] = {}
+        self.records: dict[str, list[Record]] = {}  # by part
+        self._ceilings: dict | None = None
+
+    @property
+    def ceilings(self) -> dict:
+        if self._ceilings is None:
+            from bench.ceilings import ceilings
+
+            self._ceilings = ceilings(self.device)
+        return self._ceilings
+
+    def of(self, comparison: Comparison, variants: list[str]) -> dict[str, Timing]:
+        """Timings of these variants, measured once; those with wrong results are left out."""
+        group = title(comparison)
+        if group not in self.timings:
+            self.timings[group], self.wrong[group] = {}, {}
+            self.timings[group] = self._measure(comparison, variants, self.wrong[group])
+        return self.timings[group]
+
+    def _measure(
+        self, comparison: Comparison, variants: list[str], wrong: dict[str, str]
+    ) -> dict[str, Timing]:
+        self.ceilings  # noqa: B018  first: it needs memory that a comparison may fill
+        while variants:
+            try:
+                work = comparison.calls(variants, self.device)
+                limits = comparison.limits()
+                return measure(work.calls, self.device, prepare=work.prepare, **limits)
+            except WrongResult as error:
+                wrong[error.variant] = str(error)
+                variants = [variant for variant in variants if variant != error.variant]
+        return {}
+
+    def keep(self, row: Row, timing: Timing | None, skipped: str | None = None) -> Record:
+        kept = record(row, timing, self._ceilings or {}, skipped)
+        self.records.setdefault(row.comparison.part, []).append(kept)
+        return kept
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record",
+        type=Path,
+        metavar="DIR",
+        help="write what was measured to DIR/<machine>/<part>.json; RESULTS.md is made of them",
+    )
+
+
+def pytest_configure(config):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.stash[MEASUREMENTS] = Measurements(device)
+    config.stash[CLOCK] = ReplayClock()
+
+
+MEASUREMENTS = pytest.StashKey[Measurements]()
+CLOCK = pytest.StashKey[ReplayClock]()
+UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a wrong row
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        row = _row(item)
+        if row is not None:
+            timer = config.stash[CLOCK].now
+            item.add_marker(pytest.mark.benchmark(group=row.group, timer=timer))
+            item.add_marker(UNUSED_IS_FINE)
+
+
+def _row(item) -> Row | None:
+    return getattr(item, "callspec", None) and item.callspec.params.get("row")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> torch.device:
+    """The GPU where there is one."""
+    return pytestconfig.stash[MEASUREMENTS].device
+
+
+@pytest.fixture
+def compare(request, benchmark, pytestconfig):
+    """compare(row): measures the row's comparison at its first row, and reports this row."""
+    return lambda row: _compare(row, request, benchmark, pytestconfig)
+
+
+def _compare(row: Row, request, benchmark, config) -> None:
+    measurements = config.stash[MEASUREMENTS]
+    reason = row.comparison.missing(row.variant, measurements.device)
+    if reason is not None:
+        measurements.keep(row, None, reason)
+        pytest.skip(reason)
+    selected = [other for item in request.session.items if (other := _row(item)) is not None]
+    variants = [
+        other.variant
+        for other in selected
+        if other.group == row.group
+        and other.comparison.missing(other.variant, measurements.device) is None
+    ]
+    timings = measurements.of(row.comparison, variants)
+    if row.variant in measurements.wrong[row.group]:
+        pytest.fail(measurements.wrong[row.group][row.variant], pytrace=False)
+    kept = measurements.keep(row, timings[row.variant])
+    _replay(timings[row.variant], kept, benchmark, config.stash[CLOCK])
+
+
+def _replay(timing: Timing, kept: Record, benchmark, clock: ReplayClock) -> None:
+    benchmark.name = kept.variant
+    benchmark.extra_info.update(
+        bytes=kept.bytes,
+        flops=kept.flops,
+        ceiling=kept.ceiling,
+        share=kept.share,
+        peak_memory_bytes=kept.peak_memory_bytes,
+        **kept.extra,
+    )
+    rounds = list(timing.seconds)
+    benchmark.pedantic(clock.replay, args=(rounds,), rounds=timing.repeats)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    measurements = config.stash[MEASUREMENTS]
+    records = [kept for part in measurements.records.values() for kept in part]
+    for line in tables(records):
+        terminalreporter.write_line(line)
+    for path in _write(config, measurements):
+        terminalreporter.write_line(f"records: {path}")
+
+
+def _write(config, measurements: Measurements) -> list[Path]:
+    folder = config.getoption("--record")
+    if folder is None:
+        return []
+    command = shlex.join(["pytest", *config.invocation_params.args])
+    ceilings: Mapping = measurements._ceilings or {}
+    return [
+        write_part(folder, part, records, dict(ceilings), command)
+        for part, records in measurements.records.items()
+    ]

@@ -1,0 +1,98 @@
+"""The shapes that benchmarks use: those of the real models, and small ones for a CPU."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from mmalign.model.config import DecoderConfig, VisionConfig
+
+LLAMA2_7B = DecoderConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+OPENLLAMA_3B = DecoderConfig(
+    vocab_size=32000,
+    hidden_size=3200,
+    intermediate_size=8640,
+    num_hidden_layers=26,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=100,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+)
+SMALL_DECODER = DecoderConfig(  # for a CPU
+    vocab_size=8000,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=2048,
+)
+CLIP_VIT_L_14 = VisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+)
+SMALL_VISION = VisionConfig(  # for a CPU
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=224,
+    patch_size=14,
+)
+NAMES = {
+    LLAMA2_7B: "llama2-7b",
+    OPENLLAMA_3B: "openllama-3b",
+    SMALL_DECODER: "small decoder",
+    CLIP_VIT_L_14: "clip-vit-l-14",
+    SMALL_VISION: "small vision tower",
+}
+
+NUM_TOKENS = 16384  # of one large micro-batch on a GPU
+NUM_TOKENS_SHORT = 2048  # where launching costs as much as computing
+NUM_TOKENS_CPU = 2048
+
+LENGTHS = {  # tokens of a sample, at least and at most
+    "finetune": (300, 900),
+    "wide mix": (32, 2048),
+}
+ONE_LONG = "one long sample"
+
+
+def sample_lengths(mix: str, num_tokens: int, longest: int = 2048, seed: int = 0) -> list[int]:
+    """Lengths of packed samples, `num_tokens` in all; a mix of LENGTHS, or ONE_LONG first.
+
+    ONE_LONG: one sample of `longest` tokens among the finetune mix.
+    """
+    low, high = LENGTHS["finetune" if mix == ONE_LONG else mix]
+    generator = random.Random(seed)
+    lengths = [min(longest, num_tokens)] if mix == ONE_LONG else []
+    while (rest := num_tokens - sum(lengths)) > 0:
+        lengths.append(min(generator.randint(low, min(high, longest)), rest))
+    return lengths
+
+
+def offsets(lengths: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens of samples of these lengths."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def positions(lengths: list[int], device: torch.device) -> Tensor:
+    """position_ids: counted from 0 in every sample."""
+    return torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
