@@ -5,23 +5,15 @@ and on a GPU the products of LLaMA2-7B's layers, forward and both backward forms
 Random operands (zeros run faster), all cases in turn in every round, medians over the rounds.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
-MODEL = "llama2-7b"
-LAYERS = {  # name: (in_features, out_features), as the packed decoder multiplies them
-    "qkv": (4096, 12288),
-    "o": (4096, 4096),
-    "gate_up": (4096, 22016),
-    "down": (11008, 4096),
-    "lm_head": (4096, 32000),
-}
-NUM_TOKENS = 16384  # of one large micro-batch
+from bench.shapes import LLAMA2_7B, NAMES, NUM_TOKENS
+from bench.timing import measure
+
 FP8_CAPABILITY = (8, 9)  # first with FP8 matrix units
-GPU_ROUNDS, CPU_ROUNDS = 25, 5
+ROUNDS = {"cuda": 25, "cpu": 5}
 
 Case = tuple[str, int, Callable[[], object]]  # name, bytes or FLOPs of one call, the call
 
@@ -48,8 +40,10 @@ def _measure(device: torch.device) -> dict:
     products = [_square(size, dtype, device, generator)]
     if on_gpu:
         products += _layer_products(device, generator)
-    seconds = _medians([copy, *products], device, GPU_ROUNDS if on_gpu else CPU_ROUNDS)
-    rates = {name: amount / seconds[name] for name, amount, _ in [copy, *products]}
+    rounds = ROUNDS[device.type]
+    calls = {name: call for name, _, call in [copy, *products]}
+    taken = measure(calls, device, min_rounds=rounds, max_rounds=rounds)
+    rates = {name: amount / taken[name].median for name, amount, _ in [copy, *products]}
     return {
         "copy_bytes_per_second": rates.pop(copy[0]),
         "matrix_flops_per_second": rates,
@@ -77,17 +71,31 @@ def _layer_products(device: torch.device, generator: torch.Generator) -> list[Ca
         return torch.randn(rows, columns, device=device, dtype=torch.bfloat16, generator=generator)
 
     cases, with_fp8 = [], torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    for layer, (in_features, out_features) in LAYERS.items():
+    for layer, (in_features, out_features) in _layers().items():
         x = random(NUM_TOKENS, in_features)
         weight = random(out_features, in_features)
         grad = random(NUM_TOKENS, out_features)
         flops = 2 * NUM_TOKENS * in_features * out_features
         forms = {"forward": (x, weight.T), "grad_input": (grad, weight), "grad_weight": (grad.T, x)}
         for form, (a, b) in forms.items():
-            cases.append((f"{MODEL} {layer} {form} bf16", flops, lambda a=a, b=b: a @ b))
+            name = f"{NAMES[LLAMA2_7B]} {layer} {form}"
+            cases.append((f"{name} bf16", flops, lambda a=a, b=b: a @ b))
             if with_fp8:
-                cases.append((f"{MODEL} {layer} {form} fp8", flops, _fp8_product(a, b)))
+                cases.append((f"{name} fp8", flops, _fp8_product(a, b)))
     return cases
+
+
+def _layers() -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every product of the packed decoder."""
+    config = LLAMA2_7B
+    hidden, inner, query = config.hidden_size, config.intermediate_size, config.qkv_sizes[0]
+    return {
+        "qkv": (hidden, sum(config.qkv_sizes)),
+        "o": (query, hidden),
+        "gate_up": (hidden, 2 * inner),
+        "down": (inner, hidden),
+        "lm_head": (hidden, config.vocab_size),
+    }
 
 
 def _fp8_product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
@@ -98,34 +106,3 @@ def _fp8_product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], object]:
     return lambda: torch._scaled_mm(
         left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
     )
-
-
-def _medians(cases: list[Case], device: torch.device, rounds: int) -> dict[str, float]:
-    """Seconds of one call each, warm; a round runs all in turn, so drift meets all alike."""
-    seconds = {name: [] for name, _, _ in cases}
-    timed = _round_on_gpu if device.type == "cuda" else _round_on_cpu
-    for repeat in range(rounds + 2):
-        taken = timed([call for _, _, call in cases])
-        if repeat >= 2:  # two rounds warm clocks, caches and libraries
-            for (name, _, _), one in zip(cases, taken, strict=True):
-                seconds[name].append(one)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
-
-
-def _round_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
-    for call, (begin, end) in zip(calls, events, strict=True):
-        begin.record()  # the queue stays full: no launch gap is timed
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1000 for begin, end in events]
-
-
-def _round_on_cpu(calls: list[Callable[[], object]]) -> list[float]:
-    taken = []
-    for call in calls:
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return taken

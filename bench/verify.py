@@ -1,0 +1,138 @@
+"""Runs the parts of scripts/gpu_verify.sh, each in a process of its own, and what they share."""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "bench/results"
+PART_SECONDS = 480
+PACKAGES = (
+    *("matplotlib", "numpy", "nvidia-ml-py", "pillow", "pytest", "pytest-benchmark", "rich"),
+    *("safetensors", "sentencepiece", "tensorboard", "tokenizers", "torch", "tqdm", "transformers"),
+    *("triton", "tyro", "typeguard", "docstring-parser"),  # the last two are tyro's
+)
+IMPORT_NAMES = {"nvidia-ml-py": "pynvml", "pillow": "PIL"}  # of the others: - is _
+PARTS = ("build", "correctness", "kernels", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of one part's process."""
+
+    part: str
+    dry_run: bool = False
+    results: Path = RESULTS
+    data_root: Path | None = None
+    tokenizer: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.started + PART_SECONDS - time.monotonic()
+
+    @property
+    def command(self) -> str:
+        """What reproduces the part; stands in its results."""
+        given = {"--data-root": self.data_root, "--tokenizer": self.tokenizer}
+        more = "".join(f" {name} DIR" for name, value in given.items() if value)
+        return f"bash scripts/gpu_verify.sh --part {self.part}{more}"
+
+    def arguments(self) -> list[str]:
+        given = {"--data-root": self.data_root, "--tokenizer": self.tokenizer}
+        words = ["--part", self.part, "--results", str(self.results)]
+        words += ["--dry-run"] if self.dry_run else []
+        return words + [word for name, value in given.items() if value for word in (name, value)]
+
+
+def parse(words: list[str] | None = None) -> list[Options]:
+    """One Options for every part that the command line names; all parts where it names none."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_verify.sh", description="Verifies the project on the GPU of this machine."
+    )
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="default: all")
+    parser.add_argument("--dry-run", action="store_true", help="all but the launches; needs no GPU")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--data-root", type=Path, help="folder with truthfulqa/ and ethics/")
+    parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, with --data-root")
+    given = parser.parse_args(words)
+    if (given.data_root is None) != (given.tokenizer is None):
+        parser.error("--data-root and --tokenizer go together: real documents need both")
+    return [
+        Options(part, given.dry_run, given.results, given.data_root, given.tokenizer)
+        for part in given.part
+    ]
+
+
+def missing_packages() -> list[str]:
+    """What has to be importable and is not, by the names that pip takes."""
+    imports = {name: IMPORT_NAMES.get(name, name.replace("-", "_")) for name in PACKAGES}
+    return [name for name, imported in imports.items() if find_spec(imported) is None]
+
+
+def run(words: list[str], seconds: float, env: Mapping[str, str] | None = None):
+    """The finished process with its output; a timeout is a failure with the output so far."""
+    try:
+        return subprocess.run(
+            words,
+            cwd=REPOSITORY,
+            env=env,
+            timeout=max(seconds, 1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode(errors="replace")
+        message = f"{output}\nstopped: {seconds:.0f} seconds were over"
+        return subprocess.CompletedProcess(words, 124, message)
+
+
+def part_main(
+    part: Callable[[Options], list[str]], dry_run: Callable[[Options], list[str]]
+) -> None:
+    """Main of bench/verify_<part>.py: runs it, prints what is wrong, exits with 1 if anything."""
+    (options,) = parse()
+    problems = dry_run(options) if options.dry_run else part(options)
+    for problem in problems:
+        print(f"PROBLEM in {options.part}: {problem}", flush=True)
+    sys.exit(bool(problems))
+
+
+def main() -> None:
+    """All parts one after the other, and which of them failed."""
+    parts = parse()
+    if missing := missing_packages():
+        sys.exit(f"not importable here; install them: python -m pip install {' '.join(missing)}")
+    _check_device(parts[0].dry_run)
+    failed = []
+    for options in parts:
+        print(f"==== {options.part} ====", flush=True)
+        words = [sys.executable, "-m", f"bench.verify_{options.part}", *options.arguments()]
+        started = time.monotonic()
+        try:
+            code = subprocess.run(words, cwd=REPOSITORY, timeout=PART_SECONDS + 20).returncode
+        except subprocess.TimeoutExpired:
+            print(f"PROBLEM in {options.part}: not finished after {PART_SECONDS + 20} seconds")
+            code = 124
+        print(f"==== {options.part}: {time.monotonic() - started:.0f} seconds", flush=True)
+        failed += [options.part] if code else []
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+    print("all parts passed")
+
+
+def _check_device(dry_run: bool) -> None:
+    import torch
+
+    if not dry_run and not torch.cuda.is_available():
+        sys.exit("PyTorch sees no CUDA device here; --dry-run checks everything but the launches")
+
+
+if __name__ == "__main__":
+    main()
