@@ -25,10 +25,13 @@ setup(
     ],
     extras_require={
         "triton": ["triton"],
+        # power, clocks and temperature of an NVIDIA card in metrics.jsonl
+        "nvidia": ["nvidia-ml-py"],
         # the oracles that the tests compare with
         "test": [
             "accelerate",
             "lm_eval",
+            "nvidia-ml-py",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

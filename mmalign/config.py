@@ -112,5 +112,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: Switch = False
     """Also write the metrics for TensorBoard under run_dir/tensorboard."""
+    peak_tflops: float | None = None
+    """Dense matrix rate of one device in TFLOP/s, for mfu; unset: the published bf16 rate of a
+    known GPU."""
+    profile: str = ""
+    """Steps to profile, FIRST:END as in metrics.jsonl, END not included: 10:13 is 10, 11, 12."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration of this command as JSON and stop."""

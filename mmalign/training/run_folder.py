@@ -14,6 +14,8 @@ FREE_FIELDS = (
     "run_dir",
     "device",
     "tensorboard",
+    "peak_tflops",
+    "profile",
     "print_config",
     "checkpoint.every",
     "checkpoint.keep",
