@@ -4,10 +4,12 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+
+from bench.record import Record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench/results"
@@ -91,6 +93,37 @@ def run(words: list[str], seconds: float, env: Mapping[str, str] | None = None):
         output = (error.stdout or b"").decode(errors="replace")
         message = f"{output}\nstopped: {seconds:.0f} seconds were over"
         return subprocess.CompletedProcess(words, 124, message)
+
+
+def line(record: Record) -> str:
+    """One line of a part's output."""
+    name = f"{record.benchmark}, {record.case}, {record.variant}"
+    if record.seconds is None:
+        return f"{name}: skipped, {record.skipped}"
+    rates = {"tokens_per_second": "tokens/s", "samples_per_second": "samples/s", "mfu": "MFU"}
+    said = [
+        f"{record.extra[key]:,.4g} {unit}" for key, unit in rates.items() if key in record.extra
+    ]
+    said += [] if record.share is None else [f"{record.share:.0%} of {record.ceiling}"]
+    said += [f"{record.peak_memory_bytes / 1e9:.1f} GB"] if record.peak_memory_bytes else []
+    return f"{name}: {record.seconds:.3g} s  {'  '.join(said)}"
+
+
+def run_benchmarks(files: Sequence[str], options: Options) -> list[str]:
+    """`pytest --record` on files of bench/ in what is left of the part's time; what is wrong."""
+    paths = [f"bench/{name}" for name in files]
+    words = [sys.executable, "-m", "pytest", *paths, "--record", str(options.results)]
+    done = run(words, options.seconds_left)
+    print(done.stdout, flush=True)
+    return [f"{' '.join(paths)}: pytest ended with {done.returncode}"] if done.returncode else []
+
+
+def collect_benchmarks(files: Sequence[str], options: Options) -> list[str]:
+    """Imports the files and lists their cases; what is wrong."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", *(f"bench/{name}" for name in files)]
+    done = run(words, options.seconds_left)
+    print(done.stdout, flush=True)
+    return [f"{', '.join(files)} cannot be collected"] if done.returncode else []
 
 
 def part_main(
