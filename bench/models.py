@@ -1,0 +1,191 @@
+"""LLaVA models with random weights, the same ones for our program and for Hugging Face's.
+
+Ours is drawn on its device, without files; Hugging Face's parameters are views of ours, so that two
+models of 7B need the memory of one and nothing has to be compared or copied.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from bench import shapes
+from mmalign.config import DataConfig, TrainConfig
+from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.decoder import Decoder
+from mmalign.model.hf_names import Part, decoder_parts, vision_parts
+from mmalign.model.layers import LayerNorm, RMSNorm
+from mmalign.model.llava import Llava
+from mmalign.model.projector import Projector
+from mmalign.model.vision_tower import VisionTower
+
+NUM_IMAGE_TOKENS = 3  # <im_patch>, <im_start>, <im_end> follow the decoder's own vocabulary
+
+
+@dataclass(frozen=True)
+class Size:
+    name: str
+    decoder: DecoderConfig  # without the rows of the image tokens
+    vision: VisionConfig
+
+    @property
+    def image_token_id(self) -> int:
+        return self.decoder.vocab_size
+
+
+def _small(num_layers: int, hidden_size: int, intermediate_size: int, tower_width: int) -> Size:
+    decoder = replace(
+        shapes.SMALL_DECODER,
+        vocab_size=32000,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+    )
+    tower = replace(
+        shapes.SMALL_VISION,
+        hidden_size=tower_width,
+        intermediate_size=4 * tower_width,
+        num_attention_heads=tower_width // 64,
+    )
+    return Size(f"{num_layers} layers, {hidden_size} wide", decoder, tower)
+
+
+CPU_SMALL = _small(4, 256, 688, 128)
+CPU_LARGE = _small(12, 768, 2048, 256)
+LLAMA2_7B = Size("llama2-7b", shapes.LLAMA2_7B, shapes.CLIP_VIT_L_14)
+OPENLLAMA_3B = Size("openllama-3b", shapes.OPENLLAMA_3B, shapes.CLIP_VIT_L_14)
+
+
+def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    return _drawn(Decoder, config, device, dtype)
+
+
+def random_llava(size: Size, stage: str, device: torch.device, dtype: torch.dtype) -> Llava:
+    """Ours, with the parameters of `stage` marked for training."""
+    vocab_size = size.decoder.vocab_size + NUM_IMAGE_TOKENS
+    decoder = random_decoder(replace(size.decoder, vocab_size=vocab_size), device, dtype)
+    tower = _drawn(VisionTower, size.vision, device, dtype)
+    projector = Projector(size.vision.hidden_size, size.decoder.hidden_size).to(device, dtype)
+    first = size.image_token_id
+    tokens = SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
+    model = Llava(decoder, tower, projector, tokens)
+    set_stage(model, stage)
+    return model.train()
+
+
+def set_stage(model: Llava, stage: str) -> None:
+    """pretrain trains the projector alone (template plain writes no <im_start>)."""
+    model.set_stage(TrainConfig(stage=stage, data=DataConfig(template="plain")))
+
+
+def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Norms 1, biases 0, all else normal(0, 0.02), never in memory twice."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            module = kind(config)
+    finally:
+        torch.set_default_dtype(previous)
+    generator = torch.Generator(device).manual_seed(0)
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(owner, RMSNorm | LayerNorm):
+                nn.init.ones_(parameter)
+            else:
+                parameter.data.normal_(0, 0.02, generator=generator)
+    return module.to(device)
+
+
+# ---- Hugging Face's, on the same storage ----
+
+
+def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
+    """LLaVA with one linear projector (LLaVA 1.0); trains what `model` trains."""
+    tower = model.vision_tower.config
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**_clip_fields(tower)),
+        text_config=_llama_config(model.decoder.config),
+        image_token_index=model.image_token_id,
+        image_seq_length=tower.num_patches,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        theirs = LlavaForConditionalGeneration(config)
+        theirs.model.multi_modal_projector = nn.Linear(*model.projector.weight.shape[::-1])
+    views = _views(decoder_parts(model.decoder.config), model.decoder)
+    language = {
+        key.replace("model.", "model.language_model.", 1): view for key, view in views.items()
+    }
+    vision = _views(vision_parts(tower), model.vision_tower)
+    projector = {
+        f"model.multi_modal_projector.{name}": parameter
+        for name, parameter in model.projector.named_parameters()
+    }
+    _share(theirs, language | {f"model.vision_tower.{k}": v for k, v in vision.items()} | projector)
+    _fill_buffers(theirs, model.projector.weight.device)
+    return theirs.train()
+
+
+def hugging_face_llama(decoder: Decoder) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(_llama_config(decoder.config))
+    _share(theirs, _views(decoder_parts(decoder.config), decoder))
+    _fill_buffers(theirs, decoder.norm.weight.device)
+    return theirs.eval()
+
+
+def _llama_config(config: DecoderConfig) -> LlamaConfig:
+    fields = asdict(config)
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+    return LlamaConfig(**fields, rope_parameters=rope, attn_implementation="sdpa")
+
+
+def _clip_fields(config: VisionConfig) -> dict:
+    return asdict(config) | {"hidden_act": "quick_gelu"}
+
+
+def _views(parts: dict[str, Part], module: nn.Module) -> dict[str, nn.Parameter]:
+    """Hugging Face's key -> a parameter on the rows of ours."""
+    ours = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        key: nn.Parameter(
+            ours[part.parameter].detach()[part.rows].view(part.shape),
+            requires_grad=ours[part.parameter].requires_grad,
+        )
+        for key, part in parts.items()
+    }
+
+
+def _share(theirs: nn.Module, parameters: dict[str, Tensor]) -> None:
+    names = {name.replace(".vision_model.", "."): name for name, _ in theirs.named_parameters()}
+    assert names.keys() == parameters.keys(), names.keys() ^ parameters.keys()
+    for key, parameter in parameters.items():
+        owner, _, name = names[key].rpartition(".")
+        assert theirs.get_parameter(names[key]).shape == parameter.shape, key
+        setattr(theirs.get_submodule(owner), name, parameter)
+
+
+def _fill_buffers(theirs: nn.Module, device: torch.device) -> None:
+    """The two tables that transformers computes while it builds a model; here it built on meta."""
+    for parent in list(theirs.modules()):
+        if hasattr(parent, "rotary_emb"):
+            parent.rotary_emb = LlamaRotaryEmbedding(parent.config).to(device)
+        if "position_ids" in dict(parent.named_buffers(recurse=False)):
+            parent.position_ids = torch.arange(parent.position_ids.shape[-1], device=device)[None]
+    assert not any(buffer.is_meta for buffer in theirs.buffers())
