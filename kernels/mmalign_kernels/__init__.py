@@ -2,6 +2,7 @@
 
 from .adamw import adamw_step
 from .attention import full_attention
+from .attention_prefix import prefix_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .packing import pack_rows, unpack_rows
@@ -20,6 +21,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "pack_rows",
+    "prefix_attention",
     "project_image_features",
     "quick_gelu",
     "rms_norm",

@@ -1,5 +1,7 @@
 """The LLaMA decoder on packed tokens: one row of samples, told apart by cu_seqlens."""
 
+from collections.abc import Sequence
+
 import torch
 from mmalign_kernels import rms_norm
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from mmalign.model.layers import (
     Embedding,
     Linear,
     PackedPositions,
+    Positions,
     RMSNorm,
     RotaryTables,
 )
@@ -57,13 +60,37 @@ class Decoder(nn.Module):
         residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
         for token_id, row in (token_rows or {}).items():
             residual = torch.where((input_ids == token_id)[:, None], row, residual)
-        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        norm = self.layers[0].input_layernorm
         if projector is None:
-            normed = rms_norm(residual, norms[0].weight, norms[0].eps)
+            normed = rms_norm(residual, norm.weight, norm.eps)
         else:
-            residual, normed = projector(image_features, residual, image_positions, norms[0])
+            residual, normed = projector(image_features, residual, image_positions, norm)
         cos, sin = self.rotary.up_to(max_seqlen)
         positions = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
-        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
-            normed, residual = layer(normed, residual, next_norm, positions)
+        return self._run_layers(normed, residual, [positions] * len(self.layers))
+
+    def extend(
+        self, input_ids: Tensor, positions: Sequence[Positions], rows: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states, normed, of tokens that follow cached ones (kv_cache.py).
+
+        input_ids (total_tokens,); positions: one of each layer -> (total_tokens, hidden_size), or
+        of these rows only, (num_rows,), which is exact and spares the others most of a layer.
+        """
+        residual = self.embed_tokens(input_ids)
+        norm = self.layers[0].input_layernorm
+        normed = rms_norm(residual, norm.weight, norm.eps)
+        return self._run_layers(normed, residual, positions, rows)
+
+    def _run_layers(
+        self,
+        normed: Tensor,
+        residual: Tensor,
+        positions: Sequence[Positions],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
+        for layer, next_norm, where in zip(self.layers, norms, positions, strict=True):
+            wanted = rows if next_norm is self.norm else None
+            normed, residual = layer(normed, residual, next_norm, where, wanted)
         return normed

@@ -1,9 +1,10 @@
 """Layers shared by the decoder and the vision tower. Parameters start uninitialised."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from mmalign_kernels import add_rms_norm, linear, rotary_attention, swiglu
+from mmalign_kernels import add_rms_norm, linear, pack_rows, rotary_attention, swiglu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,25 @@ class PackedPositions:
     position_ids: Tensor  # (total_tokens,) int32
     cu_seqlens: Tensor  # (num_samples + 1,) int32
     max_seqlen: int
+
+    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
+        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
+        return rotary_attention(
+            qkv,
+            self.cos,
+            self.sin,
+            self.position_ids,
+            self.cu_seqlens,
+            self.max_seqlen,
+            num_attention_heads,
+            num_key_value_heads,
+        )
+
+
+class Positions(Protocol):
+    """Which tokens a token of the packed row sees: PackedPositions, or those of kv_cache.py."""
+
+    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor: ...
 
 
 class Linear(nn.Module):
@@ -123,22 +143,23 @@ class DecoderLayer(nn.Module):
         self.num_key_value_heads = config.num_key_value_heads
 
     def forward(
-        self, normed: Tensor, residual: Tensor, next_norm: RMSNorm, positions: PackedPositions
+        self,
+        normed: Tensor,
+        residual: Tensor,
+        next_norm: RMSNorm,
+        positions: Positions,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """normed: the residual stream after this layer's input_layernorm.
 
-        Returns (the stream after next_norm, the stream), each (total_tokens, hidden_size).
+        Returns (the stream after next_norm, the stream), each (total_tokens, hidden_size); of
+        these rows only, where they are given, as nothing reads the others after the last layer.
         """
-        attended = rotary_attention(
-            self.qkv_proj(normed),
-            positions.cos,
-            positions.sin,
-            positions.position_ids,
-            positions.cu_seqlens,
-            positions.max_seqlen,
-            self.num_attention_heads,
-            self.num_key_value_heads,
+        attended = positions.attend(
+            self.qkv_proj(normed), self.num_attention_heads, self.num_key_value_heads
         )  # (total_tokens, num_attention_heads * head_dim)
+        if rows is not None:
+            attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)
         expanded = swiglu(self.gate_up_proj(normed))  # (total_tokens, intermediate_size)
