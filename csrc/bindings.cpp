@@ -1,0 +1,30 @@
+// Schemas of mmalign_cuda::*, through PyTorch's stable ABI (csrc/ops.h says how to add one).
+//
+// CPU tensors reach the same functions: these check their arguments and then say which one is not
+// on a CUDA device.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mmalign_cuda, library) {
+  library.def("rms_norm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps)"
+      " -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "rms_norm_bwd(Tensor grad_y, Tensor? grad_residual, Tensor x, Tensor weight, Tensor rstd,"
+      " bool needs_weight, Tensor(a!) counters) -> (Tensor, Tensor)");
+}
+
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("rms_norm_fwd", TORCH_BOX(&mmalign::rms_norm_fwd));
+  library.impl("add_rms_norm_fwd", TORCH_BOX(&mmalign::add_rms_norm_fwd));
+  library.impl("rms_norm_bwd", TORCH_BOX(&mmalign::rms_norm_bwd));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmalign_cuda, CUDA, library) { implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(mmalign_cuda, CPU, library) { implement(library); }

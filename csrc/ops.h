@@ -1,0 +1,28 @@
+// The operations of this library: one .cu file each, registered in bindings.cpp as mmalign_cuda::*.
+//
+// To add one: declare it here, define it in <operation>.cu (formula and bytes in its header, then
+// kernels, then the launcher), register it in bindings.cpp, name the file in CMakeLists.txt, and
+// add kernels/mmalign_kernels/<family>_cuda.py beside the family's file.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace mmalign {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps);
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(const Tensor& x, const Tensor& residual,
+                                                    const Tensor& weight, double eps);
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_y,
+                                        const std::optional<Tensor>& grad_residual,
+                                        const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                        bool needs_weight, Tensor counters);
+
+}  // namespace mmalign

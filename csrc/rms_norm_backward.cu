@@ -1,0 +1,287 @@
+// RMSNorm backward, with the gradient of the residual stream added in.
+//
+//   dx = rstd * (w*dy - xhat * mean(w*dy*xhat)) + grad_residual,  xhat = x * rstd
+//   dweight = sum over rows of dy * xhat
+//
+// Persistent blocks: each owns every num_blocks-th tile of rows. A thread copies its own vectors of
+// the next tiles to shared memory (cp.async) while it works on one, and reads back what it copied
+// itself, so no barrier guards them; one barrier a tile joins the row's sum. dweight stays in
+// registers until the block is done; column_partials.cuh finishes it in the same launch. A frozen
+// weight compiles all of that out.
+//
+// Bytes of a row of H columns of b bytes: 3bH, with grad_residual 4bH; rstd 4. dweight: 4H for
+// every block and row of its tile, written once and read once.
+// Beats: unmeasured.
+#include "arguments.h"
+#include "device.h"
+#include "ops.h"
+#include "rms_norm_any.cuh"
+
+#include <algorithm>
+
+namespace mmalign {
+namespace {
+
+constexpr int kMaxStages = 3;  // tiles in shared memory: one worked on, two on their way
+
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages == 3) copy_async_wait<2>();
+  if (stages == 2) copy_async_wait<1>();
+  if (stages == 1) copy_async_wait<0>();
+}
+
+// The dynamic shared memory: [stage][tensor][vector][thread], every slot one thread's own.
+template <class T, bool kAdds>
+struct Tiles {
+  static constexpr int kTensors = kAdds ? 3 : 2;
+  Packed* memory;
+
+  static size_t bytes(int stages, int num_threads) {
+    return static_cast<size_t>(stages) * kTensors * kVectors * num_threads * kVectorBytes;
+  }
+
+  __device__ __forceinline__ Packed* slot(int stage, int tensor, int i) const {
+    const int num_threads = blockDim.x * blockDim.y;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    return memory + ((stage * kTensors + tensor) * kVectors + i) * num_threads + thread;
+  }
+
+  // Sends this thread's vectors of a tile on their way; a tile past the end sends nothing, but
+  // counts as a group.
+  __device__ __forceinline__ void send(const RmsNormBackward<T>& call, int64_t tile,
+                                       int stage) const {
+    const int64_t row = tile * blockDim.y + threadIdx.y;
+    const int end = row < call.num_rows ? call.columns : 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * Vector<T>::kLanes;
+      if (at >= end) continue;
+      const int64_t element = row * call.columns + at;
+      copy_async(slot(stage, 0, i), call.grad_y + element);
+      copy_async(slot(stage, 1, i), call.x + element);
+      if (kAdds) copy_async(slot(stage, 2, i), call.grad_residual + element);
+    }
+    copy_async_commit();
+  }
+};
+
+template <class T, bool kAdds, bool kNeedsWeight>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    rms_norm_bwd_kernel(const __grid_constant__ RmsNormBackward<T> call, int stages) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  extern __shared__ Packed dynamic_memory[];
+  __shared__ Wide<T> room[2 * kMaxRowThreads / kWarp];
+  const Tiles<T, kAdds> tiles{dynamic_memory};
+  const int columns = call.columns;
+  const int num_tiles = (call.num_rows + blockDim.y - 1) / blockDim.y;
+
+  for (int stage = 0; stage < stages; ++stage)
+    tiles.send(call, blockIdx.x + static_cast<int64_t>(stage) * gridDim.x, stage);
+  Packed weights[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
+    weights[i] = load_shared_by_all(call.weight + at, at < columns);
+  }
+  Wide<T> grad_weight[kVectors][kLanes] = {};
+  const auto rstd_of = [&](int64_t tile) {
+    const int64_t row = tile * blockDim.y + threadIdx.y;
+    return row < call.num_rows ? __ldg(call.rstd + row) : Wide<T>(0);
+  };
+  Wide<T> next_rstd = rstd_of(blockIdx.x);
+  int stage = 0, parity = 0;
+  for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, parity ^= 1) {
+    const int64_t row = tile * blockDim.y + threadIdx.y;
+    const int end = row < call.num_rows ? columns : 0;
+    const Wide<T> rstd = next_rstd;
+    next_rstd = rstd_of(tile + gridDim.x);
+    wait_for_oldest(stages);
+    Wide<T> sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if ((i * blockDim.x + threadIdx.x) * kLanes >= end) continue;
+      const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
+      const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
+      const Vector<T> scales = unpack<T>(weights[i]);
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane)
+        sum += wide(grads.lanes[lane]) * wide(scales.lanes[lane]) * wide(values.lanes[lane]);
+    }
+    const Wide<T> along = row_sum(sum, room, parity) * rstd / columns;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = (i * blockDim.x + threadIdx.x) * kLanes;
+      if (at >= end) continue;
+      // read again: shared memory has the room that registers lack
+      const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
+      const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
+      const Vector<T> added = kAdds ? unpack<T>(*tiles.slot(stage, 2, i)) : Vector<T>();
+      const Vector<T> scales = unpack<T>(weights[i]);
+      Vector<T> out;
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Wide<T> grad = wide(grads.lanes[lane]), normed = wide(values.lanes[lane]) * rstd;
+        if (kNeedsWeight) grad_weight[i][lane] += grad * normed;
+        Wide<T> moved = (grad * wide(scales.lanes[lane]) - normed * along) * rstd;
+        if (kAdds) moved += wide(added.lanes[lane]);
+        out.lanes[lane] = narrow<T>(moved);
+      }
+      store(call.grad_x + row * columns + at, bits_as<Packed>(out));
+    }
+    tiles.send(call, tile + static_cast<int64_t>(stages) * gridDim.x, stage);
+    stage = stage + 1 == stages ? 0 : stage + 1;
+  }
+  if (!kNeedsWeight) return;
+  const int64_t partial_row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  Wide<T>* partial = call.partials.rows + partial_row * columns;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
+    if (at >= columns) continue;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; lane += 4)
+      *reinterpret_cast<float4*>(partial + at + lane) =
+          make_float4(grad_weight[i][lane], grad_weight[i][lane + 1], grad_weight[i][lane + 2],
+                      grad_weight[i][lane + 3]);
+  }
+  finish_column_sum<4>(call.partials, columns, call.grad_weight);
+}
+
+struct Backward {
+  const Tensor& grad_y;
+  const std::optional<Tensor>& grad_residual;
+  const Tensor &x, &weight, &rstd;
+  Tensor grad_x, grad_weight, counters;
+};
+
+// Room for the partial rows of a grid; returns the tensor that keeps it alive during the launch.
+template <class T>
+Tensor make_partials(const Backward& call, RmsNormBackward<T>& launch, int grid, int tile_rows) {
+  const int64_t rows = static_cast<int64_t>(grid) * tile_rows, columns = launch.columns;
+  const Tensor room = torch::stable::new_empty(
+      call.x, {rows + num_teams(grid), columns}, wide_type(call.x));
+  auto* memory = static_cast<Wide<T>*>(room.data_ptr());
+  launch.partials = {memory, memory + rows * columns,
+                     static_cast<unsigned*>(call.counters.data_ptr())};
+  return room;
+}
+
+// Blocks of a persistent grid: as many as are resident at once, at most one for each tile, and
+// no more than the counters of column_partials.cuh reach.
+template <class Kernel>
+int persistent_grid(Kernel kernel, int num_threads, size_t shared_bytes, int64_t num_tiles) {
+  const int64_t resident = static_cast<int64_t>(num_multiprocessors()) *
+                           blocks_per_multiprocessor(kernel, num_threads, shared_bytes);
+  if (resident == 0) throw std::runtime_error("rms_norm_bwd: a block does not fit this device");
+  return static_cast<int>(
+      std::min({num_tiles, resident, static_cast<int64_t>(kMaxCounters - 1) * kTeam}));
+}
+
+// As many stages as leave room for two blocks on a multiprocessor, or else for one.
+template <class T, bool kAdds>
+int choose_stages(int num_threads) {
+  const size_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  constexpr size_t kReserved = 2048;  // of the system and of static variables, a block
+  for (int stages = kMaxStages; stages > 1; --stages)
+    if (2 * (Tiles<T, kAdds>::bytes(stages, num_threads) + kReserved) <= all) return stages;
+  return Tiles<T, kAdds>::bytes(2, num_threads) + kReserved <= most ? 2 : 1;
+}
+
+template <class T, bool kAdds, bool kNeedsWeight>
+void launch_vectors(const Backward& call, RmsNormBackward<T>& launch) {
+  const auto kernel = rms_norm_bwd_kernel<T, kAdds, kNeedsWeight>;
+  const dim3 block = row_block<T>(launch.columns);
+  const int num_threads = block.x * block.y, stages = choose_stages<T, kAdds>(num_threads);
+  const size_t shared_bytes = Tiles<T, kAdds>::bytes(stages, num_threads);
+  allow_shared(kernel, shared_bytes);
+  const int64_t num_tiles = ceil_div<int64_t>(launch.num_rows, block.y);
+  const int grid = persistent_grid(kernel, num_threads, shared_bytes, num_tiles);
+  std::optional<Tensor> room;
+  if (kNeedsWeight) room = make_partials(call, launch, grid, block.y);
+  kernel<<<grid, block, shared_bytes, current_stream(call.x)>>>(launch, stages);
+}
+
+template <class T, bool kAdds, bool kNeedsWeight>
+void launch_any(const Backward& call, RmsNormBackward<T>& launch) {
+  const auto kernel = rms_norm_bwd_any_kernel<T, kAdds, kNeedsWeight>;
+  const int grid = persistent_grid(kernel, kAnyThreads, 0, launch.num_rows);
+  std::optional<Tensor> room;
+  if (kNeedsWeight) room = make_partials(call, launch, grid, 1);
+  kernel<<<grid, kAnyThreads, 0, current_stream(call.x)>>>(launch);
+}
+
+template <class T, bool kAdds, bool kNeedsWeight>
+void launch(const Backward& call) {
+  RmsNormBackward<T> launch = {};
+  launch.grad_y = static_cast<const T*>(call.grad_y.data_ptr());
+  if (kAdds) launch.grad_residual = static_cast<const T*>(call.grad_residual->data_ptr());
+  launch.x = static_cast<const T*>(call.x.data_ptr());
+  launch.weight = static_cast<const T*>(call.weight.data_ptr());
+  launch.rstd = static_cast<const Wide<T>*>(call.rstd.data_ptr());
+  launch.grad_x = static_cast<T*>(call.grad_x.data_ptr());
+  if (kNeedsWeight) launch.grad_weight = static_cast<T*>(call.grad_weight.data_ptr());
+  launch.num_rows = static_cast<int>(call.x.size(0));
+  launch.columns = static_cast<int>(call.x.size(1));
+  if constexpr (holds_rows<T>) {
+    if (fits_registers<T>(launch.columns) &&
+        aligned_to_16(launch.grad_y, launch.grad_residual, launch.x, launch.weight, launch.grad_x))
+      return launch_vectors<T, kAdds, kNeedsWeight>(call, launch);
+  }
+  launch_any<T, kAdds, kNeedsWeight>(call, launch);
+}
+
+template <class T>
+void launch(const Backward& call, bool needs_weight) {
+  if (call.grad_residual)
+    needs_weight ? launch<T, true, true>(call) : launch<T, true, false>(call);
+  else
+    needs_weight ? launch<T, false, true>(call) : launch<T, false, false>(call);
+}
+
+void check(const Backward& call) {
+  constexpr const char* kName = "rms_norm_bwd";
+  const auto type = call.x.scalar_type();
+  const int64_t rows = call.x.size(0), columns = call.x.dim() == 2 ? call.x.size(1) : 0;
+  const std::vector<int64_t> shape = {rows, columns};
+  const Argument x(kName, "x", call.x), grad_y(kName, "grad_y", call.grad_y),
+      weight(kName, "weight", call.weight), rstd(kName, "rstd", call.rstd),
+      counters(kName, "counters", call.counters);
+  x.rank(2).floating().contiguous().below_2_31("rows", rows).below_2_31("columns", columns);
+  grad_y.shaped(shape, "x").typed({type}).contiguous();
+  weight.shaped({columns}, "x").typed({type}).contiguous();
+  rstd.shaped({rows, 1}, "x").typed({wide_type(call.x)}).contiguous();
+  counters.shaped({kMaxCounters}, "the kernel's teams").typed({ScalarType::Int}).contiguous();
+  if (call.grad_residual) {
+    const Argument grad_residual(kName, "grad_residual", *call.grad_residual);
+    grad_residual.shaped(shape, "x").typed({type}).contiguous();
+    grad_residual.beside(x);
+  }
+  x.on_gpu();
+  grad_y.beside(x);
+  weight.beside(x);
+  rstd.beside(x);
+  counters.beside(x);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_y,
+                                        const std::optional<Tensor>& grad_residual,
+                                        const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                        bool needs_weight, Tensor counters) {
+  Backward call{grad_y, grad_residual, x, weight, rstd, x, weight, counters};
+  check(call);
+  call.grad_x = torch::stable::empty_like(x);
+  const bool sums = needs_weight && x.numel();
+  call.grad_weight = sums ? torch::stable::new_empty(weight, {weight.numel()})
+                          : torch::stable::new_zeros(weight, {needs_weight ? weight.numel() : 0});
+  if (x.numel() == 0) return {call.grad_x, call.grad_weight};
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  with_float_type(x.scalar_type(),
+                  [&](auto zero) { launch<decltype(zero)>(call, needs_weight); });
+  check_cuda(cudaGetLastError(), "rms_norm_bwd");
+  return {call.grad_x, call.grad_weight};
+}
+
+}  // namespace mmalign

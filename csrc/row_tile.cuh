@@ -1,0 +1,51 @@
+// How threads share the rows of a matrix: a row belongs to threads_per_row neighbours (whole
+// warps), each of which holds up to kVectors of its vectors in registers, vector i * threads_per_row
+// + threadIdx.x. Narrow rows leave room for several in a block (blockDim.y).
+#pragma once
+
+#include "common.cuh"
+
+namespace mmalign {
+
+constexpr int kVectors = 4;           // of a row in a thread's registers: 64 bytes under way
+constexpr int kMaxRowThreads = 512;   // more would leave a thread fewer than 128 registers
+constexpr int kMinBlockThreads = 128;
+
+// Types whose rows are held in registers.
+template <class T>
+constexpr bool holds_rows = sizeof(T) <= 4;
+
+// Whether these rows can be, 128 bits at a time; others take the loops of rms_norm_any.cuh.
+// Columns: whole vectors, at most 16384 of bf16 or 8192 of fp32.
+template <class T>
+bool fits_registers(int64_t columns) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  return columns % kLanes == 0 && columns / kLanes <= kVectors * kMaxRowThreads;
+}
+
+template <class T>
+dim3 row_block(int64_t columns) {
+  const int64_t per_thread = kVectors * Vector<T>::kLanes;
+  const auto row_threads =
+      static_cast<unsigned>(ceil_div<int64_t>(ceil_div(columns, per_thread), kWarp) * kWarp);
+  return dim3(row_threads, row_threads >= kMinBlockThreads ? 1 : kMinBlockThreads / row_threads);
+}
+
+// The sum over a row's threads, in every one of them. `room` holds two numbers per warp of the
+// block; `parity` alternates from call to call, so one barrier a call is enough: who writes a half
+// again has passed the barrier of the call between, and so has everybody who read that half.
+template <class T>
+__device__ __forceinline__ T row_sum(T x, T* room, int parity) {
+  x = warp_sum(x);
+  if (blockDim.x == kWarp) return x;
+  const int warps_per_row = blockDim.x / kWarp;
+  T* half = room + parity * (warps_per_row * blockDim.y);
+  T* mine = half + threadIdx.y * warps_per_row;
+  if (threadIdx.x % kWarp == 0) mine[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  T sum = mine[0];
+  for (int warp = 1; warp < warps_per_row; ++warp) sum += mine[warp];
+  return sum;
+}
+
+}  // namespace mmalign
