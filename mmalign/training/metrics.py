@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mmalign.training.telemetry import progress
+
 
 class Metrics:
     """Written by the main process. A continued run drops the lines after its checkpoint."""
@@ -32,13 +34,11 @@ class Metrics:
 
     def log(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s", refresh=False
-        )
+        self.bar.set_postfix_str(progress(record), refresh=False)
         self.bar.update(record["step"] - self.bar.n)
         if self.tensorboard:
             for key, value in record.items():
-                if key != "step":
+                if key != "step" and not isinstance(value, list):
                     self.tensorboard.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ FREE_FIELDS = (
     "tensorboard",
     "peak_tflops",
     "profile",
+    "micro_batch_tokens",  # changes rounding only, and is what helps when memory runs out
     "print_config",
     "checkpoint.every",
     "checkpoint.keep",

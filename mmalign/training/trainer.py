@@ -5,7 +5,6 @@ config -> data check -> model -> steps (micro-batches -> loss -> gradients -> Ad
 
 import logging
 import math
-import signal
 import time
 import warnings
 from dataclasses import replace
@@ -24,11 +23,17 @@ from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve
 from mmalign.training.checkpoint import Checkpoints
+from mmalign.training.flops import Workload, step_flops
 from mmalign.training.metrics import Metrics
 from mmalign.training.optimizer import AdamW
+from mmalign.training.out_of_memory import explain_out_of_memory, record_memory_history
 from mmalign.training.parallel import Ranks, start_ranks
+from mmalign.training.profiler import StepProfiler
+from mmalign.training.ranges import stage
 from mmalign.training.run_folder import write_config
 from mmalign.training.schedule import learning_rate_at
+from mmalign.training.stop_signal import StopSignal
+from mmalign.training.telemetry import Telemetry
 
 log = logging.getLogger("mmalign")
 
@@ -36,7 +41,10 @@ log = logging.getLogger("mmalign")
 def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or continues it from its latest checkpoint."""
     with start_ranks(config.device) as ranks:
-        trainer = Trainer(resolve(config), ranks)
+        config = resolve(config)
+        record_memory_history(ranks.device)
+        with explain_out_of_memory(config, ranks):
+            trainer = Trainer(config, ranks)
         trainer.run()
         trainer.export()
 
@@ -56,8 +64,11 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
         self.first_step = self.checkpoints.latest_step()
+        self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
         self.model = build_model(config, self.tokenizer).to(ranks.device)
+        self.workload = Workload.of(self.model, config)
+        self.telemetry = Telemetry(config, ranks)
         self.optimizer = AdamW(self.model.trainable_parameters(), config.optimizer)
         self._resume()
         self.replica = self.model
@@ -96,18 +107,8 @@ class Trainer:
         metrics = self._metrics() if self.ranks.is_main else None
         stop = StopSignal()
         try:
-            for step, data_seconds in timed(self.loader):
-                record = self.train_step(step, data_seconds)
-                if metrics:
-                    metrics.log(record)
-                if self.ranks.any(stop.requested):
-                    self._save()
-                    raise UserError(
-                        f"stopped by a signal after step {self.done}; everything is saved. "
-                        "The same command continues."
-                    )
-                if self.config.checkpoint.every and self.done % self.config.checkpoint.every == 0:
-                    self._save()
+            with self.telemetry, self.profiler:
+                self._run_steps(metrics, stop)
             self._save()
         except BaseException:
             self._save_before_leaving()
@@ -116,6 +117,21 @@ class Trainer:
             stop.restore()
             if metrics:
                 metrics.close()
+
+    def _run_steps(self, metrics: Metrics | None, stop: StopSignal) -> None:
+        for step, data_seconds in self.profiler.watch(timed(self.loader), self.model):
+            with explain_out_of_memory(self.config, self.ranks, step):
+                record = self.train_step(step, data_seconds)
+            if metrics:
+                metrics.log(record)
+            if self.ranks.any(stop.requested):
+                self._save()
+                raise UserError(
+                    f"stopped by a signal after step {self.done}; everything is saved. "
+                    "The same command continues."
+                )
+            if self.config.checkpoint.every and self.done % self.config.checkpoint.every == 0:
+                self._save()
 
     def train_step(self, step: Step, data_seconds: float) -> dict:
         """One optimizer step on exactly the samples of `step`; its line of metrics.jsonl."""
@@ -127,8 +143,12 @@ class Trainer:
             self._synchronise_gradients(last=i == len(step.batches) - 1)
             # the mean over every supervised token of the global batch, not a mean of means;
             # DDP averages over the ranks, so each rank's share is scaled up by their number
-            share = self.replica(to_device(batch, self.ranks.device)) / step.num_loss_tokens
-            (share * self.ranks.world_size).backward()
+            with stage("copy to device"):
+                batch = to_device(batch, self.ranks.device)
+            with stage("forward"):
+                share = self.replica(batch) / step.num_loss_tokens
+            with stage("backward"):
+                (share * self.ranks.world_size).backward()
             loss += share.detach()
         loss_value = self.ranks.sum(loss).item()
         if not math.isfinite(loss_value):
@@ -137,20 +157,22 @@ class Trainer:
                 f"{', '.join(step.sample_ids)}. Look at them with scripts/preview_batch.py, or "
                 "lower --optimizer.learning-rate; the weights before this step are saved."
             )
-        gradient_norm = self.optimizer.gradient_norm()
         optimizer = self.config.optimizer
         learning_rate = learning_rate_at(
             step.index, self.num_steps, optimizer.learning_rate, optimizer.warmup_ratio
         )
         self.updating = True
-        self.optimizer.step(learning_rate, gradient_norm)
-        self.optimizer.zero_grad()
+        with stage("optimizer"):
+            gradient_norm = self.optimizer.gradient_norm()
+            self.optimizer.step(learning_rate, gradient_norm)
+            self.optimizer.zero_grad()
         self.done, self.updating = step.index + 1, False
+        gradient_norm_value = gradient_norm.item()  # waits for the device: the step is over
         seconds = time.perf_counter() - started + data_seconds
         return {
             "step": self.done,
             "loss": loss_value,
-            "grad_norm": gradient_norm.item(),
+            "grad_norm": gradient_norm_value,
             "learning_rate": learning_rate,
             "tokens": step.num_tokens,
             "loss_tokens": step.num_loss_tokens,
@@ -158,8 +180,13 @@ class Trainer:
             "micro_batches": len(step.batches),
             "seconds": seconds,
             "data_wait_seconds": data_seconds,
-            "tokens_per_second": step.num_tokens / seconds,
-            "samples_per_second": len(step.sample_ids) / seconds,
+            **self.telemetry.record(
+                tokens=step.num_tokens,
+                samples=len(step.sample_ids),
+                flops=step_flops(self.workload, step).total,
+                seconds=seconds,
+                data_seconds=data_seconds,
+            ),
         }
 
     def _synchronise_gradients(self, last: bool) -> None:
@@ -256,22 +283,3 @@ def timed(steps: StepLoader):
         if step is None:
             return
         yield step, time.perf_counter() - started
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the step in flight; a second one stops at once."""
-
-    def __init__(self):
-        self.requested = False
-        self.previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def _on_signal(self, number, frame) -> None:
-        self.requested = True
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

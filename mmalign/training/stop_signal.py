@@ -1,0 +1,22 @@
+"""A run that is asked to stop finishes its step and saves."""
+
+import signal
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the step in flight; a second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        self.previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _on_signal(self, number, frame) -> None:
+        self.requested = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
