@@ -18,12 +18,14 @@ from .reference_attention import (
     rotary_attention_bwd,
     rotary_attention_fwd,
 )
+from .reference_attention_prefix import prefix_attention_fwd
 from .reference_head import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
     target_logprobs_bwd,
     target_logprobs_fwd,
 )
+from .reference_rotation import rotate_heads
 from .rms_norm import wide_type
 
 __all__ = [
@@ -32,14 +34,17 @@ __all__ = [
     "full_attention_fwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
+    "prefix_attention_fwd",
     "rotary_attention_bwd",
     "rotary_attention_fwd",
+    "rotate_heads",
     "target_logprobs_bwd",
     "target_logprobs_fwd",
 ]
 
 aten = torch.ops.aten
 
+_CACHED_ELEMENTS = 1 << 18  # of each of the five matrices that SwiGLU's gradient works on
 _DWEIGHT_ROWS = 256  # rows in a partial sum: dweight stays about as exact as a pairwise sum
 
 # RMSNorm
@@ -165,6 +170,16 @@ def swiglu_bwd(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     aten.silu_backward.grad_input(grad_up, gate, grad_input=grad_gate)
     aten.silu.out(gate, out=grad_up).mul_(grad_y)
     return grad
+
+
+def swiglu_bwd_in_place(grad_y: Tensor, gate_up: Tensor) -> None:
+    """Some rows at a time: what the passes share stays in the cache, and no new page is touched."""
+    rows = max(_CACHED_ELEMENTS // max(grad_y.shape[1], 1), 1)
+    for part, dy in zip(gate_up.split(rows), grad_y.split(rows), strict=True):
+        gate, up = part.chunk(2, 1)
+        grad_up = aten.silu(gate).mul_(dy)
+        aten.silu_backward.grad_input(up.mul_(dy), gate, grad_input=gate)
+        up.copy_(grad_up)
 
 
 # rows

@@ -1,7 +1,7 @@
 """Which implementation runs, and that nothing is exchanged for another in silence."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import mmalign_kernels
 import pytest
@@ -54,8 +54,24 @@ def test_unknown_backend_is_an_error(monkeypatch):
         with dispatch.use_backend("tritton"):
             pass
     monkeypatch.setenv("MMALIGN_BACKEND", "tritton")
-    with pytest.raises(ValueError, match="MMALIGN_BACKEND='tritton' is not one of"):
+    with pytest.raises(ValueError, match="MMALIGN_BACKEND='tritton': 'tritton' is not"):
         swiglu(torch.ones(1, 2))
+
+
+def test_two_backends_of_one_family_are_an_error():
+    """flash_attn and xformers both serve attention, reference and triton everything."""
+    for names in ("flash_attn,xformers", "triton, reference", "apex,apex"):
+        with pytest.raises(ValueError, match="both serve .* Name one of them"):
+            with dispatch.use_backend(names):
+                pass
+
+
+def test_a_library_leaves_the_other_families_alone(invented_backend):
+    gate_up = torch.ones(1, 2)
+    with dispatch.use_backend("flash_attn"):  # not looked for: swiglu does not need it
+        assert (swiglu(gate_up) != 7).all()
+    with dispatch.use_backend("flash_attn,triton"):
+        assert (swiglu(gate_up) == 7).all()
 
 
 def test_a_new_file_is_all_that_a_backend_needs(invented_backend):
@@ -84,6 +100,31 @@ def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend, monkeypatch)
     assert chosen is sys.modules["mmalign_kernels.swiglu_triton"].swiglu_fwd
     chosen = dispatch.implementation("pack_rows_fwd", "packing", "cuda")
     assert chosen.__module__ == "mmalign_kernels.reference"
+
+
+def test_cuda_kernels_that_are_not_built_leave_triton(invented_backend, monkeypatch):
+    """csrc/ is built where there is a CUDA compiler: without one the install succeeds, too."""
+
+    class CudaLibraryMissing(RuntimeError):
+        pass
+
+    def load():
+        raise CudaLibraryMissing("is not built")
+
+    library = ModuleType("mmalign_kernels.cuda_library")
+    library.CudaLibraryMissing, library.load = CudaLibraryMissing, load
+    library.__spec__ = SimpleNamespace(name=library.__name__)
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    cuda = ModuleType("mmalign_kernels.swiglu_cuda")
+    cuda.swiglu_fwd = load
+    monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
+    triton = sys.modules["mmalign_kernels.swiglu_triton"]
+    assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
+    with dispatch.use_backend("cuda"):  # named: nothing is exchanged for it
+        assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
+    library.load = lambda: None
+    dispatch._choose.cache_clear()
+    assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
 
 
 def test_broken_backend_file_is_not_taken_for_a_missing_one(monkeypatch, tmp_path):

@@ -1,0 +1,109 @@
+"""python -m mmalign_kernels: which backend has which operation here, and why the others do not."""
+
+import os
+import platform
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+
+import torch
+
+import mmalign_kernels
+
+from . import dispatch, libraries
+from .libraries import LIBRARIES
+from .operation import Operation
+
+WIDTH = 100
+
+
+def _triton() -> tuple[str | None, str | None]:
+    if find_spec("triton") is None:
+        return None, "is not installed. pip install triton (it comes with torch's CUDA builds)"
+    version = metadata.version("triton")
+    if torch.cuda.is_available():
+        return version, None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"{version}, in its interpreter (TRITON_INTERPRET=1): slow", None
+    return None, (
+        f"{version} is installed, but there is no CUDA device. TRITON_INTERPRET=1 runs its kernels "
+        "on a CPU, slowly, to check them"
+    )
+
+
+def _find(backend: str) -> tuple[str | None, str | None]:
+    """Version of a backend; or None and why it cannot run here."""
+    if backend == "reference":
+        return f"torch {torch.__version__}", None
+    if backend == "triton":
+        return _triton()
+    if backend in LIBRARIES:
+        return libraries.find(backend)
+    reason = libraries.cuda_missing()
+    return (None, reason) if reason else ("csrc/ is built", None)
+
+
+def _families() -> Iterator[tuple[str, str, list[str]]]:
+    """Public operation, its family and what a backend's file must have."""
+    for name in mmalign_kernels.__all__:
+        family = getattr(mmalign_kernels, name).__module__.rpartition(".")[2]
+        module = import_module(f"{__package__}.{family}")
+        parts = [x.name for x in vars(module).values() if isinstance(x, Operation)]
+        parts = [x for x in parts if x.startswith(name.removesuffix("_step"))] or parts
+        if parts:  # linear has none: it is torch's own
+            yield name, family, parts
+
+
+def _serves(backend: str, family: str, parts: list[str], here: bool) -> bool:
+    if backend in LIBRARIES:
+        return family in LIBRARIES[backend].files
+    if find_spec(f"{__package__}.{dispatch.file(backend, family)}") is None:
+        return False
+    return not here or all(dispatch.find(backend, part, family) for part in parts)
+
+
+def _default(serving: list[str]) -> str:
+    """The one that runs when nothing is named."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return next(x for x in dispatch.PREFERENCE.get(device, ("reference",)) if x in serving)
+
+
+def _rows(versions: dict[str, str | None]) -> Iterator[list[str]]:
+    yield ["", *(x.partition("_")[0] if "_" in x else "" for x in versions)]
+    yield ["", *(x.partition("_")[2] or x for x in versions)]
+    for name, family, parts in _families():
+        here = [x for x in versions if _serves(x, family, parts, bool(versions[x]))]
+        marks = {x: "yes" if versions[x] else "no" for x in here}
+        marks[_default([x for x in here if versions[x]])] = "default"
+        yield [name, *(marks.get(x, "-") for x in versions)]
+
+
+def report() -> str:
+    """What the command prints."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {device}", ""]
+    found = {x: _find(x) for x in (*dispatch.BACKENDS, *LIBRARIES)}
+    for backend, (version, reason) in found.items():
+        text = f"available: {version}" if version else " ".join(reason.split())
+        lines += textwrap.wrap(f"{backend:14}{text}", WIDTH, subsequent_indent=" " * 14)
+    rows = list(_rows({x: version for x, (version, _) in found.items()}))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines.append("")
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    lines += ["", *textwrap.wrap(_HELP, WIDTH)]
+    return "\n".join(lines)
+
+
+_HELP = (
+    "default: runs when nothing is named; yes: runs when named; no: cannot run here, for the "
+    "reason above; -: has no such operation. MMALIGN_BACKEND=flash_attn,apex names libraries: they "
+    "run what they serve, the default runs the rest. MMALIGN_BACKEND=triton runs every operation "
+    "in Triton."
+)
+
+
+if __name__ == "__main__":
+    print(report())
