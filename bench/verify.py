@@ -1,6 +1,7 @@
 """Runs the parts of scripts/gpu_verify.sh, each in a process of its own, and what they share."""
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from bench.record import Record
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench/results"
 PART_SECONDS = 480
+LAST_WORDS_SECONDS = 20  # for a stopped pytest to write its report
+INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
 PACKAGES = (
     *("matplotlib", "numpy", "nvidia-ml-py", "pillow", "pytest", "pytest-benchmark", "rich"),
     *("safetensors", "sentencepiece", "tensorboard", "tokenizers", "torch", "tqdm", "transformers"),
@@ -32,6 +35,7 @@ class Options:
     results: Path = RESULTS
     data_root: Path | None = None
     tokenizer: Path | None = None
+    only: str | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -46,10 +50,11 @@ class Options:
         return f"bash scripts/gpu_verify.sh --part {self.part}{more}"
 
     def arguments(self) -> list[str]:
-        given = {"--data-root": self.data_root, "--tokenizer": self.tokenizer}
-        words = ["--part", self.part, "--results", str(self.results)]
-        words += ["--dry-run"] if self.dry_run else []
-        return words + [word for name, value in given.items() if value for word in (name, value)]
+        """The command line of the part's process."""
+        given = {"--results": self.results, "--data-root": self.data_root}
+        given |= {"--tokenizer": self.tokenizer, "--only": self.only}
+        words = ["--part", self.part] + (["--dry-run"] if self.dry_run else [])
+        return words + [str(word) for pair in given.items() if pair[1] for word in pair]
 
 
 def parse(words: list[str] | None = None) -> list[Options]:
@@ -62,13 +67,12 @@ def parse(words: list[str] | None = None) -> list[Options]:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--data-root", type=Path, help="folder with truthfulqa/ and ethics/")
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, with --data-root")
+    parser.add_argument("--only", help="benchmarks that pytest -k picks (kernels and peers)")
     given = parser.parse_args(words)
     if (given.data_root is None) != (given.tokenizer is None):
         parser.error("--data-root and --tokenizer go together: real documents need both")
-    return [
-        Options(part, given.dry_run, given.results, given.data_root, given.tokenizer)
-        for part in given.part
-    ]
+    shared = {name: value for name, value in vars(given).items() if name != "part"}
+    return [Options(part, **shared) for part in given.part]
 
 
 def missing_packages() -> list[str]:
@@ -77,22 +81,34 @@ def missing_packages() -> list[str]:
     return [name for name, imported in imports.items() if find_spec(imported) is None]
 
 
-def run(words: list[str], seconds: float, env: Mapping[str, str] | None = None):
-    """The finished process with its output; a timeout is a failure with the output so far."""
+def run(words: Sequence[str], seconds: float) -> int:
+    """Exit code of a command whose output is shown. After `seconds` it gets Ctrl-C, so that pytest
+    still writes what it has."""
+    process = subprocess.Popen(words, cwd=REPOSITORY)
     try:
-        return subprocess.run(
-            words,
-            cwd=REPOSITORY,
-            env=env,
-            timeout=max(seconds, 1),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
-        message = f"{output}\nstopped: {seconds:.0f} seconds were over"
-        return subprocess.CompletedProcess(words, 124, message)
+        return process.wait(max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(LAST_WORDS_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def run_quietly(
+    words: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """(exit code, output) of a command; it is killed after `seconds`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=env, **pipes)
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        output += f"\nkilled after {seconds:.0f} seconds"
+    return process.returncode, output
 
 
 def line(record: Record) -> str:
@@ -113,17 +129,20 @@ def run_benchmarks(files: Sequence[str], options: Options) -> list[str]:
     """`pytest --record` on files of bench/ in what is left of the part's time; what is wrong."""
     paths = [f"bench/{name}" for name in files]
     words = [sys.executable, "-m", "pytest", *paths, "--record", str(options.results)]
-    done = run(words, options.seconds_left)
-    print(done.stdout, flush=True)
-    return [f"{' '.join(paths)}: pytest ended with {done.returncode}"] if done.returncode else []
+    words += ["-k", options.only] if options.only else []
+    code = run(words, options.seconds_left - LAST_WORDS_SECONDS)
+    if code == INTERRUPTED:
+        return ["the part's 8 minutes were over: name what is missing with --only"]
+    return [f"pytest {' '.join(paths)} ended with {code}"] if code else []
 
 
 def collect_benchmarks(files: Sequence[str], options: Options) -> list[str]:
-    """Imports the files and lists their cases; what is wrong."""
-    words = [sys.executable, "-m", "pytest", "--collect-only", *(f"bench/{name}" for name in files)]
-    done = run(words, options.seconds_left)
-    print(done.stdout, flush=True)
-    return [f"{', '.join(files)} cannot be collected"] if done.returncode else []
+    """Imports the files and counts their cases; what is wrong."""
+    paths = [f"bench/{name}" for name in files]
+    words = [sys.executable, "-m", "pytest", "--collect-only", *paths]
+    code, output = run_quietly(words, options.seconds_left)
+    print(f"{' '.join(paths)}: {output.strip().splitlines()[-1]}", flush=True)
+    return [f"{' '.join(paths)} cannot be collected: {output[-2000:]}"] if code else []
 
 
 def part_main(
