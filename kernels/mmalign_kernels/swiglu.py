@@ -1,15 +1,20 @@
 """SwiGLU: silu(gate) * up, Shazeer 2020 (arXiv 2002.05202).
 
 Reads gate and up side by side in one row, as one matrix product writes them. Kept for the backward
-pass: the input alone; its silu is computed again.
+pass: the input alone; its silu is computed again. The gradient can take the input's place, which
+the caller has to allow: then nothing of that size is allocated in the backward pass.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
+from . import dispatch
 from .checks import check_floats, check_rank
-from .operation import differentiable, operation
+from .operation import Operation, differentiable, is_traced, operation
 
 
 @operation
@@ -20,6 +25,14 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
 @operation
 def swiglu_bwd(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
+
+
+def _in_place(grad_y: Tensor, gate_up: Tensor) -> None:
+    """The gradient of a contiguous gate_up, written over it."""
+
+
+_in_place.__name__ = "swiglu_bwd_in_place"
+swiglu_bwd_in_place = Operation(_in_place, mutates=("gate_up",))
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -33,14 +46,51 @@ def _backward(ctx: Any, grad_y: Tensor) -> Tensor:
 _swiglu = differentiable(swiglu_fwd, _keep, _backward)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+class _Overwriting(torch.autograd.Function):
+    """Eager calls only: a compiled graph plans its memory itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.backend, ctx.overwritten = dispatch.forced_backend(), False
+        ctx.save_for_backward(gate_up)
+        return swiglu_fwd.run(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "swiglu: a second backward pass needs gate_up, but the first has written the "
+                "gradient over it. Call swiglu with overwrite=False to go through it twice"
+            )
+        (gate_up,) = ctx.saved_tensors
+        ctx.overwritten, grad = True, gate_up.detach()
+        with dispatch.use_backend(ctx.backend):
+            swiglu_bwd_in_place.run(grad_y, grad)
+        increment_version(gate_up)  # whatever else of the graph has kept it raises, too
+        return grad
+
+
+def swiglu(gate_up: Tensor, overwrite: bool = False) -> Tensor:
     """silu(gate) * up, where silu(z) = z * sigmoid(z).
 
     gate_up (num_rows, 2 * intermediate_size), gate in the first half of the columns
-    -> (num_rows, intermediate_size). Raises ValueError for an odd number of columns.
+    -> (num_rows, intermediate_size). overwrite: nothing reads gate_up after this call, so the
+    backward pass may write the gradient over it (it does where gate_up is contiguous, outside
+    torch.compile); a second backward pass raises RuntimeError, and so does that of an operation
+    which has kept gate_up for its own. Raises ValueError for an odd number of columns, and for
+    overwriting a leaf of the graph, whose values are the caller's.
     """
     check_rank("swiglu", 2, gate_up=gate_up)
     check_floats("swiglu", gate_up=gate_up)
     if gate_up.shape[1] % 2:
         raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)} has an odd number of columns")
-    return _swiglu(gate_up)
+    needs_gradient = torch.is_grad_enabled() and gate_up.requires_grad
+    if not (overwrite and needs_gradient) or is_traced(gate_up) or not gate_up.is_contiguous():
+        return _swiglu(gate_up)
+    if (gate_up if gate_up._base is None else gate_up._base).is_leaf:
+        raise ValueError(
+            f"swiglu: gate_up {tuple(gate_up.shape)} is a leaf that requires a gradient, or a view "
+            "of one: its values must not be overwritten. Call swiglu with overwrite=False"
+        )
+    return _Overwriting.apply(gate_up)

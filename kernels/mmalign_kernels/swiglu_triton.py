@@ -3,9 +3,9 @@
     dgate = dy * up * s * (1 + gate * (1 - s));  dup = dy * silu(gate)
 
 A program owns a tile of the result, a few rows by a part of their columns, and reads both halves of
-the input there. Kept for the backward pass: the input, whose sigmoid is formed again. The backward
-kernel would be right in place (a program reads all it needs before it writes the same places), but
-the operation promises to leave gate_up alone: a second backward pass, and the caller, may read it.
+the input there. Kept for the backward pass: the input, whose sigmoid is formed again. A program
+reads all that it needs before it writes the same places, so the gradient may lie where the input
+does: swiglu_bwd leaves gate_up alone, swiglu_bwd_in_place writes over it and allocates nothing.
 
 Bytes of a row of I columns of b bytes: forward 3bI, backward 5bI.
 """
@@ -46,7 +46,7 @@ def _swiglu_fwd_kernel(
 def _swiglu_bwd_kernel(
     grad_y_ptr,  # (num_rows, COLUMNS)
     gate_up_ptr,  # (num_rows, 2 * COLUMNS)
-    grad_ptr,  # like gate_up
+    grad_ptr,  # like gate_up, or gate_up itself
     num_rows,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,13 +79,20 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_bwd(grad_y: Tensor, gate_up: Tensor) -> Tensor:
-    grad_y, gate_up = grad_y.contiguous(), gate_up.contiguous()
-    num_rows, columns = grad_y.shape
     grad = gate_up.new_empty(gate_up.shape)
+    _write_gradient(grad_y.contiguous(), gate_up.contiguous(), grad)
+    return grad
+
+
+def swiglu_bwd_in_place(grad_y: Tensor, gate_up: Tensor) -> None:
+    _write_gradient(grad_y.contiguous(), gate_up, gate_up)
+
+
+def _write_gradient(grad_y: Tensor, gate_up: Tensor, grad: Tensor) -> None:
+    num_rows, columns = grad_y.shape
     rows, block, num_warps = launch.part_tile(columns, gate_up)
     if grad.numel():
         _swiglu_bwd_kernel[(launch.ceil_div(num_rows, rows) * launch.ceil_div(columns, block),)](
             grad_y, gate_up, grad, num_rows, COLUMNS=columns, ROWS=rows, BLOCK=block,
             num_warps=num_warps,
         )  # fmt: skip
-    return grad

@@ -162,7 +162,8 @@ class DecoderLayer(nn.Module):
             attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)
-        expanded = swiglu(self.gate_up_proj(normed))  # (total_tokens, intermediate_size)
+        # no backward pass reads the result of gate_up_proj, so its gradient may lie there
+        expanded = swiglu(self.gate_up_proj(normed), overwrite=True)  # (tokens, intermediate_size)
         return add_rms_norm(self.down_proj(expanded), residual, next_norm.weight, next_norm.eps)
 
 
