@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from mmalign.config import TrainConfig
+from mmalign.errors import UserError
 from mmalign.training.flops import peak_bf16_flops
 from mmalign.training.parallel import Ranks
 
@@ -100,6 +101,8 @@ def memory(device: torch.device) -> dict[str, int]:
 def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     """The denominator of MFU; None where it is not known, which is said once."""
     if config.peak_tflops is not None:
+        if config.peak_tflops <= 0:
+            raise UserError(f"--peak-tflops {config.peak_tflops}: expected a rate above 0")
         return config.peak_tflops * 1e12
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -107,7 +110,7 @@ def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     else:
         name, peak = "the CPU", None
     if peak is None:
-        log.info("no mfu: no published %s peak of %s; --peak-tflops", config.precision, name)
+        log.info("no mfu: --peak-tflops gives the %s rate of %s", config.precision, name)
     return peak
 
 

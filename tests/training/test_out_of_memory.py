@@ -1,0 +1,115 @@
+"""A run without enough memory: which step it was, which knob helps, and what it leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmalign.errors import UserError
+from mmalign.training import out_of_memory
+from mmalign.training.build import resolve
+from mmalign.training.optimizer import AdamW
+from mmalign.training.out_of_memory import explain_out_of_memory
+from mmalign.training.parallel import Ranks
+from mmalign.training.trainer import Trainer, train
+from tests.training.runs import losses, small_config
+
+
+def cpu_allocation_error() -> None:
+    """The real error of PyTorch's CPU allocator: more bytes than any address space has."""
+    torch.empty(1 << 60)
+
+
+def raise_at_step(monkeypatch, number: int, fail) -> None:
+    gradient_norm = AdamW.gradient_norm
+
+    def fail_once(optimizer):
+        if optimizer.step_count == number - 1:
+            fail()
+        return gradient_norm(optimizer)
+
+    monkeypatch.setattr(AdamW, "gradient_norm", fail_once)
+
+
+def raise_(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        cpu_allocation_error,
+        lambda: raise_(MemoryError()),
+        lambda: raise_(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+    ],
+    ids=["cpu allocator", "MemoryError", "torch.OutOfMemoryError"],
+)
+def test_the_step_is_told_with_its_numbers(small_world, tmp_path, monkeypatch, fail):
+    config = small_config(small_world, tmp_path, micro_batch_tokens=700)
+    third = list(Trainer(resolve(small_config(small_world, tmp_path / "plan")), CPU).loader)[2]
+    lengths = third.batches[0].cu_seqlens.diff().tolist()
+    with monkeypatch.context() as patched:
+        raise_at_step(patched, 3, fail)
+        with pytest.raises(UserError, match="out of memory in step 3") as caught:
+            train(config)
+    message = str(caught.value)
+    assert f"8 samples, {sum(lengths)} tokens" in message
+    assert f"longest sample has {max(lengths)} tokens" in message
+    for knob in ("--micro-batch-tokens (now 700)", "--precision bf16", "--lora.rank"):
+        assert knob in message
+    assert "CUDA devices only" in message
+    train(small_config(small_world, tmp_path, micro_batch_tokens=400))  # the advice can be followed
+    assert len(losses(tmp_path)) == 6
+
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_other_errors_pass_through(small_world, tmp_path):
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        with explain_out_of_memory(small_config(small_world, tmp_path), CPU):
+            raise RuntimeError("size mismatch")
+
+
+def test_turned_knobs_are_not_named(small_world, tmp_path):
+    config = small_config(small_world, tmp_path, "pretrain", precision="bf16")
+    with pytest.raises(UserError, match="out of memory in building the model") as caught:
+        with explain_out_of_memory(config, CPU):
+            raise MemoryError
+    message = str(caught.value)
+    assert "--precision" not in message and "--lora" not in message
+    assert "--micro-batch-tokens" not in message and "--model.decoder" in message
+
+
+def test_snapshot_on_a_gpu(small_world, tmp_path, monkeypatch):
+    """CUDA's allocator stands aside; the calls are those that it documents."""
+    calls = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda **kw: calls.append(kw))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"blocks"))
+    gpu = Ranks(3, 4, torch.device("cuda", 3))
+    out_of_memory.record_memory_history(CPU.device)
+    assert not calls
+    out_of_memory.record_memory_history(gpu.device)
+    assert calls[0]["max_entries"] == out_of_memory.HISTORY_ENTRIES
+    config = small_config(small_world, tmp_path / "run")
+    step = next(iter(Trainer(resolve(small_config(small_world, tmp_path / "plan")), CPU).loader))
+    with pytest.raises(UserError, match="out_of_memory_step_1_rank_3.pickle"):
+        with explain_out_of_memory(config, gpu, step):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    path = config.run_dir / "out_of_memory_step_1_rank_3.pickle"
+    assert path.read_bytes() == b"blocks"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_snapshot_of_a_real_gpu(small_world, tmp_path):
+    gpu = Ranks(0, 1, torch.device("cuda", 0))
+    out_of_memory.record_memory_history(gpu.device)
+    try:
+        with pytest.raises(UserError, match="out_of_memory_build_rank_0.pickle"):
+            with explain_out_of_memory(small_config(small_world, tmp_path), gpu):
+                torch.empty(1 << 45, device=gpu.device)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    assert (tmp_path / "out_of_memory_build_rank_0.pickle").stat().st_size > 0
