@@ -1,26 +1,29 @@
-"""Log-likelihoods of continuations under a decoder, in packed batches.
+"""Log-likelihoods of continuations under a decoder: each distinct prefix is computed once.
 
-requests -> tokens -> forwards (one for all requests that it can answer) -> batches -> scores
+requests -> tokens -> tree of shared prefixes -> packed batches -> scores
 
-A request is tokenised as lm-evaluation-harness did in September 2023 (lm_eval/base.py at
-00209e10f): context and continuation together, cut at the length of the context's own ids, no BOS;
-its score is the plain sum of the continuation's log-probabilities.
+A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import torch
-from mmalign_kernels import pack_rows, target_logprobs
+from mmalign_kernels import target_logprobs
+from torch import Tensor
 from tqdm import tqdm
 
 from mmalign.errors import UserError
+from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cut_batches
+from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder
+from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
+from mmalign.model.kv_cache import CachedPositions, PathCache, PathPositions, cache_bytes
 from mmalign.tokenizer import Tokenizer
-
-Request = tuple[str, str]  # (context, continuation)
 
 
 @dataclass(frozen=True)
@@ -31,35 +34,68 @@ class Score:
 
 
 @dataclass(frozen=True)
-class EncodedRequest:
-    input_ids: np.ndarray  # (num_inputs,) int32: all tokens but the last
-    target_ids: np.ndarray  # (num_tokens,) int32: the continuation
-    num_truncated: int
-
-
-@dataclass
-class Forward:
-    """One sequence through the model and the requests that are read off its rows."""
-
-    input_ids: np.ndarray  # (num_inputs,) int32
-    requests: list[int] = field(default_factory=list)  # indices of unique requests
-
-
-@dataclass(frozen=True)
 class ScoringPlan:
     encoded: list[EncodedRequest]  # of the unique requests
     unique_of: list[int]  # request -> unique request
     names: list[str]  # of the unique requests, for messages
-    batches: list[list[Forward]]
-
-    @property
-    def num_forwards(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+    tree: PrefixTree  # of the unique requests' inputs
+    batches: list[TreeBatch]
 
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the model."""
-        return sum(len(forward.input_ids) for batch in self.batches for forward in batch)
+        return len(self.tree.tokens)
+
+    @property
+    def num_tokens_harness(self) -> int:
+        """The same in lm-evaluation-harness's Hugging Face backend, which folds requests that
+        differ in their last token only."""
+        inputs = {request.input_ids.tobytes() for request in self.encoded}
+        return sum(map(len, inputs)) // np.dtype(np.int32).itemsize
+
+    @property
+    def path_rows(self) -> int:
+        """Most tokens whose keys and values are kept between batches, in every layer."""
+        return max((batch.num_kept for batch in self.batches), default=0)
+
+    @property
+    def workspace_rows(self) -> int:
+        """Most tokens whose keys and values are held while a layer works on a batch."""
+        return max((x.num_kept + x.end - x.begin for x in self.batches), default=0)
+
+    def cache_bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Memory of keys and values: a path in every layer, and a batch in one."""
+        paths = config.num_hidden_layers * cache_bytes(config, self.path_rows, dtype)
+        return paths + cache_bytes(config, self.workspace_rows, dtype)
+
+    @cached_property
+    def targets(self) -> "Targets":
+        return Targets.of(self.encoded, self.tree)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Every token whose log-probability is wanted, in the order of the rows it is read from."""
+
+    target_ids: np.ndarray  # (num_targets,)
+    tokens: np.ndarray  # (num_targets,) the tree's token whose row predicts it, rising
+    order: np.ndarray  # (num_targets,) its place among the unique requests' targets
+    bounds: np.ndarray  # (num_requests + 1,) places of each request
+
+    @classmethod
+    def of(cls, encoded: list[EncodedRequest], tree: PrefixTree) -> "Targets":
+        nothing = np.empty(0, np.int64)
+        pairs = zip(encoded, tree.paths, strict=True)
+        tokens = [path[len(path) - len(request.target_ids) :] for request, path in pairs]
+        tokens = np.concatenate((nothing, *tokens))
+        target_ids = np.concatenate((nothing, *(request.target_ids for request in encoded)))
+        order = np.argsort(tokens, kind="stable")
+        lengths = [len(request.target_ids) for request in encoded]
+        bounds = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        return cls(target_ids[order], tokens[order], order, bounds)
+
+    def within(self, batch: TreeBatch) -> slice:
+        return slice(*np.searchsorted(self.tokens, (batch.begin, batch.end)))
 
 
 def score_requests(
@@ -73,11 +109,11 @@ def score_requests(
 ) -> list[Score]:
     """Scores (context, continuation) pairs; the same pair always gets the very same score.
 
-    batch_tokens: most input tokens in one forward pass (a longer request goes alone); it and the
-    order of the requests change scores by no more than rounding. names: what messages call each
-    request. A context too long for the model loses tokens on its left, counted in the Score.
-    UserError for an empty continuation, one longer than the model's context, and for log-
-    probabilities that are not finite.
+    batch_tokens: input tokens in one forward pass; it changes scores by no more than rounding, and
+    so do other requests beside a request. The order of the requests changes nothing. names: what
+    messages call each request. A context too long for the model loses tokens on its left, counted
+    in the Score. UserError for an empty continuation, one longer than the model's context, and for
+    log-probabilities that are not finite.
     """
     max_length, vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
     plan = plan_scoring(
@@ -95,7 +131,7 @@ def plan_scoring(
     progress: bool = True,
     names: Sequence[str] | None = None,
 ) -> ScoringPlan:
-    """Tokenises the requests and decides which forwards score them."""
+    """Tokenises the requests and decides which batches score them."""
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; expected at least 1")
     names = names or [f"request {i}" for i in range(len(requests))]
@@ -106,91 +142,27 @@ def plan_scoring(
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
     bar = tqdm(first_of, desc="tokenise", unit=" requests", disable=not progress, leave=False)
     encoded = [encoder.encode(*request, names[first_of[request]]) for request in bar]
-    return ScoringPlan(
-        encoded=encoded,
-        unique_of=[rank[request] for request in requests],
-        names=[names[i] for i in first_of.values()],
-        batches=_batches(_share_forwards(encoded), batch_tokens),
+    return make_plan(
+        encoded,
+        [rank[request] for request in requests],
+        [names[i] for i in first_of.values()],
+        batch_tokens,
     )
 
 
-class RequestEncoder:
-    def __init__(self, tokenizer: Tokenizer, max_length: int, vocab_size: int):
-        self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
-        self._last_context: tuple[str, list[int]] = ("", [])  # requests of a document follow
-
-    def encode(self, context: str, continuation: str, name: str) -> EncodedRequest:
-        """The model's input and targets; at most max_length inputs, cut on the left."""
-        if not continuation:
-            raise UserError(f"{name}: the continuation is empty; there is nothing to score")
-        context_ids, target_ids = self._split(context, continuation)
-        if not context_ids:
-            raise UserError(f"{name}: the tokenizer gives no token for the context {context!r}")
-        if not 0 < len(target_ids) <= self.max_length:
-            raise UserError(
-                f"{name}: the continuation {continuation[:60]!r} is {len(target_ids)} tokens "
-                f"after its context; expected 1 to {self.max_length} (the model's context)"
-            )
-        ids = np.array(context_ids + target_ids, dtype=np.int32)
-        if ids.max() >= self.vocab_size:
-            raise UserError(
-                f"{name}: the tokenizer gives id {ids.max()}, but the model's vocabulary has "
-                f"{self.vocab_size} entries; tokenizer and model do not belong together"
-            )
-        num_truncated = max(0, len(ids) - (self.max_length + 1))
-        return EncodedRequest(ids[num_truncated:-1], ids[-len(target_ids) :], num_truncated)
-
-    def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        stripped = context.rstrip()
-        # blanks at the seam go to the continuation, whose first token includes them
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:  # the harness lets an empty context be one end-of-text token
-            return [self.tokenizer.eos_token_id], self.tokenizer.encode(continuation)
-        if self._last_context[0] != stripped:
-            self._last_context = (stripped, self.tokenizer.encode(stripped))
-        context_ids = self._last_context[1]
-        return context_ids, self.tokenizer.encode(stripped + continuation)[len(context_ids) :]
-
-
-def _share_forwards(encoded: list[EncodedRequest]) -> list[Forward]:
-    """The fewest sequences of which every request's input is a prefix.
-
-    A causal model's rows do not depend on what follows, so " yes" and " no" share one forward, and
-    the 1 token of " reasonable" is read off the forward of the 3 tokens of " unreasonable".
-    """
-    by_input: dict[bytes, list[int]] = {}
-    for i, request in enumerate(encoded):
-        by_input.setdefault(request.input_ids.astype(">i4").tobytes(), []).append(i)
-    forwards: list[Forward] = []
-    host = b""
-    # big-endian ids sort as numbers do, so right after a prefix come the inputs that begin with it
-    for key in sorted(by_input, reverse=True):
-        if not host.startswith(key):
-            host = key
-            forwards.append(Forward(encoded[by_input[key][0]].input_ids))
-        forwards[-1].requests += by_input[key]
-    return forwards
-
-
-def _batches(forwards: list[Forward], batch_tokens: int) -> list[list[Forward]]:
-    """Longest first: memory peaks at once, and the remaining time is never underestimated."""
-    batches: list[list[Forward]] = []
-    room = 0
-    # the tokens break ties, so that batches do not depend on the order of the requests
-    for forward in sorted(forwards, key=lambda f: (-len(f.input_ids), f.input_ids.tobytes())):
-        if len(forward.input_ids) > room or not batches:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(forward)
-        room -= len(forward.input_ids)
-    return batches
+def make_plan(
+    encoded: list[EncodedRequest], unique_of: list[int], names: list[str], batch_tokens: int
+) -> ScoringPlan:
+    """The plan for requests that are tokens already; unique_of as in ScoringPlan."""
+    tree = build_tree([request.input_ids for request in encoded])
+    return ScoringPlan(encoded, unique_of, names, tree, cut_batches(tree, batch_tokens))
 
 
 def run_plan(
     decoder: Decoder, plan: ScoringPlan, device: str | torch.device, progress: bool = True
 ) -> list[Score]:
     """Runs every batch of the plan; one Score a request."""
-    scores: list[Score | None] = [None] * len(plan.encoded)
+    logprobs = torch.empty(len(plan.targets.order))
     bar = tqdm(
         total=plan.num_tokens,
         desc="score",
@@ -202,53 +174,87 @@ def run_plan(
     training = decoder.training
     decoder.eval()
     with bar, torch.no_grad():
+        weight = decoder.embed_tokens.weight
+        cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
         for batch in plan.batches:
-            requests = [i for forward in batch for i in forward.requests]
-            logprobs = _batch_logprobs(decoder, plan, batch, torch.device(device))
-            lengths = [len(plan.encoded[i].target_ids) for i in requests]
-            for i, values in zip(requests, logprobs.split(lengths), strict=True):
-                scores[i] = _score(plan, i, values)
-            bar.update(sum(len(forward.input_ids) for forward in batch))
+            wanted = plan.targets.within(batch)
+            values = _batch_logprobs(decoder, plan, batch, wanted, cache, torch.device(device))
+            logprobs[torch.from_numpy(plan.targets.order[wanted])] = values.cpu()
+            if not values.isfinite().all():
+                _raise_broken(decoder, plan, batch, device)
+            bar.update(batch.end - batch.begin)
     decoder.train(training)
+    lengths = [len(request.target_ids) for request in plan.encoded]
+    scores = [
+        Score(math.fsum(values.tolist()), len(values), request.num_truncated)
+        for request, values in zip(plan.encoded, logprobs.split(lengths), strict=True)
+    ]
     return [scores[unique] for unique in plan.unique_of]
 
 
 def _batch_logprobs(
-    decoder: Decoder, plan: ScoringPlan, batch: list[Forward], device: torch.device
-) -> torch.Tensor:
-    """Log-probability of every target token of the batch's requests, in order: (num_targets,)."""
-    lengths = np.array([len(forward.input_ids) for forward in batch])
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    rows, targets = [], []
-    for start, forward in zip(starts, batch, strict=False):
-        for i in forward.requests:
-            request = plan.encoded[i]
-            end = start + len(request.input_ids)  # the last row predicts the last target
-            rows.append(np.arange(end - len(request.target_ids), end))
-            targets.append(request.target_ids)
-    input_ids = np.concatenate([forward.input_ids for forward in batch])  # (total_tokens,)
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
-    hidden_states = decoder(
-        torch.from_numpy(input_ids).long().to(device),
-        torch.from_numpy(position_ids).int().to(device),
-        torch.from_numpy(starts).int().to(device),
-        int(lengths.max()),
-    )  # (total_tokens, hidden_size)
-    # lm_head sees each row that is read once: few of the rows, and some with several targets
-    read, row_of_target = np.unique(np.concatenate(rows), return_inverse=True)
+    decoder: Decoder,
+    plan: ScoringPlan,
+    batch: TreeBatch,
+    wanted: slice,
+    cache: PathCache,
+    device: torch.device,
+) -> Tensor:
+    """Log-probabilities of the batch's wanted targets: (num_targets,)."""
+    # each row that is read goes through lm_head once, for all of its targets
+    read, row_of_target = np.unique(plan.targets.tokens[wanted] - batch.begin, return_inverse=True)
+    hidden_states = decoder.extend(
+        torch.from_numpy(plan.tree.tokens[batch.begin : batch.end]).long().to(device),
+        _positions(decoder, plan.tree, batch, cache, device),
+        torch.from_numpy(read).to(device),
+    )  # (num_read, hidden_size)
     return target_logprobs(
-        pack_rows(hidden_states, torch.from_numpy(read).to(device)),
+        hidden_states,
         decoder.lm_head.weight,
-        torch.from_numpy(np.concatenate(targets)).long().to(device),
+        torch.from_numpy(plan.targets.target_ids[wanted]).to(device),
         torch.from_numpy(row_of_target).to(device),
-    ).cpu()
+    )
 
 
-def _score(plan: ScoringPlan, i: int, logprobs: torch.Tensor) -> Score:
-    loglikelihood = math.fsum(logprobs.tolist())
-    if not math.isfinite(loglikelihood):
-        raise UserError(
-            f"{plan.names[i]}: the model gives a log-likelihood of {loglikelihood}; its weights or "
-            "its precision are broken (try --precision fp32, or look for NaN in the weights)"
-        )
-    return Score(loglikelihood, len(logprobs), plan.encoded[i].num_truncated)
+def _positions(
+    decoder: Decoder, tree: PrefixTree, batch: TreeBatch, cache: PathCache, device: torch.device
+) -> list[PathPositions]:
+    """Attention of every layer."""
+    position_ids = tree.depths[batch.begin : batch.end]
+    numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
+    position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
+    positions = CachedPositions(
+        *decoder.rotary.up_to(int(tree.depths[batch.begin : batch.end].max()) + 1),
+        position_ids,
+        cu_seqlens,
+        int(np.diff(batch.cu_seqlens).max()),
+        *spans,
+        cache.workspace,
+    )
+    next_rows = torch.from_numpy(batch.next_rows).to(device)
+    return [
+        PathPositions(positions, path, batch.num_kept, next_rows, batch.next_depth)
+        for path in cache.paths
+    ]
+
+
+def _raise_broken(
+    decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: str | torch.device
+) -> NoReturn:
+    """Names the request whose log-likelihood is not finite where it is scored alone.
+
+    A neighbour's keys and values have weight 0, but 0 times NaN is NaN: all of a batch may suffer.
+    """
+    for name, request, path in zip(plan.names, plan.encoded, plan.tree.paths, strict=True):
+        if path[-1] < batch.begin or path[0] >= batch.end:
+            continue
+        alone = make_plan([request], [0], [name], len(path))
+        cache = PathCache(decoder.config, 0, len(path), decoder.embed_tokens.weight)
+        everything = slice(0, len(request.target_ids))
+        values = _batch_logprobs(decoder, alone, alone.batches[0], everything, cache, device)
+        if not values.isfinite().all():
+            raise UserError(
+                f"{name}: the model gives a log-likelihood of {values.sum().item()}; its weights "
+                "or its precision are broken (try --precision fp32, or look for NaN in the weights)"
+            )
+    raise AssertionError("log-probabilities are not finite in a batch, but each alone")

@@ -10,6 +10,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.scoring import plan_scoring, score_requests
 from mmalign.evaluation.tasks import load_documents
 from mmalign.model.hf_weights import load_decoder
+from mmalign.model.kv_cache import PathCache
 from mmalign.tokenizer import Tokenizer
 
 from .conftest import save_llama
@@ -51,7 +52,7 @@ def test_one_request_at_a_time_in_transformers(shared_data, llama_folder, decode
 def test_batch_size_and_order_change_nothing(shared_data, decoder, tokenizer):
     requests = requests_of(shared_data, 8)
     expected = loglikelihoods(decoder, tokenizer, requests)
-    for batch_tokens in (1, 500, 100_000):
+    for batch_tokens in (17, 500, 100_000):
         ours = loglikelihoods(decoder, tokenizer, requests, batch_tokens)
         assert ours == pytest.approx(expected, abs=1e-4, rel=0)
     order = random.Random(0).sample(range(len(requests)), len(requests))
@@ -59,30 +60,52 @@ def test_batch_size_and_order_change_nothing(shared_data, decoder, tokenizer):
     assert shuffled == [expected[i] for i in order]  # the same batches: the same bits
 
 
-def test_batches_keep_to_batch_tokens(shared_data, tokenizer):
-    plan = plan_scoring(
-        tokenizer, requests_of(shared_data, 20), 2048, 32000, batch_tokens=700, progress=False
-    )
-    sizes = [sum(len(forward.input_ids) for forward in batch) for batch in plan.batches]
-    assert max(sizes) <= 700 and min(sizes[:-1]) > 350
-    lengths = [len(forward.input_ids) for batch in plan.batches for forward in batch]
-    assert lengths == sorted(lengths, reverse=True)
+def test_memory_is_as_stated(shared_data, llama_folder, decoder, tokenizer):
+    requests = requests_of(shared_data, 20)
+    plan = plan_scoring(tokenizer, requests, 2048, 32000, batch_tokens=700, progress=False)
+    assert all(batch.end - batch.begin == 700 for batch in plan.batches[:-1])
+    longest = max(len(request.input_ids) for request in plan.encoded)
+    assert plan.path_rows < longest and plan.workspace_rows <= plan.path_rows + 700
+    # keys and values of 2 heads of 16 columns in fp32: paths in 2 layers, a batch in one
+    stated = plan.cache_bytes(decoder.config, torch.float32)
+    assert stated == 2 * 2 * 16 * 4 * (2 * plan.path_rows + plan.workspace_rows)
+    cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, torch.empty(0))
+    held = [x for part in (*cache.paths, cache.workspace) for x in (part.keys, part.values)]
+    assert stated == sum(x.nbytes for x in held)
 
 
-def test_forwards_are_shared(shared_data, decoder, tokenizer):
-    """A document with fixed answers costs one forward; mc1 choices in mc2 cost none."""
+def test_tokens_are_shared(shared_data, decoder, tokenizer):
+    """Fixed answers cost little beyond the document; mc1 choices in mc2 cost nothing."""
     requests = requests_of(shared_data, 10, ["ethics_deontology", "ethics_virtue"])
     plan = plan_scoring(tokenizer, requests, 2048, 32000, 2048, progress=False)
-    assert (len(requests), plan.num_forwards) == (40, 20)
-    documents = load_documents(TASKS[:2], shared_data, 10)
-    choices = {r for rows in documents.values() for doc in rows for r in doc.requests}
+    contexts = {context: len(tokenizer.encode(context)) for context, _ in requests}
+    assert len(requests) == 2 * len(contexts)
+    assert plan.num_tokens <= sum(contexts.values()) + 2 * 10  # " unreasonable" has three tokens
     twice = requests_of(shared_data, 10, TASKS[:2])
-    assert len(twice) > len(choices)
-    plan = plan_scoring(tokenizer, twice, 2048, 32000, 2048, progress=False)
-    assert plan.num_forwards <= len(choices)
+    assert len(twice) > len(set(twice))
+    counts = [
+        plan_scoring(tokenizer, x, 2048, 32000, 2048, progress=False).num_tokens
+        for x in (twice, list(set(twice)))
+    ]
+    assert counts[0] == counts[1]
     alone = [loglikelihoods(decoder, tokenizer, [request])[0] for request in requests]
     together = loglikelihoods(decoder, tokenizer, requests)
     assert together == pytest.approx(alone, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("heads, head_dim", (((4, 1), 32), ((2, 2), 100)), ids=str)
+def test_head_shapes_against_transformers(
+    tmp_path, shared_data, tokenizer_model, tokenizer, heads, head_dim
+):
+    """Grouped-query attention and OpenLLaMA-3B's head_dim, through many small batches."""
+    names = ("num_attention_heads", "num_key_value_heads")
+    folder = save_llama(
+        tmp_path, tokenizer_model, seed=2, head_dim=head_dim, **dict(zip(names, heads, strict=True))
+    )
+    requests = requests_of(shared_data, 2, TASKS[1:3])
+    theirs = harness_scores(harness(folder, tokenizer_model), requests)
+    ours = loglikelihoods(load_decoder(folder), tokenizer, requests, batch_tokens=90)
+    assert ours == pytest.approx(theirs, abs=1e-4, rel=0)
 
 
 def test_equal_requests_get_the_very_same_score(decoder, tokenizer):
