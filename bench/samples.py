@@ -19,6 +19,7 @@ from mmalign.data.dataset import EncodedSample
 from mmalign.data.packing import IGNORE_INDEX
 
 MAX_TEXT = 2048 - 1  # LLaVA's limit counts the image as one token
+POOL = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,10 @@ def samples_of(
     return Samples(encoded, pixels)
 
 
-def random_batches(count: int, batch_size: int) -> list[list[int]]:
+def random_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Samples as they come: their order is random already."""
-    return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+    order = range(len(lengths))
+    return [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
 
 def grouped_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
@@ -106,7 +108,30 @@ def padding_share(lengths: list[int], batches: list[list[int]]) -> float:
     return 1 - sum(map(sum, rows)) / sum(max(row) * len(row) for row in rows)
 
 
-# ---- pictures and files ----
+def typical_step(
+    stage: str, batch_size: int, micro_batch_size: int, num_patches: int, grouped: bool
+) -> list[list[int]]:
+    """Text lengths of one optimizer step, by micro-batch, that stands for all steps.
+
+    Of POOL drawn samples cut into steps, it is the step whose mean length and share of padding are
+    nearest to those of the whole pool, so one step of each kind is enough to compare them.
+    """
+    texts = STAGES[stage].draw(POOL, seed=0)
+    lengths = (texts + num_patches).tolist()
+    batches = grouped_batches if grouped else random_batches
+    cut = batches(lengths, micro_batch_size)
+    mean, padding = np.mean(lengths), padding_share(lengths, cut)
+
+    def distance(step: list[list[int]]) -> float:
+        here = np.mean([lengths[i] for batch in step for i in batch])
+        return abs(here / mean - 1) + abs(padding_share(lengths, step) - padding)
+
+    count = batch_size // micro_batch_size
+    steps = [cut[i : i + count] for i in range(0, len(cut) - count + 1, count)]
+    return [texts[batch].tolist() for batch in min(steps, key=distance)]
+
+
+# ---- pictures ----
 
 
 def draw_picture(width: int, height: int, seed: int) -> Image.Image:
