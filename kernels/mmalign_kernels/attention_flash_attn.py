@@ -34,10 +34,10 @@ def _backward(
     out: Tensor,
     logsumexp: Tensor,
     samples: Samples,
+    rooms: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _flash_attn_varlen_backward(
-        *(grad_out, q, k, v, out, logsumexp, *grads, *_offsets(samples)),
+        *(grad_out, q, k, v, out, logsumexp, *rooms, *_offsets(samples)),
         *(0.0, samples.scale, samples.causal),
         window_size_left=-1,
         window_size_right=-1,
@@ -45,7 +45,7 @@ def _backward(
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return grads
+    return rooms
 
 
 full_attention_fwd, full_attention_bwd, rotary_attention_fwd, rotary_attention_bwd = (

@@ -34,14 +34,14 @@ def _backward(
     out: Tensor,
     logsumexp: Tensor,
     samples: Samples,
+    rooms: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _flash_attn_backward(
         *(grad_out, q, k, v, out, logsumexp, samples.cu_seqlens, samples.cu_seqlens, None, None),
-        *(samples.max_seqlen, samples.max_seqlen, *grads, samples.scale, samples.causal),
+        *(samples.max_seqlen, samples.max_seqlen, *rooms, samples.scale, samples.causal),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return grads
+    return rooms
 
 
 full_attention_fwd, full_attention_bwd, rotary_attention_fwd, rotary_attention_bwd = (

@@ -35,6 +35,7 @@ def _backward(
     out: Tensor,
     logsumexp: Tensor,
     samples: Samples,
+    _: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv, *_ = _flash_attn_bwd(

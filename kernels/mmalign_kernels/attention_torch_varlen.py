@@ -34,6 +34,7 @@ def _backward(
     out: Tensor,
     logsumexp: Tensor,
     samples: Samples,
+    _: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is off
     return aten._flash_attention_backward(

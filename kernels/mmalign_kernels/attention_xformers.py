@@ -60,6 +60,7 @@ def _backward(
     out: Tensor,
     logsumexp: Tensor,
     samples: Samples,
+    _: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = ((_repeated(x, q.shape[1]))[None] for x in (q, k, v))
     grads = memory_efficient_attention_backward(

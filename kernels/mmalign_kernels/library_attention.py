@@ -8,6 +8,7 @@ scores nor outputs. Queries and keys turn before, in a pass of our own; gradient
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class Samples(NamedTuple):
 
 # q, k, v, samples -> out like q, logsumexp (heads, total_tokens)
 Forward = Callable[[Tensor, Tensor, Tensor, Samples], tuple[Tensor, Tensor]]
-# grad_out, q, k, v, out, logsumexp, samples -> dq, dk, dv
+# grad_out, q, k, v, out, logsumexp, samples, rooms -> dq, dk, dv, in the rooms or not
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -90,14 +91,15 @@ class LibraryAttention:
         grad_out, out = (_padded(x.unflatten(1, (num_heads, -1))) for x in (grad_out, out))
         samples = Samples(cu_seqlens.int(), max_seqlen, causal, head_dim**-0.5)
         logsumexp = logsumexp.t().contiguous()
-        grads = self.backward(grad_out.contiguous(), *parts, out, logsumexp, samples)
         sizes = num_heads, num_kv_heads, num_kv_heads
-        rooms = grad_qkv.unflatten(1, (sum(sizes), -1)).split(sizes, 1)
-        for i, (grad, room) in enumerate(zip(grads, rooms, strict=True)):
-            if angles is None or i == 2:
-                room.copy_(grad[..., :head_dim])
-            else:
-                _rotate(grad[..., :head_dim], angles, room, back=True)
+        views = grad_qkv.unflatten(1, (sum(sizes), -1)).split(sizes, 1)
+        rooms = views if head_dim % _MULTIPLE == 0 else tuple(map(torch.empty_like, parts))
+        grads = self.backward(grad_out.contiguous(), *parts, out, logsumexp, samples, rooms)
+        for i, (grad, view) in enumerate(zip(grads, views, strict=True)):
+            if angles is not None and i < 2:
+                _rotate(grad[..., :head_dim], angles, view, back=True)
+            elif grad is not view:
+                view.copy_(grad[..., :head_dim])
         return grad_qkv
 
     def rotary_attention_fwd(

@@ -11,7 +11,8 @@ def rotate_heads(
 ) -> None:
     """out = x turned by its positions; back: by their negatives. Halves as in rotary_attention.
 
-    x, out (total_tokens, heads, head_dim), any strides; cos, sin (max_positions, head_dim / 2).
+    x, out (total_tokens, heads, head_dim), any strides, or one and the same; cos, sin
+    (max_positions, head_dim / 2).
     """
     wide = wide_type(x)
     cos, sin = (table[position_ids.long()][:, None].to(wide) for table in (cos, sin))

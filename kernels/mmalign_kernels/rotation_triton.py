@@ -1,7 +1,8 @@
 """Rotary position embedding of separate heads in Triton, for libraries that have none.
 
-One read and one write of what turns; a program owns ROWS tokens and SHARE heads, and loads the
-angles of its tokens once. Our own attention turns queries as it loads them (rotary_triton.py).
+One read and one write of what turns, in place where out is x; a program owns ROWS tokens and SHARE
+heads, and loads the angles of its tokens once. Our own attention turns queries as it loads them
+(rotary_triton.py).
 """
 
 import triton

@@ -7,7 +7,7 @@ ones.
 
 import pytest
 import torch
-from mmalign_kernels import adamw_step, add_rms_norm, dispatch, full_attention, rms_norm
+from mmalign_kernels import adamw_step, add_rms_norm, dispatch, full_attention, rms_norm, rotary
 from mmalign_kernels.libraries import LIBRARIES
 
 from . import library_stand_ins
@@ -66,6 +66,22 @@ def test_logsumexp_is_the_references(library):
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("library", ATTENTION)
+@pytest.mark.parametrize("head_dim", (64, 100))
+def test_compiled_code_may_call_a_library(library, head_dim):
+    """Shapes, strides and aliases are those that tracing was told."""
+    case = Case(lengths=[3, 5], heads=(2, 1, head_dim))
+    tables = case.cos, case.sin, case.position_ids, offsets([3, 5])
+    inputs = case.qkv.detach(), *tables, 5, 2, 1, True
+    utilities = "test_schema", "test_faketensor"
+    with dispatch.use_backend(library):
+        fwd, bwd = rotary.rotary_attention_fwd, rotary.rotary_attention_bwd
+        torch.library.opcheck(fwd.registered, inputs, test_utils=utilities)
+        out, logsumexp = fwd(*inputs)
+        inputs = torch.ones_like(out), inputs[0], out, logsumexp, *inputs[1:]
+        torch.library.opcheck(bwd.registered, inputs, test_utils=utilities)
 
 
 @pytest.mark.parametrize("library", ATTENTION)
