@@ -35,6 +35,7 @@ class Figures:
     bytes: int | None = None
     flops: int | None = None
     ceiling: str | None = None
+    bounded: bool = True  # whether a share of the ceiling says anything
     extra: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
@@ -53,7 +54,8 @@ class Comparison(Protocol):
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
         """Makes the data once, checks every variant's results, and returns what is timed.
 
-        Raises WrongResult where a variant computes something else than the others.
+        Raises WrongResult where a variant computes something else than the others, CannotRun
+        where a library refuses; it is called again without that variant.
         """
 
     def figures(self, variant: str, seconds: float, ceilings: Mapping) -> Figures:
@@ -68,6 +70,14 @@ class WrongResult(AssertionError):
 
     def __init__(self, variant: str, message: str):
         super().__init__(f"{variant}: {message}")
+        self.variant = variant
+
+
+class CannotRun(Exception):
+    """A library refuses this case, or memory does not suffice: its row is skipped."""
+
+    def __init__(self, variant: str, reason: str):
+        super().__init__(reason)
         self.variant = variant
 
 
@@ -118,7 +128,7 @@ def record(row: Row, timing: Timing | None, ceilings: Mapping, skipped: str | No
 
 def share(figures: Figures, seconds: float, ceilings: Mapping) -> float | None:
     """Of the ceiling that the figures name, between 0 and about 1."""
-    if figures.ceiling is None:
+    if figures.ceiling is None or not figures.bounded:
         return None
     if figures.ceiling == "copy":
         return figures.bytes / seconds / ceilings["copy_bytes_per_second"]

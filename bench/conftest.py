@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.comparison import Comparison, Row, WrongResult, record, title
+from bench.comparison import CannotRun, Comparison, Row, WrongResult, record, title
 from bench.record import Record, write_part
 from bench.table import tables
 from bench.timing import Timing, measure
@@ -38,7 +38,7 @@ class Measurements:
     def __init__(self, device: torch.device):
         self.device = device
         self.timings: dict[str, dict[str, Timing]] = {}
-        self.wrong: dict[str, dict[str, str]] = {}
+        self.refused: dict[str, dict[str, Exception]] = {}
         self.records: dict[str, list[Record]] = {}  # by part
         self._ceilings: dict | None = None
 
@@ -51,15 +51,18 @@ class Measurements:
         return self._ceilings
 
     def of(self, comparison: Comparison, variants: list[str]) -> dict[str, Timing]:
-        """Timings of these variants, measured once; those with wrong results are left out."""
+        """Timings of these variants, measured once; `refused` says which it left out."""
         group = title(comparison)
         if group not in self.timings:
-            self.timings[group], self.wrong[group] = {}, {}
-            self.timings[group] = self._measure(comparison, variants, self.wrong[group])
+            self.timings[group], self.refused[group] = {}, {}
+            self.timings[group] = self._measure(comparison, variants, self.refused[group])
         return self.timings[group]
 
     def _measure(
-        self, comparison: Comparison, variants: list[str], wrong: dict[str, str]
+        self,
+        comparison: Comparison,
+        variants: list[str],
+        refused: dict[str, WrongResult | CannotRun],
     ) -> dict[str, Timing]:
         self.ceilings  # noqa: B018  first: it needs memory that a comparison may fill
         while variants:
@@ -67,8 +70,8 @@ class Measurements:
                 work = comparison.calls(variants, self.device)
                 limits = comparison.limits()
                 return measure(work.calls, self.device, prepare=work.prepare, **limits)
-            except WrongResult as error:
-                wrong[error.variant] = str(error)
+            except (WrongResult, CannotRun) as error:
+                refused[error.variant] = error
                 variants = [variant for variant in variants if variant != error.variant]
         return {}
 
@@ -91,6 +94,9 @@ def pytest_configure(config):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[MEASUREMENTS] = Measurements(device)
     config.stash[CLOCK] = ReplayClock()
+    if not any("--benchmark-columns" in str(given) for given in config.invocation_params.args):
+        config.option.benchmark_columns = ["median", "min", "max", "rounds"]
+        config.option.benchmark_sort = "median"
 
 
 MEASUREMENTS = pytest.StashKey[Measurements]()
@@ -137,8 +143,12 @@ def _compare(row: Row, request, benchmark, config) -> None:
         and other.comparison.missing(other.variant, measurements.device) is None
     ]
     timings = measurements.of(row.comparison, variants)
-    if row.variant in measurements.wrong[row.group]:
-        pytest.fail(measurements.wrong[row.group][row.variant], pytrace=False)
+    refused = measurements.refused[row.group].get(row.variant)
+    if isinstance(refused, WrongResult):
+        pytest.fail(str(refused), pytrace=False)
+    if refused is not None:
+        measurements.keep(row, None, str(refused))
+        pytest.skip(str(refused))
     kept = measurements.keep(row, timings[row.variant])
     _replay(timings[row.variant], kept, benchmark, config.stash[CLOCK])
 

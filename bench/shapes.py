@@ -31,11 +31,11 @@ OPENLLAMA_3B = DecoderConfig(
 )
 SMALL_DECODER = DecoderConfig(  # for a CPU
     vocab_size=8000,
-    hidden_size=512,
-    intermediate_size=1376,
+    hidden_size=256,
+    intermediate_size=688,
     num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=8,
+    num_attention_heads=4,
+    num_key_value_heads=4,
     head_dim=64,
     rms_norm_eps=1e-5,
     max_position_embeddings=2048,
@@ -72,6 +72,7 @@ LENGTHS = {  # tokens of a sample, at least and at most
     "finetune": (300, 900),
     "wide mix": (32, 2048),
 }
+SUPERVISED = {"pretrain": 0.07, "finetune": 0.44}  # share of the tokens that have a target
 ONE_LONG = "one long sample"
 
 
@@ -88,11 +89,23 @@ def sample_lengths(mix: str, num_tokens: int, longest: int = 2048, seed: int = 0
     return lengths
 
 
-def offsets(lengths: list[int], device: torch.device) -> Tensor:
+def offsets(lengths: list[int], device: torch.device | str) -> Tensor:
     """cu_seqlens of samples of these lengths."""
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def positions(lengths: list[int], device: torch.device) -> Tensor:
+def positions(lengths: list[int], device: torch.device | str) -> Tensor:
     """position_ids: counted from 0 in every sample."""
     return torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
+
+
+def decoder_shapes(device: torch.device) -> list[tuple[DecoderConfig, int]]:
+    """(model, tokens) that a row-wise operation is measured at, the most important first."""
+    if device.type == "cpu":
+        return [(SMALL_DECODER, NUM_TOKENS_CPU)]
+    return [(LLAMA2_7B, NUM_TOKENS), (LLAMA2_7B, NUM_TOKENS_SHORT), (OPENLLAMA_3B, NUM_TOKENS)]
+
+
+def vision_shapes(device: torch.device) -> list[tuple[VisionConfig, int]]:
+    """(tower, images) of a micro-batch."""
+    return [(SMALL_VISION, 4)] if device.type == "cpu" else [(CLIP_VIT_L_14, 64)]

@@ -4,29 +4,36 @@ from collections.abc import Iterator, Sequence
 
 from bench.record import Record
 
-HEADER = ("", "time", "spread", "over the first", "rate", "share", "peak memory")
-
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
     groups: dict[tuple, list[Record]] = {}
     for kept in records:
         groups.setdefault((kept.benchmark, kept.case, kept.direction), []).append(kept)
     for (benchmark, case, direction), group in groups.items():
-        if any(kept.seconds is not None for kept in group):
-            yield from ("", f"{benchmark}, {direction}: {case}")
-            yield from aligned([HEADER, *rows(group)])
-        skipped = {kept.variant: kept.skipped for kept in group if kept.skipped}
-        for variant, reason in skipped.items() if rows(group) else ():
-            yield f"  {variant}: skipped, {reason}"
+        measured = [kept for kept in group if kept.seconds is not None]
+        if measured:
+            yield from ("", f"{benchmark}, {direction}: {case}", *aligned(rows(measured)))
+    yield from skipped(records)
 
 
-def rows(group: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Of one group: sorted by time; ratios are over its first variant that ran."""
-    measured = [kept for kept in group if kept.seconds is not None]
-    if not measured:
-        return []
+def rows(measured: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Of one group, with a header: sorted by time; ratios are over its first variant that ran."""
     first = measured[0]
-    return [row(kept, first) for kept in sorted(measured, key=lambda kept: kept.seconds)]
+    header = ("", "median", "fastest - slowest (rounds)", f"over {first.variant}")
+    ordered = sorted(measured, key=lambda kept: kept.seconds)
+    return [(*header, "rate", "share", "peak memory"), *(row(kept, first) for kept in ordered)]
+
+
+def skipped(records: Sequence[Record]) -> Iterator[str]:
+    """Every reason once, with the benchmarks that it concerns."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for kept in records:
+        if kept.skipped:
+            reasons.setdefault((kept.variant, kept.skipped), {})[kept.benchmark] = None
+    if reasons:
+        yield from ("", "skipped:")
+    for (variant, reason), benchmarks in reasons.items():
+        yield f"  {variant}: {reason} ({', '.join(benchmarks)})"
 
 
 def row(kept: Record, first: Record) -> tuple[str, ...]:

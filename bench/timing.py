@@ -60,11 +60,11 @@ def measure(
     clock = _Clock(torch.device(device), prepare or {})
     peaks = {name: clock.peak_memory(name, call) for name, call in calls.items()}
     for _ in range(warm_up_rounds):
-        begin = time.perf_counter()
         clock.round(calls)
-        one_round = time.perf_counter() - begin
-    rounds = min(max(int(budget_seconds / max(one_round, 1e-9)), min_rounds), max_rounds)
-    taken = [clock.round(calls) for _ in range(rounds)]
+    taken: list[dict[str, float]] = []
+    end = time.perf_counter() + budget_seconds
+    while len(taken) < min_rounds or (len(taken) < max_rounds and time.perf_counter() < end):
+        taken.append(clock.round(calls))
     return {name: Timing(tuple(row[name] for row in taken), peaks[name]) for name in calls}
 
 
