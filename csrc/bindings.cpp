@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(mmalign_cuda, library) {
   library.def(
       "rms_norm_bwd(Tensor grad_y, Tensor? grad_residual, Tensor x, Tensor weight, Tensor rstd,"
       " bool needs_weight, Tensor(a!) counters) -> (Tensor, Tensor)");
+  library.def(
+      "adamw_update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
+      " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] remainders, Tensor(e!)[] exp_avg_scales,"
+      " Tensor(f!)[] exp_avg_sq_scales, Tensor? grad_scale, int step, float learning_rate,"
+      " float beta1, float beta2, float eps, float weight_decay, int? seed) -> ()");
 }
 
 namespace {
@@ -22,6 +27,7 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("rms_norm_fwd", TORCH_BOX(&mmalign::rms_norm_fwd));
   library.impl("add_rms_norm_fwd", TORCH_BOX(&mmalign::add_rms_norm_fwd));
   library.impl("rms_norm_bwd", TORCH_BOX(&mmalign::rms_norm_bwd));
+  library.impl("adamw_update", TORCH_BOX(&mmalign::adamw_update));
 }
 
 }  // namespace

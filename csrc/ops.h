@@ -25,4 +25,15 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_y,
                                         const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                         bool needs_weight, Tensor counters);
 
+// exp_avgs and exp_avg_sqs: fp32, bf16, or uint8 codes beside the scales of block_quantization.h;
+// the scales are empty lists otherwise.
+void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                  const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                  const std::vector<Tensor>& remainders,
+                  const std::vector<Tensor>& exp_avg_scales,
+                  const std::vector<Tensor>& exp_avg_sq_scales,
+                  const std::optional<Tensor>& grad_scale, int64_t step, double learning_rate,
+                  double beta1, double beta2, double eps, double weight_decay,
+                  std::optional<int64_t> seed);
+
 }  // namespace mmalign
