@@ -1,0 +1,171 @@
+"""The byte and FLOP counts, against what launches touch, torch's FLOP counter and the settings."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmalign_kernels import (
+    costs,
+    costs_attention,
+    costs_products,
+    launch,
+    launch_attention,
+    linear_cross_entropy_triton,
+    matmul_triton,
+    packing_triton,
+    rms_norm_triton,
+    swiglu_triton,
+    vision_triton,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROWS, COLUMNS = 1000, 4096
+
+
+@pytest.fixture
+def backend():
+    """Nothing runs here, so nothing runs once for each backend."""
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """Bytes of the tensors that a function's launches get, a tensor once a launch."""
+
+    def count(run) -> int:
+        total = 0
+
+        def record(self, *args, **options):
+            nonlocal total
+            tensors = {id(x): x for x in args if isinstance(x, torch.Tensor)}
+            total += sum(x.numel() * x.element_size() for x in tensors.values())
+
+        monkeypatch.setattr(type(rms_norm_triton._rms_norm_fwd_kernel), "run", record)
+        with launch.pretend(launch.H100):
+            run()
+        return total
+
+    return count
+
+
+X, WEIGHT, RSTD = meta(ROWS, COLUMNS), meta(COLUMNS), meta(ROWS, 1, dtype=torch.float32)
+GATE_UP, INDEX = meta(ROWS, 2 * COLUMNS), meta(ROWS, dtype=torch.int64)
+SIZE = ROWS, COLUMNS, 2
+LAUNCHES = {
+    "rms_norm": (
+        lambda: rms_norm_triton.rms_norm_fwd(X, WEIGHT, 1e-5),
+        costs.rms_norm_forward(*SIZE),
+    ),
+    "add_rms_norm": (
+        lambda: rms_norm_triton.add_rms_norm_fwd(X, meta(*X.shape), WEIGHT, 1e-5),
+        costs.add_rms_norm_forward(*SIZE),
+    ),
+    "rms_norm backward": (
+        lambda: rms_norm_triton.rms_norm_bwd(X, None, meta(*X.shape), WEIGHT, RSTD, True),
+        costs.rms_norm_backward(*SIZE),
+    ),
+    "add_rms_norm backward, frozen": (
+        lambda: rms_norm_triton.rms_norm_bwd(
+            X, meta(*X.shape), meta(*X.shape), WEIGHT, RSTD, False
+        ),
+        costs.add_rms_norm_backward(*SIZE, needs_weight=False),
+    ),
+    "swiglu": (
+        lambda: swiglu_triton.swiglu_fwd(GATE_UP),
+        costs.swiglu_forward(*SIZE),
+    ),
+    "swiglu backward": (
+        lambda: swiglu_triton.swiglu_bwd(X, GATE_UP),
+        costs.swiglu_backward(*SIZE),
+    ),
+    "layer_norm": (
+        lambda: vision_triton.layer_norm_fwd(X, WEIGHT, meta(COLUMNS), 1e-5),
+        costs.layer_norm_forward(*SIZE),
+    ),
+    "layer_norm backward": (
+        lambda: vision_triton.layer_norm_bwd(X, meta(*X.shape), WEIGHT, 1e-5),
+        costs.layer_norm_backward(*SIZE),
+    ),
+    "quick_gelu": (lambda: vision_triton.quick_gelu_fwd(X), costs.quick_gelu_forward(X.numel(), 2)),
+    "quick_gelu backward": (
+        lambda: vision_triton.quick_gelu_bwd(X, meta(*X.shape)),
+        costs.quick_gelu_backward(X.numel(), 2),
+    ),
+    "pack_rows": (
+        lambda: packing_triton.pack_rows_fwd(X, INDEX),
+        costs.pack_rows_forward(*SIZE),
+    ),
+    "unpack_rows backward": (
+        lambda: packing_triton.unpack_rows_bwd(X, INDEX),
+        costs.unpack_rows_backward(*SIZE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_moved_bytes_are_what_launches_touch(name, touched):
+    run, cost = LAUNCHES[name]
+    assert cost.moved_bytes == touched(run)
+    assert cost.bytes <= cost.moved_bytes
+
+
+def test_settings_are_those_of_the_launchers():
+    with launch.pretend(launch.H100):
+        tile = matmul_triton.tile_settings(X)
+        assert (tile.m, tile.n) == (costs_products.ROW_TILE, costs_products.COLUMN_TILE)
+        for head_dim in (64, 100, 128):
+            forward = launch_attention.forward(X, head_dim)
+            by_queries, by_keys = launch_attention.backward(X, head_dim)
+            owned = {forward["BLOCK_M"], by_queries["BLOCK_M"], by_keys["BLOCK_N"]}
+            other = {forward["BLOCK_N"], by_queries["BLOCK_N"], by_keys["BLOCK_M"]}
+            assert owned == {costs_attention.QUERY_TILE} and other == {costs_attention.KEY_TILE}
+    assert linear_cross_entropy_triton._NUM_LOGITS == costs_products.LOGITS_OF_A_CHUNK
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_products_are_what_torch_counts():
+    hidden, weight = meta(7, 64).requires_grad_(), meta(100, 64).requires_grad_()
+    size = 20, 7, 64, 100, 2  # 13 rows are not supervised
+    targets = meta(7, dtype=torch.int64)
+    both = costs.linear_cross_entropy_forward(*size) + costs.linear_cross_entropy_backward(*size)
+    loss = lambda: F.cross_entropy(hidden @ weight.t(), targets)  # noqa: E731
+    assert both.flops == both.done_flops == counted(lambda: loss().backward())
+    assert costs.linear_forward(7, 64, 100, 2).flops == counted(lambda: hidden @ weight.t())
+    scored = costs.target_logprobs_forward(7, 9, 64, 100, 2)
+    assert scored.flops == counted(loss)
+
+
+def test_attention_is_what_torch_counts():
+    lengths, heads, head_dim = (5, 130), 2, 64
+    flops = sum(
+        counted(lambda n=n: F.scaled_dot_product_attention(*(meta(1, heads, n, head_dim),) * 3))
+        for n in lengths
+    )
+    cu_seqlens = [0, 5, 135]
+    full = costs.full_attention_forward(cu_seqlens, heads, head_dim, 2)
+    assert full.flops == flops
+    assert full.done_flops == 4 * heads * head_dim * (128 * 64 + 2 * 128 * 192)
+    causal = costs.rotary_attention_forward(cu_seqlens, heads, heads, head_dim, 2)
+    assert causal.flops == 4 * heads * head_dim * torch.ones(130, 130).tril().sum() + (
+        4 * heads * head_dim * torch.ones(5, 5).tril().sum()
+    )
+
+
+def test_readme_shows_the_counts(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import render_costs
+
+    text = render_costs.README.read_text()
+    assert render_costs.rendered(text) == text, "run python scripts/render_costs.py"
+    sys.modules.pop("render_costs")
