@@ -2,6 +2,7 @@
 
     python scripts/train.py tiny-pretrain --run-dir runs/pretrain
     python scripts/train.py tiny-finetune --run-dir runs/finetune --model.projector runs/pretrain
+    python scripts/train.py tiny-pretrain --run-dir runs/profiled --profile 10:13
 
 The same command continues a stopped run. --help lists the recipes, RECIPE --help its fields.
 """

@@ -40,11 +40,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     numel, size = (1 << 27, 8192) if on_gpu else (1 << 24, 1024)
     with torch.no_grad():
         generator = torch.Generator(device).manual_seed(0)
-        source = torch.randn(numel, device=device, generator=generator).to(dtype)
+        source = torch.randn(numel, device=device, dtype=dtype, generator=generator)
         target = torch.empty_like(source)
         copy = _fastest(lambda: target.copy_(source), device)
         shape = (2, size, size)
-        x, weight = torch.randn(shape, device=device, generator=generator).to(dtype)
+        x, weight = torch.randn(shape, device=device, dtype=dtype, generator=generator)
         product = _fastest(lambda: linear(x, weight), device)
     return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
 

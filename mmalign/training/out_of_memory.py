@@ -21,12 +21,19 @@ log = logging.getLogger("mmalign")
 HISTORY_ENTRIES = 50_000  # allocations and releases; some steps of a 7B model, about 50 MB
 
 
-def record_memory_history(device: torch.device) -> None:
-    """Lets a snapshot name the lines that allocated; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.memory._record_memory_history(
-            context="alloc", stacks="python", max_entries=HISTORY_ENTRIES
-        )
+@contextmanager
+def memory_history(device: torch.device) -> Iterator[None]:
+    """Inside, CUDA's allocator remembers which lines allocated; nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(
+        context="alloc", stacks="python", max_entries=HISTORY_ENTRIES
+    )
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ CUDA; pytorch.org/memory_viz) and profile.md: time by category beside the floor 
 import itertools
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 
@@ -22,6 +23,7 @@ from mmalign.training.floors import Ceilings, floors, measure_ceilings
 from mmalign.training.flops import Workload
 from mmalign.training.parallel import Ranks
 from mmalign.training.ranges import ranges_of, stage
+from mmalign.training.telemetry import memory
 from mmalign.training.timeline import Timeline, read_timeline
 
 log = logging.getLogger("mmalign")
@@ -89,10 +91,13 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        with warnings.catch_warnings():  # profile.md says which step had no warm-up
+            warnings.filterwarnings("ignore", "Profiler won't be using warmup")
+            plan = schedule(wait=0, warmup=warmup, active=len(self.steps), repeat=1)
         self.profiler = self.resources.enter_context(
             profile(
                 activities=activities,
-                schedule=schedule(wait=0, warmup=warmup, active=len(self.steps), repeat=1),
+                schedule=plan,
                 on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json.gz")),
             )
         )
@@ -121,6 +126,8 @@ class StepProfiler:
         )
         measured = read_timeline(self.folder / "trace.json.gz")
         text = report(measured, least, ceilings, self.profiled, self.device)
+        if self.steps[0] == self.first_step + 1:
+            text += f"Step {self.steps[0]} was this process's first: it holds warming up.\n"
         (self.folder / "profile.md").write_text(text)
         log.info("profile of %d steps: %s", measured.num_steps, self.folder / "profile.md")
 
@@ -137,12 +144,13 @@ def report(
     numbers = ", ".join(str(step.index + 1) for step in steps)
     tokens = sum(len(batch.input_ids) for step in steps for batch in step.batches)
     known = sum(seconds for seconds in least.values() if seconds)
-    wall = measured.wall
+    wall, peak = measured.wall, memory(device)["memory_peak_bytes"]
     head = (
         f"# Profile of steps {numbers}\n\n"
         f"On {name}: {wall / len(steps) * 1e3:,.1f} ms a step, the wait for data included; "
         f"{tokens / wall:,.0f} tokens/s of this process, under the profiler, which slows the host "
-        f"down. The floor is {known / len(steps) * 1e3:,.1f} ms a step, {known / wall:.0%} of it.\n"
+        f"down. The floor is {known / len(steps) * 1e3:,.1f} ms a step, {known / wall:.0%} of it. "
+        f"Peak memory: {peak / 2**30:.2f} GiB.\n"
         f"\nCeilings, measured right after: copy {ceilings.copy_bytes_per_second / 1e9:,.1f} GB/s, "
         f"matrix products {ceilings.matrix_flops_per_second / 1e12:,.3g} TFLOP/s. A floor is the "
         "FLOP model's products over the one, or the bytes that must be read and written over the "

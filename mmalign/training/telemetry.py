@@ -110,7 +110,7 @@ def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     else:
         name, peak = "the CPU", None
     if peak is None:
-        log.info("no mfu: --peak-tflops gives the %s rate of %s", config.precision, name)
+        log.info("no mfu: the %s peak of %s is unknown; --peak-tflops", config.precision, name)
     return peak
 
 

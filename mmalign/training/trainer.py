@@ -26,7 +26,7 @@ from mmalign.training.checkpoint import Checkpoints
 from mmalign.training.flops import Workload, step_flops
 from mmalign.training.metrics import Metrics
 from mmalign.training.optimizer import AdamW
-from mmalign.training.out_of_memory import explain_out_of_memory, record_memory_history
+from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
 from mmalign.training.parallel import Ranks, start_ranks
 from mmalign.training.profiler import StepProfiler
 from mmalign.training.ranges import stage
@@ -40,9 +40,8 @@ log = logging.getLogger("mmalign")
 
 def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or continues it from its latest checkpoint."""
-    with start_ranks(config.device) as ranks:
+    with start_ranks(config.device) as ranks, memory_history(ranks.device):
         config = resolve(config)
-        record_memory_history(ranks.device)
         with explain_out_of_memory(config, ranks):
             trainer = Trainer(config, ranks)
         trainer.run()

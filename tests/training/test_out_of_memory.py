@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from mmalign.errors import UserError
-from mmalign.training import out_of_memory
 from mmalign.training.build import resolve
 from mmalign.training.optimizer import AdamW
-from mmalign.training.out_of_memory import explain_out_of_memory
+from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
 from mmalign.training.parallel import Ranks
 from mmalign.training.trainer import Trainer, train
 from tests.training.runs import losses, small_config
@@ -88,10 +87,11 @@ def test_snapshot_on_a_gpu(small_world, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_record_memory_history", lambda **kw: calls.append(kw))
     monkeypatch.setattr(memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"blocks"))
     gpu = Ranks(3, 4, torch.device("cuda", 3))
-    out_of_memory.record_memory_history(CPU.device)
-    assert not calls
-    out_of_memory.record_memory_history(gpu.device)
-    assert calls[0]["max_entries"] == out_of_memory.HISTORY_ENTRIES
+    with memory_history(CPU.device):
+        assert not calls
+    with memory_history(gpu.device):
+        assert calls[0]["stacks"] == "python" and calls[0]["max_entries"] < 100_000
+    assert calls[1] == {"enabled": None}
     config = small_config(small_world, tmp_path / "run")
     step = next(iter(Trainer(resolve(small_config(small_world, tmp_path / "plan")), CPU).loader))
     with pytest.raises(UserError, match="out_of_memory_step_1_rank_3.pickle"):
@@ -105,11 +105,8 @@ def test_snapshot_on_a_gpu(small_world, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_snapshot_of_a_real_gpu(small_world, tmp_path):
     gpu = Ranks(0, 1, torch.device("cuda", 0))
-    out_of_memory.record_memory_history(gpu.device)
-    try:
+    with memory_history(gpu.device):
         with pytest.raises(UserError, match="out_of_memory_build_rank_0.pickle"):
             with explain_out_of_memory(small_config(small_world, tmp_path), gpu):
                 torch.empty(1 << 45, device=gpu.device)
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
     assert (tmp_path / "out_of_memory_build_rank_0.pickle").stat().st_size > 0

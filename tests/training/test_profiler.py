@@ -189,6 +189,7 @@ def test_a_continued_run_profiles_what_is_left(small_world, tmp_path):
     assert ranges.stage("forward") is ranges.stage("backward")  # the profile was taken down
     train(config)
     assert profile_md(tmp_path).startswith("# Profile of steps 3, 4\n")
+    assert "Step 3 was this process's first" in profile_md(tmp_path)
 
 
 STEP = {"ph": "X", "cat": "user_annotation", "name": "step 7", "ts": 0, "dur": 100, "tid": 1}
