@@ -124,7 +124,7 @@ def _is_host_work(event: dict) -> bool:
     )
 
 
-def _walk(events: list[dict], begin: float) -> Iterator[tuple[dict, list[_Open]]]:
+def _walk(events: list[dict]) -> Iterator[tuple[dict, list[_Open]]]:
     """Each event of one thread, in order, with the events that hold it, itself last."""
     stack = [_Open(float("inf"), IDLE, False, "")]
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
@@ -146,7 +146,7 @@ def _host_times(events: list[dict], step: dict, times: Counter, calls: Counter) 
     ]
     running: list[_Open] = []
     now = begin
-    for event, stack in _walk(inside, begin):
+    for event, stack in _walk(inside):
         now = _advance(running, now, event["ts"], times)
         running.append(stack[-1])
         outer = stack[-2]
@@ -178,7 +178,7 @@ def _kernel_intervals(
             by_thread[event["tid"]].append(event)
     launched_in: dict[int, _Open] = {}
     for thread in by_thread.values():
-        for event, stack in _walk(thread, 0):
+        for event, stack in _walk(thread):
             correlation = event.get("args", {}).get("correlation")
             if correlation is not None:
                 launched_in[correlation] = stack[-1]
