@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_offsets
-from .reference_attention import _angles, _rotated_heads
+from .reference_attention import _angles, _rotate
 from .rms_norm import wide_type
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    slots: Tensor  # (total_tokens,) where the keys and values of each row go
+    slots: Tensor | slice  # (total_tokens,) where keys and values of each row go; often one run
     parts: tuple[Part, ...]
     block_slots: Tensor  # (num_blocks * num_keys,) cache rows that a block sees; spare ones repeat
     block_mask: Tensor  # (num_blocks, 1, _ROWS, num_keys) 0 or -inf
@@ -59,15 +59,24 @@ def prefix_attention_fwd(
     plan = _plan(*(x.cpu().numpy().astype(np.int64).tobytes() for x in numbers), capacity)
     plan = Plan(*(x.to(qkv.device) if isinstance(x, Tensor) else x for x in plan))
     cos, sin = _angles(cos, position_ids, qkv), _angles(sin, position_ids, qkv)
-    heads = (num_attention_heads, num_key_value_heads)
-    q, k, v = _rotated_heads(qkv.contiguous(), cos, sin, *heads)
-    keys.index_copy_(0, plan.slots, k)
-    values.index_copy_(0, plan.slots, v)
+    sizes = (num_attention_heads, num_key_value_heads, num_key_value_heads)
+    q, k, v = qkv.contiguous().unflatten(1, (sum(sizes), head_dim)).split(sizes, 1)
+    q = _rotated(q, cos, sin, torch.empty_like(out))
+    if isinstance(plan.slots, slice):
+        _rotated(k, cos, sin, keys[plan.slots])
+    else:
+        keys[plan.slots] = _rotated(k, cos, sin, torch.empty_like(k))
+    values[plan.slots] = v
     logsumexp = _attend_blocks(out, q, keys, values, plan)
     for rows, span in plan.parts:
         part = _attention(*(x[None].transpose(1, 2) for x in (q[rows], keys[span], values[span])))
         _join(out[rows], logsumexp[rows], *(x[0].transpose(0, 1) for x in part))
     return out.flatten(1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    _rotate(x, cos, sin, out)
+    return out
 
 
 def _attend_blocks(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, plan: Plan) -> Tensor:
@@ -136,7 +145,9 @@ def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capaci
         np.concatenate((end[narrow], slots + 1)),
     )
     parts = _parts(row[is_wide], begin[is_wide], end[is_wide])
-    return Plan(torch.from_numpy(slots), parts, *_blocks(*seen, len(rows), capacity))
+    one_run = (np.diff(slots) == 1).all()
+    places = slice(int(slots[0]), int(slots[-1]) + 1) if one_run else torch.from_numpy(slots)
+    return Plan(places, parts, *_blocks(*seen, len(rows), capacity))
 
 
 def _check_spans(

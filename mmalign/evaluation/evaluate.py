@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
@@ -20,7 +19,6 @@ from mmalign.evaluation.tasks import (
     resolve_tasks,
 )
 from mmalign.model.config import DecoderConfig
-from mmalign.model.decoder import Decoder
 from mmalign.model.hf_weights import load_decoder
 from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
@@ -58,15 +56,21 @@ def evaluate_model(
     config |= {"data_files": describe_data(names, data_root)} | PROTOCOL
     config |= {"limit": limit, "precision": precision, "batch_tokens": batch_tokens}
     tokenizer = Tokenizer.from_pretrained(weights)
-    plan = _plan(documents, tokenizer, DecoderConfig.from_hf(weights), batch_tokens, quiet)
+    model_config, seconds = DecoderConfig.from_hf(weights), {}
+    # what does not fit together is told before the weights are read
+    with _timed(seconds, "tokenise"):
+        plan = _plan(documents, tokenizer, model_config, batch_tokens, quiet)
     output.mkdir(parents=True, exist_ok=True)
-    decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
-    scores, measurements = _run(decoder, plan, target, quiet)
-    config["max_length"] = decoder.config.max_position_embeddings
+    with _timed(seconds, "load"):
+        decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
+    with _timed(seconds, "score"):
+        scores = run_plan(decoder, plan, target, progress=not quiet)
+    config["max_length"] = model_config.max_position_embeddings
     config["tokenizer_sha256"] = tokenizer.fingerprint
-    config |= measurements | {"versions": versions()}
+    config["cache_bytes"] = plan.cache_bytes(model_config, DTYPES[precision])
+    config |= {"num_requests": len(plan.unique_of), "versions": versions()}
     items = _items(documents, scores)
-    results = _summaries(items) | {"config": config}
+    results = _summaries(items) | _cost(plan, seconds) | {"config": config}
     _write(output, items, results)
     if not quiet:
         print_results(results, output)
@@ -127,19 +131,19 @@ def _summaries(items: dict[str, list[dict]]) -> dict[str, dict]:
     return results
 
 
-def _run(
-    decoder: Decoder, plan: ScoringPlan, device: torch.device, quiet: bool
-) -> tuple[list[Score], dict]:
-    """The scores, and what it took to get them."""
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
-    scores = run_plan(decoder, plan, device, progress=not quiet)
-    seconds = time.perf_counter() - started
-    return scores, {
-        "num_requests": len(plan.unique_of),
-        "num_forwards": plan.num_forwards,
-        "num_tokens": plan.num_tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(plan.num_tokens / seconds, 1),
+    yield
+    seconds[phase] = round(time.perf_counter() - started, 3)
+
+
+def _cost(plan: ScoringPlan, seconds: dict[str, float]) -> dict:
+    """What the evaluation took; tokens of lm-evaluation-harness's Hugging Face backend beside."""
+    return {
+        "seconds": {phase: seconds[phase] for phase in ("load", "tokenise", "score")},
+        "tokens_computed": plan.num_tokens,
+        "tokens_computed_by_harness": plan.num_tokens_harness,
     }
 
 

@@ -24,6 +24,11 @@ BOOTSTRAP = "95% bootstrap over documents"
 COMBINED = "95%, from the five subsets' intervals"
 
 
+def task_results(results: dict) -> dict[str, dict]:
+    """The summaries in what results.json holds: of each task, and of ETHICS's mean."""
+    return {name: results[name] for name in (*TASKS, "ethics_mean") if name in results}
+
+
 def make_item(document: Document, scores: Sequence[Score]) -> dict:
     """One line of items.jsonl. score: what the document adds to its task's mean."""
     loglikelihoods = [score.loglikelihood for score in scores]

@@ -11,6 +11,8 @@ import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+from mmalign.evaluation.metrics import task_results  # noqa: E402
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for colour-blind eyes
 _GREY = "#6b6b6b"
 _CONSTANT_MARKERS = {"always yes": "^", "always no": "v", "shortest choice": "s"}
@@ -77,8 +79,7 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
 
     evaluations: name -> results.json.
     """
-    tasks = list(dict.fromkeys(t for results in evaluations.values() for t in results))
-    tasks.remove("config")
+    tasks = list(dict.fromkeys(t for x in evaluations.values() for t in task_results(x)))
     rows = {task: row for row, task in enumerate(tasks)}
     with plt.rc_context(_STYLE):
         height = 1.3 + 0.55 * len(tasks)

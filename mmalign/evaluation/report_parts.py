@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmalign.evaluation.intervals import wilson_interval
+from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
 from mmalign.evaluation.tables import (
     COMPARISON_HEADINGS,
@@ -54,7 +55,7 @@ def summary(base: str, comparisons: dict[str, dict], visual: dict | None) -> lis
 
 def scores(results: dict[str, dict], figure: str) -> list[str]:
     blocks = ["## Scores", f"![Scores with chance levels and constant answers]({figure})"]
-    tasks = [t for t in dict.fromkeys(t for r in results.values() for t in r) if t != "config"]
+    tasks = list(dict.fromkeys(t for r in results.values() for t in task_results(r)))
     first = {task: next(r[task] for r in results.values() if task in r) for task in tasks}
     rows = []
     for task in tasks:

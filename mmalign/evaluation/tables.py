@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
 
 _PIPE_WIDTH = 108  # columns where the output is not a terminal
@@ -29,26 +30,32 @@ def print_results(results: dict, output: Path) -> None:
     console, config = open_console(), results["config"]
     headings = ("n", "score", "95% interval", "chance", "always yes/no", "yes-rate", "em (chance)")
     table = make_table(f"[bold]{config['model']}[/bold]", "task", *headings)
-    for name, summary in results.items():
-        if name != "config":
-            table.add_row(*result_row(name, summary), end_section=name == "truthfulqa_mc2")
+    tasks = task_results(results)
+    for name, summary in tasks.items():
+        table.add_row(*result_row(name, summary), end_section=name == "truthfulqa_mc2")
     console.print(table)
-    for summary in results.values():
+    for summary in tasks.values():
         for sentence in summary.get("remarks", ()):
             console.print(f"- {sentence}")
     console.print(f"\nprompts of {config['prompts']}; no BOS; yes also stands for reasonable")
     for data_file, facts in config["data_files"].items():
         if "variant" in facts:
             console.print(f"{data_file}: {facts['variant']}, sha256 {facts['sha256'][:16]}")
-    if truncated := sum(summary.get("num_truncated", 0) for summary in results.values()):
+    if truncated := sum(summary.get("num_truncated", 0) for summary in tasks.values()):
         console.print(
             f"{truncated} documents longer than the model's {config['max_length']} tokens were cut "
             "on their left"
         )
     console.print(
-        f"{config['num_requests']:,} requests, {config['num_forwards']:,} forwards, "
-        f"{config['num_tokens']:,} tokens in {config['seconds']:,.1f} s "
-        f"({config['tokens_per_second']:,.0f} tokens/s)"
+        f"{config['num_requests']:,} requests, {results['tokens_computed']:,} tokens computed "
+        f"(lm-evaluation-harness's Hugging Face backend: "
+        f"{results['tokens_computed_by_harness']:,}); keys and values kept: "
+        f"{config['cache_bytes'] / 1e6:,.1f} MB"
+    )
+    seconds = results["seconds"]
+    console.print(
+        f"load {seconds['load']:,.1f} s, tokenise {seconds['tokenise']:,.1f} s, score "
+        f"{seconds['score']:,.1f} s ({results['tokens_computed'] / seconds['score']:,.0f} tokens/s)"
     )
     console.print(f"results: {output / 'results.json'}\nitems:   {output / 'items.jsonl'}")
 
