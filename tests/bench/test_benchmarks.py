@@ -1,0 +1,98 @@
+"""The benchmark files themselves, as far as a machine without a GPU can tell."""
+
+from importlib import import_module
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench import peers, peers_attention, shapes
+from bench.bench_attention import FULL, ROTARY, full_case, rotary_case
+from bench.comparison import title
+from bench.operation import OperationComparison, _results
+from bench.variants import DEVICE, DTYPE
+
+OPERATIONS = (
+    *("adamw", "attention", "linear_cross_entropy", "packing", "projector", "rms_norm", "swiglu"),
+    *("target_logprobs", "vision"),
+)
+on_a_cpu_only = pytest.mark.skipif(DEVICE.type == "cuda", reason="what a CPU skips")
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> list[OperationComparison]:
+    found = []
+    for name in OPERATIONS:
+        module = import_module(f"bench.bench_{name}")
+        for test in (x for n, x in vars(module).items() if n.startswith("test_")):
+            [mark] = test.pytestmark
+            found += dict.fromkeys(row.comparison for row in mark.args[1])
+    return found
+
+
+def test_groups_have_names_of_their_own(comparisons):
+    titles = [title(comparison) for comparison in comparisons]
+    assert len(set(titles)) == len(titles) > 20
+    for comparison in comparisons:
+        assert len(set(comparison.variants)) == len(comparison.variants)
+
+
+def test_every_direction_has_a_cost(comparisons):
+    for comparison in comparisons:
+        ceilings = {"matrix_reference": "fp32"}
+        figures = comparison.figures(comparison.variants[0], 1.0, ceilings)
+        assert figures.bytes > 0 and figures.flops >= 0
+
+
+@on_a_cpu_only
+def test_on_a_cpu_the_reference_meets_pytorch_and_the_rest_says_why_not(comparisons):
+    for comparison in comparisons:
+        runs = [v for v in comparison.variants if comparison.missing(v, DEVICE) is None]
+        assert "mmalign reference" in runs and len(runs) >= 2
+        for variant in set(comparison.variants) - set(runs):
+            reason = comparison.missing(variant, DEVICE)
+            assert any(word in reason for word in ("GPU", "CUDA", "has no cuda kernel"))
+
+
+def test_a_library_that_is_not_installed_is_named():
+    with mock.patch.object(peers, "find_spec", return_value=None):
+        reason = peers.missing("liger-kernel")(torch.device("cuda"))
+    assert reason == "liger-kernel is not installed"
+
+
+def test_llama2_7b_is_transformers_default_llama():
+    ours, theirs = shapes.LLAMA2_7B, LlamaConfig()
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert (ours.vocab_size, ours.head_dim) == (theirs.vocab_size, theirs.head_dim)
+
+
+@pytest.mark.parametrize("mix", [*shapes.LENGTHS, shapes.ONE_LONG])
+def test_sample_lengths(mix):
+    lengths = shapes.sample_lengths(mix, 16384, longest=4096)
+    assert sum(lengths) == 16384 and lengths == shapes.sample_lengths(mix, 16384, longest=4096)
+    low, high = shapes.LENGTHS.get(mix, (300, 4096))
+    assert all(low <= n <= high for n in lengths[:-1])
+    assert (4096 in lengths) == (mix == shapes.ONE_LONG)
+    offsets = shapes.offsets(lengths, "cpu").tolist()
+    assert [end - begin for begin, end in pairwise(offsets)] == lengths
+
+
+@on_a_cpu_only
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["cuDNN sdpa, padded", "torch.compile, flex_attention"])
+def test_attention_of_gpu_libraries_means_the_same(name):
+    """Their forward passes, on PyTorch's CPU kernels."""
+    decoder = rotary_case(shapes.SMALL_DECODER, 512, "wide mix")
+    for operation, case in ((ROTARY, decoder), (FULL, full_case(shapes.SMALL_VISION, 1))):
+        variant = next(v for v in operation.variants if v.name == name)
+        inputs = case.make(DEVICE, DTYPE)
+        expected = _results(operation.oracle, operation.oracle.function, inputs, ())
+        with (
+            mock.patch.object(peers_attention, "sdpa_kernel"),
+            mock.patch.object(peers_attention, "compiled_rotate", peers_attention.rotate),
+        ):
+            actual = _results(variant, variant.function, inputs, ())
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
