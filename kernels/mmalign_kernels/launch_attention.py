@@ -38,9 +38,10 @@ def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradients of queries, and for those of keys and values."""
     if qkv.element_size() > 2:
         return (_settings(head_dim, *_square(qkv), 1),) * 2
-    if gpu(qkv).capability >= 90:
-        return _settings(head_dim, 128, 64, 3), _settings(head_dim, 64, 128, 3)
     narrow = block_columns(head_dim) <= 64
+    if gpu(qkv).capability >= 90:  # a third stage of wide tiles spills in the second kernel
+        stages = 3 if narrow else 2
+        return _settings(head_dim, 128, 64, 3), _settings(head_dim, 64, 128, stages)
     return (
         _settings(head_dim, 64, 64, 3),
         _settings(head_dim, *((32, 128) if narrow else (64, 64)), 3),

@@ -34,7 +34,11 @@ class Operation:
 
     def run(self, *args: Any) -> Any:
         device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
-        return dispatch.implementation(self.name, self.family, device.type)(*args)
+        function = dispatch.implementation(self.name, self.family, device.type)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # kernels are launched on the current one
+                return function(*args)
+        return function(*args)
 
     def __call__(self, *args: Any) -> Any:
         return self.registered(*args) if is_traced(args[0]) else self.run(*args)

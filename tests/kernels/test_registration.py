@@ -1,10 +1,12 @@
 """Every operation is registered: opcheck, torch.compile, export, fake and meta tensors."""
 
 import sys
+from contextlib import contextmanager
 
 import mmalign_kernels
 import pytest
 import torch
+from mmalign_kernels import dispatch
 from mmalign_kernels.operation import Operation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -210,3 +212,24 @@ def test_shapes_without_data():
         loss, logprobs = block(*(mode.from_tensor(x) for x in inputs))
         loss.backward()
     assert block.head.grad.shape == (11, 8)
+
+
+@pytest.mark.parametrize("backend", ("reference",), indirect=True)
+@pytest.mark.parametrize("current, expected", ((0, 1), (1, 1)))
+def test_kernels_are_launched_on_the_tensors_device(current, expected, monkeypatch):
+    """A GPU that is not the current one; fake tensors stand for its tensors."""
+    devices = [current]
+
+    @contextmanager
+    def device(other):
+        devices.append(other.index)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = []
+    monkeypatch.setattr(dispatch, "implementation", lambda *_: lambda *_: seen.append(devices[-1]))
+    with FakeTensorMode():
+        operations()["rms_norm_fwd"].run(torch.empty(2, 8, device="cuda:1"))
+    assert seen == [expected] and devices == [current]
