@@ -29,7 +29,7 @@ CATEGORIES = (
 _STEP = re.compile(r"step \d+")
 _RULES = (  # the first that matches a range, operation or kernel decides for all inside of it
     (r"data wait", DATA_WAIT),
-    (r"optimizer", OPTIMIZER),
+    (r"gradient norm|optimizer", OPTIMIZER),
     (r"copy to device", COPIES),
     (r"c10d::|nccl|gloo:|record_param_comms", COMMUNICATION),
     (rf"{OPERATION_PREFIX}\w*attention", ATTENTION),

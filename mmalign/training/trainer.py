@@ -137,19 +137,7 @@ class Trainer:
         started = time.perf_counter()
         # dropout is a function of the step, so a continued run draws the same masks
         torch.manual_seed(hash((self.config.seed, step.index, self.ranks.rank)) % 2**63)
-        loss = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(step.batches):
-            self._synchronise_gradients(last=i == len(step.batches) - 1)
-            # the mean over every supervised token of the global batch, not a mean of means;
-            # DDP averages over the ranks, so each rank's share is scaled up by their number
-            with stage("copy to device"):
-                batch = to_device(batch, self.ranks.device)
-            with stage("forward"):
-                share = self.replica(batch) / step.num_loss_tokens
-            with stage("backward"):
-                (share * self.ranks.world_size).backward()
-            loss += share.detach()
-        loss_value = self.ranks.sum(loss).item()
+        loss_value = self.ranks.sum(self._loss_and_gradients(step)).item()
         if not math.isfinite(loss_value):
             raise UserError(
                 f"the loss of step {step.index + 1} is {loss_value}. Its samples: "
@@ -160,9 +148,10 @@ class Trainer:
         learning_rate = learning_rate_at(
             step.index, self.num_steps, optimizer.learning_rate, optimizer.warmup_ratio
         )
+        with stage("gradient norm"):
+            gradient_norm = self.optimizer.gradient_norm()
         self.updating = True
         with stage("optimizer"):
-            gradient_norm = self.optimizer.gradient_norm()
             self.optimizer.step(learning_rate, gradient_norm)
             self.optimizer.zero_grad()
         self.done, self.updating = step.index + 1, False
@@ -187,6 +176,22 @@ class Trainer:
                 data_seconds=data_seconds,
             ),
         }
+
+    def _loss_and_gradients(self, step: Step) -> torch.Tensor:
+        """This process's share of the step's loss, a 0-dim tensor; its gradients are summed."""
+        loss = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(step.batches):
+            self._synchronise_gradients(last=i == len(step.batches) - 1)
+            with stage("copy to device"):
+                batch = to_device(batch, self.ranks.device)
+            with stage("forward"):
+                # the mean over every supervised token of the global batch, not a mean of means
+                share = self.replica(batch) / step.num_loss_tokens
+            with stage("backward"):
+                # DDP averages over the ranks, so each rank's share is scaled up by their number
+                (share * self.ranks.world_size).backward()
+            loss += share.detach()
+        return loss
 
     def _synchronise_gradients(self, last: bool) -> None:
         if isinstance(self.replica, DistributedDataParallel):

@@ -57,6 +57,7 @@ def test_the_step_is_told_with_its_numbers(small_world, tmp_path, monkeypatch, f
     for knob in ("--micro-batch-tokens (now 700)", "--precision bf16", "--lora.rank"):
         assert knob in message
     assert "CUDA devices only" in message
+    assert (tmp_path / "checkpoints" / "step_2").is_dir()
     train(small_config(small_world, tmp_path, micro_batch_tokens=400))  # the advice can be followed
     assert len(losses(tmp_path)) == 6
 
