@@ -1,0 +1,44 @@
+"""Documents to score: the real sets where a folder with them is at hand, else the toy world's."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from mmalign.data.toy_corpus import corpus_pages, write_evaluation
+from mmalign.data.toy_models import train_tokenizer
+from mmalign.evaluation.documents import Document
+from mmalign.evaluation.tasks import load_documents, resolve_tasks
+
+REAL = Path(os.environ.get("MMALIGN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def is_real() -> bool:
+    return (REAL / "truthfulqa").is_dir() and (REAL / "llama_tokenizer").is_dir()
+
+
+@cache
+def _toy_folder() -> tempfile.TemporaryDirectory:
+    made = tempfile.TemporaryDirectory(prefix="mmalign-examination-")
+    write_evaluation(Path(made.name), seed=0, num_documents=1000)
+    train_tokenizer(corpus_pages(100, passages=12, seed=0), 900, tokenizer_file(Path(made.name)))
+    return made
+
+
+def tokenizer_file(folder: Path) -> Path:
+    return folder / "tokenizer.model"
+
+
+def tokenizer_model() -> Path:
+    """sentencepiece's model: LLaMA's, or one of 900 pieces trained on the toy world's texts."""
+    if is_real():
+        return tokenizer_file(REAL / "llama_tokenizer")
+    return tokenizer_file(Path(_toy_folder().name))
+
+
+def documents(tasks: Sequence[str], limit: int) -> list[Document]:
+    """The first `limit` documents of each task (or of each task of a group, as `ethics`)."""
+    root = REAL if is_real() else Path(_toy_folder().name)
+    found = load_documents(resolve_tasks(tasks), root, limit)
+    return [document for rows in found.values() for document in rows]
