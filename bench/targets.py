@@ -226,14 +226,14 @@ TARGETS = (
         "TruthfulQA-mc over lm-evaluation-harness (goal 20x)",
         *("evaluate", "scoring", "ratio", 15.0),
         case=f"truthfulqa*{LARGE}*",
-        over="lm_eval*",
+        over="lm-evaluation-harness",
         machine=CPU,
     ),
     Target(
         "ETHICS over lm-evaluation-harness",
         *("evaluate", "scoring", "ratio", 2.0),
         case=f"ethics*{LARGE}*",
-        over="lm_eval*",
+        over="lm-evaluation-harness",
         machine=CPU,
     ),
 )

@@ -26,6 +26,8 @@ ROOFLINE = "roofline.png"
 EXTRAS = {  # of a row's extra: heading and format
     "samples_per_second": ("samples/s", "{:,.4g}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "documents_per_second": ("documents/s", "{:,.4g}"),
+    "tokens_computed": ("tokens computed", "{:,}"),
     "mfu": ("MFU", "{:.1%}"),
     "padding": ("padding", "{:.0%}"),
     "power_watts": ("power", "{:.0f} W"),
