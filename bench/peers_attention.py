@@ -6,6 +6,8 @@ rotation of packed samples get q and k from a compiled one. Masks and index tabl
 makes once for all its layers, are made untimed.
 """
 
+from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 from types import SimpleNamespace
@@ -26,7 +28,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-compiled_rotate = torch.compile(rotate)
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(rotate)
+
+
+def compiled_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _compiled()(x, cos, sin)
 
 
 def packed_heads(inputs: Inputs, turn=rotate) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,13 +6,14 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from bench import peers, peers_attention, shapes
 from bench.bench_attention import FULL, ROTARY, full_case, rotary_case
 from bench.comparison import title
 from bench.operation import OperationComparison, _results
 from bench.variants import DEVICE, DTYPE
+from mmalign.model.decoder import Decoder
+from mmalign.model.vision_tower import VisionTower
 
 OPERATIONS = (
     *("adamw", "attention", "linear_cross_entropy", "packing", "projector", "rms_norm", "swiglu"),
@@ -62,11 +63,18 @@ def test_a_library_that_is_not_installed_is_named():
     assert reason == "liger-kernel is not installed"
 
 
-def test_llama2_7b_is_transformers_default_llama():
-    ours, theirs = shapes.LLAMA2_7B, LlamaConfig()
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        assert getattr(ours, name) == getattr(theirs, name)
-    assert (ours.vocab_size, ours.head_dim) == (theirs.vocab_size, theirs.head_dim)
+@pytest.mark.parametrize(
+    ("module", "config", "published"),  # parameters, as their model cards count them
+    [
+        (Decoder, shapes.LLAMA2_7B, 6_738_415_616),
+        (Decoder, shapes.OPENLLAMA_3B, 3_426_473_600),
+        (VisionTower, shapes.CLIP_VIT_L_14, 303_179_776),
+    ],
+)
+def test_shapes_are_those_of_the_published_models(module, config, published):
+    with torch.device("meta"):
+        model = module(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
 
 
 @pytest.mark.parametrize("mix", [*shapes.LENGTHS, shapes.ONE_LONG])
