@@ -61,11 +61,10 @@ __device__ __forceinline__ void write(void* base, int64_t at, int64_t numel,
   }
 }
 
-// The largest of a warp's numbers, which are not negative.
-__device__ __forceinline__ float warp_largest(float x) {
+__device__ __forceinline__ uint32_t warp_largest(uint32_t x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2)
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
 
@@ -133,10 +132,10 @@ struct Moment<Moments::kCodes, kSecond> {
   __device__ __forceinline__ void save(void* base, float* scales, int64_t at, int64_t numel,
                                        const float (&values)[kFour],
                                        const uint32_t (&draws)[kFour]) {
-    float largest = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
-      if (kWhole || at + lane < numel) largest = fmaxf(largest, fabsf(values[lane]));
+      if (kWhole || at + lane < numel) largest = max(largest, size_bits(values[lane]));
     using Code = typename std::conditional<kSecond, SecondMomentCode, FirstMomentCode>::type;
     const float new_scale = block_scale<Code>(warp_largest(largest));
     if (at % kQuantizedBlock == 0 && at < numel) scales[at / kQuantizedBlock] = new_scale;

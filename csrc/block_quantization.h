@@ -46,16 +46,20 @@ struct SmallFloat {
 using FirstMomentCode = SmallFloat<4, 3>;
 using SecondMomentCode = SmallFloat<5, 3>;
 
-// What a block is divided by; zero for a block of zeros. largest: of the absolute values.
+// Absolute values as integers, which have the order of the numbers with NaN above all: the largest
+// of a block is a NaN if there is one, and the block stays NaN.
+HOST_DEVICE uint32_t size_bits(float x) { return bits_as<uint32_t>(x) & 0x7fffffffu; }
+
+// What a block is divided by; zero for a block of zeros.
 template <class Code>
-HOST_DEVICE float block_scale(float largest) {
-  return largest / Code::kLargest;
+HOST_DEVICE float block_scale(uint32_t largest_size_bits) {
+  return bits_as<float>(largest_size_bits) / Code::kLargest;
 }
 
 HOST_DEVICE uint8_t encode_first_moment(float m, float scale, uint32_t draw) {
   if (scale == 0) return 0;
   const uint32_t sign = bits_as<uint32_t>(m) >> 31;
-  const float size = bits_as<float>(bits_as<uint32_t>(m) & 0x7fffffffu);
+  const float size = bits_as<float>(size_bits(m));
   return static_cast<uint8_t>(sign << 7 | FirstMomentCode::encode(size / scale, draw));
 }
 

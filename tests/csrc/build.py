@@ -1,0 +1,34 @@
+"""Builds csrc/ for the tests, once: the folder stays, and later runs rebuild what changed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("80", "90a", "100a")
+
+
+def build(archs: tuple[str, ...], target: str) -> Path:
+    """The library `target` for these architectures; none: the host library alone."""
+    folder = REPOSITORY / "build" / ("csrc-" + ("-".join(archs) or "host"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # test processes run side by side
+        configure = ["cmake", "-S", REPOSITORY, "-B", folder, f"-DMMALIGN_PYTHON={sys.executable}"]
+        configure += [f"-DMMALIGN_CUDA_ARCHS={';'.join(archs) or 'none'}"]
+        if not (folder / "CMakeCache.txt").exists() and shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        _run(configure)
+        _run(["cmake", "--build", folder, "--target", target, "--parallel", str(os.cpu_count())])
+    return folder / f"lib{target}.so"
+
+
+def _run(command: list) -> None:
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        said = process.stdout + process.stderr
+        wanted = [line for line in said.splitlines() if not line.startswith("ptxas info")]
+        raise RuntimeError("\n".join([" ".join(map(str, command)), *wanted[-60:]]))
