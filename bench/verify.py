@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench.record import Record
+if TYPE_CHECKING:
+    from bench.record import Record
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench/results"
@@ -111,7 +113,7 @@ def run_quietly(
     return process.returncode, output
 
 
-def line(record: Record) -> str:
+def line(record: "Record") -> str:
     """One line of a part's output."""
     name = f"{record.benchmark}, {record.case}, {record.variant}"
     if record.seconds is None:

@@ -35,8 +35,8 @@ def dry_run(options: verify.Options) -> list[str]:
                 cost = comparison.shared.case.costs[comparison.direction]
                 print(
                     f"{comparison.benchmark}, {comparison.case}, {comparison.direction}: "
-                    f"{cost.bytes / 1e6:.1f} MB, {cost.flops / 1e9:.1f} GFLOP, "
-                    f"{len(comparison.variants)} variants"
+                    f"{cost.bytes / 1e6:.1f} MB, {cost.flops / 1e9:.1f} GFLOP: "
+                    f"{'; '.join(comparison.variants)}"
                 )
         except Exception as error:  # a file that fails is a finding, the others go on
             problems.append(f"{name}: {type(error).__name__}: {error}")

@@ -37,6 +37,7 @@ from mmalign.recipes import RECIPES
 from mmalign.system import DTYPES
 from mmalign.training.flops import Workload, batch_flops
 from mmalign.training.optimizer import AdamW
+from mmalign.training.parallel import Ranks
 from mmalign.training.telemetry import Telemetry
 from mmalign.training.trainer import to_device
 
@@ -179,7 +180,7 @@ def measure_steps(
     device = next(model.parameters()).device
     batches = step_batches(case, micro_batch_tokens, num_samples)
     optimizer = AdamW(model.trainable_parameters(), case.config.optimizer)
-    with Telemetry(case.config, device) as telemetry:
+    with Telemetry(case.config, Ranks(0, 1, device)) as telemetry:
         for _ in range(rounds[0]):
             optimizer_step(model, optimizer, batches, device)
         if device.type == "cuda":
