@@ -35,7 +35,7 @@ class Row:
 
     def cells(self) -> list[str]:
         cost, seconds = self.cost, self.seconds
-        by_products = cost.flops > 100 * cost.bytes
+        by_products = cost.flops > 100 * cost.bytes  # 300 are the balance of an H100
         rate = cost.flops / seconds / 1e12 if by_products else cost.bytes / seconds / 1e9
         return [
             self.operation,
@@ -118,7 +118,22 @@ def attention() -> list[Row]:
             "FlashAttention-2 280 TFLOP/s, -3 330",
         ),
         row("full_attention backward, CLIP", costs.full_attention_backward(*clip), 110, ""),
+        memory("prefix_attention", branches(), "prefixes again for every branch", share=0.80),
     ]
+
+
+def branches() -> Cost:
+    """256 segments of 32 tokens; 8 follow each of 32 cached prefixes of 160 tokens."""
+    length, prefix, num_segments = 32, 160, 256
+    own = 32 * prefix  # the cache's first row of what this call adds
+    begins, ends = [], []
+    for i in range(num_segments):
+        begins += [i // 8 * prefix, own + i * length]
+        ends += [(i // 8 + 1) * prefix, own + (i + 1) * length]
+    cu_seqlens = list(range(0, (num_segments + 1) * length, length))
+    cu_spans = list(range(0, 2 * num_segments + 1, 2))
+    size = HEADS, HEADS, HEAD_DIM, BF16
+    return costs.prefix_attention_forward(cu_seqlens, begins, ends, cu_spans, *size)
 
 
 def products() -> list[Row]:

@@ -18,6 +18,7 @@ from .costs_attention import (
     attention_pairs,
     full_attention_backward,
     full_attention_forward,
+    prefix_attention_forward,
     rotary_attention_backward,
     rotary_attention_forward,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "linear_cross_entropy_backward",
     "linear_cross_entropy_forward",
     "linear_forward",
+    "prefix_attention_forward",
     "project_image_features_backward",
     "project_image_features_forward",
     "rotary_attention_backward",

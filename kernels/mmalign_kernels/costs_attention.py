@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .cost import Cost, ceil_div, next_power_of_2
 
 QUERY_TILE, KEY_TILE = 128, 64  # on sm_90; keys by queries where a program owns keys
+PREFIX_QUERY_TILE = 64
 
 
 def rotary_attention_forward(
@@ -60,6 +61,47 @@ def full_attention_backward(
 ) -> Cost:
     heads = num_attention_heads
     return _attention_backward(cu_seqlens, heads, heads, head_dim, itemsize, False)
+
+
+def prefix_attention_forward(
+    cu_seqlens: Sequence[int],
+    span_begins: Sequence[int],
+    span_ends: Sequence[int],
+    cu_spans: Sequence[int],
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> Cost:
+    """A cache row counts once, however many segments see it; the own rows are read back."""
+    tokens, heads, kv_heads = cu_seqlens[-1], num_attention_heads, num_key_value_heads
+    visible = set()
+    pairs = done = 0
+    for i, length in enumerate(_lengths(cu_seqlens)):
+        spans = list(zip(span_begins, span_ends, strict=True))[cu_spans[i] : cu_spans[i + 1]]
+        visible.update(row for span in spans for row in range(*span))
+        *prefixes, last = (end - begin for begin, end in spans)
+        pairs += length * (sum(prefixes) + last - length) + length * (length + 1) // 2
+        done += _prefix_pairs(length, prefixes, last, prefix_key_tile(head_dim))
+    own, row = tokens, 2 * kv_heads * head_dim * itemsize
+    floor = tokens * 2 * heads * head_dim * itemsize + row * (own + len(visible)) + 4 * tokens
+    per_pair, block_d = 4 * heads, _block_columns(head_dim)
+    moved = floor + row * own + 4 * tokens
+    return Cost(floor, per_pair * head_dim * pairs, moved, per_pair * block_d * done)
+
+
+def prefix_key_tile(head_dim: int) -> int:
+    return 32 if _block_columns(head_dim) == head_dim else 64
+
+
+def _prefix_pairs(length: int, prefixes: Sequence[int], last: int, key_tile: int) -> int:
+    """Pairs in the tiles of programs that own queries of one segment."""
+    pairs = 0
+    for first in range(0, length, PREFIX_QUERY_TILE):
+        seen = min(last - length + first + PREFIX_QUERY_TILE, last)
+        tiles = sum(ceil_div(keys, key_tile) for keys in (*prefixes, seen))
+        pairs += PREFIX_QUERY_TILE * key_tile * tiles
+    return pairs
 
 
 def attention_pairs(cu_seqlens: Sequence[int], causal: bool) -> int:

@@ -124,6 +124,9 @@ def test_settings_are_those_of_the_launchers():
             by_queries, by_keys = launch_attention.backward(X, head_dim)
             owned = {forward["BLOCK_M"], by_queries["BLOCK_M"], by_keys["BLOCK_N"]}
             other = {forward["BLOCK_N"], by_queries["BLOCK_N"], by_keys["BLOCK_M"]}
+            prefix = launch_attention.prefix(X, head_dim)
+            assert prefix["BLOCK_M"] == costs_attention.PREFIX_QUERY_TILE
+            assert prefix["BLOCK_N"] == costs_attention.prefix_key_tile(head_dim)
             assert owned == {costs_attention.QUERY_TILE} and other == {costs_attention.KEY_TILE}
     assert linear_cross_entropy_triton._NUM_LOGITS == costs_products.LOGITS_OF_A_CHUNK
 
@@ -160,6 +163,20 @@ def test_attention_is_what_torch_counts():
     assert causal.flops == 4 * heads * head_dim * torch.ones(130, 130).tril().sum() + (
         4 * heads * head_dim * torch.ones(5, 5).tril().sum()
     )
+
+
+def test_prefix_attention_is_what_its_mask_shows():
+    """Two branches of 3 and 70 tokens on one prefix of 40 rows; the second follows 5 more."""
+    heads, kv_heads, head_dim = 4, 2, 64
+    spans = [0, 40, 0, 43], [40, 43, 40, 118], [0, 2, 4]  # of the first: rows 40 to 42
+    cost = costs.prefix_attention_forward([0, 3, 73], *spans, heads, kv_heads, head_dim, 2)
+    masks = torch.ones(3, 3).tril(), torch.ones(70, 75).tril(5)
+    pairs = 73 * 40 + sum(int(mask.sum()) for mask in masks)
+    assert cost.flops == 4 * heads * head_dim * pairs
+    tiles = (2 + 1) + (2 + 3) + (2 + 3)  # of 64 by 32
+    assert cost.done_flops == 4 * heads * head_dim * 64 * 32 * tiles
+    qkv, out, cache = 73 * 8 * 64 * 2, 73 * 4 * 64 * 2, (118 - 73 + 73) * 2 * 2 * 64 * 2
+    assert cost.bytes == qkv + out + cache + 4 * 73
 
 
 def test_readme_shows_the_counts(monkeypatch):
