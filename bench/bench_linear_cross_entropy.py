@@ -80,10 +80,11 @@ def case(config: DecoderConfig, tokens: int, stage: str, vocab_size: int | None 
     )
 
 
-SHAPES = decoder_shapes(DEVICE)
-CASES = [case(*shape, "finetune") for shape in SHAPES] + [case(*SHAPES[0], "pretrain")]
+FIRST, *OTHERS = decoder_shapes(DEVICE)
+CASES = [case(*FIRST, stage) for stage in ("finetune", "pretrain")]
+CASES += [case(*shape, "finetune") for shape in OTHERS]
 if DEVICE.type == "cuda":  # the three tokens that a LLaVA model adds: no longer a round number
-    CASES.append(case(*SHAPES[0], "finetune", vocab_size=LLAMA2_7B.vocab_size + 3))
+    CASES.append(case(*FIRST, "finetune", vocab_size=LLAMA2_7B.vocab_size + 3))
 
 
 @each_row(LINEAR_CROSS_ENTROPY.comparisons(CASES))

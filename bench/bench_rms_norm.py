@@ -104,16 +104,16 @@ def case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = False) ->
     )
 
 
-SHAPES = decoder_shapes(DEVICE)
-CASES = {add: [case(*shape, add) for shape in SHAPES] for add in (False, True)}
-FROZEN = {add: [case(*SHAPES[0], add, frozen=True)] for add in (False, True)}
+def cases(add: bool) -> list[Case]:
+    first, *others = decoder_shapes(DEVICE)
+    return [case(*first, add), case(*first, add, frozen=True), *(case(*o, add) for o in others)]
 
 
-@each_row(RMS_NORM.comparisons(CASES[False] + FROZEN[False]))
+@each_row(RMS_NORM.comparisons(cases(add=False)))
 def test_rms_norm(row, compare):
     compare(row)
 
 
-@each_row(ADD_RMS_NORM.comparisons(CASES[True] + FROZEN[True]))
+@each_row(ADD_RMS_NORM.comparisons(cases(add=True)))
 def test_add_rms_norm(row, compare):
     compare(row)

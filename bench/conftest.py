@@ -105,6 +105,8 @@ UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not us
 
 
 def pytest_collection_modifyitems(config, items):
+    """The first case of every operation comes first: a run that is stopped has what counts."""
+    items.sort(key=lambda item: getattr(getattr(_row(item), "comparison", None), "rank", 0))
     for item in items:
         row = _row(item)
         if row is not None:

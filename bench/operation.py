@@ -53,7 +53,9 @@ class Operation:
         """Every case in every direction; what the directions share is made once."""
         shared = [Shared(self, case) for case in cases]
         return [
-            OperationComparison(one, direction) for one in shared for direction in self.directions
+            OperationComparison(one, direction, rank)
+            for rank, one in enumerate(shared)
+            for direction in self.directions
         ]
 
 
@@ -175,6 +177,7 @@ class Ready:
 class OperationComparison:
     shared: Shared
     direction: str
+    rank: int  # of the case in its operation
     part: str = field(default="kernels", init=False)
 
     @property

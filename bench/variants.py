@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
-from mmalign_kernels import dispatch
+from mmalign_kernels import dispatch, libraries
+from mmalign_kernels.libraries import LIBRARIES
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,25 +51,38 @@ class Variant:
 
 
 def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Variant]:
-    """mmalign's own variants of an operation, best first."""
+    """mmalign's operation by its own kernels, best first; then by each library that serves it."""
+    libraries_of = [name for name, served in LIBRARIES.items() if family in served.files]
+    names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "reference")}
+    names |= {f"{library} through mmalign": library for library in libraries_of}
     return [
         Variant(
-            f"mmalign {backend}",
+            name,
             function,
             partial(_our_missing, backend, family),
             layout,
             partial(dispatch.use_backend, backend),
         )
-        for backend in ("cuda", "triton", "reference")
+        for name, backend in names.items()
     ]
 
 
 def _our_missing(backend: str, family: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
-    if find_spec(f"mmalign_kernels.{family}_{backend}") is None:
+    if backend not in LIBRARIES and find_spec(f"mmalign_kernels.{family}_{backend}") is None:
         return f"{family} has no {backend} kernel"
-    return None if device.type == "cuda" else f"{backend} kernels need a CUDA device"
+    if device.type != "cuda":
+        return f"{backend} needs a CUDA device"
+    return _not_installed(backend)
+
+
+@cache
+def _not_installed(backend: str) -> str | None:
+    if backend == "triton":
+        return None
+    reason = libraries.cuda_missing() if backend == "cuda" else libraries.find(backend)[1]
+    return None if reason is None else f"{backend} {reason.partition('. ')[0]}"
 
 
 def on_gpu(device: torch.device) -> str | None:

@@ -116,3 +116,9 @@ def test_figures_name_the_ceiling():
     assert (figures.bytes, figures.flops, figures.ceiling) == (200, 20, "copy")
     other = Variant("other bytes", square, comparable=False)
     assert comparisons(other)["both"].figures("other bytes", 1.0, {}).ceiling is None
+
+
+def test_the_first_case_of_every_operation_comes_first():
+    case = Case("8 rows", lambda device, dtype: SimpleNamespace(), (), {})
+    found = Operation("square", [EAGER], EAGER, COPY, ("forward",)).comparisons([case, case])
+    assert [comparison.rank for comparison in found] == [0, 1]
