@@ -26,11 +26,12 @@ from bench.train_sides import (
     packed_batches,
     padded_batch,
     peak_bytes,
+    step_flops,
 )
 from mmalign.data.loader import micro_batches
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.flops import Workload, model_flops, peak_bf16_flops
+from mmalign.training.flops import peak_bf16_flops
 
 OURS = "mmalign"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative
@@ -71,12 +72,6 @@ class Case:
         )
         size = self.micro_batch_size
         return samples, [list(range(i, i + size)) for i in range(0, self.batch_size, size)]
-
-    def flops(self, samples: Samples) -> int:
-        """What the step must compute: no padding, nothing twice."""
-        workload = Workload(self.size.decoder, self.size.vision, self.stage)
-        loss_tokens = sum(int((sample.labels[1:] != -100).sum()) for sample in samples.encoded)
-        return model_flops(workload, samples.lengths, loss_tokens, len(samples)).total
 
 
 @dataclass
@@ -228,7 +223,8 @@ class TrainStep:
     def figures(self, variant: str, seconds: float, ceilings: Mapping) -> Figures:
         peer = self._peer(variant)
         samples, batches = self._samples[peer is not None and peer.grouped]
-        flops, tokens = self.of.flops(samples), sum(samples.lengths)
+        flops = step_flops(self.of.size, self.of.stage, samples)
+        tokens = sum(samples.lengths)
         extra = {
             "samples_per_second": len(samples) / seconds,
             "tokens_per_second": tokens / seconds,

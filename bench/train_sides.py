@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench.models import hugging_face_llava
+from bench.models import Size, hugging_face_llava
 from bench.samples import Samples
 from mmalign.config import OptimizerConfig
 from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from mmalign.model.llava import Llava
+from mmalign.training.flops import Workload, model_flops
 from mmalign.training.optimizer import AdamW
 from mmalign.training.trainer import to_device
 
@@ -195,3 +196,10 @@ def peak_bytes(call: Callable[[], object]) -> int:
             held += event.nbytes()  # negative where memory is given back
             highest = max(highest, held)
     return highest
+
+
+def step_flops(size: Size, stage: str, samples: Samples) -> int:
+    """What a step on these samples must compute: no padding, nothing twice."""
+    workload = Workload(size.decoder, size.vision, stage)
+    loss_tokens = sum(int((one.labels[1:] != IGNORE_INDEX).sum()) for one in samples.encoded)
+    return model_flops(workload, samples.lengths, loss_tokens, len(samples)).total
