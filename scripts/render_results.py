@@ -25,9 +25,14 @@ PARTS = ("kernels", "train", "evaluate", "correctness", "build")
 ROOFLINE = "roofline.png"
 EXTRAS = {  # of a row's extra: heading and format
     "samples_per_second": ("samples/s", "{:,.4g}"),
+    "target_samples_per_second": ("wanted by one GPU", "{:,.0f}"),
+    "cores_for_target": ("cores for that", "{:.1f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "documents_per_second": ("documents/s", "{:,.4g}"),
     "tokens_computed": ("tokens computed", "{:,}"),
+    "per_unit_over_least": ("a unit over the cheapest", "{:.2f}"),
+    "time": ("time grows", "{}"),
+    "memory": ("memory grows", "{}"),
     "mfu": ("MFU", "{:.1%}"),
     "padding": ("padding", "{:.0%}"),
     "power_watts": ("power", "{:.0f} W"),
@@ -62,7 +67,7 @@ def part_section(machine: str, part: str, content: Mapping) -> Iterator[str]:
     yield from (f"### {part}: {content['machine']['device']}", "")
     yield from machine_lines(content)
     measured = [row for row in rows if row["seconds"] is not None]
-    table = comparison_table if part == "kernels" else plain_table
+    table = comparison_table if part == "kernels" else program_tables
     if measured:
         yield from table(measured)
     yield from other_rows(rows)
@@ -111,8 +116,8 @@ def comparison_table(rows: Sequence[Row]) -> Iterator[str]:
     """A line for each case: our best variant, its share of the ceiling, and the best peer."""
     lines = []
     for group in groups(rows):
-        ours = fastest(row for row in group if row["variant"].startswith("mmalign"))
-        peer = fastest(row for row in group if not row["variant"].startswith("mmalign"))
+        ours = fastest(row for row in group if is_ours(row))
+        peer = fastest(row for row in group if not is_ours(row))
         if ours is None:
             continue
         lines.append(
@@ -124,25 +129,31 @@ def comparison_table(rows: Sequence[Row]) -> Iterator[str]:
     yield from markdown([*headings, "ours is faster"], lines)
 
 
-def plain_table(rows: Sequence[Row]) -> Iterator[str]:
+def program_tables(rows: Sequence[Row]) -> Iterator[str]:
+    """A table for each benchmark."""
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        yield from (f"#### {name}", "")
+        yield from variant_table([row for row in rows if row["benchmark"] == name])
+
+
+def variant_table(rows: Sequence[Row]) -> Iterator[str]:
     """A line for each variant; ratios are ours over it."""
     shown = [key for key in EXTRAS if any(key in row["extra"] for row in rows)]
     lines = []
     for group in groups(rows):
-        ours = fastest(row for row in group if row["variant"].startswith("mmalign"))
+        ours = fastest(row for row in group if is_ours(row))
         for row in group:
             extra = [
                 EXTRAS[key][1].format(row["extra"][key]) if key in row["extra"] else ""
                 for key in shown
             ]
-            ratio = "" if ours is None or row is ours else f"{speedup(ours, row):.2f}x"
-            memory = row["peak_memory_bytes"]
+            ratio = "" if ours is None or is_ours(row) else f"{speedup(ours, row):.2f}x"
             lines.append(
-                [row["benchmark"], row["case"], row["variant"], duration(row["seconds"]), *extra]
-                + [share(row), f"{memory / 1e9:.2f} GB" if memory else "", ratio]
+                [row["case"], row["variant"], duration(row["seconds"]), *extra]
+                + [share(row), memory(row), ratio]
             )
-    headings = ["", "case", "variant", "time", *(EXTRAS[key][0] for key in shown)]
-    yield from markdown([*headings, "of ceiling", "peak memory", "ours is faster"], lines)
+    headings = ["case", "variant", "time", *(EXTRAS[key][0] for key in shown)]
+    yield from markdown([*headings, "of ceiling", "memory", "ours is faster"], lines)
 
 
 def target_table(found: Sequence[Verdict]) -> Iterator[str]:
@@ -193,6 +204,10 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
+def is_ours(row: Row) -> bool:
+    return row["variant"].startswith("mmalign")
+
+
 def fastest(rows: Iterator[Row]) -> Row | None:
     return min(rows, key=lambda row: row["seconds"], default=None)
 
@@ -213,6 +228,12 @@ def flops(per_second: float) -> str:
 
 def share(row: Row) -> str:
     return "" if row["share"] is None else f"{row['share']:.0%}"
+
+
+def memory(row: Row) -> str:
+    """At most, on a GPU; of a step on a CPU."""
+    taken = row["peak_memory_bytes"] or row["extra"].get("step_memory_bytes")
+    return f"{taken / 1e9:.2f} GB" if taken else ""
 
 
 def _has_roofline(parts: Mapping[str, Mapping]) -> bool:

@@ -115,6 +115,19 @@ def test_ratio_targets_compare_rates():
     assert close.value == pytest.approx(1.2) and close.distance == "4%"
 
 
+def test_programs_show_every_variant():
+    content = part(step("mmalign", 3.0), step("transformers, padded", 2.0))
+    text = render({"cpu": {"train": content}})
+    head, ours, theirs = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in lines_with(text, "|")
+        if "variant" in line or "train_step" not in line and "fp32 |" in line
+    ]
+    assert head == ["case", "variant", "time", "samples/s", "ours is faster"]
+    assert ours[1:] == ["mmalign", "1.333 s", "3", ""]
+    assert theirs[1:] == ["transformers, padded", "2 s", "2", "1.50x"]
+
+
 def recipe(tokens: int, tokens_per_second: float) -> Record:
     case = f"pretrain-7b, llama2-7b, {tokens} tokens a micro-batch, bf16"
     extra = {"tokens_per_second": tokens_per_second, "mfu": 0.61}
