@@ -34,8 +34,8 @@ def _declare(
     return qkv.new_empty((qkv.shape[0], num_attention_heads * keys.shape[2]))
 
 
-_declare.__name__ = "prefix_attention_fwd"
-prefix_attention_fwd = Operation(_declare, mutates=("keys", "values"))
+_declare.__name__ = "prefix_attention_update"
+prefix_attention_update = Operation(_declare, mutates=("keys", "values"))
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def prefix_attention(
         )
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(f"{name}: keys and values must be contiguous, they are written in place")
-    return prefix_attention_fwd(
+    return prefix_attention_update(
         qkv,
         cos,
         sin,

@@ -34,6 +34,19 @@ def forward(qkv: Tensor, head_dim: int) -> Settings:
     return _settings(head_dim, 128, 32, 3)
 
 
+def prefix(qkv: Tensor, head_dim: int) -> Settings:
+    """Few queries: the segments of a tree are short, and rows beyond them are wasted.
+
+    Four warps, so that two programs share a multiprocessor; a head that does not fill its tile is
+    copied in smaller pieces, whose addresses need the registers of eight.
+    """
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), 1)
+    if block_columns(head_dim) == head_dim:
+        return _settings(head_dim, 64, 32, 2) | {"num_warps": 4}
+    return _settings(head_dim, 64, 64, 2)
+
+
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradients of queries, and for those of keys and values."""
     if qkv.element_size() > 2:

@@ -18,7 +18,7 @@ from .reference_attention import (
     rotary_attention_bwd,
     rotary_attention_fwd,
 )
-from .reference_attention_prefix import prefix_attention_fwd
+from .reference_attention_prefix import prefix_attention_update
 from .reference_head import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
@@ -34,7 +34,7 @@ __all__ = [
     "full_attention_fwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
-    "prefix_attention_fwd",
+    "prefix_attention_update",
     "rotary_attention_bwd",
     "rotary_attention_fwd",
     "rotate_heads",

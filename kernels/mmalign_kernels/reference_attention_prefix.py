@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     block_mask: Tensor  # (num_blocks, 1, _ROWS, num_keys) 0 or -inf
 
 
-def prefix_attention_fwd(
+def prefix_attention_update(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
