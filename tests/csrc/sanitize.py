@@ -1,0 +1,84 @@
+"""Runs every kernel of csrc/ once on small cases, for compute-sanitizer:
+
+    compute-sanitizer --tool racecheck python -m tests.csrc.sanitize
+
+Needs a GPU and the built library. A case is small, but has several blocks, a ragged end and more
+than one tile for a persistent block to walk through.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from mmalign_kernels import adamw_cuda, rms_norm_cuda
+
+Case = tuple[str, Callable[[], object]]
+ROWS = 37
+COLUMNS = (8, 1024, 3200, 17)  # several rows a block; idle lanes; one row a block; any width
+SIZES = (1, 5000, 4096)  # of AdamW's tensors: less than a tile, a ragged end, whole tiles
+SETTINGS = (1, 1e-2, 0.9, 0.95, 1e-8, 0.1)
+
+
+def rms_norm_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for columns in COLUMNS:
+            x, grad = (torch.randn(ROWS, columns, dtype=dtype, device="cuda") for _ in range(2))
+            weight = torch.randn(columns, dtype=dtype, device="cuda")
+            _, rstd = rms_norm_cuda.rms_norm_fwd(x, weight, 1e-5)
+            name = f"{dtype} {columns}"
+            yield (
+                f"rms_norm_fwd {name}",
+                lambda x=x, w=weight: rms_norm_cuda.rms_norm_fwd(x, w, 1e-5),
+            )
+            yield (
+                f"add_rms_norm_fwd {name}",
+                lambda x=x, g=grad, w=weight: rms_norm_cuda.add_rms_norm_fwd(x, g, w, 1e-5),
+            )
+            for residual in (None, grad):
+                for needs in (False, True):
+                    arguments = (grad, residual, x, weight, rstd, needs)
+                    yield (
+                        f"rms_norm_bwd {name} {residual is not None} {needs}",
+                        lambda arguments=arguments: rms_norm_cuda.rms_norm_bwd(*arguments),
+                    )
+
+
+def _state(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A moment of zeros and, for 8-bit codes, its scales."""
+    scales = [torch.zeros(-(-size // 128), device="cuda")] if dtype == torch.uint8 else []
+    return torch.zeros(size, dtype=dtype, device="cuda"), scales
+
+
+def adamw_cases() -> Iterator[Case]:
+    update, scale = adamw_cuda.operation("adamw_update"), torch.tensor(0.5, device="cuda")
+    for kind, dtype in (
+        ("fp32", torch.float32),
+        ("split", torch.bfloat16),
+        ("rounded", torch.bfloat16),
+    ):
+        for grad_dtype in {dtype, torch.float32}:
+            for moment in (torch.float32, torch.bfloat16, torch.uint8):
+                params = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
+                grads = [torch.randn(n, device="cuda").to(grad_dtype) for n in SIZES]
+                remainders = [torch.zeros_like(p, dtype=torch.int16) for p in params]
+                remainders = remainders if kind == "split" else []
+                firsts, seconds = ([_state(n, moment) for n in SIZES] for _ in range(2))
+                moments = ([x for x, _ in firsts], [x for x, _ in seconds])
+                scales = ([s for _, x in firsts for s in x], [s for _, x in seconds for s in x])
+                arguments = (params, grads, *moments, remainders, *scales, scale, *SETTINGS, 3)
+                yield f"adamw {kind} {grad_dtype} {moment}", lambda a=arguments: update(*a)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    number = 0
+    for family in (rms_norm_cases, adamw_cases):
+        for name, run in family():
+            run()
+            torch.cuda.synchronize()
+            print(name, flush=True)
+            number += 1
+    print(f"{number} calls")
+
+
+if __name__ == "__main__":
+    main()
