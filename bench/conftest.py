@@ -7,7 +7,6 @@ pytest-benchmark through a clock that stands still in between. Its tables, --ben
 """
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,8 @@ from bench.comparison import CannotRun, Comparison, Row, WrongResult, record, ti
 from bench.record import Record, write_part
 from bench.table import tables
 from bench.timing import Timing, measure
+
+UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a wrong row
 
 
 class ReplayClock:
@@ -39,6 +40,7 @@ class Measurements:
         self.device = device
         self.timings: dict[str, dict[str, Timing]] = {}
         self.refused: dict[str, dict[str, Exception]] = {}
+        self.broken: dict[str, Exception] = {}
         self.records: dict[str, list[Record]] = {}  # by part
         self._ceilings: dict | None = None
 
@@ -53,9 +55,14 @@ class Measurements:
     def of(self, comparison: Comparison, variants: list[str]) -> dict[str, Timing]:
         """Timings of these variants, measured once; `refused` says which it left out."""
         group = title(comparison)
-        if group not in self.timings:
-            self.timings[group], self.refused[group] = {}, {}
-            self.timings[group] = self._measure(comparison, variants, self.refused[group])
+        if group not in self.refused:
+            self.refused[group] = {}
+            try:
+                self.timings[group] = self._measure(comparison, variants, self.refused[group])
+            except Exception as error:
+                self.broken[group] = error
+        if group in self.broken:  # every row of the group fails alike
+            raise self.broken[group]
         return self.timings[group]
 
     def _measure(
@@ -80,6 +87,16 @@ class Measurements:
         self.records.setdefault(row.comparison.part, []).append(kept)
         return kept
 
+    def write(self, folder: Path, command: str) -> list[Path]:
+        return [
+            write_part(folder, part, records, self._ceilings or {}, command)
+            for part, records in self.records.items()
+        ]
+
+
+MEASUREMENTS = pytest.StashKey[Measurements]()
+CLOCK = pytest.StashKey[ReplayClock]()
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -97,11 +114,6 @@ def pytest_configure(config):
     if not any("--benchmark-columns" in str(given) for given in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "min", "max", "rounds"]
         config.option.benchmark_sort = "median"
-
-
-MEASUREMENTS = pytest.StashKey[Measurements]()
-CLOCK = pytest.StashKey[ReplayClock]()
-UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a wrong row
 
 
 def pytest_collection_modifyitems(config, items):
@@ -174,17 +186,8 @@ def pytest_terminal_summary(terminalreporter, config):
     records = [kept for part in measurements.records.values() for kept in part]
     for line in tables(records):
         terminalreporter.write_line(line)
-    for path in _write(config, measurements):
-        terminalreporter.write_line(f"records: {path}")
-
-
-def _write(config, measurements: Measurements) -> list[Path]:
     folder = config.getoption("--record")
-    if folder is None:
-        return []
-    command = shlex.join(["pytest", *config.invocation_params.args])
-    ceilings: Mapping = measurements._ceilings or {}
-    return [
-        write_part(folder, part, records, dict(ceilings), command)
-        for part, records in measurements.records.items()
-    ]
+    if folder is not None:
+        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+        for path in measurements.write(folder, command):
+            terminalreporter.write_line(f"records: {path}")

@@ -5,6 +5,7 @@ the same formula in PyTorch, in fp32 where the variants run in bf16 and in fp64 
 fp32, on the same random data.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,13 +15,10 @@ from mmalign_kernels.costs import Cost
 from torch import Tensor
 
 from bench.comparison import Calls, CannotRun, Figures, WrongResult
+from bench.oracle import ERRORS, WIDE, as_tuple, cast, compare, output_grads, results
 from bench.variants import ALL, BACKWARD, BOTH, DEVICE, DTYPE, FORWARD, Variant
 
-WIDE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}[DTYPE]
 COPY, MATRIX = "copy", "matrix"  # which ceiling bounds an operation
-
-# ||result - oracle|| / ||oracle|| of outputs, and of gradients: a few roundings of each type
-ERRORS = {torch.bfloat16: (1e-2, 2e-2), torch.float32: (1e-4, 1e-4)}
 
 GPU_LIMITS = {"budget_seconds": 0.5, "min_rounds": 10, "max_rounds": 100}
 CPU_LIMITS = {"budget_seconds": 0.4, "min_rounds": 5, "max_rounds": 50}
@@ -91,30 +89,56 @@ class Shared:
         if cls.held is not None:
             cls.held.inputs, cls.held.ready = None, {}
         cls.held = None
-        torch._dynamo.reset()  # past a limit of recompilations it would fall back to eager
+        if "torch._dynamo" in sys.modules:  # past a limit of recompilations it would run eagerly
+            torch._dynamo.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _check(self, variants: Sequence[Variant]) -> None:
         leaves = self.case.leaves
-        wide = _cast(self.inputs, WIDE)
-        expected = _results(self.operation.oracle, self.operation.oracle.function, wide, leaves)
+        wide = cast(self.inputs, WIDE)
+        expected = results(self.operation.oracle, self.operation.oracle.function, wide, leaves)
         del wide
         for variant in variants:
             function = torch.compile(variant.function) if variant.compiled else variant.function
             used = leaves if BOTH in variant.directions else ()
             try:
-                actual = _results(variant, function, _cast(self.inputs, DTYPE), used)
-                _compare(variant.name, actual, expected, self.operation.errors or ERRORS[DTYPE])
+                actual = results(variant, function, cast(self.inputs, DTYPE), used)
+                compare(variant.name, actual, expected, self.operation.errors or ERRORS[DTYPE])
+                self.ready[variant.name] = Ready(variant, function, self.inputs, leaves)
+            except WrongResult as error:
+                self.refused[variant.name] = error
+            except Exception as error:  # of any kind: a library refuses the case, or we fail at it
+                refusal = WrongResult if variant.name.startswith("mmalign") else CannotRun
+                self.refused[variant.name] = refusal(variant.name, _in_short(error))
+            torch.cuda.empty_cache()
+
+    def _check(self, variants: Sequence[Variant]) -> None:
+        leaves = self.case.leaves
+        wide = cast(self.inputs, WIDE)
+        expected = results(self.operation.oracle, self.operation.oracle.function, wide, leaves)
+        del wide
+        for variant in variants:
+            function = torch.compile(variant.function) if variant.compiled else variant.function
+            used = leaves if BOTH in variant.directions else ()
+            try:
+                actual = results(variant, function, cast(self.inputs, DTYPE), used)
+                compare(variant.name, actual, expected, self.operation.errors or ERRORS[DTYPE])
                 self.ready[variant.name] = Ready(variant, function, self.inputs, leaves)
             except WrongResult as error:
                 self.refused[variant.name] = error
             except Exception as error:  # whatever a library raises where it does not support a case
-                if variant.name.startswith("mmalign"):
-                    raise
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                self.refused[variant.name] = CannotRun(variant.name, reason)
+                said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+                ours = variant.name.startswith("mmalign")
+                self.refused[variant.name] = (WrongResult if ours else CannotRun)(
+                    variant.name, said
+                )
             torch.cuda.empty_cache()
+
+
+def _in_short(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line[:120]}"
 
 
 class Ready:
@@ -153,9 +177,9 @@ class Ready:
     def prepare(self) -> tuple:
         """The graph of a forward pass, and gradients of its outputs."""
         self.renew()
-        outputs = _tuple(self.forward())
+        outputs = as_tuple(self.forward())
         if self.grads is None:
-            self.grads = _output_grads(self.variant, self.inputs, outputs)
+            self.grads = output_grads(self.variant, self.inputs, outputs)
         return outputs, tuple(grad.clone() for grad in self.grads)
 
     def backward(self, prepared: tuple) -> object:
@@ -164,7 +188,7 @@ class Ready:
             return torch.autograd.grad(outputs, self.leaves, grads, allow_unused=True)
 
     def both(self, grads: tuple[Tensor, ...]) -> object:
-        return self.backward((_tuple(self.forward()), grads))
+        return self.backward((as_tuple(self.forward()), grads))
 
     def prepare_grads(self) -> tuple[Tensor, ...]:
         if self.grads is None:
@@ -224,74 +248,3 @@ class OperationComparison:
 
     def limits(self) -> Mapping[str, float | int]:
         return GPU_LIMITS if DEVICE.type == "cuda" else CPU_LIMITS
-
-
-def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def _cast(inputs: SimpleNamespace, dtype: torch.dtype) -> SimpleNamespace:
-    """A copy whose tensors of the benchmark's type have another; tables and indices stay."""
-
-    def convert(value: object) -> object:
-        if isinstance(value, Tensor) and value.dtype == DTYPE:
-            return value.detach().to(dtype, copy=True)
-        return [convert(item) for item in value] if isinstance(value, list) else value
-
-    return SimpleNamespace(**{name: convert(value) for name, value in vars(inputs).items()})
-
-
-def _results(
-    variant: Variant, function: Callable, inputs: SimpleNamespace, leaves: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Outputs, and gradients by the leaves of the case, through the variant's layout."""
-    for name in leaves:
-        getattr(inputs, name).requires_grad_()
-    with torch.set_grad_enabled(bool(leaves)), variant.context():
-        entered = variant.layout.enter(inputs)
-        outputs = _tuple(function(entered))
-        outputs = [variant.layout.exit(entered, output) for output in outputs]
-        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        if leaves:
-            sources = [getattr(inputs, name) for name in leaves]
-            grads = torch.autograd.grad(outputs, sources, [_grad_like(o) for o in outputs])
-            results |= {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
-    return results
-
-
-def _grad_like(output: Tensor) -> Tensor:
-    """The same random gradient for every variant, whatever its type; 1 for a loss."""
-    if output.ndim == 0:
-        return torch.ones_like(output)
-    generator = torch.Generator(output.device).manual_seed(1)
-    grad = torch.randn(output.shape, generator=generator, device=output.device)
-    return grad.to(DTYPE).to(output.dtype)
-
-
-def _output_grads(
-    variant: Variant, inputs: SimpleNamespace, outputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The gradients that the check takes, in the variant's layout: zero where it has padding."""
-    grads = []
-    for output in outputs:
-        inner = output.detach().requires_grad_()
-        plain = variant.layout.exit(inputs, inner)
-        grads.append(torch.autograd.grad(plain, inner, _grad_like(plain))[0])
-    return tuple(grads)
-
-
-def _compare(
-    name: str,
-    actual: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    errors: tuple[float, float],
-) -> None:
-    for what, result in actual.items():
-        limit = errors[what.startswith("gradient")]
-        oracle = expected[what].to(WIDE)
-        if result.shape != oracle.shape:
-            shapes = f"{tuple(result.shape)}, not {tuple(oracle.shape)}"
-            raise WrongResult(name, f"{what} has shape {shapes}")
-        error = ((result.to(WIDE) - oracle).norm() / oracle.norm()).item()
-        if not error <= limit:  # NaN is refused, too
-            raise WrongResult(name, f"{what} is off by {error:.2g} of its norm, above {limit:g}")

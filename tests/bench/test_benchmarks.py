@@ -10,7 +10,8 @@ import torch
 from bench import peers, peers_attention, shapes
 from bench.bench_attention import FULL, ROTARY, full_case, rotary_case
 from bench.comparison import title
-from bench.operation import OperationComparison, _results
+from bench.operation import OperationComparison
+from bench.oracle import results
 from bench.variants import DEVICE, DTYPE
 from mmalign.model.decoder import Decoder
 from mmalign.model.vision_tower import VisionTower
@@ -97,10 +98,10 @@ def test_attention_of_gpu_libraries_means_the_same(name):
     for operation, case in ((ROTARY, decoder), (FULL, full_case(shapes.SMALL_VISION, 1))):
         variant = next(v for v in operation.variants if v.name == name)
         inputs = case.make(DEVICE, DTYPE)
-        expected = _results(operation.oracle, operation.oracle.function, inputs, ())
+        expected = results(operation.oracle, operation.oracle.function, inputs, ())
         with (
             mock.patch.object(peers_attention, "sdpa_kernel"),
             mock.patch.object(peers_attention, "compiled_rotate", peers_attention.rotate),
         ):
-            actual = _results(variant, variant.function, inputs, ())
+            actual = results(variant, variant.function, inputs, ())
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)

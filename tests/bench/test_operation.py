@@ -73,11 +73,12 @@ def test_a_wrong_variant_is_refused_in_every_direction(function, what):
         assert raised.value.variant == "other"
 
 
-def test_what_a_library_refuses_is_skipped_but_our_own_errors_are_errors():
-    with pytest.raises(CannotRun, match="RuntimeError: head_dim 100"):
-        comparisons(Variant("library", _refuse))["forward"].calls(["library"], DEVICE)
-    with pytest.raises(RuntimeError, match="head_dim 100"):
-        comparisons(Variant("mmalign triton", _refuse))["forward"].calls(["mmalign triton"], DEVICE)
+@pytest.mark.parametrize(
+    ("name", "error"), [("library", CannotRun), ("mmalign triton", WrongResult)]
+)
+def test_what_a_library_refuses_is_skipped_but_what_we_refuse_fails(name, error):
+    with pytest.raises(error, match="RuntimeError: head_dim 100"):
+        comparisons(Variant(name, _refuse))["forward"].calls([name], DEVICE)
 
 
 def test_every_direction_runs_what_it_says():

@@ -46,6 +46,7 @@ def test_sleep(row, compare):
 @pytest.fixture
 def run(pytester, monkeypatch, fake_time):
     monkeypatch.setattr(ceilings, "ceilings", lambda device: {"copy_bytes_per_second": 1e9})
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark looks at it
     pytester.makepyfile(bench_sleep=BENCHMARK)
     options = ("-p", "bench.conftest", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
     return lambda *more: pytester.runpytest_inprocess(*options, *more)
