@@ -1,0 +1,200 @@
+"""The end-to-end benchmarks on a tiny model: what they compare, count and refuse."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from bench import bench_data_loading, bench_scaling, bench_scoring, bench_train_step, samples
+from bench.bench_train_step import GROUPED, RANDOM, Case, TrainStep
+from bench.comparison import WrongResult
+from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
+from bench.picture_files import write_files
+from bench.train_sides import HuggingFaceModel, hugging_face_model, peak_bytes
+
+CPU = torch.device("cpu")
+TINY = Size(
+    "tiny",
+    replace(
+        CPU_SMALL.decoder,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    ),
+    replace(
+        CPU_SMALL.vision,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=56,
+    ),
+)
+CEILINGS = {"matrix_reference": "fp32", "matrix_flops_per_second": {"fp32": 1e9}}
+
+
+# ---- samples ----
+
+
+@pytest.mark.parametrize(
+    ("stage", "mean_length", "padding_of_16"), [("pretrain", 300, 0.09), ("finetune", 550, 0.45)]
+)
+def test_lengths_are_llavas(stage, mean_length, padding_of_16):
+    lengths = (samples.STAGES[stage].draw(1 << 14, seed=5) + 256).tolist()
+    assert np.mean(lengths) == pytest.approx(mean_length, rel=0.02)
+    padding = samples.padding_share(lengths, samples.random_batches(lengths, 16))
+    assert padding == pytest.approx(padding_of_16, abs=0.02)
+
+
+def test_padding_share_counted_by_hand():
+    # rows of 5 + 5 and 4 + 4 places for 3 + 5 + 2 + 4 tokens
+    assert samples.padding_share([3, 5, 2, 4], [[0, 1], [2, 3]]) == pytest.approx(4 / 18)
+
+
+def test_grouped_batches_hold_every_sample_once():
+    lengths = samples.STAGES["finetune"].draw(400, seed=1).tolist()
+    batches = samples.grouped_batches(lengths, 4)
+    assert sorted(i for batch in batches for i in batch) == list(range(400))
+    random = samples.padding_share(lengths, samples.random_batches(lengths, 4))
+    assert samples.padding_share(lengths, batches) < random / 2
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_typical_step_has_the_mean_length_and_padding_of_all(grouped):
+    step = samples.typical_step("finetune", 8, 4, 256, grouped)
+    assert [len(batch) for batch in step] == [4, 4]
+    lengths = [text + 256 for batch in step for text in batch]
+    assert np.mean(lengths) == pytest.approx(550, rel=0.02)
+    padding = samples.padding_share(lengths, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert padding < 0.05 if grouped else padding == pytest.approx(0.27, abs=0.02)
+
+
+def test_a_sample_has_the_tokens_that_were_asked_for():
+    drawn = samples.samples_of("pretrain", [10, 40], 16, 56, image_token_id=100)
+    assert drawn.lengths == [26, 56]
+    for sample, text, pixels in zip(drawn.encoded, (10, 40), drawn.pixels, strict=True):
+        assert (sample.input_ids == 100).sum() == 16
+        assert (sample.labels >= 0).sum() == text // 2
+        assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
+
+
+# ---- a training step ----
+
+
+def comparison(stage: str) -> TrainStep:
+    return TrainStep(Case(TINY, stage, 4, 2, 700, "fp32"), [RANDOM, GROUPED])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_every_side_of_a_training_step_learns(stage):
+    compared = comparison(stage)
+    made = compared.calls(compared.variants, CPU)
+    for name, call in made.calls.items():
+        call(made.prepare[name]())
+        figures = compared.figures(name, 2.0, CEILINGS)
+        assert figures.extra["samples_per_second"] == 2.0
+        assert figures.extra["step_memory_bytes"] > 0
+        assert (figures.extra["padding"] == 0) == (name == "mmalign")
+    assert compared.variants[1:] == [
+        "transformers, padded",
+        "transformers, padded, grouped by length",
+    ]
+
+
+def test_another_model_is_not_timed(monkeypatch):
+    def slightly_other(model, checkpointing, liger) -> HuggingFaceModel:
+        theirs = hugging_face_model(model, checkpointing, liger)
+        head = theirs.model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach() * 1.01)
+        return theirs
+
+    monkeypatch.setattr(bench_train_step, "hugging_face_model", slightly_other)
+    compared = comparison("pretrain")
+    with pytest.raises(WrongResult, match="loss"):
+        compared.calls(compared.variants, CPU)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_recomputation_changes_no_loss():
+    """Checked as every peer is: calls() compares the losses."""
+    checkpointing = replace(RANDOM, checkpointing=True)
+    compared = TrainStep(Case(TINY, "finetune", 2, 2, 700, "fp32"), [checkpointing])
+    made = compared.calls(compared.variants, CPU)
+    made.calls[checkpointing.name](made.prepare[checkpointing.name]())
+
+
+def test_peak_bytes_of_known_tensors():
+    def call() -> None:
+        first = torch.ones(1000)
+        second = first + first
+        del first
+        second += torch.ones(500)[0]
+
+    assert peak_bytes(call) == pytest.approx(8000, abs=200)
+
+
+# ---- scoring ----
+
+
+def test_both_sides_score_the_same():
+    compared = bench_scoring.Scoring(TINY, ("ethics_virtue",), 5, "fp32", 512)
+    made = compared.calls(compared.variants, CPU)
+    for call in made.calls.values():
+        call()  # the second one compares
+    assert 0 < compared.tokens["mmalign"] < compared.tokens["lm-evaluation-harness"]
+    right = {name: [-1.0] * len(compared.requests) for name in compared.variants}
+    compared.compare(right)
+    with pytest.raises(WrongResult, match="harness"):
+        compared.compare(right | {"mmalign": [-1.002] * len(compared.requests)})
+
+
+def test_a_hugging_face_llama_has_the_same_weights():
+    decoder = random_decoder(TINY.decoder, CPU, torch.float32)
+    theirs = hugging_face_llama(decoder)
+    ids, length = torch.arange(10, 30), 20
+    offsets = torch.tensor([0, length], dtype=torch.int32)
+    hidden = decoder(ids, torch.arange(length, dtype=torch.int32), offsets, length)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        torch.testing.assert_close(decoder.lm_head(hidden), expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- loading and growth ----
+
+
+def test_pictures_of_the_loading_benchmark(tmp_path, monkeypatch):
+    files = write_files(tmp_path, "pretrain", 2)
+    assert Image.open(files.paths[0]).size == (640, 480)
+    processor = CLIPImageProcessor()
+    bench_data_loading.compare_pixels(files.paths[0], processor)
+    real = bench_data_loading.load_image
+    monkeypatch.setattr(
+        bench_data_loading, "load_image", lambda path, size: real(path, size).int() + 2
+    )
+    with pytest.raises(WrongResult, match="levels"):
+        bench_data_loading.compare_pixels(files.paths[0], processor)
+
+
+def test_growth_counted_by_hand():
+    assert bench_scaling.growth_of_unit({1: 10.0, 2: 16.0, 4: 40.0}) == pytest.approx(10 / 8)
+    assert bench_scaling.verdict(1.25) == "not linear"
+    assert bench_scaling.verdict(1.0) == "linear"
+
+
+def test_memory_of_a_step_grows_with_its_samples(monkeypatch):
+    monkeypatch.setattr(bench_scaling, "SIZE", TINY)
+    steps = bench_scaling.Steps("steps", "samples", [1, 8], lambda count: [64] * count)
+    growth = bench_scaling.Growth(steps)
+    made = growth.calls(growth.variants, CPU)
+    for call in made.calls.values():
+        call()
+    assert 4 < growth.peaks[8] / growth.peaks[1] < 8.5
+    growth.figures("1 samples", 1.0, CEILINGS)
+    assert growth.figures("8 samples", 8.0, CEILINGS).extra["time"] == "linear"
+    assert growth.figures("8 samples", 12.0, CEILINGS).extra["time"] == "not linear"
