@@ -79,7 +79,8 @@ def machine_lines(content: Mapping) -> Iterator[str]:
     machine, limits = content["machine"], content["ceilings"]
     runs = {(r["run"]["date"], r["run"]["command"], r["run"]["commit"]) for r in content["records"]}
     for date, command, commit in sorted(runs, key=str):
-        yield f"`{command}`, {date}, commit {(commit or 'unknown')[:10]}."
+        number, _, dirty = (commit or "unknown").partition("-")
+        yield f"`{command}`, {date}, commit {number[:10]}{dirty and ' with changes'}."
     names = ("driver", "python", "torch", "triton", "system")
     yield ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name)) + "."
     if limits:
@@ -168,17 +169,15 @@ def target_table(found: Sequence[Verdict]) -> Iterator[str]:
 
 
 def other_rows(rows: Sequence[Row]) -> Iterator[str]:
-    """What was skipped, by reason, and rows that say something else than a time."""
-    reasons: dict[str, list[str]] = {}
+    """What was skipped and why, and rows that say something else than a time."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         if row["skipped"]:
-            name = row["variant"] if "installed" in row["skipped"] else row["case"]
-            names = reasons.setdefault(row["skipped"], [])
-            if name not in names:
-                names.append(name)
+            reasons.setdefault((row["variant"], row["skipped"]), {})[row["benchmark"]] = None
     if reasons:
         yield from ("Not measured:", "")
-        yield from (f"- {reason}: {'; '.join(names)}" for reason, names in reasons.items())
+        for (variant, reason), benchmarks in reasons.items():
+            yield f"- {variant} ({', '.join(benchmarks)}): {reason}"
         yield ""
     for row in rows:
         if row["seconds"] is None and not row["skipped"]:

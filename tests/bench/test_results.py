@@ -78,7 +78,7 @@ def test_best_of_ours_beside_the_best_peer(kernels):
     (line,) = lines_with(text, CASE, "quack")
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[3:] == ["mmalign triton", "125 us", "2,400.0 GB/s", "80%", "quack", "1.20x"]
-    assert "- liger-kernel is not installed: liger-kernel" in text
+    assert "- liger-kernel (rms_norm): liger-kernel is not installed" in text
 
 
 def test_missed_and_unmeasured_targets(kernels):
