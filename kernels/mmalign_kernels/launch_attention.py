@@ -44,7 +44,7 @@ def prefix(qkv: Tensor, head_dim: int) -> Settings:
         return _settings(head_dim, *_square(qkv), 1)
     if block_columns(head_dim) == head_dim:
         return _settings(head_dim, 64, 32, 2) | {"num_warps": 4}
-    return _settings(head_dim, 64, 64, 2)
+    return _settings(head_dim, 64, 64 if gpu(qkv).capability >= 90 else 32, 2)
 
 
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
