@@ -40,12 +40,12 @@ def results(
         entered = variant.layout.enter(inputs)
         outputs = as_tuple(function(entered))
         outputs = [variant.layout.exit(entered, output) for output in outputs]
-        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
         if leaves:
             sources = [getattr(inputs, name) for name in leaves]
             grads = torch.autograd.grad(outputs, sources, [grad_like(o) for o in outputs])
-            results |= {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
-    return results
+            found |= {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
+    return found
 
 
 def grad_like(output: Tensor) -> Tensor:
