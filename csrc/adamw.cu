@@ -74,6 +74,7 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
                                        kDrawsOfMoments);
   }
   const float grad_scale = launch.grad_scale ? __ldg(launch.grad_scale) : 1.0f;
+  if (!(grad_scale > 0.0f)) return;  // 0 or NaN: the step is skipped, on every thread alike
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {
     const int64_t at = begin + run * kDrawRun;
@@ -230,7 +231,9 @@ void check(const Lists& lists, const std::optional<Tensor>& grad_scale, bool has
   if (!has_seed && (moment != ScalarType::Float || (type == ScalarType::BFloat16 && !splits)))
     throw std::runtime_error("adamw_update: seed is missing, and bf16 or 8-bit state is rounded");
   if (grad_scale)
-    Argument("adamw_update", "grad_scale", *grad_scale).shaped({}, "params").typed({ScalarType::Float});
+    Argument("adamw_update", "grad_scale", *grad_scale)
+        .shaped({}, "params")
+        .typed({ScalarType::Float});
   check_devices(lists);
   if (grad_scale)
     Argument("adamw_update", "grad_scale", *grad_scale)

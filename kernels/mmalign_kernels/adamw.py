@@ -103,7 +103,7 @@ def adamw_step(
     params with remainders (int16, see split_master); or bf16 params with seed: rounded at random,
     the same for the same seed and step. grads fp32 or the params' type, and may be overwritten;
     exp_avgs, exp_avg_sqs fp32. grad_scale: (), fp32, on the device; every gradient is multiplied
-    by it. Raises ValueError where lists, shapes or types do not fit.
+    by it, and where it is 0 or NaN nothing changes at all. Raises ValueError where lists, shapes or types do not fit.
     """
     if not params:
         return

@@ -66,6 +66,7 @@ def _adamw_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK * _DRAWS + tl.arange(0, BLOCK)
     if SCALES:
         scale = tl.load(grad_scale_ptr)
+        numel = tl.where(scale > 0, numel, 0)  # 0 or NaN: the step is skipped
     if DRAWS:
         draws = tl.philox(seed, lane, lane * 0 + step, lane * 0 + place, lane * 0)
     for i in tl.static_range(_DRAWS):

@@ -23,6 +23,8 @@ def adamw_update(
     weight_decay: float,
     seed: int | None,
 ) -> None:
+    if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
+        return
     divisor = None if grad_scale is None else grad_scale.reciprocal()  # the kernel divides by it
     count = torch.tensor(float(step), device=params[0].device)
 
