@@ -89,6 +89,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share the work; nothing of it changes the results."""
+
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """none: every process holds the whole model (DDP). full: weights, gradients and optimizer state
+    are cut over all processes (FSDP2). hybrid: cut over groups, which hold a copy each."""
+    shard_size: int = 0
+    """hybrid: processes in a group; 0: those of one node."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which sharded gradients are summed over the processes."""
+    reduce_once: Switch = True
+    """Sum sharded gradients once a step; until then every process holds those of the whole model.
+    False: after every micro-batch, so that only its own shard stays."""
+    reshard_after_forward: Switch = True
+    """Free a layer's gathered weights after its forward pass and gather them again backward; False
+    keeps them: fewer messages, more memory."""
+    prefetch: int = 1
+    """Layers whose weights are gathered ahead of the one that computes."""
+    timeout_minutes: float = 20.0
+    """A process that makes no progress for so long ends the run, with a report of all of them."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     stage: tyro.conf.Suppress[Stage]
     """pretrain: the projector learns; finetune: projector and decoder learn."""
@@ -99,6 +122,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     global_batch_size: int = 32
     """Samples in one optimizer step, over all processes."""
     micro_batch_tokens: int = 8192
@@ -115,6 +139,10 @@ class TrainConfig:
     peak_tflops: float | None = None
     """Dense matrix rate of one device in TFLOP/s, for mfu; unset: the published bf16 rate of a
     known GPU."""
+    on_non_finite: Literal["error", "skip"] = "error"
+    """A step whose loss or gradient is not finite never changes the weights: stop, or go on."""
+    loss_spike_factor: float = 3.0
+    """Report a loss above so many times the median of the last 50 steps, with its samples."""
     profile: str = ""
     """Steps to profile, FIRST:END as in metrics.jsonl, END not included: 10:13 is 10, 11, 12."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False

@@ -17,9 +17,18 @@ FREE_FIELDS = (
     "peak_tflops",
     "profile",
     "micro_batch_tokens",  # changes rounding only, and is what helps when memory runs out
+    "on_non_finite",  # the remedy that the error names
+    "loss_spike_factor",
     "print_config",
     "checkpoint.every",
     "checkpoint.keep",
+    "parallel.sharding",  # checkpoints do not depend on how many processes wrote them
+    "parallel.shard_size",
+    "parallel.reduce_dtype",
+    "parallel.reduce_once",
+    "parallel.reshard_after_forward",
+    "parallel.prefetch",
+    "parallel.timeout_minutes",
     "data.num_workers",
     "data.check_images",
 )
