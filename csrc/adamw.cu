@@ -5,7 +5,7 @@
 // a 7B model takes eight launches instead of one for each of its 291 tensors. A block owns 2048
 // neighbours of one tensor, a thread four runs of four: all their loads are on the way before the
 // first is used. Moments may be fp32, bf16 or 8-bit codes; the gradient's factor is read on the
-// device.
+// device, and 0 or NaN there changes nothing.
 //
 // Bytes of an element, gradient in the weight's type, fp32 moments: fp32 28, bf16 with remainder
 // 26, bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scales).
@@ -74,6 +74,7 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
                                        kDrawsOfMoments);
   }
   const float grad_scale = launch.grad_scale ? __ldg(launch.grad_scale) : 1.0f;
+  if (!(grad_scale > 0)) return;  // 0 or NaN: the step is skipped, and the host need not know
   if (!(grad_scale > 0.0f)) return;  // 0 or NaN: the step is skipped, on every thread alike
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {

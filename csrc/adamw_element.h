@@ -4,8 +4,8 @@
 //   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //   p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 //
-// Every product and sum rounds by itself (CMakeLists.txt turns fused multiply-add off), in the order
-// of adamw_triton.py: the split master is the fp32 run bit for bit, on the host, too.
+// Every product and sum rounds by itself (CMakeLists.txt turns fused multiply-add off), in the
+// order of adamw_triton.py: the split master is the fp32 run bit for bit, on the host, too.
 #pragma once
 
 #include <cmath>

@@ -60,8 +60,8 @@ __device__ __forceinline__ Vector<T> unpack(const Packed& packed) {
   return bits_as<Vector<T>>(packed);
 }
 
-// Guarded loads, zero outside. In assembly, because the compiler makes a branch of each `if (inside)
-// load` and pulls the lanes apart inside it: the next load then waits for this one.
+// Guarded loads, zero outside. In assembly, because the compiler makes a branch of each
+// `if (inside) load` and pulls the lanes apart inside it: the next load then waits for this one.
 #define MMALIGN_GUARDED_LOAD(LOAD)                                            \
   Packed packed;                                                              \
   asm volatile(                                                               \

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kAnyThreads)
   const T* normed = kAdds ? new_residual + begin : x + begin;
   Wide<T> squares = 0;
   for (int at = threadIdx.x; at < columns; at += kAnyThreads) {
-    if (kAdds) new_residual[begin + at] = narrow<T>(wide(x[begin + at]) + wide(residual[begin + at]));
+    if (kAdds)
+      new_residual[begin + at] = narrow<T>(wide(x[begin + at]) + wide(residual[begin + at]));
     squares += wide(normed[at]) * wide(normed[at]);
   }
   const Wide<T> factor = reciprocal_root(row_sum(squares, room, 0) / columns + eps);

@@ -65,6 +65,71 @@ struct Tiles {
   }
 };
 
+// This thread's part of the row's sum of w * dy * x.
+template <class T, bool kAdds>
+__device__ __forceinline__ Wide<T> along_row(const Tiles<T, kAdds>& tiles, int stage,
+                                             const Packed (&weights)[kVectors], int end) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  Wide<T> sum = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if ((i * blockDim.x + threadIdx.x) * kLanes >= end) continue;
+    const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
+    const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
+    const Vector<T> scales = unpack<T>(weights[i]);
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane)
+      sum += wide(grads.lanes[lane]) * wide(scales.lanes[lane]) * wide(values.lanes[lane]);
+  }
+  return sum;
+}
+
+// dx of a row, and what it adds to dweight. The row is read again: shared memory has the room that
+// registers lack.
+template <class T, bool kAdds, bool kNeedsWeight>
+__device__ __forceinline__ void finish_row(
+    const Tiles<T, kAdds>& tiles, int stage, const Packed (&weights)[kVectors], int end,
+    Wide<T> rstd, Wide<T> along, T* grad_x,
+    Wide<T> (&grad_weight)[kVectors][Vector<T>::kLanes]) {
+  constexpr int kLanes = Vector<T>::kLanes;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
+    if (at >= end) continue;
+    const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
+    const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
+    const Vector<T> added = kAdds ? unpack<T>(*tiles.slot(stage, 2, i)) : Vector<T>();
+    const Vector<T> scales = unpack<T>(weights[i]);
+    Vector<T> out;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Wide<T> grad = wide(grads.lanes[lane]), normed = wide(values.lanes[lane]) * rstd;
+      if (kNeedsWeight) grad_weight[i][lane] += grad * normed;
+      Wide<T> moved = (grad * wide(scales.lanes[lane]) - normed * along) * rstd;
+      if (kAdds) moved += wide(added.lanes[lane]);
+      out.lanes[lane] = narrow<T>(moved);
+    }
+    store(grad_x + at, bits_as<Packed>(out));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_partial(
+    float* partial, int columns, const float (&grad_weight)[kVectors][Vector<T>::kLanes]) {
+  constexpr int kLanes = Vector<T>::kLanes;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
+    if (at >= columns) continue;
+#pragma unroll
+    for (int lane = 0; lane < kLanes; lane += 4) {
+      const float* four = &grad_weight[i][lane];
+      *reinterpret_cast<float4*>(partial + at + lane) =
+          make_float4(four[0], four[1], four[2], four[3]);
+    }
+  }
+}
+
 template <class T, bool kAdds, bool kNeedsWeight>
 __global__ void __launch_bounds__(kMaxRowThreads)
     rms_norm_bwd_kernel(const __grid_constant__ RmsNormBackward<T> call, int stages) {
@@ -92,58 +157,19 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   int stage = 0, parity = 0;
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, parity ^= 1) {
     const int64_t row = tile * blockDim.y + threadIdx.y;
-    const int end = row < call.num_rows ? columns : 0;
+    const int end = row < call.num_rows ? columns : 0;  // rows past the last join the barrier
     const Wide<T> rstd = next_rstd;
     next_rstd = rstd_of(tile + gridDim.x);
     wait_for_oldest(stages);
-    Wide<T> sum = 0;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if ((i * blockDim.x + threadIdx.x) * kLanes >= end) continue;
-      const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
-      const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
-      const Vector<T> scales = unpack<T>(weights[i]);
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane)
-        sum += wide(grads.lanes[lane]) * wide(scales.lanes[lane]) * wide(values.lanes[lane]);
-    }
-    const Wide<T> along = row_sum(sum, room, parity) * rstd / columns;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = (i * blockDim.x + threadIdx.x) * kLanes;
-      if (at >= end) continue;
-      // read again: shared memory has the room that registers lack
-      const Vector<T> grads = unpack<T>(*tiles.slot(stage, 0, i));
-      const Vector<T> values = unpack<T>(*tiles.slot(stage, 1, i));
-      const Vector<T> added = kAdds ? unpack<T>(*tiles.slot(stage, 2, i)) : Vector<T>();
-      const Vector<T> scales = unpack<T>(weights[i]);
-      Vector<T> out;
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const Wide<T> grad = wide(grads.lanes[lane]), normed = wide(values.lanes[lane]) * rstd;
-        if (kNeedsWeight) grad_weight[i][lane] += grad * normed;
-        Wide<T> moved = (grad * wide(scales.lanes[lane]) - normed * along) * rstd;
-        if (kAdds) moved += wide(added.lanes[lane]);
-        out.lanes[lane] = narrow<T>(moved);
-      }
-      store(call.grad_x + row * columns + at, bits_as<Packed>(out));
-    }
+    const Wide<T> sum = row_sum(along_row(tiles, stage, weights, end), room, parity);
+    finish_row<T, kAdds, kNeedsWeight>(tiles, stage, weights, end, rstd, sum * rstd / columns,
+                                       call.grad_x + row * columns, grad_weight);
     tiles.send(call, tile + static_cast<int64_t>(stages) * gridDim.x, stage);
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   if (!kNeedsWeight) return;
   const int64_t partial_row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  Wide<T>* partial = call.partials.rows + partial_row * columns;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
-    if (at >= columns) continue;
-#pragma unroll
-    for (int lane = 0; lane < kLanes; lane += 4)
-      *reinterpret_cast<float4*>(partial + at + lane) =
-          make_float4(grad_weight[i][lane], grad_weight[i][lane + 1], grad_weight[i][lane + 2],
-                      grad_weight[i][lane + 3]);
-  }
+  write_partial<T>(call.partials.rows + partial_row * columns, columns, grad_weight);
   finish_column_sum<4>(call.partials, columns, call.grad_weight);
 }
 

@@ -63,10 +63,10 @@ def _serves(backend: str, family: str, parts: list[str], here: bool) -> bool:
     return not here or all(dispatch.find(backend, part, family) for part in parts)
 
 
-def _default(serving: list[str]) -> str:
+def _default(family: str, serving: list[str]) -> str:
     """The one that runs when nothing is named."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return next(x for x in dispatch.PREFERENCE.get(device, ("reference",)) if x in serving)
+    return next(x for x in dispatch.preference(device, family) if x in serving)
 
 
 def _rows(versions: dict[str, str | None]) -> Iterator[list[str]]:
@@ -75,7 +75,7 @@ def _rows(versions: dict[str, str | None]) -> Iterator[list[str]]:
     for name, family, parts in _families():
         here = [x for x in versions if _serves(x, family, parts, bool(versions[x]))]
         marks = {x: "yes" if versions[x] else "no" for x in here}
-        marks[_default([x for x in here if versions[x]])] = "default"
+        marks[_default(family, [x for x in here if versions[x]])] = "default"
         yield [name, *(marks.get(x, "-") for x in versions)]
 
 

@@ -24,6 +24,9 @@ from .libraries import LIBRARIES
 
 BACKENDS = ("reference", "triton", "cuda")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference")}  # by device; anything else: reference
+# Families whose kernels of csrc/ a GPU has shown to be faster than Triton's. The others run when
+# they are named.
+MEASURED_CUDA: frozenset[str] = frozenset()
 
 _override: str | None = None
 
@@ -70,13 +73,19 @@ def implementation(operation: str, family: str, device_type: str) -> Callable:
     return _choose(operation, family, device_type, forced_backend())
 
 
+def preference(device_type: str, family: str) -> tuple[str, ...]:
+    """The backends of a family where none is named, the best first."""
+    backends = PREFERENCE.get(device_type, ("reference",))
+    return tuple(x for x in backends if x != "cuda" or family in MEASURED_CUDA)
+
+
 @cache
 def _choose(operation: str, family: str, device_type: str, forced: str | None) -> Callable:
     named = _named(forced) if forced else {}
     if family in named:
         return _from_library(named[family], operation, family)
     own = named.get(None)
-    for backend in (own,) if own else PREFERENCE.get(device_type, ("reference",)):
+    for backend in (own,) if own else preference(device_type, family):
         if backend == "cuda" and not own and libraries.cuda_missing():
             continue  # csrc/ is built where there is a CUDA compiler; Triton needs none
         function = find(backend, operation, family)

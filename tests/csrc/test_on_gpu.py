@@ -110,6 +110,15 @@ def test_adamw_is_the_hosts_bit_for_bit(host_library_file, kind):
             assert (found[i].cpu().numpy() == wanted).all()
 
 
+@pytest.mark.parametrize("factor", (0.0, torch.nan))
+def test_a_skipped_step_changes_nothing(factor):
+    params, grads, *moments = ([torch.rand(n) for n in (5, 4096)] for _ in range(4))
+    before = [x.clone() for x in (*params, *moments[0], *moments[1])]
+    adamw_update(params, grads, *moments, [], torch.tensor(factor), 2, *SETTINGS, None)
+    for x, old in zip((*params, *moments[0], *moments[1]), before, strict=True):
+        assert torch.equal(x, old)
+
+
 @pytest.mark.parametrize("moment", (torch.bfloat16, torch.uint8))
 def test_small_moments_lie_beside_the_fp32_ones(moment):
     """After a step from zero state: within a code, and right in the mean."""

@@ -119,10 +119,15 @@ def test_cuda_kernels_that_are_not_built_leave_triton(invented_backend, monkeypa
     cuda.swiglu_fwd = load
     monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
     triton = sys.modules["mmalign_kernels.swiglu_triton"]
-    assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "MEASURED_CUDA", frozenset({"swiglu"}))
+        assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
     with dispatch.use_backend("cuda"):  # named: nothing is exchanged for it
         assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
     library.load = lambda: None
+    dispatch._choose.cache_clear()  # built, and still no measurement says that they are faster
+    assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
+    monkeypatch.setattr(dispatch, "MEASURED_CUDA", frozenset({"swiglu"}))
     dispatch._choose.cache_clear()
     assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
 
