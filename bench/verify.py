@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench/results"
+LIBRARY = REPOSITORY / "kernels/mmalign_kernels/libmmalign_cuda.so"
 PART_SECONDS = 480
 LAST_WORDS_SECONDS = 20  # for a stopped pytest to write its report
-INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
+INTERRUPTED = 2  # exit code of pytest
 PACKAGES = (
     *("matplotlib", "numpy", "nvidia-ml-py", "pillow", "pytest", "pytest-benchmark", "rich"),
     *("safetensors", "sentencepiece", "tensorboard", "tokenizers", "torch", "tqdm", "transformers"),
@@ -147,11 +148,19 @@ def collect_benchmarks(files: Sequence[str], options: Options) -> list[str]:
     return [f"{' '.join(paths)} cannot be collected: {output[-2000:]}"] if code else []
 
 
+def build_library(seconds: float) -> tuple[int, str]:
+    """(exit code, output) of building csrc/ for the card that is here, into the package."""
+    return run_quietly([sys.executable, "setup.py", "build_ext", "--inplace"], seconds)
+
+
 def part_main(
     part: Callable[[Options], list[str]], dry_run: Callable[[Options], list[str]]
 ) -> None:
     """Main of bench/verify_<part>.py: runs it, prints what is wrong, exits with 1 if anything."""
     (options,) = parse()
+    if not options.dry_run and options.part != "build" and not LIBRARY.exists():
+        build_library(options.seconds_left / 2)
+        print(f"csrc/ was {'built' if LIBRARY.exists() else 'not built, --part build says why'}")
     problems = dry_run(options) if options.dry_run else part(options)
     for problem in problems:
         print(f"PROBLEM in {options.part}: {problem}", flush=True)

@@ -46,10 +46,9 @@ def build(options: verify.Options) -> tuple[Record, list[str]]:
     if not (verify.REPOSITORY / "csrc").is_dir():
         return Record(*name, None, skipped="there is no csrc/ in this tree"), []
     started = time.monotonic()
-    words = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    code, output = verify.run_quietly(words, options.seconds_left)
+    code, output = verify.build_library(options.seconds_left)
     seconds = time.monotonic() - started
-    if code or "not built" in output:
+    if code or not verify.LIBRARY.exists():
         extra = {"exit_code": code, "output": output[-OUTPUT:]}
         return Record(*name, None, extra=extra), [f"csrc/ was not built: {output[-OUTPUT:]}"]
     return Record(*name, seconds, repeats=1, extra=compiler_figures(output)), []

@@ -1,7 +1,7 @@
-"""Part correctness of gpu_verify.sh: the GPU tests of the kernels, and compute-sanitizer.
+"""Part correctness of gpu_verify.sh: the tests that need a GPU, and compute-sanitizer.
 
-The sanitizer runs the tests that call every registered operation on a few rows: its three tools on
-the kernels of csrc/, memcheck on Triton's.
+The sanitizer's three tools run over small cases of every kernel of csrc/, and memcheck over the
+tests that call every operation in Triton on a few rows.
 """
 
 import os
@@ -18,10 +18,14 @@ from bench import verify
 from bench.ceilings import ceilings
 from bench.record import Record, write_part
 
-TESTS = "tests/kernels"
+TESTS = ("tests/kernels", "tests/csrc", "tests/training")
+COUNTS = ("gpu_tests", " ".join(TESTS), "test", "pytest")
 SMALL = "tests/kernels/test_registration.py"  # every operation, a few rows each
+SANITIZED = {  # backend: tools, and the module and arguments that they watch
+    "cuda": (("memcheck", "racecheck", "initcheck"), ("tests.csrc.sanitize",)),
+    "triton": (("memcheck",), ("pytest", SMALL, "-m", "gpu", "-k", "opcheck and triton")),
+}
 SANITIZER_FOUND = 86  # exit code that stands for its findings
-TOOLS = {"cuda": ("memcheck", "racecheck", "initcheck"), "triton": ("memcheck",)}
 PROCESSES = 8  # of pytest-xdist: most of the time goes into compiling kernels
 MESSAGE = 2000  # characters kept of a failure
 
@@ -42,13 +46,16 @@ def tests(seconds: float) -> tuple[list[Record], list[str]]:
     """pytest -m gpu: one record with the counts, and one for each failure."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        words = [sys.executable, "-m", "pytest", TESTS, "-m", "gpu", f"--junitxml={report}"]
+        words = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu"]
+        words.append(f"--junitxml={report}")
         if find_spec("xdist"):
             words += ["-n", str(PROCESSES)]
         code = verify.run(words, seconds)
         if not report.exists():
             reason = f"pytest ended with {code} and left no report"
-            return [Record("gpu_tests", TESTS, "test", "pytest", None, skipped=reason)], [reason]
+            return [Record("gpu_tests", " ".join(TESTS), "test", "pytest", None, skipped=reason)], [
+                reason
+            ]
         records = read_report(report)
     problems = [f"{r.case}: {r.extra['outcome']}" for r in records[1:]]
     return records, problems or ([f"pytest ended with {code}"] if code else [])
@@ -64,7 +71,9 @@ def read_report(path: Path) -> list[Record]:
     }
     counts["passed"] = counts["tests"] - sum(counts[k] for k in ("failures", "errors", "skipped"))
     seconds = sum(float(suite.get("time", 0)) for suite in suites)
-    records = [Record("gpu_tests", TESTS, "test", "pytest", seconds, repeats=1, extra=counts)]
+    records = [
+        Record("gpu_tests", " ".join(TESTS), "test", "pytest", seconds, repeats=1, extra=counts)
+    ]
     for case in root.iter("testcase"):
         for outcome in ("failure", "error"):
             for found in case.findall(outcome):
@@ -81,33 +90,30 @@ def read_report(path: Path) -> list[Record]:
 def sanitize(options: verify.Options) -> tuple[list[Record], list[str]]:
     if shutil.which("compute-sanitizer") is None:
         reason = "compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
-        return [Record("sanitizer", SMALL, "test", "all", None, skipped=reason)], [reason]
-    records, problems = [], []
-    for backend, tools in TOOLS.items():
-        for tool in tools:
-            record = _sanitize(backend, tool, options.seconds_left)
-            records.append(record)
-            if record.extra.get("exit_code"):
-                problems.append(f"compute-sanitizer {tool}, {backend}: see the record's output")
-    return records, problems
+        return [Record("sanitizer", "all", "test", "all", None, skipped=reason)], [reason]
+    records = [
+        _sanitize(backend, tool, program, options.seconds_left)
+        for backend, (tools, program) in SANITIZED.items()
+        for tool in tools
+    ]
+    failed = [record for record in records if record.extra.get("exit_code")]
+    return records, [f"{r.variant} on {r.case}: {r.extra['output']}" for r in failed]
 
 
-def _sanitize(backend: str, tool: str, seconds: float) -> Record:
-    name = ("sanitizer", f"{SMALL}, {backend}", "test", tool)
+def _sanitize(backend: str, tool: str, program: tuple[str, ...], seconds: float) -> Record:
+    name = ("sanitizer", f"{backend} kernels: {' '.join(program)}", "test", tool)
+    if backend == "cuda" and not verify.LIBRARY.exists():
+        return Record(*name, None, skipped="csrc/ is not built; --part build says why")
     if seconds < 20:
         return Record(*name, None, skipped="the part's 8 minutes were over")
     words = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
-    words += ["--error-exitcode", str(SANITIZER_FOUND)]
-    words += [sys.executable, "-m", "pytest", SMALL, "-m", "gpu", "-k", f"opcheck and {backend}"]
+    words += ["--error-exitcode", str(SANITIZER_FOUND), sys.executable, "-m", *program]
     # PyTorch's cache of freed blocks would hide reads past the end of a tensor
     env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     started = time.monotonic()
     code, output = verify.run_quietly(words, seconds, env)
-    taken = time.monotonic() - started
-    if code == verify.NO_TESTS:
-        return Record(*name, None, skipped=f"no {backend} kernel was collected")
     extra = {"exit_code": code} | ({"output": output[-MESSAGE:]} if code else {})
-    return Record(*name, taken, repeats=1, extra=extra)
+    return Record(*name, time.monotonic() - started, repeats=1, extra=extra)
 
 
 # ---- without a GPU ----
@@ -123,14 +129,23 @@ def dry_run(options: verify.Options) -> list[str]:
                 problems.append(f"{family} does not compile: {output[-MESSAGE:]}")
             else:
                 print(f"{family}: {output.strip()} kernels compiled for sm_90", flush=True)
-    words = [sys.executable, "-m", "pytest", TESTS, "--collect-only", "-k", "triton or cuda"]
+    # on a CPU Triton's tests run in the interpreter and have no mark
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *TESTS,
+        "--collect-only",
+        "-k",
+        "gpu or triton or cuda",
+    ]
     code, output = verify.run_quietly(words, options.seconds_left)
     print(output.strip().splitlines()[-1])
-    return problems + ([f"{TESTS} cannot be collected: {output[-MESSAGE:]}"] if code else [])
+    return problems + ([f"tests cannot be collected: {output[-MESSAGE:]}"] if code else [])
 
 
 def _family_files() -> list[Path]:
-    return sorted((verify.REPOSITORY / TESTS).glob("codegen_*.py"))
+    return sorted((verify.REPOSITORY / "tests/kernels").glob("codegen_*.py"))
 
 
 COMPILE = """
