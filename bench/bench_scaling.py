@@ -7,7 +7,7 @@ Memory of a step is held to the same bound, by the amount itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -32,9 +32,10 @@ class Work(Protocol):
 
     name: str
     unit: str
+    size: Size
     amounts: Sequence[int]
 
-    def calls(self, size: Size, device: torch.device) -> dict[int, Callable[[], object]]:
+    def calls(self, device: torch.device) -> dict[int, Callable[[], object]]:
         """By amount."""
 
     def work(self, amount: int) -> int:
@@ -47,11 +48,12 @@ class Steps:
 
     name: str
     unit: str
+    size: Size
     amounts: Sequence[int]
     lengths: Callable[[int], list[int]]  # of the samples of an amount, images included
 
-    def calls(self, size: Size, device: torch.device) -> dict[int, Callable[[], object]]:
-        model = random_llava(size, STAGE, device, DTYPE)
+    def calls(self, device: torch.device) -> dict[int, Callable[[], object]]:
+        model = random_llava(self.size, STAGE, device, DTYPE)
         return {amount: self._step(amount, model, device) for amount in self.amounts}
 
     def _step(self, amount: int, model: Llava, device: torch.device) -> MmalignStep:
@@ -63,18 +65,19 @@ class Steps:
         return step
 
     def _samples(self, amount: int) -> Samples:
-        vision = SIZE.vision
+        vision, token_id = self.size.vision, self.size.image_token_id
         texts = [length - vision.num_patches for length in self.lengths(amount)]
-        return samples_of(STAGE, texts, vision.num_patches, vision.image_size, SIZE.image_token_id)
+        return samples_of(STAGE, texts, vision.num_patches, vision.image_size, token_id)
 
     def work(self, amount: int) -> int:
-        return step_flops(SIZE, STAGE, self._samples(amount))
+        return step_flops(self.size, STAGE, self._samples(amount))
 
 
 @dataclass(frozen=True)
 class Documents:
     """Documents of about one length, without a prefix that all share."""
 
+    size: Size
     amounts: Sequence[int]
 
     name, unit = "scoring, ETHICS utilitarianism", "documents"
@@ -82,8 +85,8 @@ class Documents:
     def work(self, amount: int) -> int:
         return amount
 
-    def calls(self, size: Size, device: torch.device) -> dict[int, Callable[[], object]]:
-        decoder = random_decoder(size.decoder, device, DTYPE).eval()
+    def calls(self, device: torch.device) -> dict[int, Callable[[], object]]:
+        decoder = random_decoder(self.size.decoder, device, DTYPE).eval()
         tokenizer = Tokenizer.from_pretrained(tokenizer_model())
         every = documents(("ethics_utilitarianism",), max(self.amounts))
 
@@ -106,7 +109,7 @@ class Growth:
 
     @property
     def case(self) -> str:
-        return f"{self.of.name}, {SIZE.name}"
+        return f"{self.of.name}, {self.of.size.name}"
 
     @property
     def variants(self) -> list[str]:
@@ -119,7 +122,7 @@ class Growth:
         return {"budget_seconds": 0, "min_rounds": 3, "max_rounds": 3, "warm_up_rounds": 1}
 
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        made = self.of.calls(SIZE, device)
+        made = self.of.calls(device)
         return Calls(
             {f"{n} {self.of.unit}": self._call(n, call, device) for n, call in made.items()}
         )
@@ -169,6 +172,7 @@ GROWTHS = [
         Steps(
             f"{STAGE} step, samples of 512 tokens",
             "samples",
+            SIZE,
             [n * FACTOR for n in (1, 2, 4, 8)],
             lambda count: [512] * count,
         )
@@ -177,11 +181,12 @@ GROWTHS = [
         Steps(
             f"{STAGE} step, {2 * FACTOR} samples of growing length",
             "tokens",
+            replace(SIZE, vision=replace(SIZE.vision, image_size=56)),  # nearly all of it is text
             [n * FACTOR for n in (640, 1280, 2560, 5120)],
             lambda tokens: [tokens // (2 * FACTOR)] * 2 * FACTOR,
         )
     ),
-    Growth(Documents([n * FACTOR for n in (16, 32, 64, 128)])),
+    Growth(Documents(SIZE, [n * FACTOR for n in (16, 32, 64, 128)])),
 ]
 
 

@@ -187,9 +187,8 @@ def test_growth_counted_by_hand():
     assert bench_scaling.verdict(1.0) == "linear"
 
 
-def test_memory_of_a_step_grows_with_its_samples(monkeypatch):
-    monkeypatch.setattr(bench_scaling, "SIZE", TINY)
-    steps = bench_scaling.Steps("steps", "samples", [1, 8], lambda count: [64] * count)
+def test_memory_of_a_step_grows_with_its_samples():
+    steps = bench_scaling.Steps("steps", "samples", TINY, [1, 8], lambda count: [64] * count)
     growth = bench_scaling.Growth(steps)
     made = growth.calls(growth.variants, CPU)
     for call in made.calls.values():
