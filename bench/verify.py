@@ -111,7 +111,12 @@ def run_quietly(
         process.kill()
         output, _ = process.communicate()
         output += f"\nkilled after {seconds:.0f} seconds"
-    return process.returncode, output
+    return process.returncode, without_paths(output)
+
+
+def without_paths(text: str) -> str:
+    """Records are committed: they name files from the repository's root on."""
+    return text.replace(f"{REPOSITORY}/", "")
 
 
 def line(record: "Record") -> str:

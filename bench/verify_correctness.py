@@ -53,9 +53,7 @@ def tests(seconds: float) -> tuple[list[Record], list[str]]:
         code = verify.run(words, seconds)
         if not report.exists():
             reason = f"pytest ended with {code} and left no report"
-            return [Record("gpu_tests", " ".join(TESTS), "test", "pytest", None, skipped=reason)], [
-                reason
-            ]
+            return [Record(*COUNTS, None, skipped=reason)], [reason]
         records = read_report(report)
     problems = [f"{r.case}: {r.extra['outcome']}" for r in records[1:]]
     return records, problems or ([f"pytest ended with {code}"] if code else [])
@@ -71,13 +69,12 @@ def read_report(path: Path) -> list[Record]:
     }
     counts["passed"] = counts["tests"] - sum(counts[k] for k in ("failures", "errors", "skipped"))
     seconds = sum(float(suite.get("time", 0)) for suite in suites)
-    records = [
-        Record("gpu_tests", " ".join(TESTS), "test", "pytest", seconds, repeats=1, extra=counts)
-    ]
+    records = [Record(*COUNTS, seconds, repeats=1, extra=counts)]
     for case in root.iter("testcase"):
         for outcome in ("failure", "error"):
             for found in case.findall(outcome):
-                message = f"{found.get('message', '')}\n{found.text or ''}".strip()[:MESSAGE]
+                text = f"{found.get('message', '')}\n{found.text or ''}".strip()
+                message = verify.without_paths(text)[:MESSAGE]
                 extra = {"outcome": outcome, "message": message}
                 name = f"{case.get('classname')}::{case.get('name')}"
                 records.append(Record("gpu_tests", name, "test", "pytest", None, extra=extra))
