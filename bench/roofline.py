@@ -23,11 +23,9 @@ def draw(content: Mapping, path: Path) -> None:
     names = sorted({row["benchmark"] for row in rows})
     colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    points = [row["flops"] / row["bytes"] for row in rows]
-    ends = [min(points) / 2, max(*points, peak / bandwidth) * 2]
-    corner = peak / bandwidth
-    roof = [min(x * bandwidth, peak) for x in (ends[0], corner, ends[1])]
-    axes.plot([ends[0], corner, ends[1]], roof, color="black")
+    points = [row["flops"] / row["bytes"] for row in rows] + [peak / bandwidth]
+    roof = (min(points) / 2, peak / bandwidth, max(points) * 2)
+    axes.plot(roof, [min(x * bandwidth, peak) for x in roof], color="black")
     for row in _best(rows):
         ours = row["variant"].startswith("mmalign")
         color = colors[row["benchmark"]]

@@ -70,7 +70,7 @@ def parse(words: list[str] | None = None) -> list[Options]:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--data-root", type=Path, help="folder with truthfulqa/ and ethics/")
     parser.add_argument("--tokenizer", type=Path, help="the model's tokenizer, with --data-root")
-    parser.add_argument("--only", help="benchmarks that pytest -k picks (kernels and peers)")
+    parser.add_argument("--only", help="only what pytest -k EXPR picks of bench/", metavar="EXPR")
     given = parser.parse_args(words)
     if (given.data_root is None) != (given.tokenizer is None):
         parser.error("--data-root and --tokenizer go together: real documents need both")

@@ -123,6 +123,12 @@ def _device(decoder: Decoder) -> torch.device:
 
 
 def run(options: verify.Options) -> list[str]:
+    if options.only is None:
+        measure_all(options)
+    return verify.run_benchmarks(PEERS, options)
+
+
+def measure_all(options: verify.Options) -> None:
     measured, size = ceilings("cuda"), LLAMA2_7B
     decoder = random_decoder(size.decoder, torch.device("cuda"), torch.bfloat16)
     records = []
@@ -132,7 +138,6 @@ def run(options: verify.Options) -> list[str]:
         write_part(options.results, options.part, records, measured, options.command)
     del decoder
     torch.cuda.empty_cache()
-    return verify.run_benchmarks(PEERS, options)
 
 
 def dry_run(options: verify.Options) -> list[str]:

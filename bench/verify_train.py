@@ -240,6 +240,12 @@ def optimizer_step(
 
 
 def run(options: verify.Options) -> list[str]:
+    if options.only is None:
+        measure_cases(options)
+    return verify.run_benchmarks(PEERS, options)
+
+
+def measure_cases(options: verify.Options) -> None:
     measured = ceilings("cuda")
     records = []
     for case in CASES:
@@ -249,7 +255,6 @@ def run(options: verify.Options) -> list[str]:
             write_part(options.results, options.part, records, measured, options.command)
         gc.collect()  # the model of this case goes before the next one comes
         torch.cuda.empty_cache()
-    return verify.run_benchmarks(PEERS, options)
 
 
 def dry_run(options: verify.Options) -> list[str]:

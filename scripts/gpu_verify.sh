@@ -5,6 +5,7 @@
 #   bash scripts/gpu_verify.sh --part build kernels     # build, correctness, kernels, train, evaluate
 #   bash scripts/gpu_verify.sh --dry-run                # no GPU: everything short of the launches
 #   bash scripts/gpu_verify.sh --part evaluate --data-root DATA --tokenizer LLAMA_FOLDER
+#   bash scripts/gpu_verify.sh --part kernels --only "attention or adamw"    # as pytest -k
 #
 # Each part measures the card's own ceilings, writes bench/results/<gpu>/<part>.json (--results DIR:
 # elsewhere) and can be repeated; `python scripts/render_results.py` makes bench/RESULTS.md of them.
