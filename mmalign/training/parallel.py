@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from mmalign.system import choose_device
+
+PATIENCE = timedelta(days=7)  # waiting for the main process to check data or to export takes long
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # on the host, for waits that may be long
 
     @property
     def is_main(self) -> bool:
@@ -23,19 +27,21 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, in place."""
+        """Sum over all processes, in place; the host does not wait for a GPU."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """True on every process if it is true on one."""
+    def from_main(self, value):
+        """The main process's value, on every process."""
         if self.world_size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -48,8 +54,11 @@ class Ranks:
 
 
 @contextmanager
-def start_ranks(device: str) -> Iterator[Ranks]:
-    """Joins the process group that torchrun set up in the environment, if any, and leaves it."""
+def start_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
+    """Joins the process group that torchrun set up in the environment, if any, and leaves it.
+
+    A collective operation that takes longer than timeout_minutes ends the run.
+    """
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -57,8 +66,10 @@ def start_ranks(device: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield Ranks(dist.get_rank(), world_size, chosen)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), world_size, chosen, patient)
     finally:
         dist.destroy_process_group()

@@ -40,7 +40,8 @@ log = logging.getLogger("mmalign")
 
 def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or continues it from its latest checkpoint."""
-    with start_ranks(config.device) as ranks, memory_history(ranks.device):
+    timeout = config.parallel.timeout_minutes
+    with start_ranks(config.device, timeout) as ranks, memory_history(ranks.device):
         config = resolve(config)
         with explain_out_of_memory(config, ranks):
             trainer = Trainer(config, ranks)

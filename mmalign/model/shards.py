@@ -1,0 +1,43 @@
+"""Parameters that fully_shard has cut over processes, seen as the part here or as the whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that this process holds of a sharded tensor (a view), or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_shard(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor with the values that belong to `parameter`'s local rows, as a shard of a whole."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+@contextmanager
+def whole(*modules: nn.Module) -> Iterator[None]:
+    """Inside, these modules' own shards are gathered into plain parameters, on every process.
+
+    All processes have to enter together. The gathered memory is given up afterwards: copy first.
+    """
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
