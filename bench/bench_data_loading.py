@@ -106,7 +106,8 @@ class Loading:
             "jpeg_bytes": self.files.mean_bytes,
         }
         if variant == LOADER:  # with the start of its workers
-            extra["workers"] = WORKERS
+            keeps_up = "yes" if rate >= TARGETS[self.stage] else "no"
+            extra |= {"workers": WORKERS, "keeps_up": keeps_up}
         if variant == SAMPLES_PACKED:
             extra["cores_for_target"] = TARGETS[self.stage] / rate
         return Figures(extra=extra)
