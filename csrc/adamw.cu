@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kThreads = kDrawRun / kFour;
 constexpr int kRuns = kDrawTile / kDrawRun;
+constexpr int kMinBlocks = 3;  // on a multiprocessor: 96 KiB of fp32 state on their way
 constexpr int kTableSize = 40;  // with the settings below the 4 KiB that every driver takes
 
 struct AdamwTable {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
 }
 
 template <Weights kWeights, class Grad, Moments kMoments>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     adamw_kernel(const __grid_constant__ AdamwTable table,
                  const __grid_constant__ AdamwLaunch launch) {
   const AdamwTensor& x = table.tensors[find_tensor(table, blockIdx.x)];

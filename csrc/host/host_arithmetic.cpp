@@ -78,8 +78,9 @@ EXPORT void host_adamw(float* masters, uint16_t* weights, int16_t* remainders, c
   const AdamwSettings settings =
       adamw_settings(step, learning_rate, beta1, beta2, eps, weight_decay);
   for (int64_t i = 0; i < num; ++i) {
-    float p = masters ? masters[i]
-                      : remainders ? join_master(weights[i], remainders[i]) : bf16_value(weights[i]);
+    float p = masters      ? masters[i]
+              : remainders ? join_master(weights[i], remainders[i])
+                           : bf16_value(weights[i]);
     adamw_element(settings, grads[i] * grad_scale, p, exp_avgs[i], exp_avg_sqs[i]);
     if (masters) {
       masters[i] = p;

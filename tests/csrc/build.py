@@ -30,5 +30,6 @@ def _run(command: list) -> None:
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         said = process.stdout + process.stderr
-        wanted = [line for line in said.splitlines() if not line.startswith("ptxas info")]
+        noise = ("ptxas info", "    0 bytes stack frame")
+        wanted = [line for line in said.splitlines() if not line.startswith(noise)]
         raise RuntimeError("\n".join([" ".join(map(str, command)), *wanted[-60:]]))
