@@ -1,0 +1,49 @@
+"""When an installation builds csrc/, and that it goes on where it does not."""
+
+import runpy
+import shutil
+
+import pytest
+import setuptools
+
+from .build import REPOSITORY
+
+
+@pytest.fixture
+def run_setup(monkeypatch):
+    """What setup.py hands to setuptools on a machine with these tools."""
+
+    def run(*tools: str) -> dict:
+        handed = {}
+        monkeypatch.setattr(setuptools, "setup", lambda **keywords: handed.update(keywords))
+        where = {tool: f"/somewhere/{tool}" for tool in tools}
+        monkeypatch.setattr(shutil, "which", lambda tool, path=None: where.get(tool))
+        runpy.run_path(str(REPOSITORY / "setup.py"))
+        return handed
+
+    monkeypatch.delenv("MMALIGN_CUDA_ARCHS", raising=False)
+    return run
+
+
+def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch):
+    assert run_setup("nvcc")["ext_modules"] == []
+    assert "no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built" in capsys.readouterr().out
+    monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
+    assert run_setup("cmake")["ext_modules"] == []
+    assert "no nvcc, so the CUDA kernels of csrc/ are not built" in capsys.readouterr().out
+
+
+def test_named_architectures_need_no_card(run_setup, monkeypatch):
+    monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "80;90a")
+    (extension,) = run_setup("nvcc")["ext_modules"]
+    assert extension.name == "mmalign_kernels.libmmalign_cuda"
+
+
+def test_the_library_lands_where_the_loader_looks(run_setup, monkeypatch):
+    from mmalign_kernels import cuda_library
+
+    monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
+    handed = run_setup("nvcc")
+    command = handed["cmdclass"]["build_ext"](setuptools.Distribution(handed))
+    file = command.get_ext_filename(handed["ext_modules"][0].name)
+    assert file == f"mmalign_kernels/{cuda_library.FILE.name}"
