@@ -5,7 +5,7 @@ import pytest
 
 from mmalign.evaluation.prefix_tree import build_tree, cut_batches
 from mmalign.evaluation.scoring import plan_scoring
-from mmalign.evaluation.tasks import load_documents
+from mmalign.evaluation.tasks import load_documents, resolve_tasks
 
 WORDS = ["a", "ab", "abc", "abd", "abdef", "abdef", "xyz", "x", "ab"]
 WORD_TOKENS = ["a", "b", "c", "d", "e", "f", "x", "y", "z"]  # depth first
@@ -54,9 +54,13 @@ def test_every_prefix_is_one_token(seed):
         assert tree.tokens[path].tolist() == sequence.tolist()
         assert tree.parents[path].tolist() == [-1, *path[:-1]]
         assert tree.depths[path].tolist() == list(range(len(path)))
-    segments = np.split(tree.tokens, tree.segment_begins[1:])
-    branches = {prefix[:-1] for x in given for prefix in prefixes(x)}
-    assert len(segments) <= 2 * len(branches) and all(map(len, segments))
+    after: dict[int, list[int]] = {}
+    for token, parent in enumerate(tree.parents.tolist()):
+        after.setdefault(parent, []).append(token)
+    begins = {
+        x for parent, children in after.items() if parent < 0 or children[1:] for x in children
+    }
+    assert tree.segment_begins.tolist() == sorted(begins)  # roots, and wherever the tree branches
 
 
 @pytest.mark.parametrize("batch_tokens", (1, 7, 100, 10_000))
@@ -88,11 +92,20 @@ def test_nothing():
     assert len(tree.tokens) == 0 and cut_batches(tree, 8) == []
 
 
-def test_truthfulqa_has_58983_tokens(shared_data, tokenizer):
-    """The prompt of 6 questions once, each question once; the backend's count beside it."""
-    documents = load_documents(["truthfulqa_mc1", "truthfulqa_mc2"], shared_data)
+COMPLETE = {  # requests, tokens of the tree, of lm-evaluation-harness's backend, longest input
+    "truthfulqa": (9996, 58983, 1242477, 263),
+    "ethics": (39936, 1229878, 1921428, 1511),
+}
+
+
+@pytest.mark.parametrize("tasks", COMPLETE)
+def test_tokens_of_the_complete_sets(shared_data, tokenizer, tasks):
+    """Each prompt and each question once; what the harness computes beside it."""
+    num_requests, num_tokens, num_tokens_harness, longest = COMPLETE[tasks]
+    documents = load_documents(resolve_tasks([tasks]), shared_data)
     requests = [x for rows in documents.values() for document in rows for x in document.requests]
     plan = plan_scoring(tokenizer, requests, 2048, 32000, 8192, progress=False)
-    assert (len(requests), plan.num_tokens, plan.num_tokens_harness) == (9996, 58983, 1242477)
-    assert len(plan.batches) == -(-58983 // 8192)
-    assert plan.path_rows <= 263 and plan.workspace_rows <= 263 + 8192
+    assert (len(requests), plan.num_tokens) == (num_requests, num_tokens)
+    assert plan.num_tokens_harness == num_tokens_harness
+    assert len(plan.batches) == -(-num_tokens // 8192)
+    assert plan.path_rows <= longest and plan.workspace_rows <= longest + 8192

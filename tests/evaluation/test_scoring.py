@@ -149,7 +149,9 @@ def test_empty_continuation(decoder, tokenizer):
         )
 
 
-def test_nan_names_the_document(llama_folder, tokenizer):
+@pytest.mark.parametrize("batch_tokens", (1, 2, 4, 64))
+def test_nan_names_the_document(llama_folder, tokenizer, batch_tokens):
+    """Whichever documents share the batch of the broken one, or lie before it."""
     decoder = load_decoder(llama_folder)
     rare = tokenizer.encode("zebra")[-1]
     with torch.no_grad():
@@ -157,7 +159,7 @@ def test_nan_names_the_document(llama_folder, tokenizer):
     names = ["document a", "document b"]
     requests = [("A horse", " runs"), ("A zebra", " runs")]
     with pytest.raises(UserError, match="document b: .*log-likelihood of nan"):
-        score_requests(decoder, tokenizer, requests, 4, progress=False, names=names)
+        score_requests(decoder, tokenizer, requests, batch_tokens, progress=False, names=names)
 
 
 def test_tokenizer_of_another_model(tmp_path, tokenizer_model, tokenizer):
