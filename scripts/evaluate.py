@@ -31,7 +31,7 @@ def main(
         output: Folder for results.json and items.jsonl.
         tasks: truthfulqa, ethics, or single tasks such as truthfulqa_mc1 or ethics_virtue.
         limit: Score the first N documents of each task only.
-        batch_tokens: Most tokens in one forward pass; a longer document goes alone.
+        batch_tokens: Tokens in one forward pass; a longer document takes several.
         precision: Of weights and activations.
         device: auto takes a GPU where there is one.
     """
