@@ -112,6 +112,24 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores of the language model during finetuning; they change nothing of the training."""
+
+    every: int = 0
+    """Score the language model before the first step, every N steps, and at the end on all
+    documents; 0: not during training."""
+    data_root: str = ""
+    """Folder with truthfulqa/mc_task.json and ethics/<subset>/*_test.csv."""
+    tasks: tuple[str, ...] = ("truthfulqa", "ethics")
+    """truthfulqa, ethics, or single tasks such as truthfulqa_mc1 or ethics_virtue."""
+    limit: int | None = None
+    """Documents of each task (its first ones) before the end; unset: the largest of 25, 50, 100,
+    200, ... with which the whole evaluation stays under 5% of the run's arithmetic."""
+    batch_tokens: int = 8192
+    """Most tokens in one forward pass."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     stage: tyro.conf.Suppress[Stage]
     """pretrain: the projector learns; finetune: projector and decoder learn."""
@@ -123,6 +141,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     global_batch_size: int = 32
     """Samples in one optimizer step, over all processes."""
     micro_batch_tokens: int = 8192
