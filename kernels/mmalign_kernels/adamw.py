@@ -5,12 +5,15 @@
     p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
 Weights are fp32; or bf16 with the low 16 bits of an exact fp32 master beside them; or bf16 alone,
-rounded at random so that the expected weight is the exact one. Moments and arithmetic are fp32.
+rounded at random so that the expected weight is the exact one. Moments are fp32; or bf16 or codes
+of 8 bits (block_quantization.py), both rounded at random: rounded to the nearest, a second moment
+that changes by a thousandth a step would never move. The arithmetic is fp32.
 """
 
 import torch
 from torch import Tensor
 
+from .block_quantization import num_blocks
 from .checks import check_shape
 from .operation import Operation
 
@@ -21,6 +24,8 @@ def _declare(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None,
     step: int,
     learning_rate: float,
@@ -30,13 +35,12 @@ def _declare(
     weight_decay: float,
     seed: int | None,
 ) -> None:
-    """The step, in place; remainders may be an empty list; grads may be overwritten."""
+    """The step, in place; remainders and scales may be empty lists; grads may be overwritten."""
 
 
 _declare.__name__ = "adamw_update"
-adamw_update = Operation(
-    _declare, mutates=("params", "grads", "exp_avgs", "exp_avg_sqs", "remainders")
-)
+_STATE = ("exp_avgs", "exp_avg_sqs", "remainders", "exp_avg_scales", "exp_avg_sq_scales")
+adamw_update = Operation(_declare, mutates=("params", "grads", *_STATE))
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,30 +58,53 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
     return (weight.view(torch.int16).int() << 16).add_(remainder).view(torch.float32)
 
 
-def _check(
-    params: list[Tensor],
-    lists: dict[str, list[Tensor]],
-    remainders: list[Tensor] | None,
-    seed: int | None,
-) -> None:
+_MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
+
+
+def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"adamw_step: {len(params)} params, but {len(tensors)} {name}")
         for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            check_shape("adamw_step", param.shape, f"params[{i}]", **{f"{name}[{i}]": tensor})
-            allowed = {"remainders": (torch.int16,), "grads": (torch.float32, param.dtype)}
+            if name.endswith("_scales"):
+                if tensor.numel() != num_blocks(param.numel()):
+                    raise ValueError(
+                        f"adamw_step: {name}[{i}] has {tensor.numel()} elements, params[{i}] with "
+                        f"{param.numel()} needs {num_blocks(param.numel())}"
+                    )
+            else:
+                check_shape("adamw_step", param.shape, f"params[{i}]", **{f"{name}[{i}]": tensor})
+            allowed = {
+                "remainders": (torch.int16,),
+                "grads": (torch.float32, param.dtype),
+                "exp_avgs": _MOMENTS,
+                "exp_avg_sqs": (lists["exp_avgs"][i].dtype,),
+            }
             if tensor.dtype not in allowed.get(name, (torch.float32,)):
                 raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype} beside {param.dtype}")
-    for i, param in enumerate(params):
-        if param.dtype != params[0].dtype or not param.is_contiguous():
+    for i, (param, moment) in enumerate(zip(params, lists["exp_avgs"], strict=True)):
+        same = param.dtype == params[0].dtype and moment.dtype == lists["exp_avgs"][0].dtype
+        if not same or not param.is_contiguous() or not moment.is_contiguous():
             raise ValueError(f"adamw_step: params[{i}] is of another type, or not contiguous")
-    num_modes = (remainders is not None) + (seed is not None)
-    expected = {torch.float32: 0, torch.bfloat16: 1}.get(params[0].dtype)
-    if num_modes != expected:
+
+
+def _check_modes(param: Tensor, moment: Tensor, splits: bool, scales: bool, seed: bool) -> None:
+    if param.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"adamw_step: params are {param.dtype}, expected fp32 or bf16")
+    if splits and param.dtype == torch.float32:
+        raise ValueError("adamw_step: params are fp32, which takes no remainders")
+    if scales != (moment.dtype == torch.uint8):
         raise ValueError(
-            f"adamw_step: params are {params[0].dtype}. fp32 takes neither remainders nor seed, "
-            "bf16 takes one of them"
+            f"adamw_step: moments are {moment.dtype}. 8-bit codes, and they alone, need scales"
         )
+    rounds = (param.dtype == torch.bfloat16 and not splits) or moment.dtype != torch.float32
+    if rounds and not seed:
+        raise ValueError(
+            "adamw_step: bf16 params without remainders and moments below fp32 are rounded at "
+            "random, and need a seed"
+        )
+    if seed and not rounds:
+        raise ValueError("adamw_step: a seed, but nothing here is rounded at random")
 
 
 @torch.no_grad()
@@ -95,28 +122,40 @@ def adamw_step(
     weight_decay: float,
     grad_scale: Tensor | None = None,
     remainders: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None,
+    exp_avg_sq_scales: list[Tensor] | None = None,
     seed: int | None = None,
 ) -> None:
     """One step of AdamW, in place; step counts from 1.
 
-    params are contiguous and of one type; the other lists have their shapes. fp32 params; or bf16
-    params with remainders (int16, see split_master); or bf16 params with seed: rounded at random,
-    the same for the same seed and step. grads fp32 or the params' type, and may be overwritten;
-    exp_avgs, exp_avg_sqs fp32. grad_scale: (), fp32, on the device; every gradient is multiplied
-    by it, and where it is 0 or NaN nothing changes at all. Raises ValueError where lists, shapes or types do not fit.
+    params are contiguous and of one type, as are the moments; the other lists have their shapes.
+    params fp32; bf16 with remainders (int16, see split_master); or bf16 alone. exp_avgs and
+    exp_avg_sqs fp32; bf16; or uint8 codes with scales, fp32, one for 128 neighbours of the flat
+    parameter. What is kept in bf16 or codes is rounded at random, the same for the same seed and
+    step. grads fp32 or the params' type, and may be overwritten. grad_scale: (), fp32, on the
+    device; every gradient is multiplied by it, and where it is 0 or NaN nothing changes at all.
+    Raises ValueError where lists, shapes or types do not fit.
     """
     if not params:
         return
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if remainders is not None:
-        lists["remainders"] = remainders
-    _check(params, lists, remainders, seed)
+    given = {
+        "remainders": remainders,
+        "exp_avg_scales": exp_avg_scales,
+        "exp_avg_sq_scales": exp_avg_sq_scales,
+    }
+    lists |= {name: tensors for name, tensors in given.items() if tensors is not None}
+    _check_lists(params, lists)
+    scales = [x is not None for x in (exp_avg_scales, exp_avg_sq_scales)]
+    if scales[0] != scales[1]:
+        raise ValueError("adamw_step: scales of one moment without those of the other")
+    _check_modes(params[0], exp_avgs[0], remainders is not None, scales[0], seed is not None)
     adamw_update(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        remainders or [],
+        *(tensors or [] for tensors in given.values()),
         grad_scale,
         step,
         learning_rate,

@@ -21,6 +21,8 @@ def adamw_update(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None,
     step: int,
     learning_rate: float,
@@ -35,6 +37,11 @@ def adamw_update(
         raise NotImplementedError(
             f"adamw_step: backend apex needs float32 weights, these are {params[0].dtype}: it has "
             "neither remainders nor random rounding. Keep fp32 weights, or name another backend"
+        )
+    if exp_avgs[0].dtype != torch.float32:
+        raise NotImplementedError(
+            f"adamw_step: backend apex needs float32 moments, these are {exp_avgs[0].dtype}. "
+            "Name another backend"
         )
     device = params[0].device
     lists = [grads, params, exp_avgs, exp_avg_sqs]

@@ -12,6 +12,8 @@ def adamw_update(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None,
     step: int,
     learning_rate: float,
@@ -22,7 +24,7 @@ def adamw_update(
     seed: int | None,
 ) -> None:
     grads = [grad.contiguous() for grad in grads]
-    scales = [], []  # of 8-bit moments: the kernels take them, adamw_step does not offer them
+    scales = exp_avg_scales, exp_avg_sq_scales
     settings = step, learning_rate, beta1, beta2, eps, weight_decay, seed
     operation("adamw_update")(
         params, grads, exp_avgs, exp_avg_sqs, remainders, *scales, grad_scale, *settings

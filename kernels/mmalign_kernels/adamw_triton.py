@@ -11,22 +11,30 @@ Philox call gives four numbers, so a program works on four blocks that lie behin
 A thread holds four neighbours of a block: 128 bits of every fp32 tensor, 64 of every bf16 one.
 (With eight neighbours Triton sends the moments through shared memory before it writes them.)
 
+Moments in bf16 or in the 8-bit codes of csrc/block_quantization.h have a kernel of their own, which
+works on rows of the 128 numbers that share a scale: a warp's, whose largest is found by shuffles.
+
 One launch per tensor. A launch costs the host some 20 us; the 195 to 291 matrices and norms of a 7B
-model thus 6 ms while the device works for 30 to 60 ms, and the launches run ahead of it. A table of
+model thus 6 ms while the device works for 20 to 60 ms, and the launches run ahead of it. A table of
 pointers would save that where all tensors are small, and cost a copy to the device in every step
 and the compiler's knowledge that rows are aligned.
 
-Bytes of an element, gradient in the weight's type: fp32 28, bf16 with remainder 26, bf16 rounded at
-random 22.
+Bytes of an element, gradient in the weight's type, fp32 moments: fp32 28, bf16 with remainder 26,
+bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scales).
 """
 
 import triton
 import triton.language as tl
-from torch import Tensor, bfloat16, int16
+from torch import Tensor, bfloat16, float32, int16, uint8
 
-from . import launch
+from . import block_quantization, launch
 
 _DRAWS = tl.constexpr(4)  # numbers that a Philox call gives
+_ROW = tl.constexpr(block_quantization.BLOCK)
+_DROPPED = tl.constexpr(block_quantization.DROPPED_BITS)
+_LARGEST = tl.constexpr(block_quantization.LARGEST)
+_FIRST_SHIFT = tl.constexpr(2.0**block_quantization.FIRST.shift)
+_SECOND_SHIFT = tl.constexpr(2.0**block_quantization.SECOND.shift)
 
 
 @triton.jit
@@ -36,6 +44,38 @@ def _moved(p, g, m, v, decay, step_size, rest1, beta2, rest2, scale2, eps):
     v = beta2 * v + rest2 * g * g
     p -= decay * p
     return p - step_size * m / (tl.sqrt(v) * scale2 + eps), m, v
+
+
+@triton.jit
+def _read_weight(param_ptr, remainder_ptr, at, inside, SPLIT: tl.constexpr, DRAWS: tl.constexpr):
+    """The fp32 value of fp32, of bf16 bits, or of bits and remainder."""
+    p = tl.load(param_ptr + at, inside, other=0)
+    if SPLIT:
+        low = tl.load(remainder_ptr + at, inside, other=0).to(tl.int32)
+        p = ((p.to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+    elif DRAWS:
+        p = (p.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return p
+
+
+@triton.jit
+def _write_weight(
+    p, draw, param_ptr, remainder_ptr, at, inside, SPLIT: tl.constexpr, DRAWS: tl.constexpr
+):
+    if SPLIT:
+        bits = p.to(tl.int32, bitcast=True)
+        tl.store(remainder_ptr + at, bits.to(tl.int16), inside)
+        tl.store(param_ptr + at, ((bits + 0x8000) >> 16).to(tl.int16), inside)
+    elif DRAWS:
+        tl.store(param_ptr + at, _rounded(p, draw), inside)
+    else:
+        tl.store(param_ptr + at, p, inside)
+
+
+@triton.jit
+def _rounded(x, draw):
+    """The bits of fp32 x as bf16, rounded at random by the low half of draw."""
+    return ((x.to(tl.int32, bitcast=True) + (draw & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=["step", "place", "seed"])
@@ -72,12 +112,7 @@ def _adamw_kernel(
     for i in tl.static_range(_DRAWS):
         at = first + i * BLOCK
         inside = at < numel
-        p = tl.load(param_ptr + at, inside, other=0)
-        if SPLIT:
-            p = (p.to(tl.int32) << 16) + tl.load(remainder_ptr + at, inside, other=0).to(tl.int32)
-            p = p.to(tl.float32, bitcast=True)
-        elif DRAWS:
-            p = (p.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        p = _read_weight(param_ptr, remainder_ptr, at, inside, SPLIT, DRAWS)
         g = tl.load(grad_ptr + at, inside, other=0).to(tl.float32)
         if SCALES:
             g *= scale
@@ -86,15 +121,114 @@ def _adamw_kernel(
         p, m, v = _moved(p, g, m, v, decay, step_size, rest1, beta2, rest2, scale2, eps)
         tl.store(exp_avg_ptr + at, m, inside)
         tl.store(exp_avg_sq_ptr + at, v, inside)
-        if SPLIT:
-            bits = p.to(tl.int32, bitcast=True)
-            tl.store(remainder_ptr + at, bits.to(tl.int16), inside)
-            tl.store(param_ptr + at, ((bits + 0x8000) >> 16).to(tl.int16), inside)
-        elif DRAWS:
-            bits = p.to(tl.int32, bitcast=True) + (draws[i] & 0xFFFF).to(tl.int32)
-            tl.store(param_ptr + at, (bits >> 16).to(tl.int16), inside)
+        draw = draws[i] if DRAWS else 0
+        _write_weight(p, draw, param_ptr, remainder_ptr, at, inside, SPLIT, DRAWS)
+
+
+@triton.jit
+def _read_moment(moment_ptr, scale, at, inside, CODES: tl.constexpr, SECOND: tl.constexpr):
+    """The fp32 values of bf16 bits, or of codes and the scales of their rows."""
+    stored = tl.load(moment_ptr + at, inside, other=0).to(tl.int32)
+    if not CODES:
+        return (stored << 16).to(tl.float32, bitcast=True)
+    elif SECOND:
+        return (stored << _DROPPED).to(tl.float32, bitcast=True) * _SECOND_SHIFT * scale
+    else:
+        size = ((stored & 0x7F) << _DROPPED).to(tl.float32, bitcast=True) * _FIRST_SHIFT * scale
+        return tl.where(stored > 0x7F, -size, size)
+
+
+@triton.jit
+def _row_scale(x):
+    """What maps a row's largest number to the largest code; as integers, NaN is above all."""
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+    largest = largest.to(tl.float32, bitcast=True)
+    return tl.div_rn(largest, tl.full(largest.shape, _LARGEST, tl.float32))
+
+
+@triton.jit
+def _write_moment(
+    x, scale, draw, moment_ptr, at, inside, CODES: tl.constexpr, SECOND: tl.constexpr
+):
+    if CODES:
+        bits = x.to(tl.int32, bitcast=True)
+        size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        ratio = tl.div_rn(size, tl.broadcast_to(scale, size.shape))
+        ratio *= 1 / _SECOND_SHIFT if SECOND else 1 / _FIRST_SHIFT
+        carried = (draw & 0xFFFF).to(tl.int32) << (_DROPPED - 16)
+        code = (ratio.to(tl.int32, bitcast=True) + carried) >> _DROPPED
+        code = tl.minimum(code, 0xFF if SECOND else 0x7F)
+        if SECOND:
+            code = tl.where(size == 0, 0, tl.maximum(code, 1))
         else:
-            tl.store(param_ptr + at, p, inside)
+            code |= (bits >> 31) & 0x80
+        code = tl.where(scale == 0, 0, code)
+        tl.store(moment_ptr + at, code.to(tl.uint8), inside)
+    else:
+        tl.store(moment_ptr + at, _rounded(x, draw), inside)
+
+
+@triton.jit(do_not_specialize=["step", "place", "seed"])
+def _adamw_rounding_kernel(
+    param_ptr,  # (numel,) fp32, or the bits of bf16
+    remainder_ptr,  # (numel,) int16, or unused
+    grad_ptr,
+    exp_avg_ptr,  # (numel,) the bits of bf16, or uint8 codes
+    exp_avg_sq_ptr,
+    exp_avg_scale_ptr,  # (ceil(numel / 128),), or unused
+    exp_avg_sq_scale_ptr,
+    grad_scale_ptr,  # (), or unused
+    numel,
+    decay,
+    step_size,
+    rest1,
+    beta2,
+    rest2,
+    scale2,
+    eps,
+    step,
+    place,
+    seed,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DRAWS: tl.constexpr,
+    CODES: tl.constexpr,
+):
+    rows = tl.arange(0, BLOCK // _ROW)[:, None]  # of a block
+    in_block = rows * _ROW + tl.arange(0, _ROW)[None, :]
+    lane = tl.program_id(0) * BLOCK + in_block
+    first = tl.program_id(0).to(tl.int64) * BLOCK * _DRAWS
+    if SCALES:
+        scale = tl.load(grad_scale_ptr)
+        numel = tl.where(scale > 0, numel, 0)  # 0 or NaN: the step is skipped
+    if DRAWS:
+        draws = tl.philox(seed, lane, lane * 0 + step, lane * 0 + place, lane * 0)
+    moment_draws = tl.philox(seed, lane, lane * 0 + step, lane * 0 + place, lane * 0 + 1)
+    m_scale, v_scale = 0.0, 0.0
+    for i in tl.static_range(_DRAWS):
+        at = first + i * BLOCK + in_block
+        row = (first + i * BLOCK) // _ROW + rows
+        inside, begun = at < numel, row * _ROW < numel
+        if CODES:
+            m_scale = tl.load(exp_avg_scale_ptr + row, begun, other=0)
+            v_scale = tl.load(exp_avg_sq_scale_ptr + row, begun, other=0)
+        p = _read_weight(param_ptr, remainder_ptr, at, inside, SPLIT, DRAWS)
+        g = tl.load(grad_ptr + at, inside, other=0).to(tl.float32)
+        if SCALES:
+            g *= scale
+        m = _read_moment(exp_avg_ptr, m_scale, at, inside, CODES, False)
+        v = _read_moment(exp_avg_sq_ptr, v_scale, at, inside, CODES, True)
+        p, m, v = _moved(p, g, m, v, decay, step_size, rest1, beta2, rest2, scale2, eps)
+        if CODES:
+            m_scale, v_scale = _row_scale(m), _row_scale(v)
+            tl.store(exp_avg_scale_ptr + row, m_scale, begun)
+            tl.store(exp_avg_sq_scale_ptr + row, v_scale, begun)
+        draw = moment_draws[i]
+        _write_moment(m, m_scale, draw, exp_avg_ptr, at, inside, CODES, False)
+        _write_moment(v, v_scale, draw >> 16, exp_avg_sq_ptr, at, inside, CODES, True)
+        draw = draws[i] if DRAWS else 0
+        _write_weight(p, draw, param_ptr, remainder_ptr, at, inside, SPLIT, DRAWS)
 
 
 def adamw_update(
@@ -103,6 +237,8 @@ def adamw_update(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None,
     step: int,
     learning_rate: float,
@@ -115,21 +251,25 @@ def adamw_update(
     step_size = learning_rate / (1 - beta1**step)
     scale2 = (1 - beta2**step) ** -0.5
     settings = learning_rate * weight_decay, step_size, 1 - beta1, beta2, 1 - beta2, scale2, eps
+    block, num_warps = launch.flat_tile(exp_avgs[0].new_empty(0, dtype=float32))
+    block //= _DRAWS.value
+    exact, codes = exp_avgs[0].dtype == float32, exp_avgs[0].dtype == uint8
     for place, param in enumerate(params):
-        bits = param.view(int16) if param.dtype == bfloat16 else param
-        tensors = (
-            bits,
-            remainders[place] if remainders else bits,
-            grads[place],
-            exp_avgs[place],
-            exp_avg_sqs[place],
-        )
-        block, num_warps = launch.flat_tile(exp_avgs[place])
-        block //= _DRAWS.value
+        weight, *moments = (_bits(x[place]) for x in (params, exp_avgs, exp_avg_sqs))
+        remainder = remainders[place] if remainders else weight
+        scales = (exp_avg_scales[place], exp_avg_sq_scales[place]) if codes else moments
+        tensors = (weight, remainder, grads[place], *moments, *(() if exact else scales))
+        draws = param.dtype == bfloat16 and not remainders
+        modes = {"SCALES": grad_scale is not None, "SPLIT": bool(remainders), "DRAWS": draws}
+        kernel = _adamw_kernel if exact else _adamw_rounding_kernel
         if param.numel():
-            _adamw_kernel[(launch.ceil_div(param.numel(), _DRAWS.value * block),)](
+            kernel[(launch.ceil_div(param.numel(), _DRAWS.value * block),)](
                 *(x.view(-1) for x in tensors), param if grad_scale is None else grad_scale,
                 param.numel(), *settings, step, place, 0 if seed is None else seed, BLOCK=block,
-                SCALES=grad_scale is not None, SPLIT=bool(remainders), DRAWS=seed is not None,
-                num_warps=num_warps // 2, enable_fp_fusion=False,
+                **modes, **({} if exact else {"CODES": codes}), num_warps=num_warps // 2,
+                enable_fp_fusion=False,
             )  # fmt: skip
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(int16) if x.dtype == bfloat16 else x

@@ -154,11 +154,16 @@ def adamw_step(
     numel: int,
     mode: Literal["fp32", "split", "stochastic"],
     grad_itemsize: int | None = None,
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32",
 ) -> Cost:
-    """fp32 weights; bf16 with 16-bit remainders; bf16 rounded at random. fp32 moments.
+    """fp32 weights; bf16 with 16-bit remainders; bf16 rounded at random.
 
-    grad_itemsize: that of the weights where it is None.
+    grad_itemsize: that of the weights where it is None. Moments of 8 bits have a scale of 4 bytes
+    for 128 of them.
     """
     weight = {"fp32": 4, "split": 4, "stochastic": 2}[mode]  # a remainder is read and written, too
     grad = grad_itemsize or (4 if mode == "fp32" else 2)
-    return _memory_bound(numel * (2 * weight + grad + 4 * 4), 15 * numel)
+    moment_bytes = (
+        4 * {"fp32": 4 * numel, "bf16": 2 * numel, "8bit": numel + 4 * -(-numel // 128)}[moments]
+    )  # two, read and written
+    return _memory_bound(numel * (2 * weight + grad) + moment_bytes, 15 * numel)

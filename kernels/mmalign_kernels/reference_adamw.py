@@ -1,11 +1,15 @@
-"""AdamW in plain PyTorch: torch's fused kernel, and around it the two ways to keep bf16 weights."""
+"""AdamW in plain PyTorch: torch's fused kernel, and around it the ways to keep weights and moments
+in fewer bits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from . import block_quantization as codes
+
 _BLOCK = 1 << 18  # elements whose fp32 copies stay in the cache between the passes
+_Draw = Callable[[int], Tensor]  # so many random numbers in [0, 2^16), int32
 
 
 def adamw_update(
@@ -14,6 +18,8 @@ def adamw_update(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None,
     step: int,
     learning_rate: float,
@@ -35,28 +41,78 @@ def adamw_update(
             grad_scale=divisor,
         )  # fmt: skip
 
-    if params[0].dtype == torch.float32:
+    if params[0].dtype == exp_avgs[0].dtype == torch.float32:
         update(params, grads, exp_avgs, exp_avg_sqs)
         return
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(params[0].device).manual_seed(seed * 1_000_003 + step)
-    for i, (param, *tensors) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        remainder = remainders[i] if generator is None else param  # not read when rounding
-        for bits, low, grad, m, v in _blocks(param.view(torch.int16), remainder, *tensors):
-            wide = bits.int().bitwise_left_shift_(16)
-            if generator is None:
-                wide.add_(low)
-            update([wide.view(torch.float32)], [grad.to(torch.float32, copy=True)], [m], [v])
-            if generator is None:
-                low.copy_(wide)
-                wide.add_(0x8000)
-            else:
-                wide.add_(torch.randint_like(wide, 1 << 16, generator=generator))
-            bits.copy_(wide.bitwise_right_shift_(16))
+    draw = None if seed is None else _draws(seed * 1_000_003 + step, params[0].device)
+    state = remainders, exp_avg_scales, exp_avg_sq_scales
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        for part in _parts(*tensors, *(x[i] if x else None for x in state)):
+            param, grad, m, v, remainder, *scales = part
+            wide = _wide_param(param, remainder)
+            wide_m, wide_v = (
+                _wide_moment(x, scale, code)
+                for x, scale, code in zip((m, v), scales, (codes.FIRST, codes.SECOND), strict=True)
+            )
+            update([wide], [grad.to(torch.float32, copy=True)], [wide_m], [wide_v])
+            _keep_moment(wide_m, m, scales[0], codes.FIRST, draw)
+            _keep_moment(wide_v, v, scales[1], codes.SECOND, draw)
+            _keep_param(wide, param, remainder, draw)
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    flat = [x.view(-1) for x in tensors]
-    for begin in range(0, flat[0].numel(), _BLOCK):
-        yield tuple(x[begin : begin + _BLOCK] for x in flat)
+def _draws(seed: int, device: torch.device) -> _Draw:
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.int32, "device": device}
+    return lambda num: torch.randint(1 << 16, (num,), **options)
+
+
+def _parts(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Corresponding pieces; scales, the last two, have an element for every block of codes."""
+    flat = [None if x is None else x.view(-1) for x in tensors]
+    sizes = [_BLOCK] * (len(flat) - 2) + [_BLOCK // codes.BLOCK] * 2
+    for i in range(-(-len(flat[0]) // _BLOCK)):
+        yield tuple(
+            None if x is None else x[i * size : (i + 1) * size]
+            for x, size in zip(flat, sizes, strict=True)
+        )
+
+
+def _wide_param(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """fp32: the parameter itself, a copy of bf16, or the exact master."""
+    if remainder is None:
+        return param.float()
+    return (param.view(torch.int16).int() << 16).add_(remainder).view(torch.float32)
+
+
+def _keep_param(wide: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw | None) -> None:
+    if param.dtype == torch.float32:
+        return  # updated in place
+    bits = wide.view(torch.int32)
+    if remainder is None:
+        bits = bits.add_(draw(len(bits)))
+    else:
+        remainder.copy_(bits)
+        bits = bits.add_(0x8000)
+    param.view(torch.int16).copy_(bits >> 16)
+
+
+def _wide_moment(moment: Tensor, scales: Tensor | None, code: codes.MomentCode) -> Tensor:
+    return moment.float() if scales is None else codes.decode(moment, scales, code)
+
+
+def _keep_moment(
+    wide: Tensor,
+    moment: Tensor,
+    scales: Tensor | None,
+    code: codes.MomentCode,
+    draw: _Draw | None,
+) -> None:
+    if moment.dtype == torch.float32:
+        return  # updated in place
+    if scales is None:
+        bits = wide.view(torch.int32).add_(draw(len(wide)))
+        moment.view(torch.int16).copy_(bits >> 16)
+        return
+    new_codes, new_scales = codes.encode(wide, draw(len(wide)), code)
+    moment.copy_(new_codes)
+    scales.copy_(new_scales)

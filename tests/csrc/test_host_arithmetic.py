@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mmalign_kernels import adamw_triton, launch
+from mmalign_kernels import adamw_triton, block_quantization, launch
 from mmalign_kernels.adamw import join_master, split_master
 
 from .host_library import HostLibrary
@@ -148,6 +148,22 @@ def test_quantisation_is_unbiased(host, moment):
         assert rest.mean() == pytest.approx(value, rel=4 * 0.125 / num**0.5)
 
 
+@pytest.mark.parametrize("moment", ("first", "second"))
+def test_tensors_have_the_same_codes(host, rng, moment):
+    """block_quantization.py, bit for bit."""
+    num, code = 1000, {"first": block_quantization.FIRST, "second": block_quantization.SECOND}
+    x = np.exp(rng.normal(-3, 4, num)).astype(np.float32)
+    x[::50], x[256:384] = 0, 0
+    x *= np.where(rng.random(num) < 0.5, -1, 1).astype("f4") if moment == "first" else 1
+    bits, (codes, scales, decoded) = draws(rng, num), (np.zeros(num, t) for t in ("u1", "f4", "f4"))
+    getattr(host, f"quantize_{moment}")(x, bits, num, codes, scales[:8], decoded)
+    given = torch.from_numpy(x), torch.from_numpy((bits & 0xFFFF).astype("i4")), code[moment]
+    our_codes, our_scales = block_quantization.encode(*given)
+    assert (our_codes.numpy() == codes).all() and (our_scales.numpy() == scales[:8]).all()
+    ours = block_quantization.decode(our_codes, our_scales, code[moment]).numpy()
+    assert (ours == decoded).all()
+
+
 def test_quantisation_keeps_nan(host, rng):
     x = rng.random(256, dtype=np.float32)
     x[3] = np.nan
@@ -218,8 +234,9 @@ def test_adamw_draws_the_bits_of_the_triton_kernel(host, rng, monkeypatch):
 
     params = [x.view(torch.bfloat16) for x in tensors(run.weights.view("i2") for run in ours)]
     moments = [tensors(run.moments[i] for run in ours) for i in range(2)]
+    state = *moments, [], [], []
     adamw_triton.adamw_update(
-        params, tensors(grads), *moments, [], torch.tensor(0.7), count, *SETTINGS, seed
+        params, tensors(grads), *state, torch.tensor(0.7), count, *SETTINGS, seed
     )
     for place, (run, param) in enumerate(zip(ours, params, strict=True)):
         run.step(grads[place], count, seed, place)

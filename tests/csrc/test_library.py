@@ -139,6 +139,7 @@ def test_wrong_arguments_of_the_backward(words, arguments):
 
 
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+EMPTY = {name: [] for name in ("remainders", "exp_avg_scales", "exp_avg_sq_scales")}
 
 
 @pytest.mark.parametrize(
@@ -177,13 +178,13 @@ LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
     ],
 )
 def test_wrong_arguments_of_adamw(words, lists, seed):
-    whole = {name: [rows(4), rows(5)] for name in LISTS} | {"remainders": []} | lists
+    whole = {name: [rows(4), rows(5)] for name in LISTS} | EMPTY | lists
     with pytest.raises(RuntimeError, match=f"adamw_update: {words}"):
         adamw_cuda.adamw_update(**whole, grad_scale=None, **_settings(), seed=seed)
 
 
 def test_wrong_grad_scale_of_adamw():
-    whole = {name: [rows(4)] for name in LISTS} | {"remainders": []}
+    whole = {name: [rows(4)] for name in LISTS} | EMPTY
     with pytest.raises(RuntimeError, match=r"grad_scale has shape \(1,\), expected \(\)"):
         adamw_cuda.adamw_update(**whole, grad_scale=rows(1), **_settings(), seed=None)
 

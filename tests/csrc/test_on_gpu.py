@@ -98,7 +98,7 @@ def test_adamw_is_the_hosts_bit_for_bit(host_library_file, kind):
     remainders = [remainder for _, remainder in split] if kind == "split" else []
     params[-1] = torch.cat((params[-1][:1], params[-1]))[1:]
     scale = torch.tensor(0.7)
-    adamw_update(params, grads, *moments, remainders, scale, count, *SETTINGS, seed)
+    adamw_update(params, grads, *moments, remainders, [], [], scale, count, *SETTINGS, seed)
     for i, (master, weight, remainder, *state) in enumerate(expected):
         if kind == "fp32":
             assert (params[i].cpu().numpy() == master).all()
@@ -114,7 +114,7 @@ def test_adamw_is_the_hosts_bit_for_bit(host_library_file, kind):
 def test_a_skipped_step_changes_nothing(factor):
     params, grads, *moments = ([torch.rand(n) for n in (5, 4096)] for _ in range(4))
     before = [x.clone() for x in (*params, *moments[0], *moments[1])]
-    adamw_update(params, grads, *moments, [], torch.tensor(factor), 2, *SETTINGS, None)
+    adamw_update(params, grads, *moments, [], [], [], torch.tensor(factor), 2, *SETTINGS, None)
     for x, old in zip((*params, *moments[0], *moments[1]), before, strict=True):
         assert torch.equal(x, old)
 

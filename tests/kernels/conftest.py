@@ -17,6 +17,7 @@ if not INTERPRETED:
 from mmalign_kernels import dispatch, libraries  # noqa: E402
 
 FAMILIES = {  # of a test file that is not named after its one family
+    "test_adamw_moments": ("adamw",),
     "test_attention": ("attention", "rotary"),
     "test_dispatch": (),
     "test_registration": (

@@ -12,11 +12,11 @@ SHAPES = ((1,), (199,), (33, 70), (257, 1031))
 class Run:
     """Parameters of several shapes and their state; one call makes a step."""
 
-    def __init__(self, params, remainders=None, seed=None):
+    def __init__(self, params, remainders=None, seed=None, moments=torch.float32):
         self.params, self.remainders, self.seed = params, remainders, seed
-        self.moments = [
-            [torch.zeros(p.shape, dtype=torch.float32) for p in params] for _ in range(2)
-        ]
+        self.moments = [[torch.zeros(p.shape, dtype=moments) for p in params] for _ in range(2)]
+        scales = [[torch.zeros(-(-p.numel() // 128)) for p in params] for _ in range(2)]
+        self.scales = scales if moments == torch.uint8 else [None, None]
         self.count = 0
 
     def step(self, grads, learning_rate=1e-2, grad_scale=None):
@@ -29,6 +29,8 @@ class Run:
             learning_rate=learning_rate,
             grad_scale=grad_scale,
             remainders=self.remainders,
+            exp_avg_scales=self.scales[0],
+            exp_avg_sq_scales=self.scales[1],
             seed=self.seed,
             **SETTINGS,
         )
@@ -168,10 +170,13 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"grads\[0\] has shape \(2,\), expected \(1,\)"):
         run.step([torch.ones(2), *gradients(1)[0][1:]])
     halves = [p.bfloat16() for p in weights()]
-    with pytest.raises(ValueError, match="bf16 takes one of them"):
+    with pytest.raises(ValueError, match="rounded at random, and need a seed"):
         Run(halves).step(gradients(1)[0])
-    with pytest.raises(ValueError, match="fp32 takes neither"):
+    with pytest.raises(ValueError, match="nothing here is rounded at random"):
         Run(weights(), seed=1).step(gradients(1)[0])
+    with pytest.raises(ValueError, match="fp32, which takes no remainders"):
+        lows = [torch.zeros(shape, dtype=torch.int16) for shape in SHAPES]
+        Run(weights(), lows).step(gradients(1)[0])
     with pytest.raises(ValueError, match=r"remainders\[0\] is torch.int32"):
         Run(halves, [torch.zeros(s, dtype=torch.int32) for s in SHAPES]).step(gradients(1)[0])
     with pytest.raises(ValueError, match=r"params\[0\].*not contiguous"):

@@ -39,6 +39,8 @@ def arguments() -> dict[str, list[tuple]]:
     feature_grads = (rand(6, 8), rand(6, 8))
     states = [[torch.rand(5) for _ in range(2)] for _ in range(4)]
     halves = [[torch.rand(5).bfloat16()], *([torch.rand(5)] for _ in range(3))]
+    remainder = torch.zeros(5, dtype=torch.int16)
+    codes = [[torch.zeros(5, dtype=torch.uint8)] for _ in range(2)]
     settings = (1, 1e-3, 0.9, 0.999, 1e-8, 0.1)
     samples = {
         "rms_norm_fwd": [(rand(6, 8), rand(8), 1e-5)],
@@ -87,9 +89,10 @@ def arguments() -> dict[str, list[tuple]]:
         "quick_gelu_fwd": [(rand(6, 8),)],
         "quick_gelu_bwd": [(rand(6, 8), rand(6, 8))],
         "adamw_update": [
-            (*states, [], None, *settings, None),
-            (*halves, [torch.zeros(5, dtype=torch.int16)], torch.tensor(0.5), *settings, None),
-            (*halves, [], None, *settings, 3),
+            (*states, [], [], [], None, *settings, None),
+            (*halves, [remainder], [], [], torch.tensor(0.5), *settings, None),
+            (*halves, [], [], [], None, *settings, 3),
+            (*halves[:2], *codes, [], [torch.zeros(1)], [torch.zeros(1)], None, *settings, 3),
         ],
     }
     for name, calls in samples.items():
