@@ -21,7 +21,7 @@ from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from mmalign.model.llava import Llava
 from mmalign.training.flops import Workload, model_flops
 from mmalign.training.optimizer import AdamW
-from mmalign.training.trainer import to_device
+from mmalign.training.sharding import to_device
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5)
 

@@ -38,8 +38,8 @@ from mmalign.system import DTYPES
 from mmalign.training.flops import Workload, batch_flops
 from mmalign.training.optimizer import AdamW
 from mmalign.training.parallel import Ranks
+from mmalign.training.sharding import to_device
 from mmalign.training.telemetry import Telemetry
-from mmalign.training.trainer import to_device
 
 BENCHMARK = "train_recipe"
 PEERS = ("bench_train_step.py",)

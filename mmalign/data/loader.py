@@ -8,7 +8,7 @@ size and may reach into the next epoch, and a run continues from its step number
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,12 +55,16 @@ def num_steps_of(num_samples: int, global_batch_size: int, num_epochs: float) ->
 
 
 def micro_batches(
-    lengths: Sequence[int], micro_batch_tokens: int, world_size: int
+    lengths: Sequence[int],
+    micro_batch_tokens: int,
+    world_size: int,
+    costs: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
-    """Cut a step into micro-batches of balanced token counts.
+    """Cut a step into micro-batches of balanced cost, so that the processes finish together.
 
     Args:
         lengths: tokens of each sample of the step.
+        costs: of each sample, in any unit; without them its tokens.
     Returns:
         For each rank its micro-batches, each the ascending indices of its samples. No micro-batch
         is empty or has more than micro_batch_tokens; every rank has the same number of them.
@@ -68,6 +72,7 @@ def micro_batches(
         UserError: there is no such cut.
     """
     lengths = [int(length) for length in lengths]
+    costs = lengths if costs is None else list(costs)
     if len(lengths) < world_size:
         raise UserError(
             f"a global batch of {len(lengths)} samples cannot feed {world_size} processes. "
@@ -75,8 +80,8 @@ def micro_batches(
         )
     fewest = max(1, math.ceil(sum(lengths) / micro_batch_tokens / world_size))
     for per_rank in range(fewest, len(lengths) // world_size + 1):
-        bins = _balanced_bins(lengths, per_rank * world_size)
-        if max(tokens for tokens, _ in bins) <= micro_batch_tokens:
+        bins = _balanced_bins(lengths, costs, micro_batch_tokens, per_rank * world_size)
+        if bins is not None:
             return _deal(bins, world_size)
     raise UserError(
         f"{len(lengths)} samples of {sum(lengths)} tokens do not fit micro-batches of at most "
@@ -85,17 +90,27 @@ def micro_batches(
     )
 
 
-def _balanced_bins(lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
-    """(tokens, indices) a bin: each sample, longest first, to the bin with the fewest tokens."""
-    bins = [(0, i, []) for i in range(num_bins)]  # the second entry settles ties
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        tokens, i, indices = bins[0]
-        heapq.heapreplace(bins, (tokens + lengths[index], i, [*indices, index]))
-    return [(tokens, sorted(indices)) for tokens, _, indices in bins]
+def _balanced_bins(
+    lengths: list[int], costs: list[int], most_tokens: int, num_bins: int
+) -> list[tuple[int, list[int]]] | None:
+    """(cost, indices) a bin: each sample, dearest first, to the cheapest bin with room for it."""
+    bins = [(0, i, 0, []) for i in range(num_bins)]  # (cost, settles ties, tokens, indices)
+    for index in sorted(range(len(lengths)), key=lambda i: (-costs[i], -lengths[i], i)):
+        full = []
+        while bins and bins[0][2] + lengths[index] > most_tokens:
+            full.append(heapq.heappop(bins))
+        if not bins:
+            return None
+        cost, i, tokens, indices = bins[0]
+        fuller = (cost + costs[index], i, tokens + lengths[index], [*indices, index])
+        heapq.heapreplace(bins, fuller)
+        for item in full:
+            heapq.heappush(bins, item)
+    return [(cost, sorted(indices)) for cost, _, _, indices in bins]
 
 
 def _deal(bins: list[tuple[int, list[int]]], world_size: int) -> list[list[list[int]]]:
-    """Largest bins first, to and fro over the ranks, so that ranks keep pace and totals agree."""
+    """Dearest bins first, to and fro over the ranks, so that ranks keep pace and totals agree."""
     bins = sorted(bins, key=lambda item: (-item[0], item[1]))
     ranks = [[] for _ in range(world_size)]
     for i, (_, indices) in enumerate(bins):
@@ -140,12 +155,18 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         require_images: bool = False,
+        cost: Callable[[int, int, int], int] | None = None,
     ):
+        """cost: of a sample's tokens, targets and images; what the ranks' shares are balanced by.
+
+        Without it the tokens alone.
+        """
         self.dataset, self.report = dataset, report
         self.plan = StepPlan(len(report.kept), global_batch_size, seed, dataset.data.shuffle)
         self.micro_batch_tokens = micro_batch_tokens
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size = rank, world_size
+        self.cost = cost
         self._check_lengths()
         if global_batch_size % world_size:  # otherwise one sample a micro-batch always works
             for step in range(start_step, num_steps):
@@ -190,8 +211,14 @@ class StepLoader:
         )
 
     def _cut(self, positions: np.ndarray) -> list[list[list[int]]]:
-        lengths = self.report.lengths[positions].tolist()
-        return micro_batches(lengths, self.micro_batch_tokens, self.world_size)
+        report = self.report
+        lengths = report.lengths[positions].tolist()
+        costs = None
+        if self.cost is not None:
+            columns = (report.lengths, report.num_loss_tokens, report.num_images)
+            facts = zip(*(column[positions].tolist() for column in columns), strict=True)
+            costs = [self.cost(*sample) for sample in facts]
+        return micro_batches(lengths, self.micro_batch_tokens, self.world_size, costs)
 
     def _check_lengths(self) -> None:
         longest = int(self.report.lengths.argmax())

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf_names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
+from mmalign.model.shards import unit_of, whole
 from mmalign.model.vision_tower import CLIP_MEAN, CLIP_STD, VisionTower
 
 if TYPE_CHECKING:
@@ -30,10 +31,16 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_llama(
-    model: Llava | Decoder, folder: str | Path, tokenizer: "Tokenizer | None" = None
+    model: Llava | Decoder, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
 ) -> None:
-    """A LlamaForCausalLM folder of the decoder alone."""
+    """A LlamaForCausalLM folder of the decoder alone.
+
+    A sharded model is exported by all processes together; with folder None a process only takes
+    part in gathering its weights.
+    """
     decoder = model.decoder if isinstance(model, Llava) else model
+    if folder is None:
+        return _read_all(_decoder_tensors(model))
     with _complete_or_absent(Path(folder)) as partial:
         _write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
         _write_weights(partial, _decoder_tensors(model))
@@ -49,13 +56,17 @@ def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
         _write_weights(partial, _tower_tensors(tower, "vision_model."))
 
 
-def export_llava(llava: Llava, folder: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
-    """A LlavaForConditionalGeneration folder.
+def export_llava(
+    llava: Llava, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
+) -> None:
+    """A LlavaForConditionalGeneration folder. folder None: as in export_llama.
 
     Its projector has two linear layers with an activation between them; ours is the first, the
     activation is "linear" and the second is the identity with zero bias, which is exact.
     """
     assert llava.vision_tower is not None, "a text-only model exports with export_llama"
+    if folder is None:
+        return _read_all(_llava_tensors(llava))
     dtype, tower = _dtype(llava.decoder), llava.vision_tower
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -104,12 +115,20 @@ _Tensors = Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "") -> _Tensors:
-    """Parts of a fused weight follow each other, so a merged weight is computed once."""
-    name, weight = None, None
-    for key, part in parts.items():
-        if part.parameter != name:
-            name, weight = part.parameter, _merged(module, part.parameter)
-        yield prefix + key, weight[part.rows].reshape(part.shape)
+    """Parts of a fused weight follow each other, so a merged weight is computed once.
+
+    Of a sharded module the parts of a unit follow each other too: one unit is whole at a time.
+    """
+    name, weight, unit = None, None, None
+    with ExitStack() as gathered:
+        for key, part in parts.items():
+            if unit is not (unit := unit_of(module, part.parameter)):
+                gathered.close()
+                gathered.enter_context(whole(unit))
+            if part.parameter != name:
+                name, weight = part.parameter, _merged(module, part.parameter)
+            tensor = weight[part.rows].reshape(part.shape)
+            yield prefix + key, tensor if unit is module else tensor.clone()
 
 
 def _merged(module: nn.Module, parameter: str) -> Tensor:
@@ -144,6 +163,11 @@ def _llava_tensors(llava: Llava) -> _Tensors:
     }.items():
         yield f"multi_modal_projector.{name}", tensor
     yield from _decoder_tensors(llava, "language_model.")
+
+
+def _read_all(tensors: _Tensors) -> None:
+    for _ in tensors:
+        pass
 
 
 def _write_weights(folder: Path, tensors: _Tensors) -> None:

@@ -41,3 +41,16 @@ def whole(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
+
+
+def unit_of(module: nn.Module, parameter: str) -> nn.Module:
+    """The innermost module that is sharded as a whole and holds this parameter; or the outermost.
+
+    parameter: a dotted name, as named_parameters of `module` gives it.
+    """
+    unit = owner = module
+    for name in parameter.split(".")[:-1]:
+        owner = getattr(owner, name)
+        if isinstance(owner, FSDPModule):
+            unit = owner
+    return unit

@@ -1,6 +1,7 @@
 """From a configuration to what the loop needs: paths filled in, dataset, model."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
+from mmalign.training.flops import Workload, model_flops
 
 log = logging.getLogger("mmalign")
 TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
@@ -67,6 +69,18 @@ def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationData
     return ConversationDataset(
         samples, tokenizer, config.data, vision.num_patches, vision.image_size
     )
+
+
+def sample_cost(config: TrainConfig) -> Callable[[int, int, int], int]:
+    """(tokens, targets, images) of a sample -> FLOPs of its training, from configurations alone."""
+    vision = None if config.data.text_only else VisionConfig.from_hf(config.model.vision_tower)
+    decoder = DecoderConfig.from_hf(config.model.decoder)
+    workload = Workload(decoder, vision, config.stage, config.lora)
+
+    def cost(num_tokens: int, num_loss_tokens: int, num_images: int) -> int:
+        return model_flops(workload, [num_tokens], num_loss_tokens, num_images).total
+
+    return cost
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:

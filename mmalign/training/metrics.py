@@ -63,4 +63,6 @@ def keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines of steps after `last_step`, which a continued run writes again."""
     if path.exists():
         kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        torn = path.with_suffix(".tmp")
+        torn.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        torn.replace(path)  # a kill leaves the old lines or the new ones

@@ -11,6 +11,7 @@ here, once a step.
 
 import os
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from mmalign.errors import UserError
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
 from mmalign.training.parallel import Ranks
+from mmalign.training.ranges import stage
 
 
 class ParallelModel:
@@ -51,11 +53,15 @@ class ParallelModel:
         The share is of the mean over every supervised token of the step, not a mean of means.
         """
         self._synchronise_gradients(last)
-        share = self.replica(batch) / num_loss_tokens
-        # gradients are averaged over the ranks, so each rank's share is scaled up by their number
-        (share * self.ranks.world_size).backward()
-        if last and self.sharded:
-            self._sum_replicated_gradients()
+        with stage("copy to device"):
+            batch = to_device(batch, self.ranks.device)
+        with stage("forward"):
+            share = self.replica(batch) / num_loss_tokens
+        with stage("backward"):
+            # gradients are averaged over the ranks, so each share is scaled up by their number
+            (share * self.ranks.world_size).backward()
+            if last and self.sharded:
+                self._sum_replicated_gradients()
         return share.detach()
 
     def _synchronise_gradients(self, last: bool) -> None:
@@ -145,3 +151,14 @@ def _shard(model: Llava, config: TrainConfig, ranks: Ranks) -> None:
     for i, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + parallel.prefetch])
         layer.set_modules_to_backward_prefetch(layers[max(0, i - parallel.prefetch) : i][::-1])
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if device.type == "cpu":
+        return batch
+    tensors = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **tensors)

@@ -4,13 +4,16 @@ import signal
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the step in flight; a second one stops at once."""
+    """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT ask for a stop after the step in flight.
+
+    A second one has its usual effect.
+    """
 
     def __init__(self):
         self.requested = False
         self.previous = {
             number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
 
     def _on_signal(self, number, frame) -> None:

@@ -1,37 +1,38 @@
 """The training loop of both stages.
 
 config -> data check -> model -> steps (micro-batches -> loss -> gradients -> AdamW) -> export
+
+The host never waits for the step that it has just launched: a step's numbers are read, checked and
+logged when the next one is on its way, and before anything is saved.
 """
 
 import logging
-import math
 import time
-import warnings
-from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.loader import Step, StepLoader, num_steps_of
-from mmalign.data.packing import PackedBatch
 from mmalign.errors import UserError
-from mmalign.model.hf_weights import export_llama, export_llava, save_projector
-from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.build import build_dataset, build_model, resolve
-from mmalign.training.checkpoint import Checkpoints
-from mmalign.training.flops import Workload, step_flops
-from mmalign.training.metrics import Metrics
+from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
+from mmalign.training.checkpoint import CheckpointError, Checkpoints
+from mmalign.training.export import export
+from mmalign.training.flops import Workload
+from mmalign.training.guards import LossWatch, UpdateGate
+from mmalign.training.heartbeat import Heartbeat
+from mmalign.training.launched import Launched
+from mmalign.training.metrics import Metrics, read_metrics
 from mmalign.training.optimizer import AdamW
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
 from mmalign.training.parallel import Ranks, start_ranks
 from mmalign.training.profiler import StepProfiler
 from mmalign.training.ranges import stage
+from mmalign.training.readout import Readout
 from mmalign.training.run_folder import write_config
 from mmalign.training.schedule import learning_rate_at
+from mmalign.training.sharding import ParallelModel, is_sharded
 from mmalign.training.stop_signal import StopSignal
 from mmalign.training.telemetry import Telemetry
 
@@ -46,7 +47,7 @@ def train(config: TrainConfig) -> None:
         with explain_out_of_memory(config, ranks):
             trainer = Trainer(config, ranks)
         trainer.run()
-        trainer.export()
+        export(trainer.model, config, trainer.tokenizer, ranks)
 
 
 class Trainer:
@@ -62,18 +63,23 @@ class Trainer:
         self.num_steps = config.num_steps or num_steps_of(
             len(self.report.kept), config.global_batch_size, config.num_epochs
         )
-        self.checkpoints = Checkpoints(config.run_dir / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            config.run_dir / "checkpoints",
+            config.checkpoint.keep,
+            ranks,
+            collective=is_sharded(config.parallel, ranks),
+        )
         self.first_step = self.checkpoints.latest_step()
         self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
-        self.model = build_model(config, self.tokenizer).to(ranks.device)
+        self.model = build_model(config, self.tokenizer)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
+        self.parallel = ParallelModel(self.model, config, ranks)
         self.optimizer = AdamW(self.model.trainable_parameters(), config.optimizer)
+        self.gate = UpdateGate(config.on_non_finite, ranks.device)
+        self.heartbeat = Heartbeat(ranks, config.parallel.timeout_minutes)
         self._resume()
-        self.replica = self.model
-        if ranks.world_size > 1:
-            self.replica = _data_parallel(self.model)
 
     # ---- before the first step ----
 
@@ -89,114 +95,154 @@ class Trainer:
 
     def _resume(self) -> None:
         state = self.optimizer.state()
-        if self.first_step == 0:
-            if self.ranks.is_main:
-                self.checkpoints.check_disk(state)
-            return
-        self.checkpoints.load(self.first_step, state)
-        self.optimizer.step_count = self.first_step
         if self.ranks.is_main:
-            log.info("continuing %s after step %d", self.config.run_dir, self.first_step)
+            self.checkpoints.check_disk(state)
+        if self.first_step:
+            self.checkpoints.load(self.first_step, state)
+            self.optimizer.step_count = self.first_step
+            if self.ranks.is_main:
+                log.info("continuing %s after step %d", self.config.run_dir, self.first_step)
 
     # ---- the loop ----
 
     def run(self) -> None:
         """All remaining steps. Saves before it leaves, for whatever reason it leaves."""
-        self.done = self.first_step  # optimizer steps that the weights have behind them
+        self.done = self.first_step  # steps behind the weights, as far as the host has seen
         self.updating = False  # true while the weights are between two steps
-        metrics = self._metrics() if self.ranks.is_main else None
-        stop = StopSignal()
+        self.in_flight: Launched | None = None
+        self.stop = StopSignal()
+        self.metrics = self._metrics() if self.ranks.is_main else None
+        self.watch = LossWatch(self.config.loss_spike_factor, self._earlier_losses())
+        self.over_at = time.perf_counter()  # when the last step was over, or its saving
         try:
-            with self.telemetry, self.profiler:
-                self._run_steps(metrics, stop)
-            self._save()
+            with self.heartbeat, self.telemetry, self.profiler:
+                self._run_steps()
+                self._save()
+                self.checkpoints.wait()
+        except CheckpointError:
+            raise
         except BaseException:
             self._save_before_leaving()
             raise
         finally:
-            stop.restore()
-            if metrics:
-                metrics.close()
+            self.stop.restore()
+            if self.metrics:
+                self.metrics.close()
 
-    def _run_steps(self, metrics: Metrics | None, stop: StopSignal) -> None:
+    def _run_steps(self) -> None:
+        every = self.config.checkpoint.every
+        self.heartbeat.at(self.first_step + 1, "waiting for data")
         for step, data_seconds in self.profiler.watch(timed(self.loader), self.model):
+            self.heartbeat.at(step.index + 1, "computing")
             with explain_out_of_memory(self.config, self.ranks, step):
-                record = self.train_step(step, data_seconds)
-            if metrics:
-                metrics.log(record)
-            if self.ranks.any(stop.requested):
+                launched = self.train_step(step, data_seconds)
+            before, self.in_flight = self.in_flight, launched
+            self._read(before)
+            if every and launched.number % every == 0:
                 self._save()
-                raise UserError(
-                    f"stopped by a signal after step {self.done}; everything is saved. "
-                    "The same command continues."
-                )
-            if self.config.checkpoint.every and self.done % self.config.checkpoint.every == 0:
-                self._save()
+            self.heartbeat.at(launched.number + 1, "waiting for data")
 
-    def train_step(self, step: Step, data_seconds: float) -> dict:
-        """One optimizer step on exactly the samples of `step`; its line of metrics.jsonl."""
-        started = time.perf_counter()
+    def train_step(self, step: Step, data_seconds: float) -> Launched:
+        """Launches one optimizer step on exactly the samples of `step`."""
         # dropout is a function of the step, so a continued run draws the same masks
         torch.manual_seed(hash((self.config.seed, step.index, self.ranks.rank)) % 2**63)
-        loss_value = self.ranks.sum(self._loss_and_gradients(step)).item()
-        if not math.isfinite(loss_value):
-            raise UserError(
-                f"the loss of step {step.index + 1} is {loss_value}. Its samples: "
-                f"{', '.join(step.sample_ids)}. Look at them with scripts/preview_batch.py, or "
-                "lower --optimizer.learning-rate; the weights before this step are saved."
-            )
+        loss, stop, failed = self.ranks.sum(self._loss_and_gradients(step)).unbind()
         optimizer = self.config.optimizer
         learning_rate = learning_rate_at(
             step.index, self.num_steps, optimizer.learning_rate, optimizer.warmup_ratio
         )
         with stage("gradient norm"):
-            gradient_norm = self.optimizer.gradient_norm()
+            norm = self.optimizer.gradient_norm()
+        allowed = self.gate.allows(loss, norm)
         self.updating = True
         with stage("optimizer"):
-            self.optimizer.step(learning_rate, gradient_norm)
+            self.optimizer.step(learning_rate, norm, allowed)
             self.optimizer.zero_grad()
-        self.done, self.updating = step.index + 1, False
-        gradient_norm_value = gradient_norm.item()  # waits for the device: the step is over
-        seconds = time.perf_counter() - started + data_seconds
-        return {
-            "step": self.done,
-            "loss": loss_value,
-            "grad_norm": gradient_norm_value,
-            "learning_rate": learning_rate,
-            "tokens": step.num_tokens,
-            "loss_tokens": step.num_loss_tokens,
-            "samples": len(step.sample_ids),
-            "micro_batches": len(step.batches),
-            "seconds": seconds,
-            "data_wait_seconds": data_seconds,
-            **self.telemetry.record(
-                tokens=step.num_tokens,
-                samples=len(step.sample_ids),
-                flops=step_flops(self.workload, step).total,
-                seconds=seconds,
-                data_seconds=data_seconds,
-            ),
-        }
+        self.updating = False
+        readout = Readout(torch.stack((loss, norm, allowed.float(), stop, failed)))
+        return Launched(step, learning_rate, data_seconds, readout)
 
     def _loss_and_gradients(self, step: Step) -> torch.Tensor:
-        """This process's share of the step's loss, a 0-dim tensor; its gradients are summed."""
-        loss = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(step.batches):
-            self._synchronise_gradients(last=i == len(step.batches) - 1)
-            with stage("copy to device"):
-                batch = to_device(batch, self.ranks.device)
-            with stage("forward"):
-                # the mean over every supervised token of the global batch, not a mean of means
-                share = self.replica(batch) / step.num_loss_tokens
-            with stage("backward"):
-                # DDP averages over the ranks, so each rank's share is scaled up by their number
-                (share * self.ranks.world_size).backward()
-            loss += share.detach()
-        return loss
+        """(3,) of this process: share of the loss, whether to stop, whether a save has failed.
 
-    def _synchronise_gradients(self, last: bool) -> None:
-        if isinstance(self.replica, DistributedDataParallel):
-            self.replica.require_backward_grad_sync = last  # one reduction a step
+        The flags travel with the loss, so that all processes act on them after the same step.
+        """
+        numbers = torch.zeros(3, device=self.ranks.device)
+        if self.stop.requested:
+            numbers[1].fill_(1.0)
+        if self.checkpoints.failed:
+            numbers[2].fill_(1.0)
+        for i, batch in enumerate(step.batches):
+            last = i == len(step.batches) - 1
+            numbers[0] += self.parallel.backward(batch, step.num_loss_tokens, last)
+        return numbers
+
+    def _read(self, launched: Launched | None) -> None:
+        """Waits for a step's numbers, logs them, and does what they ask for."""
+        if launched is None:
+            return
+        self.heartbeat.at(launched.number, "waiting for the result")
+        loss, norm, allowed, stop, failed = launched.readout.wait()
+        ids = launched.step.sample_ids
+        try:
+            self.gate.check(launched.number, loss, norm, bool(allowed), ids)
+        except UserError:
+            if self.gate.stops:
+                self.in_flight = None  # the gate is shut: later steps change nothing either
+            else:
+                self.done = launched.number
+            self._save()
+            raise
+        self.done = launched.number
+        if self.metrics:
+            self._log(launched, loss, norm, bool(allowed))
+        if failed:
+            self.checkpoints.wait()
+            raise CheckpointError("another process could not write a checkpoint: see its message")
+        if stop:
+            self._save()
+            self.checkpoints.wait()
+            raise UserError(
+                f"stopped by a signal after step {self.done}; everything is saved. "
+                "The same command continues."
+            )
+
+    def _flush(self) -> None:
+        """Reads the step in flight, if there is one."""
+        launched, self.in_flight = self.in_flight, None
+        self._read(launched)
+
+    def _log(self, launched: Launched, loss: float, norm: float, allowed: bool) -> None:
+        record = launched.record(loss, norm, self.over_at, self.telemetry, self.workload)
+        self.over_at = launched.readout.ready_at
+        if not allowed:
+            record["skipped"] = True
+        elif self.watch.see(launched.number, loss, launched.step.sample_ids):
+            record["loss_spike"] = True
+        self.metrics.log(record)
+
+    def _save(self) -> None:
+        """Begins to save the state after the last step; it is written while the loop goes on."""
+        self._flush()
+        self.heartbeat.at(self.done, "saving")
+        self.checkpoints.start(self.done, self.optimizer.state())
+        self.over_at = time.perf_counter()
+
+    def _save_before_leaving(self) -> None:
+        """After an error. Unsharded, every process holds the whole state, so it saves it alone."""
+        try:
+            self.checkpoints.wait()
+            if self.parallel.sharded:
+                step = self.checkpoints.newest
+                log.error("step %d is safe; the same command continues after it", step)
+                return
+            self._flush()
+            if not self.updating and self.done not in (self.first_step, self.checkpoints.newest):
+                self.checkpoints.save_alone(self.done, self.optimizer.state())
+        except (UserError, OSError, RuntimeError) as error:  # the first error is the one to show
+            log.error("could not save step %d: %s", self.done, error)
+
+    # ---- what the loop is made of ----
 
     def _loader(self) -> StepLoader:
         config = self.config
@@ -211,6 +257,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             require_images=config.stage == "pretrain",
+            cost=sample_cost(config),
         )
 
     def _metrics(self) -> Metrics:
@@ -222,61 +269,11 @@ class Trainer:
             self.config.tensorboard,
         )
 
-    def _save(self) -> None:
-        if self.ranks.is_main:
-            self.checkpoints.save(self.done, self.optimizer.state())
-        self.ranks.barrier()
-
-    def _save_before_leaving(self) -> None:
-        """After an error: every rank holds the same state, so the failing one saves it alone."""
-        if self.updating or self.done == self.first_step:
-            return
-        try:
-            self.checkpoints.save(self.done, self.optimizer.state())
-        except (UserError, FileExistsError, OSError) as error:  # the first error is the one to show
-            log.error("could not save step %d: %s", self.done, error)
-
-    # ---- after the last step ----
-
-    def export(self) -> None:
-        """Hugging Face folders and the projector, under run_dir/export."""
-        if self.ranks.is_main:
-            folder = self.config.run_dir / "export"
-            try:
-                self._write_export(folder)
-            except OSError as error:
-                raise UserError(
-                    f"{folder} could not be written: {error}. All {self.num_steps} steps are safe "
-                    "in the last checkpoint; free some space and give the same command again."
-                ) from error
-            log.info("exported to %s", folder)
-        self.ranks.barrier()
-
-    def _write_export(self, folder: Path) -> None:
-        if not self.config.data.text_only:
-            save_projector(self.model, folder / "projector.safetensors")
-        if self.config.stage == "finetune":
-            export_llama(self.model, folder / "llama", self.tokenizer)
-            if not self.config.data.text_only:
-                export_llava(self.model, folder / "llava", self.tokenizer)
-
-
-def _data_parallel(model: Llava) -> DistributedDataParallel:
-    with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers, 2.11 has no other name
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        # the buffers are constants: every process has made its own
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    if device.type == "cpu":
-        return batch
-    tensors = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **tensors)
+    def _earlier_losses(self) -> list[float]:
+        if not self.metrics or not self.first_step:
+            return []
+        records = read_metrics(self.config.run_dir / "metrics.jsonl")
+        return [record["loss"] for record in records if "loss" in record]
 
 
 def timed(steps: StepLoader):
