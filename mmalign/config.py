@@ -78,6 +78,16 @@ class OptimizerConfig:
     """Share of the steps with a linear warm-up; cosine to 0 follows."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
+    master: Literal["split", "fp32-copy", "stochastic"] = "split"
+    """What is kept of bf16 weights, which by themselves are too coarse for small steps (fp32 ones
+    are not). split: the lower 16 bits of an exact fp32 weight, 2 bytes each. fp32-copy: an fp32
+    weight, 4 bytes. stochastic: nothing, the weight is rounded at random."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Precision of AdamW's two moments of matrices: 8, 4 or 2.1 bytes a weight; bf16 and 8bit are
+    rounded at random. 8bit: small floating-point numbers, 128 neighbours share a scale."""
+    update_in_backward: Switch = False
+    """Update each weight as soon as its gradient is complete, and free the gradient. Needs
+    max_grad_norm 0 and one process; where a step has several micro-batches, the last one frees."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,15 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ShortcutConfig:
+    """Work that a step can leave out and still give the same numbers, to rounding."""
+
+    last_layer_rows: Switch = True
+    """Compute queries, output projection and MLP of the last decoder layer only for the rows that
+    have a target. (LoRA's dropout then draws other masks there, of the same distribution.)"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     stage: tyro.conf.Suppress[Stage]
     """pretrain: the projector learns; finetune: projector and decoder learn."""
@@ -142,6 +161,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    shortcuts: ShortcutConfig = field(default_factory=ShortcutConfig)
     global_batch_size: int = 32
     """Samples in one optimizer step, over all processes."""
     micro_batch_tokens: int = 8192

@@ -49,13 +49,15 @@ class Decoder(nn.Module):
         image_positions: Tensor | None = None,
         projector: Projector | None = None,
         token_rows: dict[int, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states of a packed row, normed: ready for linear_cross_entropy.
 
         input_ids (total_tokens,); position_ids and cu_seqlens as in PackedBatch. With a projector,
         rows image_positions of the embeddings are the projected image_features
         (num_images * num_patches, vision_hidden_size). token_rows gives single tokens another
-        embedding, (hidden_size,) each. Returns (total_tokens, hidden_size).
+        embedding, (hidden_size,) each. Returns (total_tokens, hidden_size), or of these rows only,
+        (num_rows,), which is exact and spares the others most of the last layer.
         """
         residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
         for token_id, row in (token_rows or {}).items():
@@ -67,7 +69,7 @@ class Decoder(nn.Module):
             residual, normed = projector(image_features, residual, image_positions, norm)
         cos, sin = self.rotary.up_to(max_seqlen)
         positions = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
-        return self._run_layers(normed, residual, [positions] * len(self.layers))
+        return self._run_layers(normed, residual, [positions] * len(self.layers), rows)
 
     def extend(
         self, input_ids: Tensor, positions: Sequence[Positions], rows: Tensor | None = None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from mmalign_kernels import add_rms_norm, linear, pack_rows, rotary_attention, swiglu
+from mmalign_kernels import add_rms_norm, linear, pack_rows, rotary_attention, swiglu, unpack_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +51,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def pruned(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
+        """forward(x) without a bias; its first columns are zero but for these rows.
+
+        x (num_rows, in_features), rows (num_kept,) -> (num_rows, out_features). The first
+        num_columns columns cost num_kept rows of work.
+        """
+        first, others = self.weight.split((num_columns, len(self.weight) - num_columns))
+        kept = linear(pack_rows(x, rows), first)
+        return torch.cat((unpack_rows(kept, rows, len(x)), linear(x, others)), 1)
 
 
 class Embedding(nn.Module):
@@ -153,12 +163,15 @@ class DecoderLayer(nn.Module):
         """normed: the residual stream after this layer's input_layernorm.
 
         Returns (the stream after next_norm, the stream), each (total_tokens, hidden_size); of
-        these rows only, where they are given, as nothing reads the others after the last layer.
+        these rows only, each at most once, where they are given: nothing reads the others after
+        the last layer, so all that they need are their keys and values.
         """
-        attended = positions.attend(
-            self.qkv_proj(normed), self.num_attention_heads, self.num_key_value_heads
-        )  # (total_tokens, num_attention_heads * head_dim)
-        if rows is not None:
+        if rows is None:
+            qkv = self.qkv_proj(normed)
+        else:
+            qkv = self.qkv_proj.pruned(normed, rows, self.o_proj.weight.shape[1])
+        attended = positions.attend(qkv, self.num_attention_heads, self.num_key_value_heads)
+        if rows is not None:  # attention of all rows: see mmalign/model/shortcuts.py
             attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)

@@ -6,11 +6,12 @@ import torch
 from mmalign_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
-from mmalign.config import TrainConfig
+from mmalign.config import ShortcutConfig, TrainConfig
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
 from mmalign.model.projector import Projector
+from mmalign.model.shortcuts import loss_rows
 from mmalign.model.vision_tower import VisionTower
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Llava(nn.Module):
         self.projector = projector
         self.image_token_id = tokenizer.image_token_id
         self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
+        self.shortcuts = ShortcutConfig()
         self.register_parameter("image_token_embeddings", None)
         if vision_tower is not None:
             self._check_vocabulary(self.image_token_id)
@@ -53,11 +55,15 @@ class Llava(nn.Module):
 
     def forward(self, batch: "PackedBatch") -> Tensor:
         """Sum of the losses of all supervised tokens, an fp32 scalar (not their mean)."""
-        hidden_states = self.hidden_states(batch)
-        return linear_cross_entropy(hidden_states, self.decoder.lm_head.weight, batch.target_ids)
+        rows, target_ids = None, batch.target_ids
+        if self.shortcuts.last_layer_rows:
+            rows = loss_rows(batch)
+            target_ids = target_ids.index_select(0, rows)
+        hidden_states = self.hidden_states(batch, rows)
+        return linear_cross_entropy(hidden_states, self.decoder.lm_head.weight, target_ids)
 
-    def hidden_states(self, batch: "PackedBatch") -> Tensor:
-        """The decoder's normed output, (total_tokens, hidden_size)."""
+    def hidden_states(self, batch: "PackedBatch", rows: Tensor | None = None) -> Tensor:
+        """The decoder's normed output, (total_tokens, hidden_size), or of these rows only."""
         return self.decoder(
             batch.input_ids,
             batch.position_ids,
@@ -67,6 +73,7 @@ class Llava(nn.Module):
             image_positions=batch.image_positions,
             projector=self.projector,
             token_rows=self._token_rows(),
+            rows=rows,
         )
 
     def _image_features(self, pixel_values: Tensor) -> Tensor | None:
@@ -88,6 +95,7 @@ class Llava(nn.Module):
         pretrain: the projector, and where the template writes <im_start> and <im_end> their two
         rows. finetune: the projector and the decoder, or with config.lora.rank its adapters.
         """
+        self.shortcuts = config.shortcuts
         merge_lora(self.decoder)
         self.requires_grad_(False)
         self.merge_image_token_embeddings()

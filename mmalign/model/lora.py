@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from mmalign_kernels import linear
+from mmalign_kernels import linear, pack_rows, unpack_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,11 +38,22 @@ class LoraLinear(Linear):
             self.lora_b.append(nn.Parameter(base.weight.new_zeros(size, config.rank)))
 
     def forward(self, x: Tensor) -> Tensor:
-        updates = [
-            linear(linear(F.dropout(x, self.dropout, self.training), a), b)
-            for a, b in zip(self.lora_a, self.lora_b, strict=True)
-        ]
+        updates = [self._update(x, part) for part in range(len(self.lora_a))]
         return torch.add(linear(x, self.weight), torch.cat(updates, 1), alpha=self.scaling)
+
+    def pruned(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
+        """As of Linear; the first part is the columns of these rows."""
+        assert num_columns == len(self.lora_b[0])
+        weight, others = self.weight.split((num_columns, len(self.weight) - num_columns))
+        kept = pack_rows(x, rows)
+        first = torch.add(linear(kept, weight), self._update(kept, 0), alpha=self.scaling)
+        updates = [self._update(x, part) for part in range(1, len(self.lora_a))]
+        rest = torch.add(linear(x, others), torch.cat(updates, 1), alpha=self.scaling)
+        return torch.cat((unpack_rows(first, rows, len(x)), rest), 1)
+
+    def _update(self, x: Tensor, part: int) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return linear(linear(dropped, self.lora_a[part]), self.lora_b[part])
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
