@@ -1,6 +1,7 @@
 """The whole model: vision tower -> projector -> decoder -> loss, and what each stage trains."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from mmalign_kernels import linear_cross_entropy
@@ -16,6 +17,8 @@ from mmalign.model.vision_tower import VisionTower
 
 if TYPE_CHECKING:
     from mmalign.data.packing import PackedBatch
+
+T = TypeVar("T")
 
 
 class ImageTokens(Protocol):
@@ -88,6 +91,10 @@ class Llava(nn.Module):
         if self.image_token_embeddings is None:
             return {}
         return dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
+
+    def with_decoder(self, function: Callable[[Decoder], T]) -> T:
+        """function(decoder); where the weights are sharded, as a forward pass that gathers them."""
+        return function(self.decoder)
 
     def set_stage(self, config: TrainConfig) -> None:
         """Marks what config.stage trains (requires_grad); the vision tower never learns.
