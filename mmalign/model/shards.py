@@ -13,20 +13,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def as_shard(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor with the values that belong to `parameter`'s local rows, as a shard of a whole."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return DTensor.from_local(
-        tensor,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
 @contextmanager
 def whole(*modules: nn.Module) -> Iterator[None]:
     """Inside, these modules' own shards are gathered into plain parameters, on every process.

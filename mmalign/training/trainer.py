@@ -76,7 +76,9 @@ class Trainer:
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
         self.parallel = ParallelModel(self.model, config, ranks)
-        self.optimizer = AdamW(self.model.trainable_parameters(), config.optimizer)
+        self.optimizer = AdamW(
+            self.model.trainable_parameters(), config.optimizer, config.seed, ranks.world_size
+        )
         self.gate = UpdateGate(config.on_non_finite, ranks.device)
         self.heartbeat = Heartbeat(ranks, config.parallel.timeout_minutes)
         self._resume()
@@ -146,11 +148,12 @@ class Trainer:
         """Launches one optimizer step on exactly the samples of `step`."""
         # dropout is a function of the step, so a continued run draws the same masks
         torch.manual_seed(hash((self.config.seed, step.index, self.ranks.rank)) % 2**63)
-        loss, stop, failed = self.ranks.sum(self._loss_and_gradients(step)).unbind()
         optimizer = self.config.optimizer
         learning_rate = learning_rate_at(
             step.index, self.num_steps, optimizer.learning_rate, optimizer.warmup_ratio
         )
+        numbers = self._loss_and_gradients(step, learning_rate)
+        loss, stop, failed = self.ranks.sum(numbers).unbind()
         with stage("gradient norm"):
             norm = self.optimizer.gradient_norm()
         allowed = self.gate.allows(loss, norm)
@@ -162,7 +165,7 @@ class Trainer:
         readout = Readout(torch.stack((loss, norm, allowed.float(), stop, failed)))
         return Launched(step, learning_rate, data_seconds, readout)
 
-    def _loss_and_gradients(self, step: Step) -> torch.Tensor:
+    def _loss_and_gradients(self, step: Step, learning_rate: float) -> torch.Tensor:
         """(3,) of this process: share of the loss, whether to stop, whether a save has failed.
 
         The flags travel with the loss, so that all processes act on them after the same step.
@@ -174,6 +177,9 @@ class Trainer:
             numbers[2].fill_(1.0)
         for i, batch in enumerate(step.batches):
             last = i == len(step.batches) - 1
+            if last and self.config.optimizer.update_in_backward:
+                self.updating = True
+                self.optimizer.arm(learning_rate, self.gate.open)
             numbers[0] += self.parallel.backward(batch, step.num_loss_tokens, last)
         return numbers
 
