@@ -166,6 +166,11 @@ class TrainConfig:
     """Samples in one optimizer step, over all processes."""
     micro_batch_tokens: int = 8192
     """Most tokens in one forward and backward pass of one process."""
+    recompute: Literal["none", "elementwise", "mlp", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; the results of RMSNorm
+    and SwiGLU; these and the MLP's first product; or whole layers."""
+    recompute_layers: int | None = None
+    """Only in the first N decoder layers; unset: in all."""
     num_epochs: float = 1.0
     """Passes over the data; ignored where num_steps is set."""
     num_steps: int | None = None

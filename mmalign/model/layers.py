@@ -1,14 +1,25 @@
 """Layers shared by the decoder and the vision tower. Parameters start uninitialised."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from mmalign_kernels import add_rms_norm, linear, pack_rows, rotary_attention, swiglu, unpack_rows
+from mmalign_kernels import (
+    add_rms_norm,
+    linear,
+    pack_rows,
+    rms_norm,
+    rotary_attention,
+    swiglu,
+    unpack_rows,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.model.config import DecoderConfig
+from mmalign.model.recompute import Recompute, kept_as, run_again
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,15 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Only holds the weight: the norms are fused with what comes before them."""
+    """Mostly only holds the weight: the norms are fused with what comes before them."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -151,6 +165,7 @@ class DecoderLayer(nn.Module):
         self.down_proj = Linear(config.intermediate_size, hidden_size)
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
+        self.recompute: Recompute = "none"
 
     def forward(
         self,
@@ -166,18 +181,60 @@ class DecoderLayer(nn.Module):
         these rows only, each at most once, where they are given: nothing reads the others after
         the last layer, so all that they need are their keys and values.
         """
-        if rows is None:
-            qkv = self.qkv_proj(normed)
-        else:
-            qkv = self.qkv_proj.pruned(normed, rows, self.o_proj.weight.shape[1])
+
+        def compute(normed: Tensor) -> tuple[Tensor, Tensor]:
+            return self._compute(normed, residual, next_norm, positions, rows)
+
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return run_again(compute, normed, residual, self.input_layernorm, self._draws)
+        return compute(normed)
+
+    def _compute(
+        self,
+        normed: Tensor,
+        residual: Tensor,
+        next_norm: RMSNorm,
+        positions: Positions,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        with self._kept_as(normed, residual, self.input_layernorm, "elementwise", "mlp"):
+            if rows is None:
+                qkv = self.qkv_proj(normed)
+            else:
+                qkv = self.qkv_proj.pruned(normed, rows, self.o_proj.weight.shape[1])
         attended = positions.attend(qkv, self.num_attention_heads, self.num_key_value_heads)
         if rows is not None:  # attention of all rows: see mmalign/model/shortcuts.py
             attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            output = run_again(self._mlp, normed, residual, norm, self._draws)
+        else:
+            with self._kept_as(normed, residual, norm, "elementwise"):
+                output = self._mlp(normed)
+        return add_rms_norm(output, residual, next_norm.weight, next_norm.eps)
+
+    def _mlp(self, normed: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj(normed)  # (total_tokens, 2 * intermediate_size)
         # no backward pass reads the result of gate_up_proj, so its gradient may lie there
-        expanded = swiglu(self.gate_up_proj(normed), overwrite=True)  # (tokens, intermediate_size)
-        return add_rms_norm(self.down_proj(expanded), residual, next_norm.weight, next_norm.eps)
+        expanded = swiglu(gate_up, overwrite=True)  # (total_tokens, intermediate_size)
+        with self._kept_as(expanded, gate_up, swiglu, "elementwise"):
+            return self.down_proj(expanded)
+
+    def _kept_as(
+        self,
+        result: Tensor,
+        source: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        *policies: Recompute,
+    ) -> AbstractContextManager:
+        if self.recompute in policies and torch.is_grad_enabled():
+            return kept_as(result, source, compute)
+        return nullcontext()
+
+    @property
+    def _draws(self) -> bool:
+        return self.training and any(getattr(x, "dropout", 0) for x in self.children())
 
 
 def init_weights(module: nn.Module, seed: int) -> None:

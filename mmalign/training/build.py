@@ -13,6 +13,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
+from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.flops import Workload, model_flops
@@ -101,6 +102,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
         elif config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
     model.set_stage(config)
+    set_recompute(model.decoder, config.recompute, config.recompute_layers)
     return model
 
 

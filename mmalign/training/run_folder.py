@@ -17,6 +17,8 @@ FREE_FIELDS = (
     "peak_tflops",
     "profile",
     "micro_batch_tokens",  # changes rounding only, and is what helps when memory runs out
+    "recompute",  # as above
+    "recompute_layers",
     "on_non_finite",  # the remedy that the error names
     "loss_spike_factor",
     "print_config",
