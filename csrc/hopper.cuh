@@ -17,7 +17,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// -- barriers (mbarrier): a phase ends when all arrivals are there and all announced bytes have come
+// -- barriers (mbarrier): a phase ends when all arrivals and all announced bytes are there
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -43,11 +43,12 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
                : "memory");
 }
 
-// An arrival at the barrier at the same place in another block of the cluster.
+// An arrival at the barrier at the same place in another block of the cluster. It orders no memory
+// (that would wait for every store on its way): for readers that are done, through wgmma_wait.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
+      " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(
           shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -135,6 +136,18 @@ __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
+}
+
+// Which cluster of the grid, and of how many (one-dimensional).
+__device__ __forceinline__ uint32_t cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ uint32_t num_clusters() {
+  uint32_t number;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(number));
+  return number;
 }
 
 // All threads of all blocks of the cluster, every warp as a whole.
