@@ -62,27 +62,42 @@ class Decoder(nn.Module):
         residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
         for token_id, row in (token_rows or {}).items():
             residual = torch.where((input_ids == token_id)[:, None], row, residual)
-        norm = self.layers[0].input_layernorm
-        if projector is None:
-            normed = rms_norm(residual, norm.weight, norm.eps)
-        else:
-            residual, normed = projector(image_features, residual, image_positions, norm)
+        normed, residual = self._enter(residual, image_features, image_positions, projector)
         cos, sin = self.rotary.up_to(max_seqlen)
         positions = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
         return self._run_layers(normed, residual, [positions] * len(self.layers), rows)
 
     def extend(
-        self, input_ids: Tensor, positions: Sequence[Positions], rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Sequence[Positions],
+        rows: Tensor | None = None,
+        image_features: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        projector: Projector | None = None,
     ) -> Tensor:
         """Final hidden states, normed, of tokens that follow cached ones (kv_cache.py).
 
-        input_ids (total_tokens,); positions: one of each layer -> (total_tokens, hidden_size), or
-        of these rows only, (num_rows,), which is exact and spares the others most of a layer.
+        input_ids (total_tokens,); positions: one of each layer; images and rows as in forward ->
+        (total_tokens, hidden_size), or of these rows only, (num_rows,).
         """
         residual = self.embed_tokens(input_ids)
-        norm = self.layers[0].input_layernorm
-        normed = rms_norm(residual, norm.weight, norm.eps)
+        normed, residual = self._enter(residual, image_features, image_positions, projector)
         return self._run_layers(normed, residual, positions, rows)
+
+    def _enter(
+        self,
+        embedded: Tensor,
+        image_features: Tensor | None,
+        image_positions: Tensor | None,
+        projector: Projector | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(the stream after the first norm, the stream), images in their rows."""
+        norm = self.layers[0].input_layernorm
+        if projector is None:
+            return rms_norm(embedded, norm.weight, norm.eps), embedded
+        residual, normed = projector(image_features, embedded, image_positions, norm)
+        return normed, residual
 
     def _run_layers(
         self,
