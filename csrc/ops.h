@@ -25,6 +25,12 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_y,
                                         const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                         bool needs_weight, Tensor counters);
 
+// New hidden states, their normalised rows, and rstd (num_tokens, 1).
+std::tuple<Tensor, Tensor, Tensor> project_image_features_fwd(
+    const Tensor& image_features, const Tensor& weight, const Tensor& bias,
+    const Tensor& hidden_states, const Tensor& image_positions, const Tensor& norm_weight,
+    double eps);
+
 // exp_avgs and exp_avg_sqs: fp32, bf16, or uint8 codes beside the scales of block_quantization.h;
 // the scales are empty lists otherwise.
 void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
@@ -35,5 +41,12 @@ void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& 
                   const std::optional<Tensor>& grad_scale, int64_t step, double learning_rate,
                   double beta1, double beta2, double eps, double weight_decay,
                   std::optional<int64_t> seed);
+
+// Output (num_tokens, num_attention_heads * head_dim), logsumexp (num_tokens, num_attention_heads).
+std::tuple<Tensor, Tensor> rotary_attention_fwd(const Tensor& qkv, const Tensor& cos,
+                                                const Tensor& sin, const Tensor& position_ids,
+                                                const Tensor& cu_seqlens,
+                                                int64_t num_attention_heads,
+                                                int64_t num_key_value_heads, bool causal);
 
 }  // namespace mmalign

@@ -25,6 +25,15 @@ _SIGNATURES = {
     "order_tiles": "array i32 i32 i32 i32 array",
     "assign_items": "i64 i32 array",
     "packed_rows": "array i64 i64 array array",
+    "projector_plan": "i32 array",
+    "projector_first_column": "i32 i32 i32 i32",
+    "projector_regions": "i32 i32 i32 i32 array",
+    "projector_stage": "i32 i32 i32 i32 u32 array array",
+    "projector_rows": "array i32 array",
+    "accumulators": "i32 array",
+    "dealt_row": "i64 i64 i64",
+    "attention_items": "array i32 i32 i32 i32 i32 array",
+    "attention": "array array array array array i32 i32 i32 i32 i32 i32 i32 u32 array array",
 }
 
 

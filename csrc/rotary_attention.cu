@@ -1,0 +1,395 @@
+// Rotary attention within each packed sample, forward, for Hopper.
+//
+//   q, k turned by their positions, rounded to their type (columns i and i + head_dim / 2 together)
+//   out = softmax(q k^T / sqrt(head_dim)) v, causal or not; logsumexp of every row's scores
+//
+// fp32 scores, sums and out; exp(score - peak) is rounded to the type of v for its product.
+//
+// Two launches. The first turns keys into a copy of their own and makes the table of work
+// (attention_schedule.h). The second is persistent, a block on every multiprocessor: one thread
+// draws items from a counter and fetches tiles of 128 queries, keys and values by TMA; three warps
+// turn the next item's queries in shared memory meanwhile; two warpgroups own 64 queries each and
+// multiply, one of them while the other takes its softmax (named barriers), and each takes a
+// softmax while its product with the values before is under way. Which worker has which item
+// changes no bit of the result.
+//
+// Why keys turn in a pass of their own: a tile of 128 keys of 128 columns would bring 64 KiB of
+// angles with it, as much as the keys and values themselves, and again for each of the length / 256
+// tiles of queries that see it. 8.4 MFLOP a tile take 2,048 cycles of a multiprocessor at best, so
+// keys and values ask the L2 cache for 32 bytes a cycle, and it gives about 24 (5.5 TB/s). The pass
+// costs 16 KiB of memory a token for 32 heads (5.5 ns at 3 TB/s) whatever the length. A query
+// belongs to one item: its angles come once, 16 KiB a token for 32 heads, from L2, while the matrix
+// units work; in a pass they would cost 16 KiB of memory.
+//
+// T tokens in samples of S, H heads of D = 128, bf16: 4HDT(S + 1) / 2 FLOPs when causal, 4HDTS when
+// not. Bytes to and from memory: keys turned 4 HDT, then 6 HDT read, 2 HDT written, 4HT logsumexp.
+// T = 8192, H = 32: 403 MB, 0.13 ms at 3 TB/s; S = 512: 34 GFLOP, 0.06 ms at 600 TFLOP/s;
+// S = 1024: 69 GFLOP, 0.11 ms. So memory is the limit up to about 1,000 tokens, and the copy of the
+// keys a third of it: what remains to be won there. Tiles on the diagonal are computed whole: 128
+// of S / 2 keys a query too many, by half.
+//
+// bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are no multiple of TMA's 16)
+// are refused; Triton computes them. The backward pass is Triton's (rotary_triton.py), which takes
+// out and logsumexp as they are written here.
+//
+// Beats: unmeasured, so Triton stays the default. Expected: 1.5 times torch's variable-length
+// FlashAttention-2 (after a rotation of its own) at samples of 512 to 1,024 tokens.
+#include <cmath>
+
+#include "arguments.h"
+#include "attention_block.h"
+#include "device.h"
+#include "hopper.cuh"
+#include "ops.h"
+#include "tensor_map.h"
+
+namespace mmalign {
+namespace {
+
+constexpr int kThreads = 3 * kWarpgroup;
+
+template <class T>
+struct ElementOf;
+template <>
+struct ElementOf<__half> {
+  static __device__ __forceinline__ void unpack(uint32_t word, float (&x)[2]) {
+    const float2 both = __half22float2(bits_as<__half2>(word));
+    x[0] = both.x, x[1] = both.y;
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return bits_as<uint32_t>(__floats2half2_rn(low, high));
+  }
+};
+template <>
+struct ElementOf<__nv_bfloat16> {
+  static __device__ __forceinline__ void unpack(uint32_t word, float (&x)[2]) {
+    x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+};
+
+// -- keys, and the table
+
+constexpr int kTurnThreads = 256;
+constexpr int kHeadsOfTurn = 8, kBatch = 4;  // key heads of a thread, and of these on their way
+
+__device__ __forceinline__ Angles load_angles(const float* at) {
+  struct Both {
+    Packed low, high;
+  };
+  return bits_as<Angles>(Both{load_shared_by_all(at, true), load_shared_by_all(at + 4, true)});
+}
+
+// A thread turns the same eight pairs of columns of a token's heads, and knows their angles.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kTurnThreads)
+    turn_keys_kernel(const T* __restrict__ qkv,  // (num_tokens, all heads * head_dim)
+                     T* __restrict__ turned,     // (num_tokens, num_key_heads * head_dim)
+                     const int* __restrict__ cu_seqlens, ScheduledSample* __restrict__ table,
+                     const AttentionCall call) {
+  constexpr int kChunks = kHeadDim / 16, kTokens = kTurnThreads / kChunks;
+  if (blockIdx.y == 0) {
+    const int thread = blockIdx.x * kTurnThreads + threadIdx.x;
+    if (thread == 0) *call.counter = 0;
+    for (int64_t i = thread; i < call.num_samples; i += gridDim.x * kTurnThreads)
+      schedule_sample(cu_seqlens, call.num_samples, i, call.shape.num_heads, table);
+  }
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kChunks;
+  if (token >= call.num_tokens) return;
+  const int chunk = threadIdx.x % kChunks * 8;
+  const int64_t angle =
+      static_cast<int64_t>(call.position_ids[token]) * (kHeadDim / 2) + chunk;
+  const Angles cos = load_angles(call.cos + angle), sin = load_angles(call.sin + angle);
+  const AttentionShape shape = call.shape;
+  const T* from =
+      qkv + (token * (shape.num_heads + 2 * shape.num_key_heads) + shape.num_heads) * kHeadDim +
+      chunk;
+  T* to = turned + token * shape.num_key_heads * kHeadDim + chunk;
+  const int first = blockIdx.y * kHeadsOfTurn;
+#pragma unroll
+  for (int head = first; head < first + kHeadsOfTurn; head += kBatch) {
+    Packed halves[kBatch][2];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        halves[i][half] = load_streaming(from + (head + i) * kHeadDim + half * (kHeadDim / 2),
+                                         head + i < shape.num_key_heads);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (head + i >= shape.num_key_heads) return;
+      Chunk x = bits_as<Chunk>(halves[i][0]), y = bits_as<Chunk>(halves[i][1]);
+      turn_chunks<ElementOf<T>>(x, y, cos, sin);
+      store(to + (head + i) * kHeadDim, bits_as<Packed>(x));
+      store(to + (head + i) * kHeadDim + kHeadDim / 2, bits_as<Packed>(y));
+    }
+  }
+}
+
+// -- attention
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kMatrixRegisters = 216, kFetchRegisters = 72;  // of 168 each at the start
+
+// The machine of attention_block.h.
+template <class T, int kHeadDim>
+struct Hopper {
+  using Element = ElementOf<T>;
+  static constexpr int kBarriersAt = AttentionShared<kHeadDim>::kBarriersAt;
+
+  char* shared;
+  const CUtensorMap* projection;
+  const CUtensorMap* turned_keys;
+  int group_of_block;  // warpgroup that multiplies
+
+  __device__ int group() const { return group_of_block; }
+  __device__ int thread() const { return threadIdx.x % kWarpgroup; }
+  __device__ int lane() const { return threadIdx.x % kWarp; }
+  template <class X>
+  __device__ X* at(int byte) const {
+    return reinterpret_cast<X*>(shared + byte);
+  }
+  __device__ uint32_t address(int byte) const { return shared_address(shared) + byte; }
+  __device__ uint64_t* barrier(int number) const { return at<uint64_t>(kBarriersAt) + number; }
+
+  __device__ void wait(int number, uint32_t parity) const { barrier_wait(barrier(number), parity); }
+  __device__ void arrive(int number) const { barrier_arrive(barrier(number)); }
+  __device__ void expect(int number, int bytes) const {
+    barrier_arrive_expect(barrier(number), bytes);
+  }
+  __device__ void warp_arrive(int number) const {
+    __syncwarp();
+    if (lane() == 0) arrive(number);
+  }
+  __device__ void group_sync() const { named_barrier_sync(3 + group(), kWarpgroup); }
+  __device__ void wait_turn() const { named_barrier_sync(1 + group(), 2 * kWarpgroup); }
+  __device__ void pass_turn() const { named_barrier_arrive(2 - group(), 2 * kWarpgroup); }
+
+  __device__ int take_item(int* counter) const { return atomicAdd(counter, 1); }
+  __device__ void load_box(Tensors tensor, int number, int to, int column, int row) const {
+    tensor_load(shared + to, tensor == Tensors::kProjection ? projection : turned_keys,
+                barrier(number), column, row);
+  }
+  __device__ int load_index(const int* from) const { return __ldg(from); }
+  __device__ Angles load_angles(const float* from) const { return mmalign::load_angles(from); }
+  __device__ void writes_to_async() const { shared_writes_to_async(); }
+  __device__ void store_chunk(void* to, int64_t element, const Chunk& chunk) const {
+    store(static_cast<T*>(to) + element, bits_as<Packed>(chunk));
+  }
+
+  static __device__ void hold_words(uint32_t (&words)[kKeyRows / 16][4]) {
+#pragma unroll
+    for (auto& four : words)
+#pragma unroll
+      for (uint32_t& word : four) asm volatile("" : "+r"(word)::"memory");
+  }
+  // Registers that products read or write are as they should be; more products may follow.
+  template <int kCount, class... Words>
+  __device__ void fence(float (&sums)[kCount], Words&... words) const {
+    hold(sums);
+    (hold_words(words), ...);
+    wgmma_fence();
+  }
+  __device__ void multiply(float (&scores)[kKeyRows / 2], uint64_t a, uint64_t b, bool adds) const {
+    Wgmma<T, kKeyRows>::run(scores, a, b, adds);
+  }
+  __device__ void multiply_transposed(float (&out)[kHeadDim / 2], const uint32_t (&a)[4],
+                                      uint64_t b) const {
+    Wgmma<T, kHeadDim, true>::run(out, a, b, true);
+  }
+  __device__ void commit() const { wgmma_commit(); }
+  template <int kPending, int kCount, class... Words>
+  __device__ void wait_products(float (&sums)[kCount], Words&... words) const {
+    wgmma_wait<kPending>();
+    hold(sums);
+    (hold_words(words), ...);
+  }
+
+  __device__ uint32_t quad_exchange(uint32_t word, int with) const {
+    return __shfl_xor_sync(0xffffffffu, word, with);
+  }
+  __device__ float quad_max(float x) const {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  }
+  __device__ float quad_sum(float x) const {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  }
+  static __device__ float exp2(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+  }
+  static __device__ float log2(float x) { return __log2f(x); }
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// Empty on other architectures: the launcher refuses their cards.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    rotary_attention_kernel(const __grid_constant__ CUtensorMap projection,
+                            const __grid_constant__ CUtensorMap turned_keys,
+                            const __grid_constant__ AttentionCall call) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Shared = AttentionShared<kHeadDim>;
+  extern __shared__ char raw[];
+  char* shared = raw + (kPatternBytes - shared_address(raw) % kPatternBytes) % kPatternBytes;
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
+  Hopper<T, kHeadDim> machine{shared, &projection, &turned_keys, group - 1};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared::kBarriers; ++i)
+      barrier_init(machine.barrier(i), Shared::arrivals(i));
+    barrier_init_fence();
+    tensor_map_prefetch(&projection);
+    tensor_map_prefetch(&turned_keys);
+  }
+  __syncthreads();
+  if (group == 0) {
+    give_registers<kFetchRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);
+    if (warp > 0)
+      turn_queries<kHeadDim>(machine, call, warp - 1);
+    else if (threadIdx.x == 0)
+      fetch<kHeadDim>(machine, call);
+  } else {
+    take_registers<kMatrixRegisters>();
+    attend_to_all<kHeadDim>(machine, call);
+  }
+#endif
+}
+
+// -- launcher
+
+struct Forward {
+  const Tensor &qkv, &cu_seqlens;
+  AttentionCall call;
+};
+
+template <class T, int kHeadDim>
+void launch(const Forward& forward, AttentionCall call) {
+  const Tensor& qkv = forward.qkv;
+  const uint64_t rows = qkv.size(0), columns = qkv.size(1), key_heads = call.shape.num_key_heads;
+  const cudaStream_t stream = current_stream(qkv);
+  const Tensor turned =
+      torch::stable::new_empty(qkv, {qkv.size(0), static_cast<int64_t>(key_heads * kHeadDim)});
+  const int64_t entry = sizeof(ScheduledSample) / sizeof(int);
+  const Tensor room = torch::stable::new_empty(qkv, {(call.num_samples + 2) * entry},
+                                               ScalarType::Int);
+  auto* table = static_cast<ScheduledSample*>(room.data_ptr());
+  call.table = table;
+  call.counter = &table[call.num_samples + 1].first_item;
+
+  const dim3 grid(ceil_div<uint64_t>(rows, kTurnThreads / (kHeadDim / 16)),
+                  ceil_div<int>(key_heads, kHeadsOfTurn));
+  turn_keys_kernel<T, kHeadDim><<<grid, kTurnThreads, 0, stream>>>(
+      static_cast<const T*>(qkv.data_ptr()), static_cast<T*>(turned.data_ptr()),
+      static_cast<const int*>(forward.cu_seqlens.data_ptr()), table, call);
+  check_cuda(cudaGetLastError(), "turn_keys");
+
+  const std::array<cuuint32_t, 2> box{kBoxColumns, kKeyRows};
+  const auto projection = tensor_map<2>(qkv.scalar_type(), qkv.data_ptr(), {columns, rows},
+                                        {columns * sizeof(T)}, box);
+  const auto keys =
+      tensor_map<2>(qkv.scalar_type(), turned.data_ptr(), {key_heads * kHeadDim, rows},
+                    {key_heads * kHeadDim * sizeof(T)}, box);
+  const auto kernel = rotary_attention_kernel<T, kHeadDim>;
+  constexpr int kShared = AttentionShared<kHeadDim>::kBytes + kPatternBytes;
+  allow_shared(kernel, kShared);
+  const int64_t items = most_items(call.num_tokens, call.num_samples, call.shape.num_heads);
+  const int blocks = static_cast<int>(std::min<int64_t>(items, num_multiprocessors()));
+  kernel<<<blocks, kThreads, kShared, stream>>>(projection, keys, call);
+  check_cuda(cudaGetLastError(), "rotary_attention");
+}
+
+constexpr const char* kName = "rotary_attention_fwd";
+
+void check_shapes(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                  const Tensor& position_ids, const Tensor& cu_seqlens, int64_t num_heads,
+                  int64_t num_key_heads) {
+  Argument(kName, "qkv", qkv).rank(2).typed({ScalarType::BFloat16, ScalarType::Half}).contiguous();
+  Argument(kName, "qkv", qkv).below_2_31("rows", qkv.size(0)).below_2_31("columns", qkv.size(1));
+  if (num_heads < 1 || num_key_heads < 1 || num_heads % num_key_heads)
+    throw std::runtime_error(std::string(kName) + ": " + std::to_string(num_heads) +
+                             " heads do not share " + std::to_string(num_key_heads) +
+                             " key heads");
+  const int64_t all_heads = num_heads + 2 * num_key_heads, head_dim = qkv.size(1) / all_heads;
+  if (head_dim * all_heads != qkv.size(1) || (head_dim != 64 && head_dim != 128))
+    throw std::runtime_error(std::string(kName) + ": qkv has " + std::to_string(qkv.size(1)) +
+                             " columns for " + std::to_string(all_heads) +
+                             " heads, expected 64 or 128 for each; MMALIGN_BACKEND=triton computes "
+                             "any head_dim");
+  Argument(kName, "cos", cos).rank(2).shaped({cos.size(0), head_dim / 2}, "qkv");
+  Argument(kName, "cos", cos).typed({ScalarType::Float}).contiguous();
+  Argument(kName, "sin", sin).shaped({cos.size(0), head_dim / 2}, "cos");
+  Argument(kName, "sin", sin).typed({ScalarType::Float}).contiguous();
+  Argument(kName, "position_ids", position_ids).shaped({qkv.size(0)}, "qkv");
+  Argument(kName, "position_ids", position_ids).typed({ScalarType::Int}).contiguous();
+  Argument(kName, "cu_seqlens", cu_seqlens).rank(1).typed({ScalarType::Int}).contiguous();
+  Argument(kName, "qkv", qkv).below_2_31(
+      "items", most_items(qkv.size(0), cu_seqlens.size(0), num_heads));
+}
+
+void check_device(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                  const Tensor& position_ids, const Tensor& cu_seqlens) {
+  const Argument first(kName, "qkv", qkv);
+  first.on_gpu().aligned(kVectorBytes);
+  Argument(kName, "cos", cos).beside(first).aligned(kVectorBytes);
+  Argument(kName, "sin", sin).beside(first).aligned(kVectorBytes);
+  Argument(kName, "position_ids", position_ids).beside(first);
+  Argument(kName, "cu_seqlens", cu_seqlens).beside(first);
+}
+
+void check_hopper() {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+  if (major != 9)
+    throw std::runtime_error(std::string(kName) + ": needs a Hopper card (compute capability 9.0), "
+                             "this one has " + std::to_string(major) +
+                             "; MMALIGN_BACKEND=triton runs on it");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rotary_attention_fwd(const Tensor& qkv, const Tensor& cos,
+                                                const Tensor& sin, const Tensor& position_ids,
+                                                const Tensor& cu_seqlens,
+                                                int64_t num_attention_heads,
+                                                int64_t num_key_value_heads, bool causal) {
+  check_shapes(qkv, cos, sin, position_ids, cu_seqlens, num_attention_heads, num_key_value_heads);
+  check_device(qkv, cos, sin, position_ids, cu_seqlens);
+  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
+  check_hopper();
+  const int64_t head_dim = qkv.size(1) / (num_attention_heads + 2 * num_key_value_heads);
+  const Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), num_attention_heads * head_dim});
+  const Tensor logsumexp =
+      torch::stable::new_empty(qkv, {qkv.size(0), num_attention_heads}, ScalarType::Float);
+  if (qkv.size(0) == 0) return {out, logsumexp};
+  if (cu_seqlens.size(0) < 2)
+    throw std::runtime_error(std::string(kName) + ": cu_seqlens has no sample for the rows of qkv");
+
+  Forward forward{qkv, cu_seqlens, {}};
+  AttentionCall& call = forward.call;
+  call.cos = static_cast<const float*>(cos.data_ptr());
+  call.sin = static_cast<const float*>(sin.data_ptr());
+  call.position_ids = static_cast<const int*>(position_ids.data_ptr());
+  call.out = out.data_ptr();
+  call.logsumexp = static_cast<float*>(logsumexp.data_ptr());
+  call.shape = {static_cast<int>(num_attention_heads), static_cast<int>(num_key_value_heads),
+                static_cast<int>(head_dim)};
+  call.num_tokens = static_cast<int>(qkv.size(0));
+  call.num_samples = static_cast<int>(cu_seqlens.size(0)) - 1;
+  call.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(head_dim)));
+  call.causal = causal;
+  const bool is_half = qkv.scalar_type() == ScalarType::Half;
+  if (head_dim == 64)
+    is_half ? launch<__half, 64>(forward, call) : launch<__nv_bfloat16, 64>(forward, call);
+  else
+    is_half ? launch<__half, 128>(forward, call) : launch<__nv_bfloat16, 128>(forward, call);
+  return {out, logsumexp};
+}
+
+}  // namespace mmalign
