@@ -9,6 +9,7 @@ from .packing import pack_rows, unpack_rows
 from .projector import project_image_features
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary_attention
+from .shared_prefix import shared_prefix_attention
 from .swiglu import swiglu
 from .target_logprobs import target_logprobs
 from .vision import layer_norm, quick_gelu
@@ -26,6 +27,7 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "rotary_attention",
+    "shared_prefix_attention",
     "swiglu",
     "target_logprobs",
     "unpack_rows",

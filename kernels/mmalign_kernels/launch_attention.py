@@ -47,6 +47,13 @@ def prefix(qkv: Tensor, head_dim: int) -> Settings:
     return _settings(head_dim, 64, 64 if gpu(qkv).capability >= 90 else 32, 2)
 
 
+def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
+    """Few keys, so nothing to pipeline: a program is over after one or two tiles of them."""
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), 1)
+    return _settings(head_dim, 64, 32, 1)
+
+
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradients of queries, and for those of keys and values."""
     if qkv.element_size() > 2:

@@ -26,6 +26,7 @@ from .reference_head import (
     target_logprobs_fwd,
 )
 from .reference_rotation import rotate_heads
+from .reference_shared_prefix import shared_prefix_attention_bwd, shared_prefix_attention_fwd
 from .rms_norm import wide_type
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "rotary_attention_bwd",
     "rotary_attention_fwd",
     "rotate_heads",
+    "shared_prefix_attention_bwd",
+    "shared_prefix_attention_fwd",
     "target_logprobs_bwd",
     "target_logprobs_fwd",
 ]

@@ -30,7 +30,7 @@ FAMILIES = {  # of a test file that is not named after its one family
             "projector",
             "rms_norm",
         ),
-        *("rotary", "swiglu", "target_logprobs", "vision"),
+        *("rotary", "shared_prefix", "swiglu", "target_logprobs", "vision"),
     ),
 }
 

@@ -9,7 +9,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def positions(lengths: list[int]) -> Tensor:
-    return torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+    return torch.cat([torch.arange(n, dtype=torch.int32) for n in (*lengths, 0)])
 
 
 def block_mask(lengths: list[int], causal: bool, dtype: torch.dtype) -> Tensor:

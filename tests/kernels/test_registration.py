@@ -35,6 +35,7 @@ def arguments() -> dict[str, list[tuple]]:
     ends = torch.tensor(LENGTHS).cumsum(0)  # every segment sees itself alone
     spans = (ends - torch.tensor(LENGTHS), ends, torch.arange(len(LENGTHS) + 1))
     caches = (torch.rand(TOKENS, 2, 4), torch.rand(TOKENS, 2, 4))
+    prefix = (torch.rand(3, 2, 4), torch.rand(3, 2, 4))
     projected = (rand(3, 5), rand(8, 5), rand(8), rand(6, 8), torch.tensor([1, 2, 5]), rand(8))
     feature_grads = (rand(6, 8), rand(6, 8))
     states = [[torch.rand(5) for _ in range(2)] for _ in range(4)]
@@ -67,6 +68,13 @@ def arguments() -> dict[str, list[tuple]]:
         ],
         "prefix_attention_update": [
             (torch.rand(TOKENS, 32), *rotary[:5], *spans, *caches, 4),
+        ],
+        "shared_prefix_attention_fwd": [(rand(TOKENS, 32), *rotary[:5], *prefix, 4)],
+        "shared_prefix_attention_bwd": [
+            (
+                *(rand(TOKENS, 16), rand(TOKENS, 32), rand(TOKENS, 16), rand(TOKENS, 4)),
+                *(*rotary[:4], *prefix, max(LENGTHS), 4),
+            )
         ],
         "swiglu_fwd": [(rand(5, 6),)],
         "swiglu_bwd": [(rand(5, 3), rand(5, 6))],
@@ -145,6 +153,8 @@ class Block(torch.nn.Module):
         cos, sin = rotary_table(16, 4)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
+        self.register_buffer("keys", torch.randn(3, 1, 4))
+        self.register_buffer("values", torch.randn(3, 1, 4))
 
     def forward(self, images, hidden, rows, position_ids, cu_seqlens, targets):
         k = mmalign_kernels
@@ -154,6 +164,9 @@ class Block(torch.nn.Module):
         )
         heads = normed @ self.qkv.t()
         attended = k.rotary_attention(heads, self.cos, self.sin, position_ids, cu_seqlens, 5, 2, 1)
+        attended = attended + k.shared_prefix_attention(
+            heads, self.cos, self.sin, position_ids, cu_seqlens, 5, self.keys, self.values, 2
+        )
         attended = attended + k.full_attention(normed.repeat(1, 3), cu_seqlens, 5, 2)
         normed, hidden = k.add_rms_norm(attended, hidden, self.norm, 1e-5)
         hidden = hidden + k.swiglu(normed @ self.gate_up.t()) @ self.down.t()
