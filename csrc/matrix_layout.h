@@ -34,7 +34,9 @@ HOST_DEVICE uint64_t matrix_descriptor(uint32_t shared_address, uint32_t stride_
 
 // The same operand `bytes` further in shared memory: 32 bytes are 16 columns of a row of 16-bit
 // elements, 8 * 1024 bytes 64 rows. Steps inside a pattern are those before the swizzle.
-HOST_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+HOST_DEVICE uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
+}
 
 // Element i of a thread's accumulators: its row of 64 and its column. thread: of the warpgroup.
 HOST_DEVICE int accumulator_row(int thread, int i) {

@@ -48,6 +48,11 @@ struct ProjectorShared {
   HOST_DEVICE int stage_bytes() const { return (kTileRows + tile_columns) * kSwizzleBytes; }
   HOST_DEVICE int features(int stage) const { return stage * stage_bytes(); }
   HOST_DEVICE int weight(int stage) const { return features(stage) + kTileRows * kSwizzleBytes; }
+  // the rows of the features that one block fetches for all of its cluster
+  HOST_DEVICE int slice_rows() const { return kTileRows / cluster; }
+  HOST_DEVICE int slice(int stage, int rank) const {
+    return features(stage) + rank * slice_rows() * kSwizzleBytes;
+  }
   // float2 [2][kConsumers][cluster][32]: sums of squares of rows r and r + 8
   HOST_DEVICE int sums() const { return features(kStages); }
   // of 16 bits each, [passes][tile_columns]
@@ -58,6 +63,17 @@ struct ProjectorShared {
   HOST_DEVICE int marks() const { return barriers() + (2 * kStages + 2 * kConsumers + 2) * 8; }
   HOST_DEVICE int bytes() const { return marks() + mark_words * 4; }
 };
+
+// Operands of a warpgroup in a stage, 16 of its features; base: address of the shared memory.
+HOST_DEVICE uint64_t features_operand(const ProjectorShared& layout, uint32_t base, int stage,
+                                      int group, int part) {
+  const int rows = group * kWarpgroupRows * kSwizzleBytes;
+  return advance(matrix_descriptor(base + layout.features(stage) + rows, kPatternBytes), part * 32);
+}
+HOST_DEVICE uint64_t weight_operand(const ProjectorShared& layout, uint32_t base, int stage,
+                                    int part) {
+  return advance(matrix_descriptor(base + layout.weight(stage), kPatternBytes), part * 32);
+}
 
 // Four threads of a row hold two columns each of four groups of eight; afterwards thread q of them
 // holds all eight columns of group q. Two rounds, round 1 with the neighbour q ^ 1, round 2 with
