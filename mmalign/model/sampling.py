@@ -17,7 +17,7 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int, top_p
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     probabilities = logits.softmax(1)
     if top_p < 1:
-        values, order = probabilities.sort(1, descending=True, stable=True)
+        values, order = probabilities.sort(dim=1, descending=True, stable=True)
         before = values.cumsum(1) - values  # mass of what is more likely
         values = values.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(values).scatter_(1, order, values)

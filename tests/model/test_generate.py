@@ -1,0 +1,228 @@
+"""Generation against transformers' generate: tokens, distributions, stop strings, images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from mmalign.errors import UserError
+from mmalign.model import generation_cache
+from mmalign.model.generate import GenerationOptions, Prompt, generate, generation_cache_bytes
+from mmalign.model.sampling import draw, sampling_probabilities
+from mmalign.model.text_stream import TextStream
+from mmalign.tokenizer import Tokenizer
+
+from .tiny import (
+    SHAPES,
+    TOKENIZER,
+    hf_llava,
+    hf_pixels,
+    mixed_samples,
+    ours,
+    random_sample,
+)
+
+END = 2
+
+
+class Letters:
+    """Every token is a letter; what the model sees of a tokenizer."""
+
+    image_token_id, eos_token_id = TOKENIZER.image_token_id, END
+
+    def decode(self, ids) -> str:
+        return "".join(chr(48 + i) for i in ids)
+
+
+class Case:
+    def __init__(self, folder, **shape):
+        self.hf = hf_llava(**shape)
+        self.llava = ours(self.hf, folder)
+
+    def theirs(self, sample, max_new_tokens: int) -> list[int]:
+        """transformers alone on the sample, up to the end-of-text token."""
+        images = {"pixel_values": hf_pixels(sample.pixels)} if len(sample.pixels) else {}
+        ids = self.hf.generate(
+            input_ids=sample.input_ids[None],
+            attention_mask=torch.ones_like(sample.input_ids)[None],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=0,
+            **images,
+        )[0, len(sample.input_ids) :].tolist()
+        return ids[: ids.index(END)] if END in ids else ids
+
+    def ours(self, samples, **options) -> list[list[int]]:
+        found = run(self.llava, samples, **options)
+        return [generation.token_ids for generation in found]
+
+
+def prompt_of(sample) -> Prompt:
+    return Prompt(sample.input_ids.tolist(), sample.pixels if len(sample.pixels) else None)
+
+
+def run(llava, samples, cache_tokens=16384, on_text=lambda index, text: None, **options):
+    prompts = [prompt_of(sample) for sample in samples]
+    options = GenerationOptions(**{"max_new_tokens": 20, **options})
+    return generate(llava, Letters(), prompts, options, cache_tokens, on_text)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def any_case(request, tmp_path_factory) -> Case:
+    return Case(tmp_path_factory.mktemp("llava"), **SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Case:
+    return Case(tmp_path_factory.mktemp("llava"), **SHAPES["grouped-query"])
+
+
+@pytest.mark.parametrize("cache_tokens", [16384, 60])
+def test_greedy_tokens_of_mixed_prompts(any_case, cache_tokens):
+    samples = mixed_samples()
+    expected = [any_case.theirs(sample, 20) for sample in samples]
+    assert any_case.ours(samples, cache_tokens=cache_tokens) == expected
+
+
+@pytest.mark.parametrize("prompt_pass", [8192, 30])
+def test_shared_prefix_is_computed_once(case, monkeypatch, prompt_pass):
+    monkeypatch.setattr(generation_cache, "_PROMPT_PASS", prompt_pass)
+    seen = []
+    extend = type(case.llava.decoder).extend
+
+    def counting(decoder, input_ids, *rest, **images):
+        seen.append(len(input_ids))
+        return extend(decoder, input_ids, *rest, **images)
+
+    monkeypatch.setattr(type(case.llava.decoder), "extend", counting)
+    first = random_sample(70, seed=5)
+    prefix = first.input_ids[:66]
+    samples = [first] + [
+        replace(x, input_ids=torch.cat([prefix, x.input_ids]))
+        for x in (random_sample(length, seed=length) for length in (3, 12, 1))
+    ]
+    expected = [case.theirs(sample, 6) for sample in samples]
+    assert case.ours(samples, max_new_tokens=6) == expected
+    num_tokens = 66 + 4 + 3 + 12 + 1  # then, in every step, one of each that still runs
+    assert sum(seen) == num_tokens + sum(min(len(ids), 5) for ids in expected)
+
+
+def test_equal_tokens_behind_different_images(case):
+    samples = [
+        replace(random_sample(9, 1, seed=1), pixels=random_sample(1, 1, seed=i).pixels)
+        for i in range(3)
+    ]
+    expected = [case.theirs(sample, 8) for sample in samples]
+    assert len(set(map(tuple, expected))) > 1
+    assert case.ours(samples, max_new_tokens=8) == expected
+
+
+def test_probabilities_are_those_of_transformers_warpers():
+    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) * 4
+    for temperature, top_k, top_p in ((0.7, 0, 1.0), (1.3, 0, 0.9), (0.4, 20, 0.5), (2.0, 7, 1.0)):
+        expected = TemperatureLogitsWarper(temperature)(None, logits)
+        if top_k:
+            expected = TopKLogitsWarper(top_k)(None, expected)
+        expected = TopPLogitsWarper(top_p)(None, expected).softmax(1)
+        found = sampling_probabilities(logits, temperature, top_k, top_p)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    n = 20_000
+    uniforms = (torch.arange(n) + 0.5) / n
+    counts = draw(probabilities.expand(n, -1), uniforms.double()).bincount(minlength=6)
+    torch.testing.assert_close(counts / n, probabilities, rtol=0, atol=2 / n)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities.expand(2, -1), edges).tolist() == [0, 4]
+
+
+def test_sampling_is_reproducible_and_independent_of_the_batch(case):
+    samples = [random_sample(length, seed=length) for length in (9, 5, 14)] * 2
+    options = dict(temperature=1.0, top_p=0.95, seed=3)
+    found = case.ours(samples, **options)
+    assert case.ours(samples, **options) == found
+    assert case.ours(samples, cache_tokens=1, **options) == found
+    assert case.ours(samples, **options | {"seed": 4}) != found
+    assert found[:3] != found[3:]  # equal prompts, other draws
+
+
+def test_stop_strings_end_a_sequence_and_leave_the_others(case):
+    samples = mixed_samples()
+    free = [Letters().decode(ids) for ids in case.ours(samples)]
+    stop = (free[0][4:6], free[3][1:3])
+    pieces = {i: "" for i in range(len(samples))}
+
+    def on_text(index, text):
+        pieces[index] += text
+
+    found = run(case.llava, samples, stop=stop, on_text=on_text)
+    for index, (text, generation) in enumerate(zip(free, found, strict=True)):
+        ends = [text.find(term) for term in stop if term in text]
+        assert generation.text == (text[: min(ends)] if ends else text)
+        assert pieces[index] == generation.text
+        assert (generation.reason == "stop") == bool(ends)
+    assert found[0].reason == found[3].reason == "stop"
+
+
+def test_end_of_text_and_length_are_told_apart(case):
+    reasons = {len(x.token_ids): x.reason for x in run(case.llava, mixed_samples())}
+    assert reasons[20] == "length"
+    assert {reason for length, reason in reasons.items() if length < 20} <= {"end"}
+
+
+def test_cache_bytes_are_those_of_transformers_cache(case):
+    sample = random_sample(12)
+    cache = case.hf(input_ids=sample.input_ids[None], use_cache=True).past_key_values
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    config = case.llava.decoder.config
+    assert generation_cache_bytes(config, 12, torch.float32) == held
+
+
+def test_stream_of_any_tokens_adds_up_to_their_text(shared_data):
+    tokenizer = Tokenizer.from_pretrained(shared_data / "llama_tokenizer")
+    generator = torch.Generator().manual_seed(1)
+    text = "Two  blanks,\n\n a \u2603 and \U0001f600\U0001f600 \u00e9."
+    random = torch.randint(3, 32000, (300,), generator=generator).tolist()
+    for ids in (tokenizer.encode(text), random, tokenizer.encode(text) + [200]):
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(token_id) for token_id in ids] + [stream.finish()]
+        assert "".join(pieces) == stream.text == tokenizer.decode(ids)
+
+
+def test_stream_holds_back_what_may_become_a_stop_string():
+    stream = TextStream(Letters(), ["abc", "x"])
+    pieces = [stream.push(ord(letter) - 48) for letter in "qabab"]
+    assert pieces == ["q", "", "", "ab", ""]
+    assert stream.push(ord("c") - 48) == "" and stream.stopped
+    assert stream.text == "qab" and stream.finish() == ""
+
+
+BAD_OPTIONS = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -1, "top_p": 0.0, "seed": -1}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(name):
+    with pytest.raises(UserError, match=f"{name} is {BAD_OPTIONS[name]}; expected"):
+        GenerationOptions(**{name: BAD_OPTIONS[name]})
+
+
+def test_bad_prompts_and_broken_weights(case, tmp_path):
+    def fails(prompt, message):
+        with pytest.raises(UserError, match=message):
+            generate(case.llava, Letters(), [Prompt([5]), prompt], GenerationOptions())
+
+    image = random_sample(4, 1)
+    fails(Prompt([]), "prompt 1 is empty")
+    fails(Prompt([5, 103]), "token 103, but the model's vocabulary has 103")
+    fails(Prompt([5, 6], image.pixels), "need 4 image tokens, it holds 0")
+    broken = Case(tmp_path, **SHAPES["tied"]).llava
+    broken.decoder.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="logits that are not finite"):
+        run(broken, [image])
+    broken.vision_tower = None
+    with pytest.raises(UserError, match="no vision tower"):
+        run(broken, [image])
