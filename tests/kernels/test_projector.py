@@ -13,6 +13,14 @@ POSITIONS = torch.cat((torch.arange(3, 9), torch.arange(20, 26)))
 NAMES = ("image_features", "weight", "bias", "hidden_states", "norm_weight")
 
 
+@pytest.fixture(autouse=True)
+def type_of_the_kernel(backend, request):
+    """csrc/ takes bf16 and fp16; tests/csrc/test_projector_on_gpu.py has the cases in those."""
+    params = getattr(request.node, "callspec", None) and request.node.callspec.params
+    if backend == "cuda" and params.get("dtype") not in (torch.bfloat16, torch.float16):
+        pytest.skip("the CUDA kernel takes bf16 and fp16")
+
+
 def inputs(trained=NAMES, positions=POSITIONS, num_tokens=31):
     shapes = ((len(positions), VISION), (HIDDEN, VISION), HIDDEN, (num_tokens, HIDDEN), HIDDEN)
     tensors = dict(zip(NAMES, map(torch.randn, shapes), strict=True))
