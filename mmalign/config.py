@@ -164,11 +164,12 @@ class TrainConfig:
     shortcuts: ShortcutConfig = field(default_factory=ShortcutConfig)
     global_batch_size: int = 32
     """Samples in one optimizer step, over all processes."""
-    micro_batch_tokens: int = 8192
-    """Most tokens in one forward and backward pass of one process."""
-    recompute: Literal["none", "elementwise", "mlp", "full"] = "none"
+    micro_batch_tokens: int | Literal["auto"] = 8192
+    """Most tokens in one forward and backward pass of one process; auto: what the memory plan
+    recommends for the device (scripts/plan_memory.py), on a CPU for the memory that is free."""
+    recompute: Literal["none", "elementwise", "mlp", "full", "auto"] = "none"
     """What the backward pass computes again instead of keeping it: nothing; the results of RMSNorm
-    and SwiGLU; these and the MLP's first product; or whole layers."""
+    and SwiGLU; these and the MLP's first product; whole layers; or what the memory plan says."""
     recompute_layers: int | None = None
     """Only in the first N decoder layers; unset: in all."""
     num_epochs: float = 1.0

@@ -23,6 +23,7 @@ from mmalign.training.flops import Workload
 from mmalign.training.guards import LossWatch, UpdateGate
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.launched import Launched
+from mmalign.training.memory_table import plan_run
 from mmalign.training.metrics import Metrics, read_metrics
 from mmalign.training.optimizer import AdamW
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or continues it from its latest checkpoint."""
     timeout = config.parallel.timeout_minutes
     with start_ranks(config.device, timeout) as ranks, memory_history(ranks.device):
-        config = resolve(config)
+        config = plan_run(resolve(config), ranks)  # refuses what the memory cannot hold
         with explain_out_of_memory(config, ranks):
             trainer = Trainer(config, ranks)
         trainer.run()

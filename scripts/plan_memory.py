@@ -1,0 +1,48 @@
+"""Plan a run's memory: python scripts/plan_memory.py RECIPE [--gpu NAME] [--world-size N] [...]
+
+    python scripts/plan_memory.py finetune-7b --gpu h100-80g
+    python scripts/plan_memory.py finetune-7b --gpu a100-40g --world-size 8 --parallel.sharding full
+    python scripts/plan_memory.py finetune-7b --model.decoder FOLDER --model.vision-tower FOLDER
+
+Any field of the recipe can be set as for train.py. Without folders the recipe's published models
+are assumed. No weights are read. The cards: a100-40g, a100-80g, h100-80g (the default), h200, b200,
+l40s, a6000, rtx-3090, rtx-4090.
+"""
+
+import argparse
+import sys
+
+import tyro
+
+from mmalign.errors import UserError
+from mmalign.recipes import RECIPES
+from mmalign.training.memory_plan import MemoryPlan
+from mmalign.training.memory_table import capacity_of, check, flags_of, render
+from mmalign.training.published import published_workload
+
+
+def main() -> None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--gpu", default="h100-80g")
+    own.add_argument("--world-size", type=int, default=1)
+    options, rest = own.parse_known_args()
+    name = next((x for x in rest if x in RECIPES), "")
+    config = tyro.extras.overridable_config_cli(
+        RECIPES, prog="plan_memory.py", description=__doc__, args=rest
+    )
+    parallel = config.parallel
+    if parallel.sharding == "hybrid" and not parallel.shard_size:
+        sys.exit("error: --parallel.shard-size: how many processes a node has is not known here")
+    try:
+        workload = published_workload(config, name)
+        plan = MemoryPlan(config, workload, capacity_of(options.gpu), "cuda", options.world_size)
+        chosen = check(plan)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{name} on {options.gpu}, {plan.capacity / 1e9:.1f} GB, one of {options.world_size}\n")
+    print(render(plan))
+    print(f"\nrecommended: {flags_of(chosen)}")
+
+
+if __name__ == "__main__":
+    main()
