@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
 import torch
-from mmalign_kernels import target_logprobs
+from mmalign_kernels import linear, target_logprobs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,12 +26,15 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.kv_cache import CachedPositions, PathCache, PathPositions, cache_bytes
 from mmalign.tokenizer import Tokenizer
 
+_ROWS_OF_LOGITS = 1024  # that exist at once where the likeliest token is asked for
+
 
 @dataclass(frozen=True)
 class Score:
     loglikelihood: float  # natural logarithm, summed over the continuation's tokens
     num_tokens: int  # of the continuation
     num_truncated: int  # tokens cut from the left of the context
+    is_greedy: bool | None = None  # whether greedy decoding would write it; None: not asked
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,18 @@ def make_plan(
 
 
 def run_plan(
-    decoder: Decoder, plan: ScoringPlan, device: str | torch.device, progress: bool = True
+    decoder: Decoder,
+    plan: ScoringPlan,
+    device: str | torch.device,
+    progress: bool = True,
+    greedy: bool = False,
 ) -> list[Score]:
-    """Runs every batch of the plan; one Score a request."""
+    """Runs every batch of the plan; one Score a request, with is_greedy where greedy asks for it.
+
+    greedy takes the logits of the rows that are read a second time.
+    """
     logprobs = torch.empty(len(plan.targets.order))
+    likeliest = torch.empty(len(logprobs), dtype=torch.bool) if greedy else None
     bar = tqdm(
         total=plan.num_tokens,
         desc="score",
@@ -178,29 +190,39 @@ def run_plan(
         cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
         for batch in plan.batches:
             wanted = plan.targets.within(batch)
-            values = _batch_logprobs(decoder, plan, batch, wanted, cache, torch.device(device))
-            logprobs[torch.from_numpy(plan.targets.order[wanted])] = values.cpu()
+            targets = _read_targets(decoder, plan, batch, wanted, cache, torch.device(device))
+            values = target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
+            places = torch.from_numpy(plan.targets.order[wanted])
+            logprobs[places] = values.cpu()
             if not values.isfinite().all():
                 _raise_broken(decoder, plan, batch, device)
+            if likeliest is not None:
+                likeliest[places] = _are_likeliest(decoder, *targets).cpu()
             bar.update(batch.end - batch.begin)
     decoder.train(training)
-    lengths = [len(request.target_ids) for request in plan.encoded]
-    scores = [
-        Score(math.fsum(values.tolist()), len(values), request.num_truncated)
-        for request, values in zip(plan.encoded, logprobs.split(lengths), strict=True)
-    ]
+    return _scores(plan, logprobs, likeliest)
+
+
+def _scores(plan: ScoringPlan, logprobs: Tensor, likeliest: Tensor | None) -> list[Score]:
+    """One a request, from what its targets have, (num_targets,) each."""
+    scores = []
+    for request, bounds in zip(plan.encoded, pairwise(plan.targets.bounds.tolist()), strict=True):
+        own = slice(*bounds)
+        is_greedy = None if likeliest is None else bool(likeliest[own].all())
+        total = math.fsum(logprobs[own].tolist())
+        scores.append(Score(total, own.stop - own.start, request.num_truncated, is_greedy))
     return [scores[unique] for unique in plan.unique_of]
 
 
-def _batch_logprobs(
+def _read_targets(
     decoder: Decoder,
     plan: ScoringPlan,
     batch: TreeBatch,
     wanted: slice,
     cache: PathCache,
     device: torch.device,
-) -> Tensor:
-    """Log-probabilities of the batch's wanted targets: (num_targets,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What target_logprobs takes beside lm_head for the batch's wanted targets."""
     # each row that is read goes through lm_head once, for all of its targets
     read, row_of_target = np.unique(plan.targets.tokens[wanted] - batch.begin, return_inverse=True)
     hidden_states = decoder.extend(
@@ -208,12 +230,19 @@ def _batch_logprobs(
         _positions(decoder, plan.tree, batch, cache, device),
         torch.from_numpy(read).to(device),
     )  # (num_read, hidden_size)
-    return target_logprobs(
-        hidden_states,
-        decoder.lm_head.weight,
-        torch.from_numpy(plan.targets.target_ids[wanted]).to(device),
-        torch.from_numpy(row_of_target).to(device),
-    )
+    target_ids = torch.from_numpy(plan.targets.target_ids[wanted]).to(device)
+    return hidden_states, target_ids, torch.from_numpy(row_of_target).to(device)
+
+
+def _are_likeliest(
+    decoder: Decoder, hidden_states: Tensor, target_ids: Tensor, row_of_target: Tensor
+) -> Tensor:
+    """Whether each target has the largest logit of its row: (num_targets,) bool."""
+    likeliest = [
+        linear(rows, decoder.lm_head.weight).argmax(1)
+        for rows in hidden_states.split(_ROWS_OF_LOGITS)
+    ]
+    return torch.cat(likeliest)[row_of_target] == target_ids
 
 
 def _positions(
@@ -251,7 +280,8 @@ def _raise_broken(
         alone = make_plan([request], [0], [name], len(path))
         cache = PathCache(decoder.config, 0, len(path), decoder.embed_tokens.weight)
         everything = slice(0, len(request.target_ids))
-        values = _batch_logprobs(decoder, alone, alone.batches[0], everything, cache, device)
+        targets = _read_targets(decoder, alone, alone.batches[0], everything, cache, device)
+        values = target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
         if not values.isfinite().all():
             raise UserError(
                 f"{name}: the model gives a log-likelihood of {values.sum().item()}; its weights "
