@@ -49,14 +49,14 @@ class UpdateGate:
             raise UserError(
                 f"{what}. {samples} Look at them with scripts/preview_batch.py, or lower "
                 "--optimizer.learning-rate; --on-non-finite skip leaves such steps out. The "
-                "weights before this step are saved."
+                "last checkpoint is from before this step."
             )
         self.num_skipped += 1
         log.warning("%s: it did not change the weights. %s", what, samples)
         if self.num_skipped == MOST_SKIPPED:
             raise UserError(
                 f"{what}, the {MOST_SKIPPED}th step in a row, so no step changes the weights any "
-                "more. Lower --optimizer.learning-rate in a new --run-dir. The weights are saved."
+                "more. Lower --optimizer.learning-rate in a new --run-dir."
             )
 
 

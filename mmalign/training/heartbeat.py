@@ -12,7 +12,14 @@ from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 # what a process does in a step, in this order
-PHASES = ("starting", "waiting for data", "computing", "waiting for the result", "saving")
+PHASES = (
+    "starting",
+    "waiting for data",
+    "computing",
+    "waiting for the result",
+    "evaluating",
+    "saving",
+)
 
 
 class Heartbeat:
@@ -45,7 +52,7 @@ class Heartbeat:
         self.stopped.set()
         if self.thread:
             self.thread.join()
-        if isinstance(error, RuntimeError) and _is_timeout(error):
+        if self.thread and isinstance(error, RuntimeError) and _is_timeout(error):
             raise UserError(f"{self.report()}. The process group gave up waiting") from error
 
     def at(self, step: int, doing: str) -> None:

@@ -87,4 +87,5 @@ def _run(config, rank, world_size, port, folder, prepare) -> None:
         try:
             train(config)
         except UserError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}")
+            sys.exit(1)

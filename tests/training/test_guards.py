@@ -1,0 +1,186 @@
+"""Steps that are not finite, losses that jump, processes that are stuck, signals."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from mmalign_kernels import adamw_step
+from mmalign_kernels.dispatch import use_backend
+
+from mmalign.config import ParallelConfig
+from mmalign.data.loader import StepLoader
+from mmalign.errors import UserError
+from mmalign.training.guards import LEAST, MOST_SKIPPED, LossWatch
+from mmalign.training.metrics import read_metrics
+from mmalign.training.sharding import ParallelModel
+from mmalign.training.trainer import Trainer, train
+from tests.training.processes import start
+from tests.training.runs import exported_weights, losses, small_config
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan")])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_skipped_update_changes_nothing(backend, scale):
+    """Split master: weights, remainders and moments stay, whatever the gradients are."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(70).bfloat16(), torch.randn(70), torch.rand(70)]
+    remainder = torch.randint(-(2**15), 2**15, (70,), dtype=torch.int16)
+    before = [x.clone() for x in (*tensors, remainder)]
+    with use_backend(backend):
+        adamw_step(
+            *([tensors[0]], [torch.full((70,), float("nan")).bfloat16()]),
+            *([tensors[1]], [tensors[2]]),
+            **{"step": 3, "learning_rate": 1.0, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8},
+            weight_decay=0.1,
+            grad_scale=torch.tensor(scale),
+            remainders=[remainder],
+        )
+    assert all(torch.equal(x, y) for x, y in zip((*tensors, remainder), before, strict=True))
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(steps): the projector's gradient is NaN at the end of these steps, counted from 1."""
+    backward, number = ParallelModel.backward, [0]
+
+    def begin(steps):
+        number[0] = 0
+
+        def spoiled(self, batch, num_loss_tokens, last):
+            share = backward(self, batch, num_loss_tokens, last)
+            number[0] += last
+            if last and number[0] in steps:
+                projector = self.replica.projector
+                projector.weight.grad[0, 0] = float("nan")
+            return share
+
+        monkeypatch.setattr(ParallelModel, "backward", spoiled)
+
+    return begin
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_see_it(
+    small_world, tmp_path, spoil
+):
+    whole = small_config(small_world, tmp_path / "whole")
+    train(whole)
+    config = replace(whole, run_dir=tmp_path / "run")
+    spoil({4})
+    with pytest.raises(UserError, match=r"gradient norm of step 4 is nan.*visual-31") as raised:
+        train(config)
+    assert "preview_batch.py" in str(raised.value) and "--on-non-finite skip" in str(raised.value)
+    assert len(losses(config.run_dir)) == 3
+    spoil({})
+    train(config)  # from step 3, as if nothing had happened
+    assert losses(whole.run_dir) == losses(config.run_dir)
+    ours, theirs = exported_weights(whole.run_dir), exported_weights(config.run_dir)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_skipping_leaves_the_step_out(small_world, tmp_path, spoil, caplog, monkeypatch):
+    """Weights of a skipped step's end are those of its begin; the run goes on and can continue."""
+    spoil({3})
+    config = small_config(small_world, tmp_path / "run", on_non_finite="skip")
+    config = replace(config, checkpoint=replace(config.checkpoint, every=2))
+    weights, train_step = [], Trainer.train_step
+
+    def watched(trainer, step, data_seconds):
+        launched = train_step(trainer, step, data_seconds)
+        weights.append(trainer.model.decoder.lm_head.weight.detach().clone())
+        return launched
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train(config)
+    same = [torch.equal(*pair) for pair in zip(weights, weights[1:], strict=False)]
+    assert same == [False, True, False, False, False]
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records if "skipped" in record] == [3]
+    assert "gradient norm of step 3 is nan" in caplog.text
+    assert all(weight.isfinite().all() for weight in exported_weights(config.run_dir).values())
+
+
+def test_skipping_for_ever_is_an_error(small_world, tmp_path, spoil):
+    spoil(set(range(3, 100)))
+    config = small_config(small_world, tmp_path, on_non_finite="skip", num_steps=30)
+    with pytest.raises(UserError, match=f"{MOST_SKIPPED}th step in a row"):
+        train(config)
+    assert len(losses(tmp_path)) in (MOST_SKIPPED + 2, MOST_SKIPPED + 1)
+
+
+def test_loss_spikes_are_reported_with_their_samples(caplog):
+    watch = LossWatch(factor=3.0, earlier=[2.0] * (LEAST - 1))
+    assert not watch.see(20, 100.0, ["early"])  # too few losses to tell
+    assert not watch.see(21, 5.9, ["fine"]) and not caplog.text
+    assert watch.see(22, 6.1, ["a-7", "b-8"])
+    assert "step 22: loss 6.1000 is more than 3 times the median 2.0000" in caplog.text
+    assert "a-7, b-8" in caplog.text
+    with pytest.raises(UserError, match="loss-spike-factor"):
+        LossWatch(factor=1.0)
+
+
+def stall_rank_1(rank: int) -> None:
+    """The data of its third step never come."""
+    iterate = StepLoader.__iter__
+
+    def stalling(loader):
+        for step in iterate(loader):
+            if rank == 1 and step.index == 2:
+                time.sleep(300)
+            yield step
+
+    StepLoader.__iter__ = stalling
+
+
+def test_a_stuck_process_is_named_with_its_step(small_world, tmp_path):
+    config = small_config(small_world, tmp_path / "run")
+    config = replace(config, parallel=ParallelConfig(timeout_minutes=0.1))
+    running = start(config, 2, stall_rank_1)
+    running.processes[0].join(60)
+    assert running.processes[0].exitcode == 1
+    running.send(signal.SIGKILL)  # as torchrun does when one process has failed
+    running.wait()
+    waiting, stuck = running.outputs()
+    named = "no progress: rank 1 in step 3, waiting for data for"
+    assert named in waiting and "rank 0 in step 3, computing for" in waiting, waiting
+    assert named in stuck
+    assert (config.run_dir / "checkpoints" / "step_2").is_dir()
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(small_world, tmp_path, sharding):
+    config = small_config(small_world, tmp_path / "run", num_steps=5000)
+    config = replace(config, parallel=ParallelConfig(sharding=sharding))
+    running = start(config, 2)
+    metrics = config.run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(losses(config.run_dir)) < 2:
+        assert running.processes[0].is_alive(), running.outputs()
+        time.sleep(0.02)
+    number = signal.SIGTERM if sharding == "none" else signal.SIGUSR1
+    os.kill(running.processes[1].pid, number)
+    assert running.wait() == [1, 1]
+    done = len(losses(config.run_dir))
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == [f"step_{done}"]
+    for text in running.outputs():
+        assert f"stopped by a signal after step {done}; everything is saved" in text
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits(small_world, tmp_path, monkeypatch):
+    """PyTorch raises at an operation in which the host waits for the device."""
+    train_step = Trainer.train_step
+
+    def watched(trainer, step, data_seconds):
+        if step.index < 2:  # kernels are compiled and loaded
+            return train_step(trainer, step, data_seconds)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return train_step(trainer, step, data_seconds)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    train(small_config(small_world, tmp_path, precision="bf16", device="cuda"))
+    assert len(losses(tmp_path)) == 6
