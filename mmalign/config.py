@@ -133,8 +133,8 @@ class EvaluationConfig:
     tasks: tuple[str, ...] = ("truthfulqa", "ethics")
     """truthfulqa, ethics, or single tasks such as truthfulqa_mc1 or ethics_virtue."""
     limit: int | None = None
-    """Documents of each task (its first ones) before the end; unset: the largest of 25, 50, 100,
-    200, ... with which the whole evaluation stays under 5% of the run's arithmetic."""
+    """Documents of each task (its first ones) before the end; unset: the largest of 20, 40, 80,
+    160, ... with which the whole evaluation stays under 5% of the run's arithmetic."""
     batch_tokens: int = 8192
     """Most tokens in one forward pass."""
 

@@ -7,6 +7,7 @@ size and may reach into the next epoch, and a run continues from its step number
 
 import heapq
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -271,3 +272,14 @@ class _MicroBatches:
         except SampleError as error:  # returned: torch cannot raise it again with its arguments
             return {"error": (error.sample_id, error.problem, error.remedy)}
         return vars(pack_samples(encoded, pixels, dataset.tokenizer.image_token_id))
+
+
+def timed(steps: StepLoader) -> Iterator[tuple[Step, float]]:
+    """Each item with the seconds that it was waited for."""
+    iterator = iter(steps)
+    while True:
+        started = time.perf_counter()
+        step = next(iterator, None)
+        if step is None:
+            return
+        yield step, time.perf_counter() - started

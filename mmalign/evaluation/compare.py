@@ -1,6 +1,5 @@
 """Paired comparison of two evaluations: the same documents, two models."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mmalign.evaluation.intervals import (
     percentile_interval,
 )
 from mmalign.evaluation.metrics import exact_match
+from mmalign.evaluation.results import PROTOCOL, read_items, read_results
 from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, Task
 
 METHOD = (
@@ -28,18 +28,22 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
     """What changed from evaluation output A to B, per task that both hold.
 
     Returns {"a": folder, "b": folder, "method": text, "only_in_one": tasks that one lacks,
-    "tasks": {task: {"acc_a", "acc_b", "difference", "interval" (95%), "n", and for tasks with
-    right and wrong answers "lost", "gained" (documents), "p", "p_holm"}}}. Differences are B - A.
-    Raises UserError where a folder is no evaluation or the documents differ.
+    "settings": those that differ, [A's, B's] each, "tasks": {task: {"acc_a", "acc_b", "difference",
+    "interval" (95%), "n", and for tasks with right and wrong answers "lost", "gained" (documents),
+    "p", "p_holm"}}, "flipped": those documents, with their text}. Differences are B - A.
+    Raises UserError where a folder is no evaluation, or what was asked differs: documents, their
+    number, prompts or the way to score.
     """
+    settings = _differing_settings(dir_a, dir_b)
     items_a, items_b = read_items(dir_a), read_items(dir_b)
     shared = [task for task in TASKS if task in items_a and task in items_b]
     if not shared:
         raise UserError(f"{dir_a} and {dir_b} have no task in common")
-    tasks, draws = {}, {}
+    tasks, draws, flipped = {}, {}, []
     for seed, task in enumerate(shared):
         _require_same_documents(task, items_a[task], items_b[task])
         tasks[task], draws[task] = _compare_task(TASKS[task], items_a[task], items_b[task], seed)
+        flipped += _flipped(TASKS[task], items_a[task], items_b[task])
     if all(task in tasks for task in ETHICS_TASKS):
         tasks["ethics_mean"] = _compare_mean(tasks, draws)
     tested = [task for task in tasks if "p" in tasks[task]]
@@ -50,26 +54,28 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         "b": str(dir_b),
         "method": METHOD,
         "only_in_one": sorted(set(items_a) ^ set(items_b)),
+        "settings": settings,
         "tasks": tasks,
+        "flipped": flipped,
     }
 
 
-def read_items(folder: str | Path) -> dict[str, list[dict]]:
-    """items.jsonl of an evaluation output, by task."""
-    path = Path(folder) / "items.jsonl"
-    if not path.is_file() or not (Path(folder) / "results.json").is_file():
-        raise UserError(
-            f"{folder} is not a finished evaluation: it needs results.json and items.jsonl, as "
-            "scripts/evaluate.py writes them"
-        )
-    items: dict[str, list[dict]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            items.setdefault(item["task"], []).append(item)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not an item of an evaluation") from error
-    return items
+def _differing_settings(dir_a: str | Path, dir_b: str | Path) -> dict[str, list]:
+    """Precision, tokenizer and what else may differ between two models."""
+    a, b = (read_results(folder)["config"] for folder in (dir_a, dir_b))
+    for key in PROTOCOL:
+        if a[key] != b[key]:
+            raise UserError(
+                f"{dir_a} and {dir_b} did not ask the same: {key} is {a[key]!r} and {b[key]!r}; "
+                "evaluate both with one version of this program"
+            )
+    keys = ("precision", "tokenizer_sha256", "max_length")
+    differing = {key: [a[key], b[key]] for key in keys if a[key] != b[key]}
+    for package in sorted(a["versions"].keys() | b["versions"].keys()):
+        found = [config["versions"].get(package) for config in (a, b)]
+        if found[0] != found[1]:
+            differing[package] = found
+    return differing
 
 
 def _require_same_documents(task: str, items_a: Sequence[dict], items_b: Sequence[dict]) -> None:
@@ -100,7 +106,7 @@ def _compare_task(
         "interval": percentile_interval(draws),
         "n": len(difference),
     }
-    if task.name != "truthfulqa_mc2":
+    if task.right_or_wrong:
         lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
         comparison |= {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}
     if task.answers:
@@ -112,6 +118,28 @@ def _compare_task(
         comparison["em_a"] = exact_match(task, items_a, scores_a)
         comparison["em_b"] = exact_match(task, items_b, scores_b)
     return comparison, draws
+
+
+def _flipped(task: Task, items_a: Sequence[dict], items_b: Sequence[dict]) -> list[dict]:
+    """Documents that turned wrong ("lost") or right ("gained"), with their text."""
+    pairs = [
+        (a, b)
+        for a, b in zip(items_a, items_b, strict=True)
+        if task.right_or_wrong and a["score"] != b["score"]
+    ]
+    return [
+        {
+            "task": task.name,
+            "doc_id": a["doc_id"],
+            "turned": "gained" if b["score"] > a["score"] else "lost",
+            "context": a["context"],
+            "choices": [choice["text"] for choice in a["choices"]],
+            "gold": a["gold"],
+            "prediction_a": a["prediction"],
+            "prediction_b": b["prediction"],
+        }
+        for a, b in pairs
+    ]
 
 
 def _compare_mean(tasks: dict[str, dict], draws: dict[str, np.ndarray]) -> dict:

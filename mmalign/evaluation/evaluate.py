@@ -1,6 +1,5 @@
 """Scores a language model on TruthfulQA and ETHICS and writes results.json and items.jsonl."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,26 +7,20 @@ from pathlib import Path
 
 from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
-from mmalign.evaluation.metrics import ethics_mean, make_item, summarize
-from mmalign.evaluation.remarks import remarks
-from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
-from mmalign.evaluation.tables import print_results
-from mmalign.evaluation.tasks import (
-    PROMPT_VERSION,
-    describe_data,
-    load_documents,
-    resolve_tasks,
+from mmalign.evaluation.results import (
+    PROTOCOL,
+    describe_model,
+    make_items,
+    summarize_tasks,
+    write_evaluation,
 )
+from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
+from mmalign.evaluation.tables import print_results
+from mmalign.evaluation.tasks import describe_data, load_documents, resolve_tasks
 from mmalign.model.config import DecoderConfig
 from mmalign.model.hf_weights import load_decoder
-from mmalign.system import DTYPES, choose_device, versions
+from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer
-
-PROTOCOL = {
-    "prompts": PROMPT_VERSION,
-    "bos": "none",
-    "score": "sum of the log-probabilities of the choice's tokens, not divided by their number",
-}
 
 
 def evaluate_model(
@@ -54,7 +47,7 @@ def evaluate_model(
     documents = load_documents(names, data_root, limit)
     config = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
     config |= {"data_files": describe_data(names, data_root)} | PROTOCOL
-    config |= {"limit": limit, "precision": precision, "batch_tokens": batch_tokens}
+    config |= {"limit": limit, "batch_tokens": batch_tokens}
     tokenizer = Tokenizer.from_pretrained(weights)
     model_config, seconds = DecoderConfig.from_hf(weights), {}
     # what does not fit together is told before the weights are read
@@ -65,13 +58,12 @@ def evaluate_model(
         decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
     with _timed(seconds, "score"):
         scores = run_plan(decoder, plan, target, progress=not quiet)
-    config["max_length"] = model_config.max_position_embeddings
-    config["tokenizer_sha256"] = tokenizer.fingerprint
+    config |= describe_model(tokenizer, model_config.max_position_embeddings, precision)
     config["cache_bytes"] = plan.cache_bytes(model_config, DTYPES[precision])
-    config |= {"num_requests": len(plan.unique_of), "versions": versions()}
-    items = _items(documents, scores)
-    results = _summaries(items) | _cost(plan, seconds) | {"config": config}
-    _write(output, items, results)
+    config["num_requests"] = len(plan.unique_of)
+    items = make_items(documents, scores)
+    results = summarize_tasks(items) | _cost(plan, seconds) | {"config": config}
+    write_evaluation(output, items, results)
     if not quiet:
         print_results(results, output)
     return results
@@ -114,23 +106,6 @@ def _plan(
     )
 
 
-def _items(documents: dict[str, list[Document]], scores: list[Score]) -> dict[str, list[dict]]:
-    remaining = iter(scores)  # in the order of the requests
-    return {
-        task: [make_item(doc, [next(remaining) for _ in doc.requests]) for doc in rows]
-        for task, rows in documents.items()
-    }
-
-
-def _summaries(items: dict[str, list[dict]]) -> dict[str, dict]:
-    results = {task: summarize(rows) for task, rows in items.items()}
-    if mean := ethics_mean(results):
-        results["ethics_mean"] = mean
-    for name, summary in results.items():
-        summary["remarks"] = remarks(name, summary)
-    return results
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -145,13 +120,3 @@ def _cost(plan: ScoringPlan, seconds: dict[str, float]) -> dict:
         "tokens_computed": plan.num_tokens,
         "tokens_computed_by_harness": plan.num_tokens_harness,
     }
-
-
-def _write(output: Path, items: dict[str, list[dict]], results: dict) -> None:
-    """results.json appears last and whole, so that it stands for a finished evaluation."""
-    (output / "results.json").unlink(missing_ok=True)
-    lines = (json.dumps(item) + "\n" for rows in items.values() for item in rows)
-    (output / "items.jsonl").write_text("".join(lines))
-    torn = output / "results.tmp"
-    torn.write_text(json.dumps(results, indent=2) + "\n")
-    torn.rename(output / "results.json")

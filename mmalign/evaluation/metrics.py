@@ -35,6 +35,7 @@ def make_item(document: Document, scores: Sequence[Score]) -> dict:
     item = {
         "task": document.task,
         "doc_id": document.doc_id,
+        "context": document.requests[0][0],
         "choices": [
             {
                 "text": continuation,

@@ -23,6 +23,11 @@ class Task:
     def answer_of_label_0(self) -> int:
         return 1 - self.answer_of_label_1
 
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether a document's score is 1 or 0; that of mc2 is a share."""
+        return self.name != "truthfulqa_mc2"
+
     def answer_name(self, index: int) -> str:
         return self.answers[index].strip()
 

@@ -24,13 +24,14 @@ TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in what a recipe leaves open; raises UserError for what the user has to give."""
-    model, data = config.model, config.data
+    model, data, evaluation = config.model, config.data, config.evaluation
     if data.text_only:
         if config.stage == "pretrain":
             raise UserError("stage pretrain trains the projector; data.text_only leaves no image")
         model = replace(model, vision_tower="", projector="")
         data = replace(data, image_root="")
-    if TOY_WORLD in (model.decoder, model.vision_tower, data.path, data.image_root):
+    paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
+    if TOY_WORLD in paths:
         from mmalign.data.toy_world import toy_world  # its making needs much that others do not
 
         world = toy_world()
@@ -45,6 +46,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             path=_fill(data.path, toy_json),
             image_root=_fill(data.image_root, world.image_root),
         )
+        data_root = _fill(evaluation.data_root, world.evaluation)
+        evaluation = replace(evaluation, data_root=data_root)
     required = {"--model.decoder": model.decoder, "--data.path": data.path}
     if not data.text_only:
         required["--model.vision-tower"] = model.vision_tower
@@ -55,7 +58,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"this recipe needs {', '.join(missing)}. The README says where to get them."
         )
     model = replace(model, tokenizer=model.tokenizer or model.decoder)
-    return replace(config, model=model, data=data)
+    return replace(config, model=model, data=data, evaluation=evaluation)
 
 
 def _fill(value: str, toy_path: Path) -> str:

@@ -43,6 +43,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every process's value in order on the main process, nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, box, dst=0, group=self.patient)
+        return box or []
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others, which then find its files."""

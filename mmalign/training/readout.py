@@ -22,5 +22,5 @@ class Readout:
         """The values. Afterwards ready_at is when they were known: the time the step was over."""
         if self.copied is not None:
             self.copied.synchronize()
-            self.ready_at = time.perf_counter()
+            self.ready_at, self.copied = time.perf_counter(), None
         return self.values.tolist()

@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "parallel.reshard_after_forward",
     "parallel.prefetch",
     "parallel.timeout_minutes",
+    "evaluation.batch_tokens",  # changes rounding only
     "data.num_workers",
     "data.check_images",
 )

@@ -17,7 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,6 +152,7 @@ def _shard(model: Llava, config: TrainConfig, ranks: Ranks) -> None:
     fully_shard(
         model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=tower
     )
+    register_fsdp_forward_method(model, "with_decoder")
     for i, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + parallel.prefetch])
         layer.set_modules_to_backward_prefetch(layers[max(0, i - parallel.prefetch) : i][::-1])

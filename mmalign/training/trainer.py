@@ -13,11 +13,12 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, num_steps_of
+from mmalign.data.loader import Step, StepLoader, num_steps_of, timed
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
+from mmalign.training.evaluation import RunEvaluation
 from mmalign.training.export import export
 from mmalign.training.flops import Workload
 from mmalign.training.guards import LossWatch, UpdateGate
@@ -73,6 +74,7 @@ class Trainer:
         self.first_step = self.checkpoints.latest_step()
         self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
+        self.evaluation = RunEvaluation(config, ranks, self.tokenizer, self.report, self.num_steps)
         self.model = build_model(config, self.tokenizer)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
@@ -116,9 +118,9 @@ class Trainer:
         self.stop = StopSignal()
         self.metrics = self._metrics() if self.ranks.is_main else None
         self.watch = LossWatch(self.config.loss_spike_factor, self._earlier_losses())
-        self.over_at = time.perf_counter()  # when the last step was over, or its saving
         try:
             with self.heartbeat, self.telemetry, self.profiler:
+                self.evaluation.catch_up(self.first_step, self.model)
                 self._run_steps()
                 self._save()
                 self.checkpoints.wait()
@@ -134,6 +136,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         every = self.config.checkpoint.every
+        self.over_at = time.perf_counter()  # when the last step was over, or what followed it
         self.heartbeat.at(self.first_step + 1, "waiting for data")
         for step, data_seconds in self.profiler.watch(timed(self.loader), self.model):
             self.heartbeat.at(step.index + 1, "computing")
@@ -141,6 +144,8 @@ class Trainer:
                 launched = self.train_step(step, data_seconds)
             before, self.in_flight = self.in_flight, launched
             self._read(before)
+            if self.evaluation.is_due(launched.number):
+                self._evaluate(launched)
             if every and launched.number % every == 0:
                 self._save()
             self.heartbeat.at(launched.number + 1, "waiting for data")
@@ -214,6 +219,13 @@ class Trainer:
                 "The same command continues."
             )
 
+    def _evaluate(self, launched: Launched) -> None:
+        launched.readout.wait()  # what follows is not the step's time
+        self.heartbeat.at(launched.number, "evaluating")
+        self.evaluation.after(launched.number, self.model)
+        self._flush()
+        self.over_at = time.perf_counter()
+
     def _flush(self) -> None:
         """Reads the step in flight, if there is one."""
         launched, self.in_flight = self.in_flight, None
@@ -226,7 +238,7 @@ class Trainer:
             record["skipped"] = True
         elif self.watch.see(launched.number, loss, launched.step.sample_ids):
             record["loss_spike"] = True
-        self.metrics.log(record)
+        self.metrics.log(record | self.evaluation.fields(launched.number))
 
     def _save(self) -> None:
         """Begins to save the state after the last step; it is written while the loop goes on."""
@@ -281,14 +293,3 @@ class Trainer:
             return []
         records = read_metrics(self.config.run_dir / "metrics.jsonl")
         return [record["loss"] for record in records if "loss" in record]
-
-
-def timed(steps: StepLoader):
-    """Each item with the seconds that it was waited for."""
-    iterator = iter(steps)
-    while True:
-        started = time.perf_counter()
-        step = next(iterator, None)
-        if step is None:
-            return
-        yield step, time.perf_counter() - started

@@ -7,11 +7,12 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
-from mmalign.evaluation.evaluate import PROTOCOL
+from mmalign.evaluation.results import PROTOCOL
 from mmalign.evaluation.metrics import make_item, summarize
 from mmalign.evaluation.remarks import remarks
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.scoring import Score
+from mmalign.system import versions
 
 
 def make_run(folder, num_steps=60):
@@ -45,6 +46,9 @@ def make_evaluation(folder, num_right):
         "precision": "fp32",
         "max_length": 64,
         "num_requests": 200,
+        "tokenizer": "tokenizer.model, 32,000 tokens",
+        "tokenizer_sha256": "1" * 64,
+        "versions": versions(),
         "data_files": {"ethics/virtue/virtue_test.csv": {"sha256": "0" * 64}},
     }
     (folder / "results.json").write_text(json.dumps({"ethics_virtue": summary, "config": config}))
