@@ -102,7 +102,7 @@ class Checkpoints:
             what = "a checkpoint needs" if copies == 1 else f"{copies} checkpoints need"
             raise UserError(
                 f"{what} {needed / 2**30:.2f} GiB, but {self.folder} has {free / 2**30:.2f} GiB "
-                f"free. {self._what_remains()} Free some space, lower --checkpoint.keep or choose "
+                f"free. {self.what_remains()} Free some space, lower --checkpoint.keep or choose "
                 "another --run-dir."
             )
 
@@ -161,7 +161,7 @@ class Checkpoints:
                 shutil.rmtree(torn, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{_root_cause(error)}. {self._what_remains()} Free some space and give the same "
+                f"{_root_cause(error)}. {self.what_remains()} Free some space and give the same "
                 "command again; it continues there."
             ) from error
 
@@ -191,7 +191,8 @@ class Checkpoints:
             warnings.filterwarnings("ignore", "torch.distributed is")
             dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
 
-    def _what_remains(self) -> str:
+    def what_remains(self) -> str:
+        """A sentence for error messages."""
         steps = self.steps()
         return f"Step {steps[-1]} is safe." if steps else "There is no earlier checkpoint."
 

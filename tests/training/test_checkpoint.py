@@ -126,9 +126,10 @@ def test_the_disk_is_checked_for_all_that_the_run_keeps(tmp_path, monkeypatch):
 def test_four_processes_continue_on_two_and_on_one(small_world, tmp_path, stage):
     """Weights and moments change hands; with LoRA of rank 2 some of four hold no rows."""
     whole = small_config(small_world, tmp_path / "whole", stage, num_steps=4)
+    hybrid = ParallelConfig(sharding="hybrid", shard_size=2)
     whole = replace(
         whole,
-        parallel=ParallelConfig(sharding="full"),
+        parallel=hybrid if stage == "pretrain" else ParallelConfig(sharding="full"),
         lora=LoraConfig(rank=2 if stage == "finetune" else 0, dropout=0.0),
         data=replace(whole.data, shuffle=True),
         checkpoint=replace(whole.checkpoint, every=2, keep=2),
