@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,6 +40,10 @@ def cuda_extensions() -> list[Extension]:
     return []
 
 
+def site_packages() -> str:
+    return os.path.relpath(sysconfig.get_path("purelib"), sysconfig.get_path("data"))
+
+
 class CMakeBuild(build_ext):
     """The library, beside the package's Python files; it is no Python module."""
 
@@ -66,6 +71,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
+    # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py
+    data_files=[(site_packages(), ["mmalign/evaluation/mmalign_lm_eval.pth"])],
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[
@@ -85,6 +92,10 @@ setup(
         "triton": ["triton"],
         # power, clocks and temperature of an NVIDIA card in metrics.jsonl
         "nvidia": ["nvidia-ml-py"],
+        # BLEU and ROUGE of TruthfulQA's written answers
+        "generation": ["rouge-score", "sacrebleu"],
+        # lm_eval --model mmalign
+        "harness": ["lm_eval"],
         # the oracles that the tests compare with
         "test": [
             "accelerate",
