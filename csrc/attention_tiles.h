@@ -47,7 +47,9 @@ struct AttentionShared {
   static constexpr HOST_DEVICE int keys_full(int stage) { return 3 * kQuerySlots + stage; }
   static constexpr HOST_DEVICE int keys_empty(int stage) { return keys_full(kStages + stage); }
   static constexpr HOST_DEVICE int values_full(int stage) { return keys_full(2 * kStages + stage); }
-  static constexpr HOST_DEVICE int values_empty(int stage) { return keys_full(3 * kStages + stage); }
+  static constexpr HOST_DEVICE int values_empty(int stage) {
+    return keys_full(3 * kStages + stage);
+  }
   static constexpr int kBarriers = 3 * kQuerySlots + 4 * kStages;
 
   static constexpr HOST_DEVICE int arrivals(int barrier) {

@@ -25,8 +25,8 @@
 // not. Bytes to and from memory: keys turned 4 HDT, then 6 HDT read, 2 HDT written, 4HT logsumexp.
 // T = 8192, H = 32: 403 MB, 0.13 ms at 3 TB/s; S = 512: 34 GFLOP, 0.06 ms at 600 TFLOP/s;
 // S = 1024: 69 GFLOP, 0.11 ms. So memory is the limit up to about 1,000 tokens, and the copy of the
-// keys a third of it: what remains to be won there. Tiles on the diagonal are computed whole: 128
-// of S / 2 keys a query too many, by half.
+// keys a third of it: what remains to be won there. Tiles on the diagonal are computed
+// whole: 64 keys too many for each query, beside the S / 2 that it sees.
 //
 // bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are no multiple of TMA's 16)
 // are refused; Triton computes them. The backward pass is Triton's (rotary_triton.py), which takes
@@ -37,233 +37,13 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "attention_block.h"
+#include "attention_hopper.cuh"
 #include "device.h"
-#include "hopper.cuh"
 #include "ops.h"
 #include "tensor_map.h"
 
 namespace mmalign {
 namespace {
-
-constexpr int kThreads = 3 * kWarpgroup;
-
-template <class T>
-struct ElementOf;
-template <>
-struct ElementOf<__half> {
-  static __device__ __forceinline__ void unpack(uint32_t word, float (&x)[2]) {
-    const float2 both = __half22float2(bits_as<__half2>(word));
-    x[0] = both.x, x[1] = both.y;
-  }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    return bits_as<uint32_t>(__floats2half2_rn(low, high));
-  }
-};
-template <>
-struct ElementOf<__nv_bfloat16> {
-  static __device__ __forceinline__ void unpack(uint32_t word, float (&x)[2]) {
-    x[0] = __uint_as_float(word << 16), x[1] = __uint_as_float(word & 0xffff0000u);
-  }
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
-  }
-};
-
-// -- keys, and the table
-
-constexpr int kTurnThreads = 256;
-constexpr int kHeadsOfTurn = 8, kBatch = 4;  // key heads of a thread, and of these on their way
-
-__device__ __forceinline__ Angles load_angles(const float* at) {
-  struct Both {
-    Packed low, high;
-  };
-  return bits_as<Angles>(Both{load_shared_by_all(at, true), load_shared_by_all(at + 4, true)});
-}
-
-// A thread turns the same eight pairs of columns of a token's heads, and knows their angles.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kTurnThreads)
-    turn_keys_kernel(const T* __restrict__ qkv,  // (num_tokens, all heads * head_dim)
-                     T* __restrict__ turned,     // (num_tokens, num_key_heads * head_dim)
-                     const int* __restrict__ cu_seqlens, ScheduledSample* __restrict__ table,
-                     const AttentionCall call) {
-  constexpr int kChunks = kHeadDim / 16, kTokens = kTurnThreads / kChunks;
-  if (blockIdx.y == 0) {
-    const int thread = blockIdx.x * kTurnThreads + threadIdx.x;
-    if (thread == 0) *call.counter = 0;
-    for (int64_t i = thread; i < call.num_samples; i += gridDim.x * kTurnThreads)
-      schedule_sample(cu_seqlens, call.num_samples, i, call.shape.num_heads, table);
-  }
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kChunks;
-  if (token >= call.num_tokens) return;
-  const int chunk = threadIdx.x % kChunks * 8;
-  const int64_t angle =
-      static_cast<int64_t>(call.position_ids[token]) * (kHeadDim / 2) + chunk;
-  const Angles cos = load_angles(call.cos + angle), sin = load_angles(call.sin + angle);
-  const AttentionShape shape = call.shape;
-  const T* from =
-      qkv + (token * (shape.num_heads + 2 * shape.num_key_heads) + shape.num_heads) * kHeadDim +
-      chunk;
-  T* to = turned + token * shape.num_key_heads * kHeadDim + chunk;
-  const int first = blockIdx.y * kHeadsOfTurn;
-#pragma unroll
-  for (int head = first; head < first + kHeadsOfTurn; head += kBatch) {
-    Packed halves[kBatch][2];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        halves[i][half] = load_streaming(from + (head + i) * kHeadDim + half * (kHeadDim / 2),
-                                         head + i < shape.num_key_heads);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (head + i >= shape.num_key_heads) return;
-      Chunk x = bits_as<Chunk>(halves[i][0]), y = bits_as<Chunk>(halves[i][1]);
-      turn_chunks<ElementOf<T>>(x, y, cos, sin);
-      store(to + (head + i) * kHeadDim, bits_as<Packed>(x));
-      store(to + (head + i) * kHeadDim + kHeadDim / 2, bits_as<Packed>(y));
-    }
-  }
-}
-
-// -- attention
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-constexpr int kMatrixRegisters = 216, kFetchRegisters = 72;  // of 168 each at the start
-
-// The machine of attention_block.h.
-template <class T, int kHeadDim>
-struct Hopper {
-  using Element = ElementOf<T>;
-  static constexpr int kBarriersAt = AttentionShared<kHeadDim>::kBarriersAt;
-
-  char* shared;
-  const CUtensorMap* projection;
-  const CUtensorMap* turned_keys;
-  int group_of_block;  // warpgroup that multiplies
-
-  __device__ int group() const { return group_of_block; }
-  __device__ int thread() const { return threadIdx.x % kWarpgroup; }
-  __device__ int lane() const { return threadIdx.x % kWarp; }
-  template <class X>
-  __device__ X* at(int byte) const {
-    return reinterpret_cast<X*>(shared + byte);
-  }
-  __device__ uint32_t address(int byte) const { return shared_address(shared) + byte; }
-  __device__ uint64_t* barrier(int number) const { return at<uint64_t>(kBarriersAt) + number; }
-
-  __device__ void wait(int number, uint32_t parity) const { barrier_wait(barrier(number), parity); }
-  __device__ void arrive(int number) const { barrier_arrive(barrier(number)); }
-  __device__ void expect(int number, int bytes) const {
-    barrier_arrive_expect(barrier(number), bytes);
-  }
-  __device__ void warp_arrive(int number) const {
-    __syncwarp();
-    if (lane() == 0) arrive(number);
-  }
-  __device__ void group_sync() const { named_barrier_sync(3 + group(), kWarpgroup); }
-  __device__ void wait_turn() const { named_barrier_sync(1 + group(), 2 * kWarpgroup); }
-  __device__ void pass_turn() const { named_barrier_arrive(2 - group(), 2 * kWarpgroup); }
-
-  __device__ int take_item(int* counter) const { return atomicAdd(counter, 1); }
-  __device__ void load_box(Tensors tensor, int number, int to, int column, int row) const {
-    tensor_load(shared + to, tensor == Tensors::kProjection ? projection : turned_keys,
-                barrier(number), column, row);
-  }
-  __device__ int load_index(const int* from) const { return __ldg(from); }
-  __device__ Angles load_angles(const float* from) const { return mmalign::load_angles(from); }
-  __device__ void writes_to_async() const { shared_writes_to_async(); }
-  __device__ void store_chunk(void* to, int64_t element, const Chunk& chunk) const {
-    store(static_cast<T*>(to) + element, bits_as<Packed>(chunk));
-  }
-
-  static __device__ void hold_words(uint32_t (&words)[kKeyRows / 16][4]) {
-#pragma unroll
-    for (auto& four : words)
-#pragma unroll
-      for (uint32_t& word : four) asm volatile("" : "+r"(word)::"memory");
-  }
-  // Registers that products read or write are as they should be; more products may follow.
-  template <int kCount, class... Words>
-  __device__ void fence(float (&sums)[kCount], Words&... words) const {
-    hold(sums);
-    (hold_words(words), ...);
-    wgmma_fence();
-  }
-  __device__ void multiply(float (&scores)[kKeyRows / 2], uint64_t a, uint64_t b, bool adds) const {
-    Wgmma<T, kKeyRows>::run(scores, a, b, adds);
-  }
-  __device__ void multiply_transposed(float (&out)[kHeadDim / 2], const uint32_t (&a)[4],
-                                      uint64_t b) const {
-    Wgmma<T, kHeadDim, true>::run(out, a, b, true);
-  }
-  __device__ void commit() const { wgmma_commit(); }
-  template <int kPending, int kCount, class... Words>
-  __device__ void wait_products(float (&sums)[kCount], Words&... words) const {
-    wgmma_wait<kPending>();
-    hold(sums);
-    (hold_words(words), ...);
-  }
-
-  __device__ uint32_t quad_exchange(uint32_t word, int with) const {
-    return __shfl_xor_sync(0xffffffffu, word, with);
-  }
-  __device__ float quad_max(float x) const {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-  }
-  __device__ float quad_sum(float x) const {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-  }
-  static __device__ float exp2(float x) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-  }
-  static __device__ float log2(float x) { return __log2f(x); }
-};
-
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
-// Empty on other architectures: the launcher refuses their cards.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 1)
-    rotary_attention_kernel(const __grid_constant__ CUtensorMap projection,
-                            const __grid_constant__ CUtensorMap turned_keys,
-                            const __grid_constant__ AttentionCall call) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Shared = AttentionShared<kHeadDim>;
-  extern __shared__ char raw[];
-  char* shared = raw + (kPatternBytes - shared_address(raw) % kPatternBytes) % kPatternBytes;
-  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
-  Hopper<T, kHeadDim> machine{shared, &projection, &turned_keys, group - 1};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::kBarriers; ++i)
-      barrier_init(machine.barrier(i), Shared::arrivals(i));
-    barrier_init_fence();
-    tensor_map_prefetch(&projection);
-    tensor_map_prefetch(&turned_keys);
-  }
-  __syncthreads();
-  if (group == 0) {
-    give_registers<kFetchRegisters>();
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);
-    if (warp > 0)
-      turn_queries<kHeadDim>(machine, call, warp - 1);
-    else if (threadIdx.x == 0)
-      fetch<kHeadDim>(machine, call);
-  } else {
-    take_registers<kMatrixRegisters>();
-    attend_to_all<kHeadDim>(machine, call);
-  }
-#endif
-}
-
-// -- launcher
 
 struct Forward {
   const Tensor &qkv, &cu_seqlens;
@@ -302,7 +82,7 @@ void launch(const Forward& forward, AttentionCall call) {
   allow_shared(kernel, kShared);
   const int64_t items = most_items(call.num_tokens, call.num_samples, call.shape.num_heads);
   const int blocks = static_cast<int>(std::min<int64_t>(items, num_multiprocessors()));
-  kernel<<<blocks, kThreads, kShared, stream>>>(projection, keys, call);
+  kernel<<<blocks, kAttentionThreads, kShared, stream>>>(projection, keys, call);
   check_cuda(cudaGetLastError(), "rotary_attention");
 }
 

@@ -38,7 +38,8 @@ static std::vector<uint16_t> turned_keys(const uint16_t* qkv, const AttentionCal
   for (int64_t token = 0; token < call.num_tokens; ++token)
     for (int head = 0; head < num_keys; ++head)
       for (int column = 0; column < kHeadDim / 2; column += 8) {
-        const uint16_t* from = qkv + (token * all + call.shape.num_heads + head) * kHeadDim + column;
+        const uint16_t* from =
+            qkv + (token * all + call.shape.num_heads + head) * kHeadDim + column;
         uint16_t* to = turned.data() + (token * num_keys + head) * kHeadDim + column;
         const int64_t angle = int64_t{call.position_ids[token]} * (kHeadDim / 2) + column;
         Chunk x, y;

@@ -33,11 +33,16 @@ def kernels(library: Path) -> list[Kernel]:
 
 def instructions(library: Path, architecture: str) -> dict[str, Counter]:
     """Kernel -> opcode, with its modifiers -> how often it stands in the program text."""
+    return {name: Counter(text) for name, text in programs(library, architecture).items()}
+
+
+def programs(library: Path, architecture: str) -> dict[str, list[str]]:
+    """Kernel -> its opcodes in the order of the program text."""
     text = _cuobjdump(library, "-arch", architecture, "-sass")
     _, *parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)
     opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    counts = [Counter(opcode.findall(body)) for body in parts[1::2]]
-    return dict(zip(_demangled(parts[0::2]), counts, strict=True))
+    opcodes = [opcode.findall(body) for body in parts[1::2]]
+    return dict(zip(_demangled(parts[0::2]), opcodes, strict=True))
 
 
 def count(opcodes: Counter, *parts: str) -> int:

@@ -9,7 +9,7 @@ than one tile for a persistent block to walk through.
 from collections.abc import Callable, Iterator
 
 import torch
-from mmalign_kernels import adamw_cuda, rms_norm_cuda
+from mmalign_kernels import adamw_cuda, rms_norm_cuda, rotary_cuda
 
 Case = tuple[str, Callable[[], object]]
 ROWS = 37
@@ -68,10 +68,29 @@ def adamw_cases() -> Iterator[Case]:
                 yield f"adamw {kind} {grad_dtype} {moment}", lambda a=arguments: update(*a)
 
 
+def rotary_cases() -> Iterator[Case]:
+    lengths = (1, 300, 0, 129, 128)  # ragged tiles, more tiles of keys than stages
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    position_ids = torch.cat([torch.arange(n, device="cuda") for n in lengths]).int()
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        for num_heads, num_kv, head_dim in ((4, 2, 64), (2, 2, 128)):
+            columns = (num_heads + 2 * num_kv) * head_dim
+            qkv = torch.randn(sum(lengths), columns, device="cuda").to(dtype)
+            tables = [torch.rand(max(lengths), head_dim // 2, device="cuda") for _ in range(2)]
+            for causal in (True, False):
+                arguments = (qkv, *tables, position_ids, bounds, max(lengths), num_heads, num_kv)
+                yield (
+                    f"rotary_attention_fwd {dtype} {head_dim} {causal}",
+                    lambda a=arguments, c=causal: rotary_cuda.rotary_attention_fwd(*a, c),
+                )
+
+
 def main() -> None:
     torch.manual_seed(0)
     number = 0
-    for family in (rms_norm_cases, adamw_cases):
+    for family in (rms_norm_cases, adamw_cases, rotary_cases):
         for name, run in family():
             run()
             torch.cuda.synchronize()

@@ -1,6 +1,9 @@
 """Rotary attention of csrc/: its scheduling and its whole block on the host, its machine code, its
 arguments. What a GPU computes is in test_rotary_attention_on_gpu.py."""
 
+from collections import Counter
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
@@ -188,22 +191,42 @@ def test_no_stack_no_spills(cuda_library_file):
     assert all(x.registers <= 168 for x in kernels)
 
 
-def test_hopper_instructions(cuda_library_file):
-    programs = machine_code.instructions(cuda_library_file, "sm_90a")
-    for name, head_dim in KERNELS:
-        opcodes = programs[f"rotary_attention_kernel<{name}, {head_dim}>"]
-        scores, out = count(opcodes, "HGMMA", "64x128x16"), count(opcodes, f"64x{head_dim}x16")
-        if head_dim == 64:
-            assert (scores, out) == (2 * 4, 2 * 8)  # before and in the loop; in it and after it
-        else:
-            assert scores == 2 * 8 + 2 * 8
-        boxes = head_dim // 64
-        assert count(opcodes, "UTMALDG") == boxes * (2 + 2)  # queries twice, keys, values
-        assert count(opcodes, "USETMAXREG") == 2
-        assert count(opcodes, "LDL") + count(opcodes, "STL") == 0
-        assert count(opcodes, "STG", "128") == 2 * head_dim // 32
-        keys = programs[f"turn_keys_kernel<{name}, {head_dim}>"]
-        assert count(keys, "LDG", "128") >= 4 + 2 * 8 and count(keys, "STG", "128") >= 2 * 8
+@pytest.fixture(scope="module")
+def hopper(cuda_library_file):
+    return machine_code.programs(cuda_library_file, "sm_90a")
+
+
+@pytest.mark.parametrize(("name", "head_dim"), KERNELS)
+def test_hopper_instructions(hopper, name, head_dim):
+    opcodes = Counter(hopper[f"rotary_attention_kernel<{name}, {head_dim}>"])
+    steps = {
+        "keys": 2 * head_dim // 16,
+        "values": 2 * TILE // 16,
+    }  # before or after, and in, a loop
+    if head_dim == 64:
+        assert count(opcodes, "HGMMA", "64x64x16") == steps["values"]
+        assert count(opcodes, "HGMMA", "64x128x16") == steps["keys"]
+    else:
+        assert count(opcodes, "HGMMA", "64x128x16") == sum(steps.values())
+    assert count(opcodes, "UTMALDG") == head_dim // 64 * 4  # queries at two places, keys, values
+    assert count(opcodes, "USETMAXREG") == 2
+    assert count(opcodes, "LDL") + count(opcodes, "STL") == 0
+    assert count(opcodes, "STG", "128") == 2 * head_dim // 32
+    keys = Counter(hopper[f"turn_keys_kernel<{name}, {head_dim}>"])
+    assert count(keys, "LDG", "128") >= 4 + 2 * 8 and count(keys, "STG", "128") >= 2 * 8
+
+
+@pytest.mark.parametrize(("name", "head_dim"), KERNELS)
+def test_softmax_while_products_are_under_way(hopper, name, head_dim):
+    """In the loop: both products, the wait for the first, all powers, the wait for the second."""
+    opcodes = hopper[f"rotary_attention_kernel<{name}, {head_dim}>"]
+    kinds = {"HGMMA": "product", "WARPGROUP.DEPBAR": "wait", "MUFU.EX2": "power"}
+    events = [kinds[x] for opcode in opcodes for x in kinds if opcode.startswith(x)]
+    order = [(kind, len(list(run))) for kind, run in groupby(events)]
+    keys, powers = head_dim // 16, TILE // 2 + 2  # of a thread: 64 columns of 2 rows, 2 shrinks
+    first = [("product", keys), ("wait", 1), ("power", powers)]
+    loop = [("product", keys + TILE // 16), ("wait", 1), ("power", powers), ("wait", 1)]
+    assert order == [*first, *loop, ("product", TILE // 16), ("wait", 1)]
 
 
 def arguments(num_tokens=6, heads=(4, 2, 64), dtype=torch.bfloat16, **changes):
