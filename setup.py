@@ -101,6 +101,7 @@ setup(
             "accelerate",
             "lm_eval",
             "nvidia-ml-py",
+            "peft",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

@@ -5,7 +5,7 @@ The text under a field is its help on the command line.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -26,6 +26,11 @@ class ModelConfig:
     """Folder or file with tokenizer.model or tokenizer.json; empty: the decoder's folder."""
 
 
+LoraTarget = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # in the order in which a layer has them
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = 0
@@ -34,6 +39,8 @@ class LoraConfig:
     """The adapter's product is scaled by alpha / rank."""
     dropout: float = 0.05
     """Dropout on the adapter's input."""
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """Projections that get an adapter."""
     train_embeddings: Switch = False
     """Also train embed_tokens and lm_head in full, as the released LoRA runs did."""
 

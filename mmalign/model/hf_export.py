@@ -41,8 +41,8 @@ def export_llama(
     decoder = model.decoder if isinstance(model, Llava) else model
     if folder is None:
         return _read_all(_decoder_tensors(model))
-    with _complete_or_absent(Path(folder)) as partial:
-        _write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
         _write_weights(partial, _decoder_tensors(model))
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -50,8 +50,8 @@ def export_llama(
 
 def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
     """A CLIPVisionModel folder, with the preprocessor's settings."""
-    with _complete_or_absent(Path(folder)) as partial:
-        _write_json(partial / "config.json", tower.config.to_hf(_dtype(tower)))
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", tower.config.to_hf(_dtype(tower)))
         _write_preprocessor(partial, tower.config)
         _write_weights(partial, _tower_tensors(tower, "vision_model."))
 
@@ -82,8 +82,8 @@ def export_llava(
         "text_config": llava.decoder.config.to_hf(dtype),
         "vision_config": tower.config.to_hf(_dtype(tower)),
     }
-    with _complete_or_absent(Path(folder)) as partial:
-        _write_json(partial / "config.json", config)
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", config)
         _write_preprocessor(partial, tower.config)
         _write_weights(partial, _llava_tensors(llava))
         if tokenizer is not None:
@@ -192,7 +192,7 @@ def _write_weights(folder: Path, tensors: _Tensors) -> None:
         _shard_path(folder, i).rename(folder / name)
         weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _shard_path(folder: Path, i: int) -> Path:
@@ -220,7 +220,7 @@ def _write_preprocessor(folder: Path, config: VisionConfig) -> None:
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
     }
-    _write_json(folder / "preprocessor_config.json", settings)
+    write_json(folder / "preprocessor_config.json", settings)
 
 
 def _write_processor(folder: Path, tokenizer: "Tokenizer", config: VisionConfig) -> None:
@@ -232,15 +232,15 @@ def _write_processor(folder: Path, tokenizer: "Tokenizer", config: VisionConfig)
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,  # the class token, which "default" drops again
     }
-    _write_json(folder / "processor_config.json", settings)
+    write_json(folder / "processor_config.json", settings)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
+def complete_or_absent(folder: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place at the end; an error leaves the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))

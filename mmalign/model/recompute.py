@@ -30,6 +30,7 @@ POLICIES: tuple[Recompute, ...] = get_args(Recompute)  # in the order of what th
 
 def set_recompute(decoder: "Decoder", policy: Recompute, num_layers: int | None = None) -> None:
     """The policy of the first num_layers layers, None: of all; the others keep everything."""
+    assert policy in POLICIES, policy  # "auto" is decided by the memory plan
     for layer, chosen in zip(
         decoder.layers, policy_by_layer(policy, num_layers, len(decoder.layers)), strict=True
     ):

@@ -7,10 +7,11 @@ holds it against the tensors that the graph really keeps.
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mmalign.config import TrainConfig
+from mmalign.config import LoraTarget, TrainConfig
 from mmalign.model.recompute import Recompute, policy_by_layer
 from mmalign.training.flops import Workload
 
+QKV: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj")
 KINDS = ("residual stream", "attention", "mlp", "adapters", "image features", "loss")
 
 
@@ -104,24 +105,25 @@ class Activations:
         if policy == "mlp":
             return
         cheap = policy == "elementwise"
-        self._product(kept, "mlp", (i, "gate_up"), num, hidden, 2, cheap)
+        gate_up = ("gate_proj", "up_proj")
+        self._product(kept, "mlp", (i, "gate_up"), num, hidden, gate_up, cheap)
         kept.add("mlp", (i, "gate_up"), num * 2 * inner * self.itemsize)
-        self._product(kept, "mlp", (i, "down"), num, inner, 1, cheap)
+        self._product(kept, "mlp", (i, "down"), num, inner, ("down_proj",), cheap)
 
     def _attention(self, kept: Kept, i: int, cheap: bool, tokens: int, rows: int | None) -> None:
         decoder, learns = self.workload.decoder, i > 0 or self._input_learns
         hidden, heads_size = decoder.hidden_size, decoder.qkv_sizes[0]
         if rows is None:
-            self._product(kept, "attention", (i, "qkv"), tokens, hidden, 3, cheap, learns)
+            self._product(kept, "attention", (i, "qkv"), tokens, hidden, QKV, cheap, learns)
         else:  # queries of some rows, which are copied
-            self._product(kept, "attention", (i, "q"), rows, hidden, 1, False, learns)
-            self._product(kept, "attention", (i, "kv"), tokens, hidden, 2, cheap, learns)
+            self._product(kept, "attention", (i, "q"), rows, hidden, QKV[:1], False, learns)
+            self._product(kept, "attention", (i, "kv"), tokens, hidden, QKV[1:], cheap, learns)
         kept.add("attention", (i, "qkv"), tokens * sum(decoder.qkv_sizes) * self.itemsize)
         kept.add("attention", (i, "out"), tokens * heads_size * self.itemsize)
         kept.add("attention", (i, "logsumexp"), 4 * tokens * decoder.num_attention_heads)
         # o_proj reads the attention's result, which is kept already, or a copy of its rows
         num = tokens if rows is None else rows
-        self._product(kept, "attention", (i, "o"), num, heads_size, 1, rows is None)
+        self._product(kept, "attention", (i, "o"), num, heads_size, ("o_proj",), rows is None)
 
     def _product(
         self,
@@ -130,19 +132,17 @@ class Activations:
         name: tuple,
         rows: int,
         in_features: int,
-        num_parts: int,
+        names: tuple[LoraTarget, ...],
         cheap: bool,
         learns: bool = True,
     ) -> None:
         """The input of a product. cheap: it need not be kept itself; learns: it has a gradient."""
         workload, size = self.workload, rows * in_features
+        adapted = [x for x in names if workload.adapter_rank and x in workload.lora.targets]
         drops = workload.lora.dropout > 0
-        if workload.trains_decoder or (workload.adapter_rank and not drops):
-            if not cheap:
-                kept.add(kind, (*name, "input"), size * self.itemsize)
-        if not workload.adapter_rank:
-            return
-        for part in range(num_parts):
+        if (workload.trains_decoder or (adapted and not drops)) and not cheap:
+            kept.add(kind, (*name, "input"), size * self.itemsize)
+        for part in adapted:
             low = rows * workload.adapter_rank * self.itemsize
             kept.add("adapters", (*name, part, "low"), low)
             if drops:

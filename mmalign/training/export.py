@@ -4,6 +4,7 @@ import logging
 
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
+from mmalign.model.adapter_export import export_adapter
 from mmalign.model.hf_weights import export_llama, export_llava, save_projector
 from mmalign.model.llava import Llava
 from mmalign.model.shards import whole
@@ -34,6 +35,9 @@ def _write(model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: Ranks
     writes = ranks.is_main
     if not config.data.text_only and writes:
         save_projector(model, folder / "projector.safetensors")
+    if config.stage == "finetune" and config.lora.rank:
+        adapter = folder / "adapter" if writes else None
+        export_adapter(model.decoder, adapter, config.lora, config.model.decoder)
     if config.stage == "finetune":
         export_llama(model, folder / "llama" if writes else None, tokenizer)
         if not config.data.text_only:

@@ -15,9 +15,9 @@ supervised rows only.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from mmalign.config import LoraConfig, Stage, TrainConfig
+from mmalign.config import LoraConfig, LoraTarget, Stage, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
 
 if TYPE_CHECKING:
@@ -138,9 +138,16 @@ def _projections(decoder: DecoderConfig) -> list[tuple[int, int]]:
     return [*qkv, (hidden, decoder.qkv_sizes[0]), (inner, hidden), (inner, hidden), (hidden, inner)]
 
 
+def adapted_projections(workload: Workload) -> list[tuple[int, int]]:
+    """(out_features, in_features) of a layer's projections that have an adapter."""
+    named = zip(get_args(LoraTarget), _projections(workload.decoder), strict=True)
+    targets = workload.lora.targets if workload.adapter_rank else ()
+    return [shape for name, shape in named if name in targets]
+
+
 def _adapter_weights(workload: Workload) -> int:
     """Numbers in the adapters of one layer."""
-    return workload.adapter_rank * sum(n + k for n, k in _projections(workload.decoder))
+    return workload.adapter_rank * sum(n + k for n, k in adapted_projections(workload))
 
 
 def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
@@ -148,9 +155,10 @@ def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
     if workload.vision or workload.trains_embeddings or workload.adapter_rank == 0:
         return Flops()
     hidden, qkv_sizes = workload.decoder.hidden_size, workload.decoder.qkv_sizes
+    num_adapted = len({"q_proj", "k_proj", "v_proj"} & set(workload.lora.targets))
     return Flops(
         projections=2 * tokens * hidden * sum(qkv_sizes),
-        adapters=2 * tokens * hidden * workload.adapter_rank * len(qkv_sizes),
+        adapters=2 * tokens * hidden * workload.adapter_rank * num_adapted,
     )
 
 

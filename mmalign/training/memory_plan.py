@@ -23,7 +23,7 @@ from mmalign.config import TrainConfig
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training.activations import Activations, Kept, MicroBatch
-from mmalign.training.flops import Workload
+from mmalign.training.flops import Workload, adapted_projections
 from mmalign.training.optimizer import moment_dtype
 
 STEP = 128  # micro_batch_tokens are planned in multiples of it
@@ -76,8 +76,7 @@ def parameters(workload: Workload, splits_token_rows: bool) -> Iterator[Matrices
     yield Matrices("replicated", (hidden,), layers, learns)  # input_layernorm
     rank = workload.adapter_rank
     if rank:
-        q, k, o = (heads, hidden), (keys, hidden), (hidden, heads)
-        for rows, columns in (q, k, k, o, (inner, hidden), (inner, hidden), (hidden, inner)):
+        for rows, columns in adapted_projections(workload):
             yield Matrices("layer", (rank, columns), layers, True)
             yield Matrices("layer", (rows, rank), layers, True)
     if workload.vision:

@@ -1,11 +1,14 @@
 """LoRA against seven separate adapters on transformers' own linear layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from mmalign.config import LoraConfig
+from mmalign.errors import UserError
 from mmalign.model.hf_names import decoder_parts
 from mmalign.model.hf_weights import load_decoder
 from mmalign.model.layers import Linear
@@ -105,7 +108,8 @@ def test_number_of_parameters_of_the_released_adapters():
         count = 0
         for in_features, parts in shapes:
             linear = Linear(in_features, sum(parts))
-            adapted = LoraLinear(linear, parts, LoraConfig(rank=64))
+            named = {f"{i}_proj": size for i, size in zip("qkv", parts, strict=False)}
+            adapted = LoraLinear(linear, named, LoraConfig(rank=64))
             count += sum(p.numel() for p in (*adapted.lora_a, *adapted.lora_b))
     assert count * 32 == 159_907_840
 
@@ -114,7 +118,9 @@ def test_every_part_has_its_own_dropout_mask():
     torch.manual_seed(0)
     linear = Linear(32, 24)
     nn.init.normal_(linear.weight)
-    adapted = LoraLinear(linear, (16, 8), LoraConfig(rank=4, alpha=8.0, dropout=0.5))
+    adapted = LoraLinear(
+        linear, {"q_proj": 16, "k_proj": 8}, LoraConfig(rank=4, alpha=8.0, dropout=0.5)
+    )
     for b in adapted.lora_b:
         nn.init.normal_(b)
     x = torch.randn(10, 32)
@@ -134,10 +140,52 @@ def test_merge_in_bf16_rounds_once():
     linear = Linear(64, 32)
     nn.init.normal_(linear.weight)
     linear.to(torch.bfloat16)
-    adapted = LoraLinear(linear, (32,), CONFIG)
+    adapted = LoraLinear(linear, {"o_proj": 32}, CONFIG)
     nn.init.normal_(adapted.lora_b[0])
     weight, a, b = (
         p.detach().double() for p in (linear.weight, adapted.lora_a[0], adapted.lora_b[0])
     )
     exact = (weight + 3.0 * b @ a).to(torch.bfloat16)
     assert torch.equal(adapted.merged_weight(), exact)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj")])
+def test_some_targets_are_the_others_without_their_adapters(targets, tmp_path):
+    """As all seven with the product of every other one set to zero; nothing else has parameters."""
+    hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
+    every, some = load_decoder(tmp_path), load_decoder(tmp_path)
+    add_lora(every, CONFIG)
+    add_lora(some, replace(CONFIG, targets=targets))
+    for layer, reduced in zip(every.layers, some.layers, strict=True):
+        for name, module in layer.named_children():
+            if not isinstance(module, LoraLinear):
+                continue
+            for target, a, b in zip(module.adapted, module.lora_a, module.lora_b, strict=True):
+                nn.init.normal_(b, std=0.3 if target in targets else 0.0)
+                theirs = getattr(reduced, name)
+                if target in targets:
+                    place = theirs.adapted.index(target)
+                    theirs.lora_a[place].data.copy_(a)
+                    theirs.lora_b[place].data.copy_(b)
+    num_adapted = sum("lora_a" in name for name, _ in some.named_parameters())
+    assert num_adapted == len(targets) * len(some.layers)
+    expected, found = (loss_of(x, text_samples()) for x in (every, some))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    rows = torch.tensor([1, 4, 30])
+    pruned, whole = (
+        layer.qkv_proj.pruned(torch.ones(40, 128), rows, layer.o_proj.weight.shape[1])
+        if isinstance(layer.qkv_proj, LoraLinear)
+        else None
+        for layer in (some.layers[0], every.layers[0])
+    )
+    assert_same(pruned, whole)
+    with torch.no_grad():
+        before = run(some, text_samples())
+        merge_lora(some)
+        torch.testing.assert_close(run(some, text_samples()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_needs_a_target(tmp_path):
+    hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--lora.targets names no projection"):
+        add_lora(load_decoder(tmp_path), LoraConfig(rank=4, targets=()))

@@ -28,6 +28,9 @@ CASES = {
     "text-only": train_config(data={"text_only": True}),
     "lora": train_config(rank=4, lora={"dropout": 0.3}),
     "lora-no-dropout": train_config(rank=4, lora={"dropout": 0.0}),
+    "lora-targets": train_config(
+        rank=4, lora={"dropout": 0.1, "targets": ("q_proj", "v_proj", "up_proj")}
+    ),
     "lora-text-only": train_config(rank=4, lora={"dropout": 0.3}, data={"text_only": True}),
     "lora-embeddings": train_config(rank=4, lora={"dropout": 0.3, "train_embeddings": True}),
 }
