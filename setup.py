@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -42,6 +42,13 @@ def cuda_extensions() -> list[Extension]:
 
 def site_packages() -> str:
     return os.path.relpath(sysconfig.get_path("purelib"), sysconfig.get_path("data"))
+
+
+class DistributionWithData(Distribution):
+    """Editable installations take data_files, too: setuptools looks for them by this name."""
+
+    def has_data(self) -> bool:
+        return self.has_data_files()
 
 
 class CMakeBuild(build_ext):
@@ -73,6 +80,7 @@ setup(
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
     # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py
     data_files=[(site_packages(), ["mmalign/evaluation/mmalign_lm_eval.pth"])],
+    distclass=DistributionWithData,
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[

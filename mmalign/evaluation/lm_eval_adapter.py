@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -68,7 +69,7 @@ class MmalignLM(TemplateLM):
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size does nothing: batch_tokens and cache_tokens fill the batches")
         weights = find_weights(pretrained)
-        self._device = choose_device(device)
+        self._device = _choose_device(device)
         self._tokens = Tokenizer.from_pretrained(weights)
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)
@@ -212,6 +213,14 @@ class MmalignLM(TemplateLM):
         found = generate(self._llava, self._tokens, prompts, options, self.cache_tokens)
         texts = [self._tokens.decode(generation.token_ids) for generation in found]
         return [postprocess_generated_text(text, stop, None) for text in texts]
+
+
+def _choose_device(device: str) -> torch.device:
+    """lm_eval's --device is cuda:0 where it is not given, on machines without a GPU, too."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("PyTorch sees no CUDA device here: running on the CPU")
+        device = "cpu"
+    return choose_device(device)
 
 
 def _sampling(kwargs: dict) -> dict:

@@ -167,7 +167,7 @@ def test_whole_command_in_an_installation(folder, task_folder, tmp_path):
     line = (root / "evaluation" / "mmalign_lm_eval.pth").read_text()
     (packages / "mmalign_lm_eval.pth").write_text(line)
     output = tmp_path / "output"
-    command = [str(python), "-m", "lm_eval", "--model", "mmalign", "--device", "cpu"]
+    command = [str(python), "-m", "lm_eval", "--model", "mmalign"]
     command += ["--model_args", f"pretrained={folder}", "--include_path", str(task_folder)]
     command += ["--tasks", "choices", "--output_path", str(output)]
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
