@@ -203,7 +203,10 @@ class Trainer:
                 self.in_flight = None  # the gate is shut: later steps change nothing either
             else:
                 self.done = launched.number
-            self._save()
+            # an update in the backward pass has taken what was finite of the step
+            self.updating = self.config.optimizer.update_in_backward
+            if not self.updating:
+                self._save()
             raise
         self.done = launched.number
         if self.metrics:
@@ -251,9 +254,8 @@ class Trainer:
         """After an error. Unsharded, every process holds the whole state, so it saves it alone."""
         try:
             self.checkpoints.wait()
-            if self.parallel.sharded:
-                step = self.checkpoints.newest
-                log.error("step %d is safe; the same command continues after it", step)
+            if self.parallel.sharded:  # no process can save without the others
+                log.error("%s", self.checkpoints.what_remains())
                 return
             self._flush()
             if not self.updating and self.done not in (self.first_step, self.checkpoints.newest):
@@ -280,12 +282,9 @@ class Trainer:
         )
 
     def _metrics(self) -> Metrics:
+        config = self.config
         return Metrics(
-            self.config.run_dir,
-            self.config.stage,
-            self.first_step,
-            self.num_steps,
-            self.config.tensorboard,
+            config.run_dir, config.stage, self.first_step, self.num_steps, config.tensorboard
         )
 
     def _earlier_losses(self) -> list[float]:
