@@ -91,23 +91,24 @@ def machine_lines(content: Mapping) -> Iterator[str]:
             f"product {reference} {flops(rates[reference])}."
         )
     yield ""
-    if limits and len(limits["matrix_flops_per_second"]) > 1:
+    if limits:
         yield from product_table(limits["matrix_flops_per_second"])
 
 
 def product_table(rates: Mapping[str, float]) -> Iterator[str]:
     """The model's own products: a line for each layer and type, a column for each pass."""
+    forms = ("forward", "grad_input", "grad_weight")
     cells: dict[str, dict[str, float]] = {}
     for name, rate in rates.items():
         *layer, form, dtype = name.split(" ")
-        if layer:
+        if form in forms:  # else a square product
             cells.setdefault(f"{' '.join(layer)}, {dtype}", {})[form] = rate
-    forms = ("forward", "grad_input", "grad_weight")
     lines = [
         [name, *(flops(found[form]) if form in found else "" for form in forms)]
         for name, found in cells.items()
     ]
-    yield from markdown(["product at 16,384 tokens", *forms], lines)
+    if lines:
+        yield from markdown(["product at 16,384 tokens", *forms], lines)
 
 
 # ---- tables ----
