@@ -168,6 +168,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(small_world, tmp_
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_a_gpu_never_waits(small_world, tmp_path, monkeypatch):
     """PyTorch raises at an operation in which the host waits for the device."""
     train_step = Trainer.train_step
