@@ -1,6 +1,7 @@
-"""Compare two evaluation outputs, document by document.
+"""Compare evaluation outputs, document by document, and report them side by side.
 
 python scripts/compare.py DIR_A DIR_B
+python scripts/compare.py BASE TUNED_1 TUNED_2 --output runs/comparison
 """
 
 import json
@@ -11,28 +12,37 @@ from typing import Annotated
 import tyro
 
 from mmalign.errors import UserError
-from mmalign.evaluation.compare import compare_evaluations
+from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
 from mmalign.evaluation.tables import print_comparison
 
 
 def main(
     dir_a: Annotated[Path, tyro.conf.Positional],
     dir_b: Annotated[Path, tyro.conf.Positional],
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     output: Path | None = None,
 ) -> None:
-    """Compare two evaluation outputs, document by document.
+    """Compare evaluation outputs, document by document, and report them side by side.
 
     Args:
         dir_a: Output folder of scripts/evaluate.py, for example of the base model.
         dir_b: Another one over the same documents; differences are B - A.
-        output: JSON file to write; default: comparison.json in DIR_B.
+        others: More of them; each is compared with the first.
+        output: Folder for report.md, its figures, CSV files, the flipped documents and
+            comparison.json; default: comparison/ in the last one.
     """
-    comparison = compare_evaluations(dir_a, dir_b)
-    path = output or dir_b / "comparison.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(comparison, indent=2) + "\n")
-    print_comparison(comparison)
-    print(f"written to {path}")
+    folders = [dir_a, dir_b, *others]
+    names = name_evaluations(folders)
+    comparisons = compare_with_base(names)
+    output = output or folders[-1] / "comparison"
+    title = "Evaluations side by side"
+    report = write_report(output / "report.md", {}, names, title=title, comparisons=comparisons)
+    kept = [{k: v for k, v in found.items() if k != "flipped"} for found in comparisons.values()]
+    path = output / "comparison.json"
+    path.write_text(json.dumps(dict(zip(comparisons, kept, strict=True)), indent=2) + "\n")
+    for comparison in comparisons.values():
+        print_comparison(comparison)
+    print(f"report: {report}\nflipped documents: {output / 'flipped*.jsonl'}\nnumbers: {path}")
 
 
 if __name__ == "__main__":

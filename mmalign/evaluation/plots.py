@@ -13,7 +13,10 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from mmalign.evaluation.metrics import task_results  # noqa: E402
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for colour-blind eyes
+# Okabe and Ito: safe for colour-blind eyes. The base model has the first, the tuned the second.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_SHAPES = ("o", "D", "s", "^")  # the next one when the colours are used up
+_STAGE_COLORS = {"finetune": COLORS[1]}  # the tuned model's
 _GREY = "#6b6b6b"
 _CONSTANT_MARKERS = {"always yes": "^", "always no": "v", "shortest choice": "s"}
 _STYLE = {
@@ -44,8 +47,9 @@ def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
         )
         for column, (name, records) in enumerate(stages.items()):
             loss, speed = axes[:, column]
-            _plot_series(loss, records, "loss", COLORS[column % len(COLORS)])
-            _plot_series(speed, records, "tokens_per_second", COLORS[column % len(COLORS)])
+            color = _STAGE_COLORS.get(name, COLORS[2])
+            _plot_series(loss, records, "loss", color)
+            _plot_series(speed, records, "tokens_per_second", color)
             loss.set_title(name, fontweight="bold")
             speed.set_ylim(bottom=0)
             speed.set_xlabel("optimizer step")
@@ -95,7 +99,7 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
                 axes,
                 name,
                 [results[t] for t in shown],
-                COLORS[index % len(COLORS)],
+                index,
                 [rows[task] + offsets[index] for task in shown],
             )
         axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
@@ -108,12 +112,19 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
         plt.close(figure)
 
 
-def _plot_model(axes: Axes, name: str, summaries: list[dict], color: str, rows: list) -> None:
+def _plot_model(axes: Axes, name: str, summaries: list[dict], index: int, rows: list) -> None:
+    color, shape = COLORS[index % len(COLORS)], _SHAPES[index // len(COLORS) % len(_SHAPES)]
     scores = [100 * summary["acc"] for summary in summaries]
     intervals = 100 * np.array([summary["interval"] for summary in summaries])
     errors = np.abs(intervals.T - scores)  # (2, num_tasks): below, above
     axes.errorbar(
-        scores, rows, xerr=errors, fmt="o", color=color, markersize=5.5, elinewidth=1.6, label=name
+        *(scores, rows),
+        xerr=errors,
+        fmt=shape,
+        color=color,
+        markersize=5.5,
+        elinewidth=1.6,
+        label=name,
     )
 
 
@@ -143,3 +154,52 @@ def _plot_references(axes: Axes, evaluations: dict[str, dict], rows: dict[str, i
                 markeredgecolor=_GREY,
                 label=label,
             )
+
+
+def plot_curves(curve: dict[int, dict], path: Path) -> None:
+    """Score against step, a panel a task; dashed: the base model; dotted: chance.
+
+    curve: step -> results.json; step 0 is the base model.
+    """
+    steps = list(curve)
+    tasks = list(task_results(curve[steps[0]]))
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(max(3.1 * columns, 6.2), 2.5 * rows + 0.5),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            _plot_curve(axis, steps, [curve[step][task] for step in steps])
+            axis.set_title(task.replace("_", " "))
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_visible(False)
+        for column in range(columns):  # the lowest panel of each column that is there
+            lowest = axes[(len(tasks) - 1 - column) // columns, column]
+            lowest.set_xlabel("optimizer step")
+            lowest.tick_params(labelbottom=True)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("score (%)")
+        figure.legend(
+            *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        )
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _plot_curve(axes: Axes, steps: list[int], summaries: list[dict]) -> None:
+    scores = [100 * summary["acc"] for summary in summaries]
+    low, high = 100 * np.array([summary["interval"] for summary in summaries]).T
+    axes.fill_between(steps, low, high, color=COLORS[1], alpha=0.15, linewidth=0)
+    axes.plot(steps, scores, color=COLORS[1], marker="o", markersize=4, label="this run")
+    if steps[0] == 0:
+        axes.axhline(scores[0], color=COLORS[0], linestyle="--", label="base model")
+    chance = 100 * summaries[0]["chance"]
+    axes.axhline(chance, color="black", linestyle=":", linewidth=1.2, label="chance")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))

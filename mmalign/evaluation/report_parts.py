@@ -1,30 +1,12 @@
-"""The sections of report.md, each a list of Markdown blocks."""
-
-import statistics
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+"""The sections of report.md about scores, each a list of Markdown blocks."""
 
 from mmalign.evaluation.intervals import wilson_interval
+from mmalign.evaluation.markdown import bullets, cell, markdown_table
 from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
-from mmalign.evaluation.tables import (
-    COMPARISON_HEADINGS,
-    comparison_row,
-    constant_answers,
-    is_resolved,
-)
+from mmalign.evaluation.tables import COMPARISON_HEADINGS, comparison_row, is_resolved
 
-
-def markdown_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
-) -> str:
-    """First column to the left, the rest to the right unless said otherwise."""
-    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+_FLIPPED_SHOWN = 2  # documents of each task that turned wrong, and as many that turned right
 
 
 def summary(base: str, comparisons: dict[str, dict], visual: dict | None) -> list[str]:
@@ -61,25 +43,64 @@ def scores(results: dict[str, dict], figure: str) -> list[str]:
     for task in tasks:
         cells = [_score(result.get(task)) for result in results.values()]
         n = f"{first[task]['n']:,}" if "n" in first[task] else ""
-        rows.append(
-            [task, n, *cells, percent(first[task]["chance"]), constant_answers(first[task])]
-        )
-    headings = ["task", "n", *results, "chance", "always yes / no"]
+        rows.append([task, n, *cells, percent(first[task]["chance"]), _constant(first[task])])
+    headings = ["task", "n", *results, "chance", "constant answers"]
     blocks.append(markdown_table(headings, rows))
     blocks.append(
-        "Percent, 95% interval in brackets. *always yes / no*: the score of a model that gives "
-        "this one answer to every document (in deontology and justice: reasonable / unreasonable)."
+        "Percent, 95% interval in brackets. *constant answers*: the score on the same documents of "
+        "a model that gives this one answer, or the shortest choice, to every document."
     )
+    blocks += _by_label(results)
     blocks += _answers(results, first)
+    blocks += _lengths(results)
     blocks += _notes(results)
     return blocks
+
+
+def _constant(summary: dict) -> str:
+    baselines = summary.get("baselines", {})
+    return ", ".join(f"{name} {percent(value)}" for name, value in baselines.items())
+
+
+def _by_label(results: dict[str, dict]) -> list[str]:
+    found = {name: r["truthfulqa_mc2"] for name, r in results.items() if "truthfulqa_mc2" in r}
+    if not found:
+        return []
+    scores = [f"{name} {percent(summary['acc_by_label'])}" for name, summary in found.items()]
+    chance = percent(next(iter(found.values()))["chance_by_label"])
+    return [
+        "*truthfulqa_mc2* takes the choices before the first false one as the true ones, as the "
+        "harness of 2023 did. By label, as lm-eval has done since its version 3: "
+        f"{', '.join(scores)}, chance {chance}."
+    ]
+
+
+def _lengths(results: dict[str, dict]) -> list[str]:
+    """Mean tokens of the choices: a sum of log-probabilities falls with every further token."""
+    found: dict[tuple, list[str]] = {}  # models whose tokenizers agree share a column
+    for name, result in results.items():
+        lengths = tuple(
+            (task, ", ".join(f"{what} {mean:.1f}" for what, mean in s["choice_tokens"].items()))
+            for task, s in task_results(result).items()
+            if "choice_tokens" in s
+        )
+        found.setdefault(lengths, []).append(name)
+    tasks = list(dict.fromkeys(task for lengths in found for task, _ in lengths))
+    columns = [dict(lengths) for lengths in found]
+    rows = [[task, *(column.get(task, "") for column in columns)] for task in tasks]
+    note = (
+        "Mean length of the choices. A score is a sum over tokens, not divided by their number: "
+        "where one answer is longer, a model that knows nothing prefers the other."
+    )
+    headings = ["tokens of a choice", *(", ".join(names) for names in found.values())]
+    return [markdown_table(headings, rows, ":---"), note]
 
 
 def _notes(results: dict[str, dict]) -> list[str]:
     """The remarks of every evaluation, under the model's name."""
     blocks = []
     for name, result in results.items():
-        sentences = [s for task in result for s in result[task].get("remarks", ())]
+        sentences = [s for found in task_results(result).values() for s in found["remarks"]]
         if sentences:
             blocks += [f"Scores of **{name}** to read with care:", bullets(sentences)]
     return blocks
@@ -130,7 +151,45 @@ def differences(base: str, comparisons: dict[str, dict]) -> list[str]:
         f"Points, bold where the interval leaves out zero. *lost, gained*: documents that turned "
         f"wrong, turned right. Intervals: {method}."
     )
-    return ["## Differences", *blocks, note]
+    return ["## Differences", *blocks, note, *_settings_differ(base, comparisons)]
+
+
+def _settings_differ(base: str, comparisons: dict[str, dict]) -> list[str]:
+    sentences = [
+        f"{key}: {base} {a}, {name} {b}"
+        for name, comparison in comparisons.items()
+        for key, (a, b) in comparison["settings"].items()
+    ]
+    return ["Not the same in both evaluations:", bullets(sentences)] if sentences else []
+
+
+def flipped(base: str, comparisons: dict[str, dict], files: dict[str, str]) -> list[str]:
+    """Some documents that turned wrong or right, of each task; files: name -> the whole list."""
+    blocks = []
+    for name, comparison in comparisons.items():
+        counts: dict[tuple[str, str], int] = {}
+        rows = []
+        for document in comparison["flipped"]:
+            key = (document["task"], document["turned"])
+            counts[key] = counts.get(key, 0) + 1
+            if counts[key] <= _FLIPPED_SHOWN:
+                rows.append(_flipped_row(document))
+        if rows:
+            total = len(comparison["flipped"])
+            headings = ["task", "document", "text", "right answer", f"{base} said", f"{name} said"]
+            blocks.append(
+                f"{total:,} documents turned wrong or right from {base} to {name}; the first ones "
+                f"of each task (all, with their whole text: [{files[name]}]({files[name]})):"
+            )
+            blocks.append(markdown_table(headings, rows, ":---"))
+    return ["## Documents that flipped", *blocks] if blocks else []
+
+
+def _flipped_row(document: dict) -> list[object]:
+    choices = [cell(choice, 120) for choice in document["choices"]]
+    said = [choices[document[key]] for key in ("gold", "prediction_a", "prediction_b")]
+    question = document["context"].rpartition("\n\n")[2]  # few-shot questions stand before it
+    return [document["task"], document["doc_id"], cell(question, 240), *said]
 
 
 _SIGHT = {
@@ -160,87 +219,3 @@ def visual_questions(visual: dict) -> list[str]:
         "without the picture.",
         markdown_table(["questions", "n", *columns.values()], rows),
     ]
-
-
-def training(runs: dict[str, dict], figure: str) -> list[str]:
-    rows = []
-    for name, run in runs.items():
-        metrics = run["metrics"]
-        tail = metrics[-max(1, len(metrics) // 20) :]  # the last 5% of the steps
-        rows.append(
-            [
-                name,
-                f"{metrics[-1]['step']:,}",
-                f"{sum(m['samples'] for m in metrics):,}",
-                f"{sum(m['tokens'] for m in metrics):,}",
-                f"{metrics[0]['loss']:.3f}",
-                f"{statistics.fmean(m['loss'] for m in tail):.3f}",
-                f"{statistics.median(m['tokens_per_second'] for m in metrics):,.0f}",
-            ]
-        )
-    headings = ["stage", "steps", "samples", "tokens", "first loss", "last loss", "tokens/s"]
-    note = "Last loss: mean of the last 5% of the steps. Tokens/s: median over the steps."
-    return ["## Training", f"![Loss and speed]({figure})", markdown_table(headings, rows), note]
-
-
-_STAGE_SETTINGS = {
-    "decoder": "model.decoder",
-    "vision tower": "model.vision_tower",
-    "projector": "model.projector",
-    "data": "data.path",
-    "template": "data.template",
-    "image tokens wrapped": "data.use_im_start_end",
-    "text only": "data.text_only",
-    "LoRA rank": "lora.rank",
-    "global batch": "global_batch_size",
-    "learning rate": "optimizer.learning_rate",
-    "warm-up ratio": "optimizer.warmup_ratio",
-    "precision": "precision",
-    "seed": "seed",
-    "git commit": "versions.git_commit",
-    "PyTorch": "versions.torch",
-    "device": "versions.device",
-}
-
-
-def settings(stages: dict[str, Path], runs: dict[str, dict], results: dict[str, dict]) -> list[str]:
-    blocks = ["## Settings"]
-    if runs:
-        rows = [
-            [label, *(_lookup(run["config"], key) for run in runs.values())]
-            for label, key in _STAGE_SETTINGS.items()
-        ]
-        rows.append(["run folder", *(f"`{folder}`" for folder in stages.values())])
-        blocks.append(markdown_table(["training", *runs], rows, ":---"))
-    if results:
-        configs = {name: result["config"] for name, result in results.items()}
-        blocks.append(markdown_table(["evaluation", "value"], _evaluation_rows(configs), ":---"))
-    return blocks
-
-
-def _evaluation_rows(configs: dict[str, dict]) -> list[list[object]]:
-    """One row a setting; where the evaluations differ, each value with the model's name."""
-    keys = ("model", "prompts", "bos", "score", "limit", "precision", "max_length", "num_requests")
-    values = {key: [config[key] for config in configs.values()] for key in keys}
-    for file in dict.fromkeys(f for config in configs.values() for f in config["data_files"]):
-        facts = [config["data_files"].get(file, {}) for config in configs.values()]
-        values[file] = [
-            f"sha256 `{fact['sha256'][:16]}` {fact.get('variant', '')}".strip()
-            if fact
-            else "not scored"
-            for fact in facts
-        ]
-    rows = []
-    for key, found in values.items():
-        if all(value == found[0] for value in found):
-            rows.append([key, "all documents" if found[0] is None else found[0]])
-        else:
-            named = zip(configs, found, strict=True)
-            rows.append([key, "; ".join(f"{name}: {value}" for name, value in named)])
-    return rows
-
-
-def _lookup(config: dict, key: str) -> object:
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return "" if config is None else config

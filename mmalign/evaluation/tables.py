@@ -4,12 +4,15 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from mmalign.evaluation.markdown import shortened
 from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
 
 _PIPE_WIDTH = 108  # columns where the output is not a terminal
+_FLIPPED_SHOWN = 6  # documents
 
 
 def open_console() -> Console:
@@ -95,9 +98,25 @@ def print_comparison(comparison: dict) -> None:
     console.print(table)
     if not any(map(is_resolved, comparison["tasks"].values())):
         console.print("No difference can be told from zero.")
+    for document in comparison["flipped"][:_FLIPPED_SHOWN]:
+        console.print(_flipped_line(document), soft_wrap=True)
+    if (more := len(comparison["flipped"]) - _FLIPPED_SHOWN) > 0:
+        console.print(f"... and {more:,} more documents that flipped")
+    for key, (a, b) in comparison["settings"].items():
+        console.print(f"not the same in both evaluations: {key} {a} and {b}")
     if comparison["only_in_one"]:
         console.print(f"not compared, as only one has it: {', '.join(comparison['only_in_one'])}")
     console.print(f"{comparison['method']}; lost, gained: documents that turned wrong, right")
+
+
+def _flipped_line(document: dict) -> str:
+    choices = [shortened(choice.strip(), 40) for choice in document["choices"]]
+    question = " ".join(document["context"].rpartition("\n\n")[2].split())
+    return escape(
+        f"{document['turned']:6} {document['task']} {document['doc_id']}: "
+        f"{shortened(question, 100)} | A: {choices[document['prediction_a']]} | "
+        f"B: {choices[document['prediction_b']]} | right: {choices[document['gold']]}"
+    )
 
 
 def is_resolved(row: dict) -> bool:

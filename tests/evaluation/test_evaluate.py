@@ -146,11 +146,19 @@ def test_a_model_compared_with_itself(base):
 
 
 def test_compare_command(base, tuned, tmp_path):
-    result = script("compare", base, tuned, "--output", tmp_path / "c.json")
+    result = script("compare", base, tuned, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "B - A" in result.stdout
-    written = json.loads((tmp_path / "c.json").read_text())
-    assert written["tasks"]["ethics_virtue"]["n"] == LIMIT
+    (comparison,) = json.loads((tmp_path / "comparison.json").read_text()).values()
+    assert comparison["tasks"]["ethics_virtue"]["n"] == LIMIT
+    flipped = [json.loads(line) for line in (tmp_path / "flipped.jsonl").read_text().splitlines()]
+    counted = [(row.get("lost", 0), row.get("gained", 0)) for row in comparison["tasks"].values()]
+    for turned, counts in zip(("lost", "gained"), zip(*counted, strict=True), strict=True):
+        assert sum(document["turned"] == turned for document in flipped) == sum(counts) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.md", "scores.png", "scores.csv", "differences.csv", "comparison.json",
+        "flipped.jsonl",
+    }  # fmt: skip
 
 
 # ---- bad input ----

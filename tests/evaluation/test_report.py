@@ -7,10 +7,10 @@ from PIL import Image
 
 from mmalign.errors import UserError
 from mmalign.evaluation.documents import Document
-from mmalign.evaluation.results import PROTOCOL
 from mmalign.evaluation.metrics import make_item, summarize
 from mmalign.evaluation.remarks import remarks
 from mmalign.evaluation.report import write_report
+from mmalign.evaluation.results import PROTOCOL
 from mmalign.evaluation.scoring import Score
 from mmalign.system import versions
 
@@ -91,7 +91,7 @@ def test_report_of_training_alone(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(UserError, match="the report needs .*results.json"):
+    with pytest.raises(UserError, match="not a finished evaluation: it needs results.json"):
         write_report(tmp_path / "report.md", {}, {"base": tmp_path})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="metrics.jsonl is missing"):
