@@ -32,6 +32,17 @@ def test_bootstrap_of_single_documents():
     assert abs(low - expected.low) < 0.1 * width and abs(high - expected.high) < 0.1 * width
 
 
+def test_equally_good_models_are_seldom_told_apart():
+    draw, found, significant = np.random.default_rng(3), 0, 0
+    for _ in range(200):
+        difference = np.subtract(*(draw.random((2, 100)) < 0.7).astype(float))
+        low, high = percentile_interval(bootstrap_means(difference, range(100)))
+        found += low > 0 or high < 0
+        significant += mcnemar_p(int((difference < 0).sum()), int((difference > 0).sum())) < 0.05
+    # each at most 1 in 20 by design; binomial with n = 200: more than 20 has probability 0.1%
+    assert found <= 20 and significant <= 20
+
+
 def test_bootstrap_draws_whole_groups():
     values = [1.0, 1.0, 0.0, 0.0]
     assert set(bootstrap_means(values, [0, 0, 1, 1])) == {0.0, 0.5, 1.0}
@@ -59,5 +70,15 @@ def test_mcnemar(b, c):
     assert mcnemar_p(b, c) == pytest.approx(expected, rel=1e-9)
 
 
-def test_holm():
+def test_mcnemar_equals_statsmodels():
+    """statsmodels 0.15.0: mcnemar([[10, b], [c, 20]], exact=True).pvalue"""
+    assert mcnemar_p(5, 17) == pytest.approx(0.01690053939819336, rel=1e-12)
+    assert mcnemar_p(120, 90) == pytest.approx(0.045114087864840696, rel=1e-12)
+    assert mcnemar_p(1500, 1600) == pytest.approx(0.07537169707532781, rel=1e-12)
+
+
+def test_holm_equals_statsmodels():
+    """statsmodels 0.15.0: multipletests(p, method="holm")[1]"""
+    corrected = holm([0.01, 0.04, 0.03, 0.005, 0.2, 0.04])
+    assert corrected == pytest.approx([0.05, 0.12, 0.12, 0.03, 0.2, 0.12])
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
