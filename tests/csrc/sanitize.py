@@ -9,7 +9,7 @@ than one tile for a persistent block to walk through.
 from collections.abc import Callable, Iterator
 
 import torch
-from mmalign_kernels import adamw_cuda, rms_norm_cuda, rotary_cuda
+from mmalign_kernels import adamw_cuda, projector_cuda, rms_norm_cuda, rotary_cuda
 
 Case = tuple[str, Callable[[], object]]
 ROWS = 37
@@ -68,12 +68,35 @@ def adamw_cases() -> Iterator[Case]:
                 yield f"adamw {kind} {grad_dtype} {moment}", lambda a=arguments: update(*a)
 
 
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+def projector_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16) if _is_hopper() else ():
+        for columns, features, images, tokens in (
+            (512, 520, 129, 300),  # a cluster of two blocks, a ragged end of features and rows
+            (4096, 64, 5, 7),  # the largest cluster, less than a tile
+            (5120, 64, 3, 260),  # columns in several passes
+            (256, 64, 0, 40),  # text alone
+        ):
+            shapes = ((images, features), (columns, features), (columns,), (tokens, columns))
+            tensors = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+            positions = torch.randperm(tokens, device="cuda")[:images].sort().values
+            norm_weight = torch.ones(columns, dtype=dtype, device="cuda")
+            arguments = (*tensors, positions, norm_weight, 1e-5)
+            yield (
+                f"project_image_features_fwd {dtype} {columns} {features} {images} {tokens}",
+                lambda a=arguments: projector_cuda.project_image_features_fwd(*a),
+            )
+
+
 def rotary_cases() -> Iterator[Case]:
+    if not _is_hopper():
+        return
     lengths = (1, 300, 0, 129, 128)  # ragged tiles, more tiles of keys than stages
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     position_ids = torch.cat([torch.arange(n, device="cuda") for n in lengths]).int()
-    if torch.cuda.get_device_capability() != (9, 0):
-        return
     for dtype in (torch.bfloat16, torch.float16):
         for num_heads, num_kv, head_dim in ((4, 2, 64), (2, 2, 128)):
             columns = (num_heads + 2 * num_kv) * head_dim
@@ -90,7 +113,7 @@ def rotary_cases() -> Iterator[Case]:
 def main() -> None:
     torch.manual_seed(0)
     number = 0
-    for family in (rms_norm_cases, adamw_cases, rotary_cases):
+    for family in (rms_norm_cases, adamw_cases, projector_cases, rotary_cases):
         for name, run in family():
             run()
             torch.cuda.synchronize()

@@ -187,8 +187,9 @@ def test_no_stack_no_spills(cuda_library_file):
     kernels += [x for x in machine_code.kernels(cuda_library_file) if "rotary" in x.name]
     assert len(kernels) == 2 * len(KERNELS) * len(ARCHITECTURES)
     assert not [x for x in kernels if x.stack_bytes or x.local_bytes]
-    # of 65,536: three warpgroups at the start, which then hand registers over
-    assert all(x.registers <= 168 for x in kernels)
+    # Warpgroups hand registers over: 72 + 2 * 216 can not exceed 3 * what the launch gives.
+    hopper = [x for x in kernels if "rotary" in x.name and x.architecture == "sm_90a"]
+    assert len(hopper) == len(KERNELS) and all(x.registers == 168 for x in hopper)
 
 
 @pytest.fixture(scope="module")
