@@ -80,7 +80,12 @@ def find_weights(model: str | Path) -> Path:
             f"{path} is a run without export/llama: it is not finished, or it is a pretrain run, "
             "which leaves the language model as it was. Name a finetune run or the base model."
         )
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder; expected a Hugging Face folder or a run")
     if not (path / "config.json").is_file():
+        runs = [str(x.parent.parent) for x in sorted(path.glob("*/export/llama"))]
+        if runs:
+            raise UserError(f"{path} is no run, but holds some: name {' or '.join(runs)}")
         raise UserError(
             f"{path} is neither a Hugging Face folder (no config.json) nor a run (no export/llama)"
         )

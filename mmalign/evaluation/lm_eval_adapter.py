@@ -189,12 +189,13 @@ class MmalignLM(TemplateLM):
         for _, group in groupby(order, key=settings.__getitem__):
             group = list(group)
             contexts, kwargs = [requests[i].args[0] for i in group], requests[group[0]].args[1]
-            texts |= dict(zip(group, self._generate(contexts, kwargs), strict=True))
+            found = self._generate(contexts, kwargs, disable_tqdm)
+            texts |= dict(zip(group, found, strict=True))
         for i, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[i])
         return [texts[i] for i in range(len(requests))]
 
-    def _generate(self, contexts: list[str], settings: dict) -> list[str]:
+    def _generate(self, contexts: list[str], settings: dict, disable_tqdm: bool) -> list[str]:
         kwargs = normalize_gen_kwargs(settings, default_max_gen_toks=256)
         num_new = kwargs.pop("max_gen_toks")
         stop = handle_stop_sequences(kwargs.pop("until"), self._tokens.token(self.eot_token_id))
@@ -210,7 +211,14 @@ class MmalignLM(TemplateLM):
             log.warning("%d prompts were cut on their left at %d tokens", num_cut, num_kept)
         options = GenerationOptions(num_new, **_sampling(kwargs), stop=tuple(stop))
         prompts = [Prompt(ids[-num_kept:]) for ids in prompts]
-        found = generate(self._llava, self._tokens, prompts, options, self.cache_tokens)
+        found = generate(
+            self._llava,
+            self._tokens,
+            prompts,
+            options,
+            self.cache_tokens,
+            progress=not disable_tqdm,
+        )
         texts = [self._tokens.decode(generation.token_ids) for generation in found]
         return [postprocess_generated_text(text, stop, None) for text in texts]
 

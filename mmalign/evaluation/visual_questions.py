@@ -25,9 +25,8 @@ from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from mmalign.data.samples import Sample, read_samples
 from mmalign.errors import UserError
 from mmalign.evaluation.intervals import wilson_interval
-from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf_weights import load_llava
 from mmalign.model.llava import Llava
-from mmalign.model.projector import Projector
 from mmalign.tokenizer import Tokenizer
 
 Picture = Literal["own", "none", "other"]
@@ -141,7 +140,7 @@ def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> 
     """
     folder = Path(config.run_dir) / "export" / "llava"
     tokenizer = Tokenizer.from_pretrained(folder)
-    llava = _load_llava(folder, tokenizer)
+    llava = load_llava(folder, tokenizer)
     data = replace(
         config.data, path=str(path), image_root=str(image_root), types=(), num_samples=None
     )
@@ -167,11 +166,3 @@ def _summary(rows: Sequence[int], records: list[dict], right: dict[str, np.ndarr
         "majority": max(answers.values()) / len(rows),
         "n": len(rows),
     }
-
-
-def _load_llava(folder: Path, tokenizer: Tokenizer) -> Llava:
-    decoder, tower = load_decoder(folder), load_vision_tower(folder)
-    projector = Projector(tower.config.hidden_size, decoder.config.hidden_size)
-    llava = Llava(decoder, tower, projector, tokenizer)
-    llava.load_projector(load_projector(folder))
-    return llava

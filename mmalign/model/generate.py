@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
@@ -73,14 +74,16 @@ def generate(
     options: GenerationOptions,
     cache_tokens: int = 16384,
     on_text: Callable[[int, str], None] = lambda index, text: None,
+    progress: bool = False,
 ) -> list[Generation]:
     """Continues every prompt, in order.
 
     cache_tokens: most tokens whose keys and values are held (generation_cache_bytes); a sequence
     that is longer goes alone. What a prompt becomes depends on the prompts beside it by rounding
-    only. on_text(index of the prompt, new text) is called as text becomes certain. Positions past
-    max_position_embeddings extrapolate: limiting lengths is the caller's business. UserError for an
-    empty prompt, for images that do not fit their prompt, and for logits that are not finite.
+    only. on_text(index of the prompt, new text) is called as text becomes certain. progress: a bar
+    that counts prompts. Positions past max_position_embeddings extrapolate: limiting lengths is the
+    caller's business. UserError for an empty prompt, for images that do not fit their prompt, and
+    for logits that are not finite.
     """
     sequences = [_Sequence(i, prompt, options, tokenizer) for i, prompt in enumerate(prompts)]
     for sequence in sequences:
@@ -88,8 +91,11 @@ def generate(
     ends = _end_ids(llava.decoder.config, tokenizer)
     training = llava.training
     llava.eval()
-    for batch in _batches(sequences, options.max_new_tokens, cache_tokens, llava.image_token_id):
-        _run(batch, llava, options, ends, on_text)
+    with tqdm(total=len(sequences), desc="generating", disable=not progress) as bar:
+        for batch in _batches(
+            sequences, options.max_new_tokens, cache_tokens, llava.image_token_id
+        ):
+            _run(batch, llava, options, ends, on_text, bar)
     llava.train(training)
     return [x.result() for x in sequences]
 
@@ -190,6 +196,7 @@ def _run(
     options: GenerationOptions,
     ends: set[int],
     on_text: Callable[[int, str], None],
+    bar: tqdm,
 ) -> None:
     cache = BatchCache(llava, batch.num_shared, batch.num_rows)
     row = batch.num_shared
@@ -202,6 +209,7 @@ def _run(
         for x, token_id in zip(running, tokens, strict=True):
             if text := x.add(token_id, ends, options.max_new_tokens):
                 on_text(x.index, text)
+        bar.update(sum(x.reason is not None for x in running))
         running = [x for x in running if x.reason is None]
         if not running:
             return

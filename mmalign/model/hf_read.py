@@ -17,6 +17,8 @@ from mmalign.model.config import DecoderConfig, VisionConfig, read_json
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf_files import WeightFiles
 from mmalign.model.hf_names import Part, decoder_parts, vision_parts
+from mmalign.model.llava import ImageTokens, Llava
+from mmalign.model.projector import Projector
 from mmalign.model.vision_tower import VisionTower
 
 log = logging.getLogger("mmalign")
@@ -31,6 +33,25 @@ _CLIP_OTHER_HALF = re.compile(
     r"text_model\.|(text_projection|visual_projection)\.weight$|logit_scale$"
 )
 _SHOWN = 10  # keys in a message
+
+
+def is_llava(folder: str | Path) -> bool:
+    """Whether a Hugging Face folder holds a vision tower beside its language model."""
+    return "vision_config" in read_json(Path(folder) / "config.json")
+
+
+def load_llava(
+    folder: str | Path, tokenizer: ImageTokens, dtype: torch.dtype = torch.float32
+) -> Llava:
+    """All of a LlavaForConditionalGeneration folder; of a LlamaForCausalLM folder its decoder."""
+    decoder = load_decoder(folder, dtype)
+    if not is_llava(folder):
+        return Llava(decoder, None, None, tokenizer)
+    tower = load_vision_tower(folder, dtype)
+    projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
+    llava = Llava(decoder, tower, projector, tokenizer)
+    llava.load_projector(load_projector(folder))
+    return llava
 
 
 def load_decoder(

@@ -6,13 +6,21 @@ from mmalign.model.hf_export import (
     export_vision_tower,
     save_projector,
 )
-from mmalign.model.hf_read import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf_read import (
+    is_llava,
+    load_decoder,
+    load_llava,
+    load_projector,
+    load_vision_tower,
+)
 
 __all__ = [
     "export_llama",
     "export_llava",
     "export_vision_tower",
+    "is_llava",
     "load_decoder",
+    "load_llava",
     "load_projector",
     "load_vision_tower",
     "save_projector",
