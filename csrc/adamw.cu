@@ -75,7 +75,6 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
                                        kDrawsOfMoments);
   }
   const float grad_scale = launch.grad_scale ? __ldg(launch.grad_scale) : 1.0f;
-  if (!(grad_scale > 0)) return;  // 0 or NaN: the step is skipped, and the host need not know
   if (!(grad_scale > 0.0f)) return;  // 0 or NaN: the step is skipped, on every thread alike
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {

@@ -46,11 +46,21 @@ adamw_update = Operation(_declare, mutates=("params", "grads", *_STATE))
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> bf16 weight (nearest, ties away from zero) and int16 remainder, any shape.
 
-    Read as integers, weight * 2^16 + remainder is the fp32 number, bit for bit.
+    Read as integers, weight * 2^16 + remainder is the fp32 number, bit for bit; but of a NaN, which
+    becomes the quiet one, so that the weight alone is one, too.
     """
-    bits = master.contiguous().view(torch.int32)
-    weight = ((bits + 0x8000) >> 16).to(torch.int16)
-    return weight.view(torch.bfloat16), bits.to(torch.int16)
+    master = master.contiguous()
+    remainder = master.view(torch.int32).to(torch.int16).masked_fill_(master.isnan(), 0)
+    return upper_half(master, 0x8000), remainder
+
+
+def upper_half(x: Tensor, carried: Tensor | int) -> Tensor:
+    """fp32 -> bf16: the upper half of x's bits with carried, below 2^16, added to them.
+
+    A NaN stays one: a GPU's has all bits set, and the sum would be a zero.
+    """
+    halves = ((x.view(torch.int32) + carried) >> 16).to(torch.int16)
+    return halves.masked_fill_(x.isnan(), _BF16_NAN).view(torch.bfloat16)
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
@@ -59,6 +69,7 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 _MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
+_BF16_NAN = 0x7FC0
 
 
 def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:

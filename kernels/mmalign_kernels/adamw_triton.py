@@ -63,19 +63,20 @@ def _write_weight(
     p, draw, param_ptr, remainder_ptr, at, inside, SPLIT: tl.constexpr, DRAWS: tl.constexpr
 ):
     if SPLIT:
-        bits = p.to(tl.int32, bitcast=True)
-        tl.store(remainder_ptr + at, bits.to(tl.int16), inside)
-        tl.store(param_ptr + at, ((bits + 0x8000) >> 16).to(tl.int16), inside)
+        low = tl.where(p == p, p.to(tl.int32, bitcast=True), 0)
+        tl.store(remainder_ptr + at, low.to(tl.int16), inside)
+        tl.store(param_ptr + at, _upper_half(p, 0x8000), inside)
     elif DRAWS:
-        tl.store(param_ptr + at, _rounded(p, draw), inside)
+        tl.store(param_ptr + at, _upper_half(p, (draw & 0xFFFF).to(tl.int32)), inside)
     else:
         tl.store(param_ptr + at, p, inside)
 
 
 @triton.jit
-def _rounded(x, draw):
-    """The bits of fp32 x as bf16, rounded at random by the low half of draw."""
-    return ((x.to(tl.int32, bitcast=True) + (draw & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
+def _upper_half(x, carried):
+    """fp32 -> bits of bf16. A NaN stays one: a GPU's has all bits set, and would carry over."""
+    bits = (x.to(tl.int32, bitcast=True) + carried) >> 16
+    return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=["step", "place", "seed"])
@@ -165,7 +166,7 @@ def _write_moment(
         code = tl.where(scale == 0, 0, code)
         tl.store(moment_ptr + at, code.to(tl.uint8), inside)
     else:
-        tl.store(moment_ptr + at, _rounded(x, draw), inside)
+        tl.store(moment_ptr + at, _upper_half(x, (draw & 0xFFFF).to(tl.int32)), inside)
 
 
 @triton.jit(do_not_specialize=["step", "place", "seed"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import block_quantization as codes
+from .adamw import join_master, split_master, upper_half
 
 _BLOCK = 1 << 18  # elements whose fp32 copies stay in the cache between the passes
 _Draw = Callable[[int], Tensor]  # so many random numbers in [0, 2^16), int32
@@ -79,21 +80,18 @@ def _parts(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
 
 def _wide_param(param: Tensor, remainder: Tensor | None) -> Tensor:
     """fp32: the parameter itself, a copy of bf16, or the exact master."""
-    if remainder is None:
-        return param.float()
-    return (param.view(torch.int16).int() << 16).add_(remainder).view(torch.float32)
+    return param.float() if remainder is None else join_master(param, remainder)
 
 
 def _keep_param(wide: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw | None) -> None:
     if param.dtype == torch.float32:
         return  # updated in place
-    bits = wide.view(torch.int32)
     if remainder is None:
-        bits = bits.add_(draw(len(bits)))
-    else:
-        remainder.copy_(bits)
-        bits = bits.add_(0x8000)
-    param.view(torch.int16).copy_(bits >> 16)
+        param.copy_(upper_half(wide, draw(len(wide))))
+        return
+    weight, low = split_master(wide)
+    param.copy_(weight)
+    remainder.copy_(low)
 
 
 def _wide_moment(moment: Tensor, scales: Tensor | None, code: codes.MomentCode) -> Tensor:
@@ -110,8 +108,7 @@ def _keep_moment(
     if moment.dtype == torch.float32:
         return  # updated in place
     if scales is None:
-        bits = wide.view(torch.int32).add_(draw(len(wide)))
-        moment.view(torch.int16).copy_(bits >> 16)
+        moment.copy_(upper_half(wide, draw(len(wide))))
         return
     new_codes, new_scales = codes.encode(wide, draw(len(wide)), code)
     moment.copy_(new_codes)

@@ -111,6 +111,37 @@ def test_split_master_of_every_kind_of_number():
     assert torch.equal(join_master(plain, torch.zeros(1000, dtype=torch.int16)), plain.float())
 
 
+NANS = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001]).int().view(torch.float32)
+
+
+@pytest.mark.parametrize("moments", (torch.float32, torch.bfloat16, torch.uint8))
+@pytest.mark.parametrize("master", ("fp32", "split", "stochastic"))
+def test_nan_stays_nan(master, moments):
+    """Also the one that arithmetic gives on a GPU: all bits set, it would round to a zero."""
+    weight = torch.ones(4 * 128)
+    low = [torch.zeros(weight.shape, dtype=torch.int16)] if master == "split" else None
+    weight = weight if master == "fp32" else weight.bfloat16()
+    rounds = master == "stochastic" or moments != torch.float32
+    run = Run([weight], low, seed=3 if rounds else None, moments=moments)
+    grads = torch.ones(weight.shape)
+    grads[::128] = NANS
+    run.step([grads])
+    run.step([torch.ones(weight.shape)])  # the narrow forms are read again
+    expected = grads.isnan()
+    if moments == torch.uint8:
+        expected[:] = True  # a NaN takes all whose scale it shares
+    else:
+        assert all(torch.equal(run.moments[kind][0].isnan(), expected) for kind in (0, 1))
+    weight = run.params[0]
+    assert torch.equal(weight.isnan(), expected)
+    assert low is None or torch.equal(join_master(weight, low[0]).isnan(), expected)
+
+
+def test_split_master_of_nan_is_nan_for_both_readers():
+    weight, remainder = split_master(NANS)
+    assert weight.isnan().all() and join_master(weight, remainder).isnan().all()
+
+
 def test_random_rounding_is_unbiased():
     """A step far below bf16's resolution moves the mean weight by what fp32 would move it."""
     num, learning_rate = 400_000, 1e-4  # bf16 keeps steps of 2^-7 around 1
