@@ -11,6 +11,7 @@ import tyro
 
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluate import evaluate_model
+from mmalign.evaluation.report import write_report
 
 
 def main(
@@ -28,7 +29,7 @@ def main(
     Args:
         model: Hugging Face folder, or a finetune run (its export/llama is scored).
         data_root: Folder with truthfulqa/mc_task.json and ethics/<subset>/*_test.csv.
-        output: Folder for results.json and items.jsonl.
+        output: Folder for results.json, items.jsonl, report.md and scores.csv.
         tasks: truthfulqa, ethics, or single tasks such as truthfulqa_mc1 or ethics_virtue.
         limit: Score the first N documents of each task only.
         batch_tokens: Tokens in one forward pass; a longer document takes several.
@@ -36,6 +37,10 @@ def main(
         device: auto takes a GPU where there is one.
     """
     evaluate_model(model, tasks, data_root, output, limit, batch_tokens, precision, device)
+    report = write_report(
+        output / "report.md", {}, {model.resolve().name: output}, title="Evaluation"
+    )
+    print(f"report:  {report}")
 
 
 if __name__ == "__main__":

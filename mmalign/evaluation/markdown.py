@@ -20,7 +20,13 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else "... " + text[-length:]
 
 
+def abridged(text: str, length: int) -> str:
+    """Its beginning and end: answers can differ in either."""
+    half = length // 2
+    return text if len(text) <= length + 5 else f"{text[:half]} ... {text[-half:]}"
+
+
 def cell(text: str, length: int) -> str:
     """A text of any form as a cell of a table."""
     line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
-    return shortened(line, length).replace("|", "\\|").replace("<", "&lt;")
+    return abridged(line, length).replace("|", "\\|").replace("<", "&lt;")

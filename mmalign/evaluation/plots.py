@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
@@ -85,39 +86,43 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
     """
     tasks = list(dict.fromkeys(t for x in evaluations.values() for t in task_results(x)))
     rows = {task: row for row, task in enumerate(tasks)}
+    lanes = np.linspace(-0.3, 0.3, len(evaluations) + 1)  # of a row; the last: constant answers
     with plt.rc_context(_STYLE):
-        height = 1.3 + 0.55 * len(tasks)
+        height = 1.5 + len(tasks) * (0.3 + 0.13 * len(evaluations))
         figure, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
         axes.grid(axis="y", visible=False)
         for row in range(1, len(tasks), 2):  # bands lead the eye from the name to the marks
             axes.axhspan(row - 0.5, row + 0.5, color="#f6f6f6", linewidth=0)
-        _plot_references(axes, evaluations, rows)
-        offsets = np.linspace(-0.2, 0.2, len(evaluations)) if len(evaluations) > 1 else [0.0]
+        references = _plot_references(axes, evaluations, rows, lanes[-1])
+        models = []
         for index, (name, results) in enumerate(evaluations.items()):
             shown = [task for task in tasks if task in results]
-            _plot_model(
-                axes,
-                name,
-                [results[t] for t in shown],
-                index,
-                [rows[task] + offsets[index] for task in shown],
-            )
+            centers = [rows[task] + lanes[index] for task in shown]
+            models.append(_plot_model(axes, name, [results[t] for t in shown], index, centers))
         axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.set_xlabel("score (%), with 95% interval")
-        figure.legend(loc="outside upper center", ncols=6)
+        figure.legend(handles=models, loc="outside upper center", ncols=_legend_columns(models))
+        figure.legend(handles=references, loc="outside lower center", ncols=len(references))
         figure.savefig(path)
         plt.close(figure)
 
 
-def _plot_model(axes: Axes, name: str, summaries: list[dict], index: int, rows: list) -> None:
+def _legend_columns(handles: list[Artist]) -> int:
+    longest = max(len(handle.get_label()) for handle in handles)
+    return max(1, min(5, 90 // (longest + 6)))  # 90 characters fit into the figure's width
+
+
+def _plot_model(
+    axes: Axes, name: str, summaries: list[dict], index: int, rows: list[float]
+) -> Artist:
     color, shape = COLORS[index % len(COLORS)], _SHAPES[index // len(COLORS) % len(_SHAPES)]
     scores = [100 * summary["acc"] for summary in summaries]
     intervals = 100 * np.array([summary["interval"] for summary in summaries])
     errors = np.abs(intervals.T - scores)  # (2, num_tasks): below, above
-    axes.errorbar(
+    return axes.errorbar(
         *(scores, rows),
         xerr=errors,
         fmt=shape,
@@ -125,39 +130,39 @@ def _plot_model(axes: Axes, name: str, summaries: list[dict], index: int, rows: 
         markersize=5.5,
         elinewidth=1.6,
         label=name,
+        clip_on=False,  # a score of 0 or 100 lies on the frame
     )
 
 
-def _plot_references(axes: Axes, evaluations: dict[str, dict], rows: dict[str, int]) -> None:
-    references = {}  # chance and constant answers belong to the documents, not to the model
+def _plot_references(
+    axes: Axes, evaluations: dict[str, dict], rows: dict[str, int], lane: float
+) -> list[Artist]:
+    """Chance and constant answers: they belong to the documents, not to a model."""
+    references = {}
     for results in evaluations.values():
         references |= {task: results[task] for task in rows if task in results}
     centers = np.array(list(rows.values()))
     chance = [100 * references[task]["chance"] for task in rows]
-    axes.vlines(
-        chance, centers - 0.42, centers + 0.42, color="black", linewidth=1.6, label="chance"
-    )
-    marks: dict[str, list[tuple[float, int]]] = {label: [] for label in _CONSTANT_MARKERS}
+    line = {"color": "black", "linewidth": 1.6, "label": "chance"}
+    handles = [axes.vlines(chance, centers - 0.45, centers + 0.45, **line)]
+    marks: dict[str, list[tuple[float, float]]] = {label: [] for label in _CONSTANT_MARKERS}
     for task, row in rows.items():
         baselines = list(references[task].get("baselines", {}).values())
         labels = list(_CONSTANT_MARKERS)[:2] if len(baselines) == 2 else ["shortest choice"]
         for label, value in zip(labels, baselines, strict=False):
-            marks[label].append((100 * value, row))
+            marks[label].append((100 * value, row + lane))
     for label, points in marks.items():
         if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                linestyle="",
-                marker=_CONSTANT_MARKERS[label],
-                markersize=6.5,
-                markerfacecolor="white",
-                markeredgecolor=_GREY,
-                label=label,
+            style = {"linestyle": "", "markersize": 6.5, "clip_on": False, "label": label}
+            style |= {"markerfacecolor": "white", "markeredgecolor": _GREY}
+            handles += axes.plot(
+                *zip(*points, strict=True), marker=_CONSTANT_MARKERS[label], **style
             )
+    return handles
 
 
 def plot_curves(curve: dict[int, dict], path: Path) -> None:
-    """Score against step, a panel a task; dashed: the base model; dotted: chance.
+    """Score against step, a panel a task; lines: base model, chance, best constant answer.
 
     curve: step -> results.json; step 0 is the base model.
     """
@@ -185,9 +190,12 @@ def plot_curves(curve: dict[int, dict], path: Path) -> None:
             lowest.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
             axis.set_ylabel("score (%)")
-        figure.legend(
-            *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
-        )
+        handles = {}  # a task without constant answers lacks one
+        for axis in axes.flat:
+            handles |= {
+                handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]
+            }
+        figure.legend(handles=handles.values(), loc="outside upper center", ncols=len(handles))
         figure.savefig(path)
         plt.close(figure)
 
@@ -201,5 +209,8 @@ def _plot_curve(axes: Axes, steps: list[int], summaries: list[dict]) -> None:
         axes.axhline(scores[0], color=COLORS[0], linestyle="--", label="base model")
     chance = 100 * summaries[0]["chance"]
     axes.axhline(chance, color="black", linestyle=":", linewidth=1.2, label="chance")
+    if constant := summaries[0].get("baselines"):
+        best = 100 * max(constant.values())
+        axes.axhline(best, color=_GREY, linestyle="-.", linewidth=1, label="best constant answer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))

@@ -14,7 +14,7 @@ def percent_interval(interval: tuple[float, float]) -> str:
 
 
 def remarks(name: str, summary: dict) -> list[str]:
-    """Sentences where the score of a task cannot be told from chance or a constant answer."""
+    """Sentences where a score is not above chance or constant answers, or documents were cut."""
     low, high = summary["interval"]
     references = {"chance": summary["chance"]} | summary.get("baselines", {})
     alike = [what for what, value in references.items() if low <= value <= high]
@@ -27,7 +27,7 @@ def remarks(name: str, summary: dict) -> list[str]:
         findings.append(f"is below {best} ({percent(references[best])})")
     score = f"{name}: {percent(summary['acc'])} ({percent_interval(summary['interval'])})"
     sentences = [f"{score} {' and '.join(findings)}."] if findings else []
-    return sentences + _constant_answer(name, summary)
+    return sentences + _constant_answer(name, summary) + _truncated(name, summary)
 
 
 def _either(words: list[str]) -> str:
@@ -45,3 +45,13 @@ def _constant_answer(name: str, summary: dict) -> list[str]:
         return []
     said = task.answer_name(answer)
     return [f'{name}: the model answers "{said}" to {percent(rate)}% of the documents.']
+
+
+def _truncated(name: str, summary: dict) -> list[str]:
+    number = summary.get("num_truncated", 0)
+    if not number:
+        return []
+    return [
+        f"{name}: {number:,} of {summary['n']:,} documents are longer than the model's context and "
+        "were cut on their left."
+    ]

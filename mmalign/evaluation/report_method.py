@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from mmalign.evaluation.markdown import bullets, markdown_table, shortened
-from mmalign.evaluation.metrics import DEFINITIONS, TIES
+from mmalign.evaluation.metrics import DEFINITIONS, TIES, task_results
 from mmalign.evaluation.results import Items
 
 _KEYS = ("model", "prompts", "template", "bos", "score", "tokenizer", "tokenizer_sha256")
@@ -16,8 +16,9 @@ def method(results: Mapping[str, dict], items: Items) -> list[str]:
     if not results:
         return []
     configs = {name: result["config"] for name, result in results.items()}
-    tasks = [task for task in DEFINITIONS if any(task in result for result in results.values())]
-    methods = {result[t]["interval_method"] for result in results.values() for t in tasks}
+    summaries = [pair for result in results.values() for pair in task_results(result).items()]
+    tasks = [task for task in DEFINITIONS if task in dict(summaries)]
+    methods = {summary["interval_method"] for _, summary in summaries}
     definitions = [f"**{task}**: {DEFINITIONS[task]}" for task in tasks]
     definitions.append(f"**ties**: {TIES}")
     definitions.append(f"**intervals**: {'; '.join(sorted(methods))}")

@@ -4,7 +4,12 @@ from mmalign.evaluation.intervals import wilson_interval
 from mmalign.evaluation.markdown import bullets, cell, markdown_table
 from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
-from mmalign.evaluation.tables import COMPARISON_HEADINGS, comparison_row, is_resolved
+from mmalign.evaluation.tables import (
+    COMPARISON_HEADINGS,
+    comparison_row,
+    first_flipped,
+    is_resolved,
+)
 
 _FLIPPED_SHOWN = 2  # documents of each task that turned wrong, and as many that turned right
 
@@ -167,13 +172,7 @@ def flipped(base: str, comparisons: dict[str, dict], files: dict[str, str]) -> l
     """Some documents that turned wrong or right, of each task; files: name -> the whole list."""
     blocks = []
     for name, comparison in comparisons.items():
-        counts: dict[tuple[str, str], int] = {}
-        rows = []
-        for document in comparison["flipped"]:
-            key = (document["task"], document["turned"])
-            counts[key] = counts.get(key, 0) + 1
-            if counts[key] <= _FLIPPED_SHOWN:
-                rows.append(_flipped_row(document))
+        rows = [_flipped_row(doc) for doc in first_flipped(comparison["flipped"], _FLIPPED_SHOWN)]
         if rows:
             total = len(comparison["flipped"])
             headings = ["task", "document", "text", "right answer", f"{base} said", f"{name} said"]

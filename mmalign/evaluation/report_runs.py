@@ -39,8 +39,8 @@ def read_curve(folder: Path) -> dict[int, dict]:
         if (path / "results.json").exists():  # a killed run can leave one without
             found[int(path.name[5:])] = read_results(path)
     curve = dict(sorted(found.items()))
-    limits = {results["config"]["limit"] for results in curve.values()}
-    if len(limits) > 1:
+    asked = {(x["config"]["limit"], *task_results(x)) for x in curve.values()}
+    if len(asked) > 1:
         raise UserError(f"{folder / 'evaluation'}: the steps were scored on different documents")
     return curve
 
@@ -48,19 +48,18 @@ def read_curve(folder: Path) -> dict[int, dict]:
 def score_curve(name: str, run: dict, curve: Mapping[int, dict], figure: str) -> list[str]:
     """Scores of a run at each step that was evaluated."""
     first, last = next(iter(curve.values())), list(curve.values())[-1]
-    headings = ["task", "n", "base model", *(f"step {step:,}" for step in curve if step), "chance"]
-    rows = []
-    for task, summary in task_results(first).items():
-        shown = [percent(results[task]["acc"]) for results in curve.values()]
-        shown[-1] = f"**{shown[-1]}** ({percent_interval(last[task]['interval'])})"
-        if 0 not in curve:
-            shown = ["", *shown]
-        n = f"{summary['n']:,}" if "n" in summary else ""
-        rows.append([task, n, *shown, percent(summary["chance"])])
+    tasks = task_results(first)
+    rows = [["documents", *(f"{x['n']:,}" if "n" in x else "" for x in tasks.values())]]
+    rows.append(["chance", *(percent(summary["chance"]) for summary in tasks.values())])
+    for step, results in curve.items():
+        label = f"step {step:,}" if step else "base model"
+        rows.append([label, *(percent(results[task]["acc"]) for task in tasks)])
+    for i, task in enumerate(tasks, start=1):
+        rows[-1][i] = f"**{rows[-1][i]}** ({percent_interval(last[task]['interval'])})"
     blocks = [
         f"## Scores during {name}",
         f"![Score against step; dashed: the base model]({figure})",
-        markdown_table(headings, rows),
+        markdown_table(["", *tasks], rows),
     ]
     return blocks + [_cost(run, curve, first["config"]["limit"])]
 

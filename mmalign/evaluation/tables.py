@@ -1,5 +1,7 @@
 """Results and comparisons on the terminal."""
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich import box
@@ -7,12 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmalign.evaluation.markdown import shortened
+from mmalign.evaluation.markdown import abridged
 from mmalign.evaluation.metrics import task_results
 from mmalign.evaluation.remarks import percent, percent_interval
 
 _PIPE_WIDTH = 108  # columns where the output is not a terminal
-_FLIPPED_SHOWN = 6  # documents
 
 
 def open_console() -> Console:
@@ -44,11 +45,6 @@ def print_results(results: dict, output: Path) -> None:
     for data_file, facts in config["data_files"].items():
         if "variant" in facts:
             console.print(f"{data_file}: {facts['variant']}, sha256 {facts['sha256'][:16]}")
-    if truncated := sum(summary.get("num_truncated", 0) for summary in tasks.values()):
-        console.print(
-            f"{truncated} documents longer than the model's {config['max_length']} tokens were cut "
-            "on their left"
-        )
     console.print(
         f"{config['num_requests']:,} requests, {results['tokens_computed']:,} tokens computed "
         f"(lm-evaluation-harness's Hugging Face backend: "
@@ -98,10 +94,10 @@ def print_comparison(comparison: dict) -> None:
     console.print(table)
     if not any(map(is_resolved, comparison["tasks"].values())):
         console.print("No difference can be told from zero.")
-    for document in comparison["flipped"][:_FLIPPED_SHOWN]:
-        console.print(_flipped_line(document), soft_wrap=True)
-    if (more := len(comparison["flipped"]) - _FLIPPED_SHOWN) > 0:
-        console.print(f"... and {more:,} more documents that flipped")
+    if flipped := comparison["flipped"]:
+        console.print(f"{len(flipped):,} documents flipped; the first of each task:")
+    for document in first_flipped(flipped, 1):
+        console.print(_flipped_lines(document), soft_wrap=True)
     for key, (a, b) in comparison["settings"].items():
         console.print(f"not the same in both evaluations: {key} {a} and {b}")
     if comparison["only_in_one"]:
@@ -109,14 +105,23 @@ def print_comparison(comparison: dict) -> None:
     console.print(f"{comparison['method']}; lost, gained: documents that turned wrong, right")
 
 
-def _flipped_line(document: dict) -> str:
-    choices = [shortened(choice.strip(), 40) for choice in document["choices"]]
+def first_flipped(flipped: Sequence[dict], number: int) -> Iterator[dict]:
+    """The first `number` documents of each task that turned wrong, and that turned right."""
+    seen = Counter()
+    for document in flipped:
+        kind = document["task"], document["turned"]
+        seen[kind] += 1
+        if seen[kind] <= number:
+            yield document
+
+
+def _flipped_lines(document: dict) -> str:
+    choices = [abridged(choice.strip(), 60) for choice in document["choices"]]
     question = " ".join(document["context"].rpartition("\n\n")[2].split())
-    return escape(
-        f"{document['turned']:6} {document['task']} {document['doc_id']}: "
-        f"{shortened(question, 100)} | A: {choices[document['prediction_a']]} | "
-        f"B: {choices[document['prediction_b']]} | right: {choices[document['gold']]}"
-    )
+    keys = {"A": "prediction_a", "B": "prediction_b", "right": "gold"}
+    answers = " | ".join(f"{who}: {choices[document[key]]}" for who, key in keys.items())
+    name = f"{document['turned']:6} {document['task']} {document['doc_id']}"
+    return escape(f"{name}: {abridged(question, 160)}\n       {answers}")
 
 
 def is_resolved(row: dict) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+from tqdm import tqdm
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport
@@ -205,11 +206,11 @@ class RunEvaluation:
 
     def _report(self, step: int, summaries: dict, seconds: float, last: bool) -> None:
         scores = ", ".join(f"{task} {percent(x['acc'])}" for task, x in summaries.items())
-        log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
-        if last:
-            elapsed = time.perf_counter() - self.started
-            share = self.seconds / elapsed
-            log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
+        with tqdm.external_write_mode():  # the progress bar makes room for the lines
+            log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
+            if last:
+                share = self.seconds / (time.perf_counter() - self.started)
+                log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
 
 
 def largest_limit(share, most: int, share_of_the_end: str) -> int:

@@ -50,6 +50,7 @@ def tuned(tmp_path_factory, tokenizer_model, shared_data):
     assert result.returncode == 0, result.stderr
     assert "chance" in result.stdout and str(output / "results.json") in result.stdout
     assert "tokens computed" in result.stdout and "tokenise" in result.stdout
+    assert "| ethics_virtue | 20 | **" in (output / "report.md").read_text()
     return output
 
 

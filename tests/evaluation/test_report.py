@@ -1,66 +1,50 @@
 """report.md of made-up runs and evaluations: what it says, and that its figures are images."""
 
+import csv
 import json
 
 import pytest
 from PIL import Image
 
 from mmalign.errors import UserError
-from mmalign.evaluation.documents import Document
-from mmalign.evaluation.metrics import make_item, summarize
+from mmalign.evaluation.markdown import abridged, cell
 from mmalign.evaluation.remarks import remarks
 from mmalign.evaluation.report import write_report
-from mmalign.evaluation.results import PROTOCOL
-from mmalign.evaluation.scoring import Score
-from mmalign.system import versions
+from mmalign.evaluation.results import read_results
+
+from .made_up import make_evaluation, make_run
+
+YES, NO = 0, 1
 
 
-def make_run(folder, num_steps=60):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"data": {"template": "v1"}, "seed": 7}))
-    lines = [
-        {"step": i, "loss": 3 / i, "tokens": 100, "samples": 4, "tokens_per_second": 500.0}
-        for i in range(1, num_steps + 1)
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 61, "lo')  # torn by a kill
-    return folder
+def make_virtue(folder, num_right, n=100, **config):
+    """ethics_virtue with the first num_right of n documents answered right; all are "yes"."""
+    answers = [(YES, YES if i < num_right else NO) for i in range(n)]
+    return make_evaluation(folder, {"ethics_virtue": answers}, **config)
 
 
-def make_evaluation(folder, num_right):
-    """ethics_virtue with the first num_right of 100 documents answered right; all are "yes"."""
-    folder.mkdir()
-    items = []
-    for i in range(100):
-        document = Document(
-            "ethics_virtue", i, (("context", " yes"), ("context", " no")), 0, group_id=i // 5
-        )
-        scores = (-1.0, -2.0) if i < num_right else (-2.0, -1.0)
-        items.append(make_item(document, [Score(score, 1, 0) for score in scores]))
-    summary = summarize(items)
-    summary["remarks"] = remarks("ethics_virtue", summary)
-    config = {
-        "model": folder.name,
-        **PROTOCOL,
-        "limit": None,
-        "precision": "fp32",
-        "max_length": 64,
-        "num_requests": 200,
-        "tokenizer": "tokenizer.model, 32,000 tokens",
-        "tokenizer_sha256": "1" * 64,
-        "versions": versions(),
-        "data_files": {"ethics/virtue/virtue_test.csv": {"sha256": "0" * 64}},
-    }
-    (folder / "results.json").write_text(json.dumps({"ethics_virtue": summary, "config": config}))
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    return folder
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_image(path):
+    with Image.open(path) as image:
+        assert image.width > 600 and len(image.convert("L").getcolors()) > 10
+
+
+def assert_tables_are_whole(text):
+    for block in text.split("\n\n"):
+        if block.startswith("|"):  # every row of a table has as many cells as its heading
+            lines = block.replace("\\|", "").splitlines()
+            assert len({line.count("|") for line in lines}) == 1, block
 
 
 def test_report(tmp_path):
     stages = {name: make_run(tmp_path / name) for name in ("pretrain", "finetune")}
     evaluations = {
-        "base": make_evaluation(tmp_path / "base", 50),
-        "tuned": make_evaluation(tmp_path / "tuned", 80),
+        "base": make_virtue(tmp_path / "base", 50),
+        "tuned": make_virtue(tmp_path / "tuned", 80),
     }
     visual = {"tuned": 0.8, "blind": 0.4, "majority": 0.3, "chance": 0.25, "n": 300}
     visual["kinds"] = {"colour": visual | {"tuned": 0.9, "n": 100}}
@@ -77,17 +61,98 @@ def test_report(tmp_path):
     assert "| model | base: base; tuned: tuned |" in text
     for figure in ("scores.png", "training.png"):
         assert f"({figure})" in text
-        with Image.open(path.parent / figure) as image:
-            assert image.width > 600 and len(image.convert("L").getcolors()) > 10
-    for block in text.split("\n\n"):
-        if block.startswith("|"):  # every row of a table has as many cells as its heading
-            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+        assert_image(path.parent / figure)
+    assert_tables_are_whole(text)
 
 
 def test_report_of_training_alone(tmp_path):
     path = write_report(tmp_path / "report.md", {"pretrain": make_run(tmp_path / "run")}, {})
     text = path.read_text()
     assert "## Training" in text and "## Scores" not in text
+
+
+def test_many_models_side_by_side(tmp_path):
+    """One lacks a task, one has another tokenizer; all are compared with the first."""
+    both = {"ethics_virtue": [(YES, NO)] * 10, "ethics_commonsense": [(NO, NO)] * 9 + [(NO, YES)]}
+    folders = {
+        "a": make_evaluation(tmp_path / "a", both),
+        "b": make_virtue(tmp_path / "b", 10, n=10, tokenizer="tokenizer.json, 100 tokens"),
+        "c": make_evaluation(tmp_path / "c", both | {"ethics_virtue": [(YES, YES)] * 10}),
+    }
+    text = write_report(tmp_path / "out" / "report.md", {}, folders).read_text()
+    row = (
+        "| ethics_commonsense | 10 | **90.0** (59.6 to 98.2) |  | **90.0** (59.6 to 98.2) | 50.0 |"
+    )
+    assert row in text
+    assert (
+        "| tokenizer | a: tokenizer.model, 32,000 tokens; b: tokenizer.json, 100 tokens; c: "
+        in text
+    )
+    assert "[flipped_1.jsonl](flipped_1.jsonl)" in text and "[flipped_2.jsonl]" in text
+    assert_tables_are_whole(text)
+    assert_image(tmp_path / "out" / "scores.png")
+    scores = read_csv(tmp_path / "out" / "scores.csv")
+    assert [(row["model"], row["task"]) for row in scores] == [
+        ("a", "ethics_commonsense"),
+        ("a", "ethics_virtue"),
+        ("b", "ethics_virtue"),
+        ("c", "ethics_commonsense"),
+        ("c", "ethics_virtue"),
+    ]
+    summary = read_results(folders["a"])["ethics_commonsense"]
+    assert float(scores[0]["acc"]) == 0.9 and float(scores[0]["low"]) == summary["interval"][0]
+    assert scores[0]["constant_answers"] == "always yes: 0.0000; always no: 1.0000"
+    differences = read_csv(tmp_path / "out" / "differences.csv")
+    assert [(row["a"], row["b"], row["task"]) for row in differences] == [
+        ("a", "b", "ethics_virtue"),
+        ("a", "c", "ethics_commonsense"),
+        ("a", "c", "ethics_virtue"),
+    ]
+    assert differences[0]["difference"] == "1.0" and differences[0]["gained"] == "10"
+
+
+def test_scores_during_training(tmp_path):
+    run = make_run(tmp_path / "run", num_steps=4)
+    records = [{"step": i, "loss": 1.0, "tokens": 9, "samples": 1, "tokens_per_second": 9.0}
+               for i in range(1, 5)]  # fmt: skip
+    for record in records:
+        record["seconds"] = 10.0
+    records[1]["evaluation_seconds"] = records[3]["evaluation_seconds"] = 0.5
+    (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    for step, right in ((0, 50), (2, 60), (4, 80)):
+        make_virtue(run / "evaluation" / f"step_{step}", right, limit=100)
+    (run / "evaluation" / "step_6").mkdir()  # a kill left it without results.json
+    path = write_report(tmp_path / "out" / "report.md", {"finetune": run}, {})
+    text = path.read_text()
+    for row in (
+        "| base model | 50.0 |",
+        "| step 2 | 60.0 |",
+        "| step 4 | **80.0** (",
+        "| chance |",
+    ):
+        assert row in text
+    # twice 0.5 s, and 1.0 s for the base model, beside four steps of 10 s
+    assert "Evaluation took 2.0 s, 4.8% of the time" in text
+    assert_tables_are_whole(text)
+    assert_image(path.parent / "scores_during_finetune.png")
+    make_virtue(run / "evaluation" / "step_6", 80, limit=50)
+    with pytest.raises(UserError, match="the steps were scored on different documents"):
+        write_report(path, {"finetune": run}, {})
+
+
+def test_documents_that_were_cut():
+    summary = {"acc": 0.9, "interval": (0.8, 0.95), "chance": 0.5, "n": 1200, "num_truncated": 3}
+    assert remarks("ethics_mean", summary) == [
+        "ethics_mean: 3 of 1,200 documents are longer than the model's context and were cut on "
+        "their left."
+    ]
+    assert remarks("ethics_mean", summary | {"num_truncated": 0}) == []
+
+
+def test_excerpts():
+    assert cell("a | b\n\n <image> c", 40) == "a \\| b / &lt;image> c"
+    assert abridged("0123456789" * 3, 10) == "01234 ... 56789"
+    assert abridged("0123456789", 10) == "0123456789"
 
 
 def test_missing_files(tmp_path):
