@@ -11,6 +11,7 @@ from mmalign.evaluation.results import (
     PROTOCOL,
     describe_model,
     make_items,
+    require_folder,
     summarize_tasks,
     write_evaluation,
 )
@@ -40,7 +41,7 @@ def evaluate_model(
     the first documents of each task. Writes output/items.jsonl, then output/results.json. Prints
     progress and a table unless quiet. Raises UserError for anything wrong with what was given.
     """
-    weights, output, names = find_weights(model), Path(output), resolve_tasks(tasks)
+    weights, output, names = find_weights(model), require_folder(output), resolve_tasks(tasks)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
     target = choose_device(device)

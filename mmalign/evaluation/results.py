@@ -56,6 +56,13 @@ def summarize_tasks(items: Items) -> dict[str, dict]:
     return results
 
 
+def require_folder(output: str | Path) -> Path:
+    """`output` as a Path; UserError where a file has this name."""
+    if Path(output).is_file():
+        raise UserError(f"--output {output} is a file; expected the name of a folder")
+    return Path(output)
+
+
 def write_evaluation(output: Path, items: Items, results: dict) -> None:
     """results.json appears last and whole, so that it stands for a finished evaluation."""
     output.mkdir(parents=True, exist_ok=True)

@@ -199,6 +199,12 @@ def test_what_is_not_a_model(tmp_path, shared_data):
     assert "Traceback" not in result.stderr
 
 
+def test_an_output_that_is_a_file(tmp_path, llama_folder, shared_data):
+    (tmp_path / "scores").touch()
+    with pytest.raises(UserError, match="scores is a file; expected the name of a folder"):
+        evaluate(llama_folder, shared_data, tmp_path / "scores")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_no_cuda(llama_folder, shared_data, tmp_path):
     with pytest.raises(UserError, match="no CUDA device"):
