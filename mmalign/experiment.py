@@ -37,10 +37,18 @@ class Experiment:
     """Evaluate on the first N documents of each task only."""
     batch_tokens: int = 8192
     """Most tokens in one forward pass of the evaluation."""
+    evaluate_every: int = 0
+    """Score the language model every N steps of stage 2 too, for the figure of score against step;
+    0: only before and after."""
 
 
 PAPER = Experiment(pretrain="pretrain-7b", finetune="finetune-7b", output=Path("runs/paper"))
-TINY = Experiment(pretrain="tiny-pretrain", finetune="tiny-finetune", output=Path("runs/tiny"))
+TINY = Experiment(
+    pretrain="tiny-pretrain",
+    finetune="tiny-finetune",
+    output=Path("runs/tiny"),
+    evaluate_every=300,
+)
 
 
 def run_experiment(experiment: Experiment) -> Path:
@@ -99,6 +107,12 @@ def _stages(experiment: Experiment) -> tuple[TrainConfig, TrainConfig]:
         model=replace(pretrain.model, projector=str(pretrain.run_dir)),
         data=replace(
             finetune.data, path=experiment.finetune_data, image_root=experiment.finetune_images
+        ),
+        evaluation=replace(
+            finetune.evaluation,
+            every=experiment.evaluate_every,
+            data_root=experiment.evaluation_data,
+            batch_tokens=experiment.batch_tokens,
         ),
     )
     return pretrain, finetune

@@ -163,8 +163,7 @@ class RunEvaluation:
 
         A continued run keeps the number that it began with, whatever the number of processes.
         """
-        begun = self.folder / "step_0" / "results.json"
-        if begun.exists():
+        for begun in self.folder.glob("step_*/results.json"):
             return read_results(begun.parent)["config"]["limit"]
         copies = self.ranks.world_size if self.replicated else 1
         forwards = _FORWARDS_A_TRAINED_TOKEN * trained_tokens / copies

@@ -31,6 +31,7 @@ FREE_FIELDS = (
     "parallel.reshard_after_forward",
     "parallel.prefetch",
     "parallel.timeout_minutes",
+    "evaluation.every",  # changes nothing of the training
     "evaluation.batch_tokens",  # changes rounding only
     "data.num_workers",
     "data.check_images",
@@ -51,6 +52,18 @@ def write_config(config: TrainConfig) -> None:
     torn = path.with_suffix(".tmp")
     torn.write_text(config_json(config, command=sys.argv, versions=versions()))
     torn.rename(path)
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """micro_batch_tokens "auto" as the run in run_dir decided it when it began.
+
+    Memory that is free differs from start to start, and another size would round otherwise.
+    """
+    path = config.run_dir / "config.json"
+    if config.micro_batch_tokens != "auto" or not path.exists():
+        return config
+    decided = json.loads(path.read_text())["micro_batch_tokens"]
+    return dataclasses.replace(config, micro_batch_tokens=decided)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -135,7 +135,10 @@ def test_a_killed_run_continues_to_the_same_scores(pair, small_world, data_root,
     killed = replace(killed, checkpoint=replace(killed.checkpoint, every=3))
     result = train_interrupted(killed, "kill", step=5)
     assert result.returncode < 0, result.stderr[-2000:]
+    # from step 3 on, with other evaluations between; their documents stay
+    killed = replace(killed, evaluation=replace(killed.evaluation, every=1))
     train(killed)
+    assert read_results(killed.run_dir / "evaluation" / "step_5")["config"]["limit"] == LIMIT
     assert losses(scored.run_dir) == losses(killed.run_dir)
     for name in ("step_0", "step_2", "step_4", "step_6", "all"):
         ours, theirs = (read_items(run.run_dir / "evaluation" / name) for run in (scored, killed))
