@@ -5,19 +5,21 @@
     python scripts/plan_memory.py finetune-7b --model.decoder FOLDER --model.vision-tower FOLDER
 
 Any field of the recipe can be set as for train.py. Without folders the recipe's published models
-are assumed. No weights are read. The cards: a100-40g, a100-80g, h100-80g (the default), h200, b200,
-l40s, a6000, rtx-3090, rtx-4090.
+are assumed. No weights are read. --gpu: a100-40g, a100-80g, h100-80g (the default), h200, b200,
+l40s, a40, a6000, a10g, rtx-3090, rtx-4090, or GiB of another card, such as 31.4. --world-size: the
+processes that torchrun starts, 1 unless given.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 
 import tyro
 
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
 from mmalign.training.memory_plan import MemoryPlan
-from mmalign.training.memory_table import capacity_of, check, flags_of, render
+from mmalign.training.memory_table import GPUS, capacity_of, check, flags_of, render, total_of
 from mmalign.training.published import published_workload
 
 
@@ -39,9 +41,19 @@ def main() -> None:
         chosen = check(plan)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{name} on {options.gpu}, {plan.capacity / 1e9:.1f} GB, one of {options.world_size}\n")
-    print(render(plan))
-    print(f"\nrecommended: {flags_of(chosen)}")
+    print(f"{name} on {_cards(plan, options.gpu)}\n\n{render(plan)}\n")
+    print(f"recommended: {flags_of(chosen)}")
+    if plan.num_shards < plan.world_size and parallel.sharding == "none":
+        parallel = replace(parallel, sharding="full")
+        shared = replace(plan, config=replace(chosen, parallel=parallel))
+        print(f"with --parallel.sharding full as well: {total_of(shared):.1f} GB")
+
+
+def _cards(plan: MemoryPlan, gpu: str) -> str:
+    number = f"{plan.world_size} x " if plan.world_size > 1 else ""
+    card = f"{number}{gpu if gpu in GPUS else 'a card'}"
+    sharding = f", --parallel.sharding {plan.config.parallel.sharding}" if number else ""
+    return f"{card} of {plan.capacity / 2**30:.1f} GiB ({plan.capacity / 1e9:.1f} GB){sharding}"
 
 
 if __name__ == "__main__":

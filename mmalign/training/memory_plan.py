@@ -7,7 +7,8 @@ most of the last layer, which makes room for the norms' inputs and the attention
 `none` keeps 4.2 MB: the results of RMSNorm and SwiGLU, too, which weight gradients read (6.4k).
 Besides, lm_head's gradient is held in fp32 from the forward pass on (0.5 GB), and summing gradients
 over micro-batches needs another one of the largest matrix. update_in_backward frees gradients only
-where a step is one micro-batch; otherwise they are counted whole.
+where a step is one micro-batch; otherwise they are counted whole. DDP holds all gradients in its
+buckets, and those of a step with several micro-batches once more.
 """
 
 import math
@@ -29,7 +30,10 @@ from mmalign.training.optimizer import moment_dtype
 STEP = 128  # micro_batch_tokens are planned in multiples of it
 ENOUGH_TOKENS = 8192  # matrix products are as fast as they get: rather recompute than go below
 MOST_TOKENS = 16384  # a larger micro-batch gains nothing
-SAMPLE_TOKENS = {"pretrain": 300, "finetune": 550}  # LLaVA's data, means; image tokens included
+# LLaVA's data, means; image tokens included, in stage 1 without a header that all samples share
+# (shortcuts.frozen_prefix; v0's 37 tokens would be more rows of the same kind, and its constant
+# keys and values, 19 MB with LLaMA2-7B, are too few to plan for)
+SAMPLE_TOKENS = {"pretrain": 300, "finetune": 550}
 SAMPLE_LOSS_TOKENS = {"pretrain": 22, "finetune": 242}
 CONTEXT_BYTES = {"cuda": 10**9, "cpu": 0}  # CUDA's context, compiled kernels, cuBLAS's workspace
 FRAGMENTED = {
@@ -186,7 +190,8 @@ class MemoryPlan:
             return 2 * largest
         own = sum(self._local(x) for x in trained) * self.itemsize
         if self.num_shards == 1:
-            return own + largest
+            apart = self.world_size > 1 and step > tokens  # summed up beside DDP's buckets
+            return own + (own if apart else largest)
         if config.parallel.reduce_once and step > tokens:  # whole ones until they are summed
             return own + sum(x.numel for x in trained) * self.itemsize
         return own + 2 * self._layer_bytes(trained_only=True)
@@ -195,10 +200,6 @@ class MemoryPlan:
         """The most that is held for a moment beside what is kept: at the head, or in a layer."""
         decoder, tokens = self.workload.decoder, batch.tokens
         hidden, inner = decoder.hidden_size, decoder.intermediate_size
-        logits = LOGITS[self.device_type]
-        if self.device_type == "cpu" and self.workload.trains_embeddings:
-            logits = max(logits, hidden * decoder.vocab_size)
-        head = min(logits, batch.loss_rows * decoder.vocab_size)
         mlp = {"none": inner, "elementwise": 2 * inner + hidden}.get(policy, 4 * inner + hidden)
         attention = 2 * sum(decoder.qkv_sizes)  # the gradient, rotated queries and keys
         again = 0
@@ -207,7 +208,14 @@ class MemoryPlan:
             self.activations.layer(kept, 0, "none", tokens, None)
             again = sum(kept.by_kind().values())
         layer = tokens * (2 * hidden + max(mlp, attention)) * self.itemsize
-        return max(head * self.itemsize, again + layer)
+        return max(self.logits(batch), again + layer)
+
+    def logits(self, batch: MicroBatch) -> int:
+        """Bytes of logits that exist at a time."""
+        decoder, most = self.workload.decoder, LOGITS[self.device_type]
+        if self.device_type == "cpu" and self.workload.trains_embeddings:
+            most = max(most, decoder.hidden_size * decoder.vocab_size)
+        return min(most, batch.loss_rows * decoder.vocab_size) * self.itemsize
 
     # ---- what fits ----
 

@@ -2,6 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,8 +14,9 @@ from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.recompute import POLICIES
 from mmalign.training.flops import Workload
-from mmalign.training.memory_plan import MemoryPlan
+from mmalign.training.memory_plan import CONTEXT_BYTES, STEP, MemoryPlan
 from mmalign.training.parallel import Ranks
+from mmalign.training.run_folder import as_begun
 
 log = logging.getLogger("mmalign")
 
@@ -24,17 +28,28 @@ GPUS = {
     "h200": 139.7,
     "b200": 178.3,
     "l40s": 44.3,
+    "a40": 44.3,
     "a6000": 47.4,
+    "a10g": 22.0,
     "rtx-3090": 23.5,
     "rtx-4090": 23.5,
 }
+NARROWER = (  # optimizer states that a refusal proposes
+    {"moments": "bf16"},
+    {"moments": "8bit"},
+    {"master": "stochastic"},
+    {"master": "stochastic", "moments": "bf16"},
+    {"master": "stochastic", "moments": "8bit"},
+)
 
 
 def capacity_of(gpu: str) -> int:
-    """Bytes of a card by its name in GPUS."""
-    if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: not one of {', '.join(GPUS)}")
-    return int(GPUS[gpu] * 2**30)
+    """Bytes of a card by its name in GPUS, or from its GiB."""
+    try:
+        gib = GPUS[gpu] if gpu in GPUS else float(gpu)
+    except ValueError:
+        raise UserError(f"--gpu {gpu}: not one of {', '.join(GPUS)}, nor a number of GiB") from None
+    return int(gib * 2**30)
 
 
 def workload_of(config: TrainConfig) -> Workload:
@@ -50,15 +65,21 @@ def render(plan: MemoryPlan) -> str:
     """GB by kind (columns: policies) with the plan's micro-batch, and what fits at most."""
     chosen = plan.recommend()
     tokens, num_layers = chosen.micro_batch_tokens, chosen.recompute_layers
-    columns = [plan.at(tokens, x, num_layers if x == chosen.recompute else None) for x in POLICIES]
-    rows = [(f"GB with {tokens:,} tokens, recompute", *POLICIES)]
+    layers = {x: num_layers if x == chosen.recompute else None for x in POLICIES}
+    columns = [plan.at(tokens, x, layers[x]) for x in POLICIES]
+    heads = (x if layers[x] is None else f"{x}, {layers[x]} layers" for x in POLICIES)
+    rows = [(f"GB with {tokens:,} tokens, recompute", *heads)]
+    logits = plan.logits(plan.batch(tokens)) / 1e9
+    names = {"workspace": f"workspace (logits alone: {logits:.2f})"}
     for kind in columns[0]:
         if any(column[kind] for column in columns):
-            rows.append((kind, *(f"{column[kind] / 1e9:.2f}" for column in columns)))
+            name = names.get(kind, kind)
+            rows.append((name, *(f"{column[kind] / 1e9:.2f}" for column in columns)))
     rows.append(("total", *(f"{sum(column.values()) / 1e9:.2f}" for column in columns)))
-    rows.append(("most tokens that fit", *(f"{plan.most_tokens(x):,}" for x in POLICIES)))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>13}" for cell in row[1:]) for row in rows]
+    most = (plan.most_tokens(x, layers[x]) for x in POLICIES)
+    rows.append(("most tokens that fit", *(f"{num:,}" for num in most)))
+    width, cell_width = max(len(row[0]) for row in rows), max(len(x) for x in rows[0][1:]) + 2
+    lines = [f"{row[0]:<{width}}" + "".join(f"{x:>{cell_width}}" for x in row[1:]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -72,68 +93,99 @@ def flags_of(config: TrainConfig) -> str:
     )
 
 
+def total_of(plan: MemoryPlan) -> float:
+    """GB of a plan whose configuration is decided."""
+    config = plan.config
+    return plan.total(config.micro_batch_tokens, config.recompute, config.recompute_layers) / 1e9
+
+
 def check(plan: MemoryPlan) -> TrainConfig:
-    """plan.recommend(), or UserError with the table and the knobs where it does not fit.
-
-    What fragmentation may take is planned for, but its estimate alone refuses nothing.
-    """
+    """plan.recommend(), or UserError with the table and the knobs where it does not fit."""
     chosen = plan.recommend()
-    policy, tokens = chosen.recompute, chosen.micro_batch_tokens
-    needed = plan.at(tokens, policy, chosen.recompute_layers)
-    if tokens and sum(needed.values()) - needed["fragmentation"] <= plan.capacity:
+    if _fits(plan, chosen):
         return chosen
-    total, capacity = (x / 1e9 for x in (sum(needed.values()), plan.capacity))
-    what = (
-        f"micro-batches of {tokens} tokens need" if tokens else "even without a micro-batch it is"
-    )
+    tokens, capacity = chosen.micro_batch_tokens, plan.capacity / 1e9
+    what = f"micro-batches of {tokens} tokens need" if tokens else "without a micro-batch it needs"
+    knobs = "".join(f"\n  {knob}" for knob in _knobs(plan, chosen))
     raise UserError(
-        f"this run does not fit: {what} {total:.1f} GB of {capacity:.1f} GB.\n{render(plan)}\n"
-        f"Turn one of these knobs: {'; '.join(_knobs(plan, chosen))}."
+        f"this run does not fit: {what} {total_of(replace(plan, config=chosen)):.1f} of "
+        f"{capacity:.1f} GB.\n\n{render(plan)}\n\n"
+        f"Each of these alone makes it fit:{knobs}"
     )
 
 
-def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> list[str]:
-    """What would help, the cheapest first."""
-    config, knobs = plan.config, []
+def _fits(plan: MemoryPlan, chosen: TrainConfig) -> bool:
+    """What fragmentation may take is planned for, but its estimate alone refuses nothing."""
+    needed = plan.at(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
+    total = sum(needed.values()) - needed["fragmentation"]
+    return chosen.micro_batch_tokens > 0 and total <= plan.capacity
+
+
+def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
+    """What makes it fit, the cheapest first."""
+
+    def helps(plan: MemoryPlan = plan, **changes) -> bool:
+        config = replace(plan.config, **changes)
+        other = replace(plan, config=config, workload=replace(plan.workload, lora=config.lora))
+        return _fits(other, other.recommend())
+
     most = plan.most_tokens(chosen.recompute, chosen.recompute_layers)
     if most:
-        knobs.append(f"--micro-batch-tokens {most} (or auto)")
-    fitting = [x for x in POLICIES if plan.most_tokens(x) >= max(chosen.micro_batch_tokens, 1)]
-    if fitting:
-        knobs.append(f"--recompute {fitting[0]} (or auto)")
-    optimizer = config.optimizer
-    if plan.workload.trains_decoder and (optimizer.master, optimizer.moments) != (
-        "stochastic",
-        "8bit",
-    ):
-        knobs.append("--optimizer.moments bf16 or 8bit, --optimizer.master stochastic (new run)")
+        yield f"--micro-batch-tokens {most} (or auto)"
+    if helps(recompute="auto", recompute_layers=None):
+        yield "--recompute auto"
+    for kind in _smaller_runs(plan.config):
+        helpful = (flags for flags, changes in kind if helps(**changes))
+        yield from (f"{flags} (in a new --run-dir)" for flags in islice(helpful, 1))
+    if plan.num_shards == 1 and plan.device_type == "cuda":
+        parallel = replace(plan.config.parallel, sharding="full")
+        numbers = (2**i for i in range(1, 7) if 2**i >= plan.world_size)
+        enough = (n for n in numbers if helps(replace(plan, world_size=n), parallel=parallel))
+        yield from (
+            f"--parallel.sharding full, on {n} devices (torchrun)" for n in islice(enough, 1)
+        )
+    needed = plan.total(chosen.micro_batch_tokens or STEP, chosen.recompute)
+    yield f"a device with {needed / 1e9:.0f} GB"
+
+
+def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
+    """Runs that keep less, kind by kind and the mildest first: flags, and what they change."""
     if config.precision == "fp32":
-        knobs.append("--precision bf16 (new run)")
-    if plan.workload.trains_decoder:
-        knobs.append("--lora.rank 64 (new run)")
-        if plan.num_shards == 1:
-            knobs.append("--parallel.sharding full over several devices (torchrun)")
-    return [*knobs, "a device with more memory"]
+        yield [("--precision bf16", {"precision": "bf16"})]
+    if config.stage == "finetune":
+        yield [
+            (
+                " ".join(f"--optimizer.{name} {value}" for name, value in kept.items()),
+                {"optimizer": replace(config.optimizer, **kept)},
+            )
+            for kept in NARROWER
+        ]
+    lora = config.lora
+    if config.stage == "finetune" and lora.rank == 0:
+        yield [("--lora.rank 64", {"lora": replace(lora, rank=64)})]
+    elif lora.train_embeddings:
+        without = replace(lora, train_embeddings=False)
+        yield [("--lora.train-embeddings False", {"lora": without})]
 
 
 def plan_run(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Before anything is loaded: config with every "auto" decided, or UserError."""
     capacity, where = _free_memory(ranks)
+    config = as_begun(config)
     plan = MemoryPlan(config, workload_of(config), capacity, ranks.device.type, ranks.world_size)
     chosen = check(ranks.from_main(plan))  # one decision for all processes
-    total = plan.total(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
     if ranks.is_main:
-        log.info(
-            "memory: %.1f of %.1f GB %s, planned with %s",
-            *(total / 1e9, capacity / 1e9, where, flags_of(chosen)),
-        )
+        total, flags = total_of(replace(plan, config=chosen)), flags_of(chosen)
+        log.info("memory: %.1f of %.1f GB %s, planned with %s", total, capacity / 1e9, where, flags)
     return chosen
 
 
 def _free_memory(ranks: Ranks) -> tuple[int, str]:
     """Bytes that this process may use, and of what."""
     if ranks.device.type == "cuda":
-        return torch.cuda.get_device_properties(ranks.device).total_memory, "of the GPU"
+        free, whole = torch.cuda.mem_get_info(ranks.device)
+        # the plan counts this process's context, which is not free any more
+        return min(free + CONTEXT_BYTES["cuda"], whole), "free on the GPU"
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     path = Path("/proc/meminfo")
     if path.exists():

@@ -1,13 +1,15 @@
 """The memory plan against what the graph really keeps, the state that is made, and refusals."""
 
-import subprocess
+import re
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 
-from mmalign.config import OptimizerConfig
+from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.errors import UserError
 from mmalign.model.recompute import POLICIES, set_recompute
 from mmalign.recipes import RECIPES
@@ -125,9 +127,51 @@ def test_fp32_state_of_7b_is_refused_with_the_knobs():
         memory_table.check(plan)
     for words in ("does not fit", "optimizer state", "--optimizer.moments bf16", "--lora.rank 64"):
         assert words in str(error.value)
+    assert "--micro-batch-tokens" not in str(error.value)  # none is small enough
     too_many = plan_of("finetune-7b", micro_batch_tokens=16384, recompute="none")
-    with pytest.raises(UserError, match=r"--micro-batch-tokens \d+ \(or auto\); --recompute full"):
+    with pytest.raises(
+        UserError, match=r"--micro-batch-tokens 6400 \(or auto\)\n  --recompute auto"
+    ):
         memory_table.check(too_many)
+
+
+def test_each_knob_that_a_refusal_names_makes_it_fit():
+    changes = {"recompute": "none", "optimizer": OptimizerConfig(moments="bf16")}
+    with pytest.raises(UserError) as error:
+        memory_table.check(plan_of("finetune-7b", **changes))
+    knobs = [x.strip() for x in str(error.value).partition("makes it fit:")[2].strip().split("\n")]
+    assert len(knobs) == 6
+    for knob in knobs:
+        if match := re.match(r"a device with (\d+) GB", knob):
+            memory_table.check(plan_of("finetune-7b", capacity=int(match[1]) * 10**9, **changes))
+            continue
+        devices = re.search("on ([0-9]+) devices", knob)
+        flags = [x for x in re.findall(r"--[^(,]+", knob) if "run-dir" not in x]
+        settings = " ".join(flags).split()
+        config = replace(RECIPES["finetune-7b"][1], **changes)
+        config = tyro.cli(TrainConfig, default=config, args=settings)
+        workload = published_workload(config, "finetune-7b")
+        size = int(devices[1]) if devices else 1
+        memory_table.check(MemoryPlan(config, workload, H100, "cuda", size))
+
+
+def test_gradients_of_ddp_lie_in_buckets():
+    """Measured with torch: buckets hold all, and several micro-batches add up beside them."""
+    numel = sum(x.numel for x in plan_of("finetune-7b").parameters if x.trained)
+    several = plan_of("finetune-7b", world_size=2).at(8192, "none")["gradients"]
+    one = plan_of("finetune-7b", world_size=8).at(8192, "none")["gradients"]
+    assert several == 4 * numel and one < 2.1 * numel
+
+
+def test_auto_is_decided_once_a_run(small_world, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="mmalign")
+    config = small_config(small_world, tmp_path / "run", micro_batch_tokens="auto", num_steps=1)
+    train(config)
+    decided = re.search("--micro-batch-tokens ([0-9]+)", caplog.text)[1]
+    monkeypatch.setattr(memory_table, "_free_memory", lambda ranks: (2 * 10**8, "of free RAM"))
+    caplog.clear()
+    train(config)  # the same command, where auto would now be less
+    assert f"--micro-batch-tokens {decided}" in caplog.text
 
 
 @pytest.mark.parametrize("gpu", ("h200", "h100-80g", "a100-80g"))
@@ -176,22 +220,33 @@ def test_a_run_takes_the_recommendation(small_world, tmp_path, caplog):
     assert "of free RAM, planned with --recompute none --micro-batch-tokens 16384" in caplog.text
 
 
-def test_command_line(small_world):
+@pytest.fixture
+def plan_memory(monkeypatch, capsys):
+    """The script: (arguments) -> what it prints, or how it ends."""
     script = Path(__file__).resolve().parents[2] / "scripts/plan_memory.py"
 
     def run(*arguments):
-        command = [sys.executable, str(script), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return str(end)
+        return capsys.readouterr().out
 
-    result = run(
-        "finetune-7b", "--gpu", "a100-40g", "--world-size", "8", "--parallel.sharding", "full"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "optimizer state" in result.stdout and "most tokens that fit" in result.stdout
-    assert "recommended: --recompute " in result.stdout
+    return run
+
+
+def test_command_line(small_world, plan_memory):
+    cards = ("--gpu", "a100-40g", "--world-size", "8")
+    printed = plan_memory("finetune-7b", *cards, "--parallel.sharding", "full")
+    assert "finetune-7b on 8 x a100-40g of 39.4 GiB (42.3 GB), --parallel.sharding full" in printed
+    assert "optimizer state" in printed and "most tokens that fit" in printed
+    assert "recommended: --recompute elementwise --micro-batch-tokens 8192" in printed
+    whole = plan_memory("finetune-7b", "--world-size", "8")
+    assert "with --parallel.sharding full as well: " in whole
     folders = ("--model.decoder", str(small_world.decoder), "--model.vision-tower")
-    result = run("finetune-7b", *folders, str(small_world.vision_tower))
-    assert "recommended: --recompute none" in result.stdout, result.stderr
-    result = run("finetune-7b", "--optimizer.moments", "fp32")
-    assert result.returncode != 0 and "does not fit" in result.stderr
-    assert "not one of a100-40g" in run("finetune-7b", "--gpu", "abacus").stderr
+    printed = plan_memory("finetune-7b", *folders, str(small_world.vision_tower))
+    assert "recommended: --recompute none" in printed
+    assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
+    assert "not one of a100-40g" in plan_memory("finetune-7b", "--gpu", "abacus")
+    assert "a card of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
