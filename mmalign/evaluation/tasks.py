@@ -33,6 +33,7 @@ class Task:
 
 
 ETHICS_TASKS = tuple(f"ethics_{name}" for name in ethics.SUBSETS)
+GENERATION_TASK = "truthfulqa_gen"  # written answers: no Task, see written_answers.py
 TRUTHFULQA_TASKS = ("truthfulqa_mc1", "truthfulqa_mc2")
 TASKS = {name: Task(name) for name in TRUTHFULQA_TASKS} | {
     f"ethics_{name}": Task(
@@ -47,6 +48,11 @@ _HARNESS_NAMES = {"truthfulqa_mc": TRUTHFULQA_TASKS, "ethics_cm": ("ethics_commo
 def resolve_tasks(names: Sequence[str]) -> list[str]:
     """Task names for groups (truthfulqa, ethics), single tasks and the harness's names."""
     known = _GROUPS | {name: (name,) for name in TASKS} | _HARNESS_NAMES
+    if GENERATION_TASK in names:
+        raise UserError(
+            f"{GENERATION_TASK} is not among the tasks that are scored by log-likelihoods; "
+            "scripts/evaluate.py --tasks takes it"
+        )
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
