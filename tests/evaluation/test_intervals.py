@@ -21,8 +21,10 @@ def test_wilson(right, n):
     assert wilson_interval(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_bootstrap_of_single_documents():
-    values = np.random.default_rng(1).random(300)
+@pytest.mark.parametrize("digits", [0, 6], ids=["right or wrong", "shares"])
+def test_bootstrap_of_single_documents(digits):
+    """Two ways to draw: few kinds of documents, or all different."""
+    values = np.random.default_rng(1).random(300).round(digits)
     expected = stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
