@@ -105,12 +105,12 @@ def check(plan: MemoryPlan) -> TrainConfig:
     if _fits(plan, chosen):
         return chosen
     tokens, capacity = chosen.micro_batch_tokens, plan.capacity / 1e9
+    total = total_of(replace(plan, config=chosen))
     what = f"micro-batches of {tokens} tokens need" if tokens else "without a micro-batch it needs"
     knobs = "".join(f"\n  {knob}" for knob in _knobs(plan, chosen))
     raise UserError(
-        f"this run does not fit: {what} {total_of(replace(plan, config=chosen)):.1f} of "
-        f"{capacity:.1f} GB.\n\n{render(plan)}\n\n"
-        f"Each of these alone makes it fit:{knobs}"
+        f"this run does not fit: {what} {total:.1f} GB, and there are {capacity:.1f}.\n\n"
+        f"{render(plan)}\n\nEach of these alone makes it fit:{knobs}"
     )
 
 
@@ -144,8 +144,10 @@ def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
         yield from (
             f"--parallel.sharding full, on {n} devices (torchrun)" for n in islice(enough, 1)
         )
-    needed = plan.total(chosen.micro_batch_tokens or STEP, chosen.recompute)
-    yield f"a device with {needed / 1e9:.0f} GB"
+    tokens = chosen.micro_batch_tokens or STEP
+    needed = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens)))
+    device = "device" if plan.device_type == "cuda" else "machine"
+    yield f"a {device} with {needed:.0f} GB of free memory"
 
 
 def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:

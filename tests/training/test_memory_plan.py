@@ -142,7 +142,7 @@ def test_each_knob_that_a_refusal_names_makes_it_fit():
     knobs = [x.strip() for x in str(error.value).partition("makes it fit:")[2].strip().split("\n")]
     assert len(knobs) == 6
     for knob in knobs:
-        if match := re.match(r"a device with (\d+) GB", knob):
+        if match := re.match(r"a device with (\d+) GB of", knob):
             memory_table.check(plan_of("finetune-7b", capacity=int(match[1]) * 10**9, **changes))
             continue
         devices = re.search("on ([0-9]+) devices", knob)
