@@ -153,6 +153,9 @@ class ShortcutConfig:
     last_layer_rows: Switch = True
     """Compute queries, output projection and MLP of the last decoder layer only for the rows that
     have a target. (LoRA's dropout then draws other masks there, of the same distribution.)"""
+    frozen_prefix: Switch = True
+    """Stage 1: compute keys and values of the tokens that all samples start with, before anything
+    of the image, once a run. (Where they are at least 8: the header of template v0 or v1.)"""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mmalign.data.dataset import ConversationDataset
+from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.packing import IGNORE_INDEX
 from mmalign.errors import SampleError, UserError
 
@@ -28,6 +28,17 @@ class CheckReport:
     num_loss_tokens: np.ndarray  # (num_kept,) int32; targets that have a loss, after the shift
     num_images: np.ndarray  # (num_kept,) int32; 0 or 1
     skipped: list[SampleError]
+    prefix: np.ndarray  # (prefix_length,) int32; tokens that all kept samples start
+    # with, before anything of an image and before the first row with a target
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was found in some samples."""
+
+    counts: np.ndarray  # (num_samples, 3) int32; length, loss tokens, images; zeros: not usable
+    skipped: list[SampleError]
+    prefix: np.ndarray | None  # None: no sample is usable
 
 
 def check_samples(
@@ -69,7 +80,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
             arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
-            return CheckReport(*arrays, skipped)
+            return CheckReport(*arrays, skipped, file["prefix"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # none, or cut short
         return None
 
@@ -81,21 +92,23 @@ def _check_all(
         range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
     ]
     bar = tqdm(total=len(dataset), desc="checking samples", unit=" samples", disable=not progress)
-    counts, skipped = [], []
+    counts, skipped, prefix = [], [], None
     with bar:
-        for chunk_counts, chunk_skipped in _run(dataset, chunks, num_workers):
-            counts.append(chunk_counts)
-            skipped += chunk_skipped
-            bar.update(len(chunk_counts))
+        for chunk in _run(dataset, chunks, num_workers):
+            counts.append(chunk.counts)
+            skipped += chunk.skipped
+            prefix = _shared(prefix, chunk.prefix)
+            bar.update(len(chunk.counts))
     counts = np.concatenate(counts)  # (num_samples, 3)
+    prefix = np.empty(0, np.int32) if prefix is None else prefix
     kept = np.flatnonzero(counts[:, 0])
     lengths, num_loss_tokens, num_images = np.ascontiguousarray(counts[kept].T)
-    return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped)
+    return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped, prefix)
 
 
 def _run(
     dataset: ConversationDataset, chunks: list[range], num_workers: int | None
-) -> Iterator[tuple[np.ndarray, list[SampleError]]]:
+) -> Iterator[_Checked]:
     if num_workers is None:
         num_workers = _num_cores() if dataset.data.num_workers else 0
     if num_workers == 0 or len(chunks) == 1:
@@ -121,16 +134,13 @@ def _start_worker(dataset: ConversationDataset) -> None:
     _worker_dataset = dataset
 
 
-def _check_chunk_in_worker(chunk: range) -> tuple[np.ndarray, list[SampleError]]:
+def _check_chunk_in_worker(chunk: range) -> _Checked:
     return _check_chunk(_worker_dataset, chunk)
 
 
-def _check_chunk(
-    dataset: ConversationDataset, chunk: range
-) -> tuple[np.ndarray, list[SampleError]]:
-    """Length, loss tokens and images of each sample, zeros for one that cannot be used."""
+def _check_chunk(dataset: ConversationDataset, chunk: range) -> _Checked:
     counts = np.zeros((len(chunk), 3), np.int32)
-    skipped = []
+    skipped, prefix = [], None
     for row, index in enumerate(chunk):
         try:
             sample = dataset.encode(index)
@@ -139,9 +149,29 @@ def _check_chunk(
                 raise SampleError(sample.id, "nothing to train on", "Leave it out of the file")
             dataset.check_image(sample)
             counts[row] = len(sample.input_ids), num_loss_tokens, sample.image is not None
+            prefix = _shared(prefix, _constant_start(dataset, sample))
         except SampleError as error:
             skipped.append(error)
-    return counts, skipped
+    return _Checked(counts, skipped, prefix)
+
+
+def _constant_start(dataset: ConversationDataset, sample: EncodedSample) -> np.ndarray:
+    """The tokens before the image, <im_start> and <im_end>, and before the first target's row."""
+    tokenizer = dataset.tokenizer
+    of_image = (tokenizer.image_token_id, tokenizer.im_start_id, tokenizer.im_end_id)
+    first_of_image = np.flatnonzero(np.isin(sample.input_ids, of_image))[:1]
+    first_target = np.flatnonzero(sample.labels != IGNORE_INDEX)[:1]
+    ends = (*first_of_image, *(first_target - 1), len(sample.input_ids) - 1)
+    return sample.input_ids[: max(0, min(ends))]
+
+
+def _shared(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """What both begin with; None is that of no sample."""
+    if first is None or second is None:
+        return second if first is None else first
+    length = min(len(first), len(second))
+    differ = np.flatnonzero(first[:length] != second[:length])
+    return first[: differ[0] if len(differ) else length]
 
 
 def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:

@@ -128,7 +128,7 @@ class Step:
     sample_ids: list[str]  # of all ranks
     batches: list[PackedBatch]  # of this rank
     num_loss_tokens: int  # of all ranks: what the step's loss is divided by
-    num_tokens: int  # of all ranks
+    num_tokens: int  # of all ranks and whole samples, without rows or not
 
 
 class StepLoader:
@@ -157,17 +157,19 @@ class StepLoader:
         world_size: int = 1,
         require_images: bool = False,
         cost: Callable[[int, int, int], int] | None = None,
+        prefix_length: int = 0,
     ):
         """cost: of a sample's tokens, targets and images; what the ranks' shares are balanced by.
 
-        Without it the tokens alone.
+        Without it the tokens alone. prefix_length: as pack_samples takes it; micro_batch_tokens
+        then counts the tokens that have rows.
         """
         self.dataset, self.report = dataset, report
         self.plan = StepPlan(len(report.kept), global_batch_size, seed, dataset.data.shuffle)
         self.micro_batch_tokens = micro_batch_tokens
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size = rank, world_size
-        self.cost = cost
+        self.cost, self.prefix_length = cost, prefix_length
         self._check_lengths()
         if global_batch_size % world_size:  # otherwise one sample a micro-batch always works
             for step in range(start_step, num_steps):
@@ -182,7 +184,7 @@ class StepLoader:
         planned = deque()  # (step, positions, number of micro-batches), filled ahead by the sampler
         num_workers = self.dataset.data.num_workers
         loader = DataLoader(
-            _MicroBatches(self.dataset),
+            _MicroBatches(self.dataset, self.prefix_length),
             batch_size=None,
             sampler=_Sampler(self, planned),
             num_workers=num_workers,
@@ -213,7 +215,7 @@ class StepLoader:
 
     def _cut(self, positions: np.ndarray) -> list[list[list[int]]]:
         report = self.report
-        lengths = report.lengths[positions].tolist()
+        lengths = (report.lengths[positions] - self.prefix_length).tolist()
         costs = None
         if self.cost is not None:
             columns = (report.lengths, report.num_loss_tokens, report.num_images)
@@ -223,11 +225,12 @@ class StepLoader:
 
     def _check_lengths(self) -> None:
         longest = int(self.report.lengths.argmax())
-        length = int(self.report.lengths[longest])
+        length = int(self.report.lengths[longest]) - self.prefix_length
         if length > self.micro_batch_tokens:
             sample_id = self.dataset.samples[int(self.report.kept[longest])].id
+            behind = f" after the {self.prefix_length} of all samples" if self.prefix_length else ""
             raise UserError(
-                f"sample {sample_id!r} has {length} tokens, more than --micro-batch-tokens "
+                f"sample {sample_id!r} has {length} tokens{behind}, more than --micro-batch-tokens "
                 f"{self.micro_batch_tokens}. Raise it to {length} or more"
             )
 
@@ -261,8 +264,8 @@ class _Sampler:
 class _MicroBatches:
     """What runs in the worker processes: dataset indices to the fields of a PackedBatch."""
 
-    def __init__(self, dataset: ConversationDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ConversationDataset, prefix_length: int):
+        self.dataset, self.prefix_length = dataset, prefix_length
 
     def __getitem__(self, indices: list[int]) -> dict:
         dataset = self.dataset
@@ -271,7 +274,8 @@ class _MicroBatches:
             pixels = [dataset.load_pixels(i) for i in indices]
         except SampleError as error:  # returned: torch cannot raise it again with its arguments
             return {"error": (error.sample_id, error.problem, error.remedy)}
-        return vars(pack_samples(encoded, pixels, dataset.tokenizer.image_token_id))
+        image_token_id = dataset.tokenizer.image_token_id
+        return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length))
 
 
 def timed(steps: StepLoader) -> Iterator[tuple[Step, float]]:

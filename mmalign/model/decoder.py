@@ -7,6 +7,7 @@ from mmalign_kernels import rms_norm
 from torch import Tensor, nn
 
 from mmalign.model.config import DecoderConfig
+from mmalign.model.kv_cache import KeyValues, PrefixedPositions
 from mmalign.model.layers import (
     DecoderLayer,
     Embedding,
@@ -50,22 +51,26 @@ class Decoder(nn.Module):
         projector: Projector | None = None,
         token_rows: dict[int, Tensor] | None = None,
         rows: Tensor | None = None,
+        prefix: Sequence[KeyValues] = (),
     ) -> Tensor:
         """Final hidden states of a packed row, normed: ready for linear_cross_entropy.
 
         input_ids (total_tokens,); position_ids and cu_seqlens as in PackedBatch. With a projector,
         rows image_positions of the embeddings are the projected image_features
         (num_images * num_patches, vision_hidden_size). token_rows gives single tokens another
-        embedding, (hidden_size,) each. Returns (total_tokens, hidden_size), or of these rows only,
-        (num_rows,), which is exact and spares the others most of the last layer.
+        embedding, (hidden_size,) each. prefix: of each layer, of constant tokens that every sample
+        follows, though they are not among its rows. Returns (total_tokens, hidden_size), or of
+        these rows only, (num_rows,), which is exact and spares the others most of the last layer.
         """
         residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
         for token_id, row in (token_rows or {}).items():
             residual = torch.where((input_ids == token_id)[:, None], row, residual)
         normed, residual = self._enter(residual, image_features, image_positions, projector)
-        cos, sin = self.rotary.up_to(max_seqlen)
-        positions = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
-        return self._run_layers(normed, residual, [positions] * len(self.layers), rows)
+        prefix_length = len(prefix[0].keys) if prefix else 0
+        cos, sin = self.rotary.up_to(prefix_length + max_seqlen)
+        own = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
+        positions = [PrefixedPositions(own, x) for x in prefix] or [own] * len(self.layers)
+        return self._run_layers(normed, residual, positions, rows)
 
     def extend(
         self,

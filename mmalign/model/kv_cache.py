@@ -1,17 +1,19 @@
 """Keys and values that later tokens attend to, and attention of new tokens through them.
 
-CachedPositions is one layer's attention in its own cache: what generation needs. PathCache keeps
-the path to the next batch of a prefix tree for every layer, and gives all layers one workspace for
-the rows of a batch, which nobody needs after the layer.
+PrefixedPositions is one layer's attention in training, after a prefix that does not learn: the only
+one with a gradient. CachedPositions is one layer's attention in its own cache: what generation
+needs. PathCache keeps the path to the next batch of a prefix tree for every layer, and gives all
+layers one workspace for the rows of a batch, which nobody needs after the layer.
 """
 
 from dataclasses import dataclass
 
 import torch
-from mmalign_kernels import prefix_attention
+from mmalign_kernels import prefix_attention, shared_prefix_attention
 from torch import Tensor
 
 from mmalign.model.config import DecoderConfig
+from mmalign.model.layers import PackedPositions
 
 
 def cache_bytes(config: DecoderConfig, num_rows: int, dtype: torch.dtype) -> int:
@@ -25,6 +27,28 @@ class KeyValues:
     def __init__(self, config: DecoderConfig, num_rows: int, beside: Tensor):
         shape = (num_rows, config.num_key_value_heads, config.head_dim)
         self.keys, self.values = beside.new_empty(shape), beside.new_empty(shape)
+
+
+@dataclass(frozen=True)
+class PrefixedPositions:
+    """Samples that all follow one prefix, whose keys and values are constants."""
+
+    samples: PackedPositions  # position_ids from the end of the prefix on
+    prefix: KeyValues
+
+    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
+        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
+        return shared_prefix_attention(
+            qkv,
+            self.samples.cos,
+            self.samples.sin,
+            self.samples.position_ids,
+            self.samples.cu_seqlens,
+            self.samples.max_seqlen,
+            self.prefix.keys,
+            self.prefix.values,
+            num_attention_heads,
+        )
 
 
 @dataclass(frozen=True)

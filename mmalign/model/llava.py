@@ -1,6 +1,6 @@
 """The whole model: vision tower -> projector -> decoder -> loss, and what each stage trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mmalign.config import ShortcutConfig, TrainConfig
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
+from mmalign.model.kv_cache import KeyValues
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
 from mmalign.model.projector import Projector
-from mmalign.model.shortcuts import loss_rows
+from mmalign.model.shortcuts import loss_rows, prefix_key_values
 from mmalign.model.vision_tower import VisionTower
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Llava(nn.Module):
         self.image_token_id = tokenizer.image_token_id
         self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
         self.shortcuts = ShortcutConfig()
+        self.follow_prefix(())
         self.register_parameter("image_token_embeddings", None)
         if vision_tower is not None:
             self._check_vocabulary(self.image_token_id)
@@ -59,7 +61,7 @@ class Llava(nn.Module):
     def forward(self, batch: "PackedBatch") -> Tensor:
         """Sum of the losses of all supervised tokens, an fp32 scalar (not their mean)."""
         rows, target_ids = None, batch.target_ids
-        if self.shortcuts.last_layer_rows:
+        if self.shortcuts.last_layer_rows and batch.num_loss_tokens:
             rows = loss_rows(batch)
             target_ids = target_ids.index_select(0, rows)
         hidden_states = self.hidden_states(batch, rows)
@@ -77,6 +79,7 @@ class Llava(nn.Module):
             projector=self.projector,
             token_rows=self._token_rows(),
             rows=rows,
+            prefix=self._prefix(batch.prefix_length),
         )
 
     def _image_features(self, pixel_values: Tensor) -> Tensor | None:
@@ -86,6 +89,23 @@ class Llava(nn.Module):
         if len(pixel_values) == 0:  # the tower has nothing to do, the projector stays in the graph
             return self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
         return self.vision_tower(pixel_values)
+
+    def follow_prefix(self, token_ids: Sequence[int]) -> None:
+        """From now on the rows of a batch with this prefix_length follow these tokens.
+
+        Nothing that learns may reach them (PackedBatch.prefix_length). Their keys and values are
+        computed in the next forward pass, and again after set_stage.
+        """
+        self.prefix_ids, self.prefix = tuple(token_ids), ()
+
+    def _prefix(self, length: int) -> tuple[KeyValues, ...]:
+        if length == 0:
+            return ()
+        assert length == len(self.prefix_ids), "the batch follows another prefix than the model"
+        weight = self.decoder.embed_tokens.weight
+        if not self.prefix or self.prefix[0].keys.dtype != weight.dtype:
+            self.prefix = prefix_key_values(self.decoder, self.prefix_ids)
+        return self.prefix
 
     def _token_rows(self) -> dict[int, Tensor]:
         if self.image_token_embeddings is None:
@@ -102,7 +122,7 @@ class Llava(nn.Module):
         pretrain: the projector, and where the template writes <im_start> and <im_end> their two
         rows. finetune: the projector and the decoder, or with config.lora.rank its adapters.
         """
-        self.shortcuts = config.shortcuts
+        self.shortcuts, self.prefix = config.shortcuts, ()
         merge_lora(self.decoder)
         self.requires_grad_(False)
         self.merge_image_token_embeddings()

@@ -16,7 +16,8 @@ from mmalign.model.projector import Projector
 from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.flops import Workload, model_flops
+from mmalign.training.flops import Workload
+from mmalign.training.shortcuts import needed_flops
 
 log = logging.getLogger("mmalign")
 TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
@@ -75,14 +76,18 @@ def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationData
     )
 
 
-def sample_cost(config: TrainConfig) -> Callable[[int, int, int], int]:
-    """(tokens, targets, images) of a sample -> FLOPs of its training, from configurations alone."""
+def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, int], int]:
+    """(tokens, targets, images) of a sample -> FLOPs that its training takes with the shortcuts.
+
+    From configurations alone. prefix_length: as in PackedBatch; it counts among the tokens.
+    """
     vision = None if config.data.text_only else VisionConfig.from_hf(config.model.vision_tower)
     decoder = DecoderConfig.from_hf(config.model.decoder)
     workload = Workload(decoder, vision, config.stage, config.lora)
 
     def cost(num_tokens: int, num_loss_tokens: int, num_images: int) -> int:
-        return model_flops(workload, [num_tokens], num_loss_tokens, num_images).total
+        sample = [num_tokens], num_loss_tokens, num_images
+        return needed_flops(workload, config.shortcuts, *sample, prefix_length).total
 
     return cost
 

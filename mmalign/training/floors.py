@@ -1,8 +1,8 @@
 """The least time that each category of a step can take on a device, from its measured ceilings.
 
-Matrix products and attention: the FLOP model over the rate of a large matrix product; attention and
-all else: bytes that have to be read and written once (mmalign_kernels.costs) over the rate of a
-large copy. Waiting, copies and idling need no time at all.
+Matrix products and attention: the FLOP model, less what shortcuts spare, over the rate of a large
+matrix product; attention and all else: bytes that have to be read and written once
+(mmalign_kernels.costs) over the rate of a large copy. Waiting, copies and idling need no time.
 """
 
 import time
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from mmalign_kernels import costs, linear
 
+from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
-from mmalign.training.flops import Flops, Workload, step_flops
+from mmalign.data.packing import PackedBatch
+from mmalign.training.flops import Flops, Workload
+from mmalign.training.shortcuts import needed_flops
 from mmalign.training.timeline import (
     ATTENTION,
     COMMUNICATION,
@@ -67,12 +70,13 @@ def floors(
     parameters: dict[str, torch.nn.Parameter],
     dtype: torch.dtype,
     ceilings: Ceilings,
+    config: TrainConfig,
 ) -> dict[str, float | None]:
     """Seconds by category for one process's part of `steps`; None: unknown (communication).
 
     parameters: those that learn; dtype: of weights and activations.
     """
-    flops = sum((step_flops(workload, step) for step in steps), Flops())
+    flops = sum((_needed(workload, config, b) for step in steps for b in step.batches), Flops())
     moved = {ATTENTION: 0, NORMS: 0, ELEMENTWISE: 0}
     for step in steps:
         for batch in step.batches:
@@ -89,12 +93,18 @@ def floors(
         NORMS: moved[NORMS] / bandwidth,
         ELEMENTWISE: moved[ELEMENTWISE] / bandwidth,
         LOSS: flops.lm_head / rate,
-        OPTIMIZER: len(steps) * _optimizer_bytes(parameters) / bandwidth,
+        OPTIMIZER: len(steps) * _optimizer_bytes(parameters, config.optimizer) / bandwidth,
         COMMUNICATION: None,
         DATA_WAIT: 0.0,
         COPIES: 0.0,
         IDLE: 0.0,
     }
+
+
+def _needed(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
+    lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
+    sizes = lengths, batch.num_loss_tokens, len(batch.pixel_values)
+    return needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
 
 
 def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> dict[str, int]:
@@ -138,11 +148,15 @@ def _tower_bytes(workload: Workload, num_images: int, itemsize: int) -> dict[str
     }
 
 
-def _optimizer_bytes(parameters: dict[str, torch.nn.Parameter]) -> int:
+def _optimizer_bytes(parameters: dict[str, torch.nn.Parameter], optimizer: OptimizerConfig) -> int:
     """The update, and one more look at the gradients for their norm."""
     total = 0
     for parameter in parameters.values():
-        mode = "split" if parameter.dtype == torch.bfloat16 else "fp32"
-        total += costs.adamw_step(parameter.numel(), mode).bytes
-        total += parameter.numel() * parameter.element_size()
+        numel, size = parameter.numel(), parameter.element_size()
+        halves = parameter.dtype == torch.bfloat16
+        mode = optimizer.master if halves and optimizer.master != "fp32-copy" else "fp32"
+        moments = optimizer.moments if parameter.dim() > 1 else "fp32"
+        total += costs.adamw_step(numel, mode, size, moments).bytes + numel * size
+        if halves and optimizer.master == "fp32-copy":
+            total += numel * size  # the weight, rounded from its copy
     return total

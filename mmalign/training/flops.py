@@ -10,6 +10,11 @@ Attention counts the pairs (query, key) that see each other: exactly length * (l
 causal sample, length^2 of an image. Forward has 2 products a pair, the backward 5: the scores are
 computed again, as FlashAttention counts it (arXiv 2307.08691, section 4.1). lm_head counts the
 supervised rows only.
+
+What a run spares with its shortcuts (ShortcutConfig) is counted all the same: tokens of a frozen
+prefix, rows without a target in the last layer, the tower on images whose features are at hand. So
+MFU says how fast the model as it is written learns, and rises with each of them;
+mmalign/training/shortcuts.py counts what they spare.
 """
 
 import re
@@ -74,6 +79,11 @@ class Flops:
             **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
 
+    def __sub__(self, other: "Flops") -> "Flops":
+        return Flops(
+            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)}
+        )
+
     @property
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self))
@@ -112,7 +122,7 @@ def forward_flops(
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     tower = _tower_flops(workload.vision, num_images) if workload.vision else Flops()
     return tower + Flops(
-        projections=2 * tokens * layers * sum(n * k for n, k in _projections(decoder)),
+        projections=2 * tokens * layers * sum(n * k for n, k in projections(decoder).values()),
         adapters=2 * tokens * layers * _adapter_weights(workload),
         attention=4 * heads_size * layers * pairs,
         lm_head=2 * num_loss_tokens * decoder.hidden_size * decoder.vocab_size,
@@ -122,7 +132,7 @@ def forward_flops(
 
 def batch_flops(workload: Workload, batch: "PackedBatch") -> Flops:
     """Training FLOPs of one PackedBatch on the CPU (on a GPU, reading cu_seqlens waits for it)."""
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
     return model_flops(workload, lengths, batch.num_loss_tokens, len(batch.pixel_values))
 
 
@@ -131,18 +141,19 @@ def step_flops(workload: Workload, step: "Step") -> Flops:
     return sum((batch_flops(workload, batch) for batch in step.batches), Flops())
 
 
-def _projections(decoder: DecoderConfig) -> list[tuple[int, int]]:
+def projections(decoder: DecoderConfig) -> dict[LoraTarget, tuple[int, int]]:
     """(out_features, in_features) of the seven projections of a layer, as LoRA adapts them."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     qkv = [(size, hidden) for size in decoder.qkv_sizes]
-    return [*qkv, (hidden, decoder.qkv_sizes[0]), (inner, hidden), (inner, hidden), (hidden, inner)]
+    mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    shapes = [*qkv, (hidden, decoder.qkv_sizes[0]), *mlp]
+    return dict(zip(get_args(LoraTarget), shapes, strict=True))
 
 
 def adapted_projections(workload: Workload) -> list[tuple[int, int]]:
     """(out_features, in_features) of a layer's projections that have an adapter."""
-    named = zip(get_args(LoraTarget), _projections(workload.decoder), strict=True)
     targets = workload.lora.targets if workload.adapter_rank else ()
-    return [shape for name, shape in named if name in targets]
+    return [shape for name, shape in projections(workload.decoder).items() if name in targets]
 
 
 def _adapter_weights(workload: Workload) -> int:

@@ -123,6 +123,7 @@ class StepProfiler:
             model.trainable_parameters(),
             dtype,
             ceilings,
+            self.config,
         )
         measured = read_timeline(self.folder / "trace.json.gz")
         text = report(measured, least, ceilings, self.profiled, self.device)

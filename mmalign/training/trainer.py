@@ -35,6 +35,7 @@ from mmalign.training.readout import Readout
 from mmalign.training.run_folder import write_config
 from mmalign.training.schedule import learning_rate_at
 from mmalign.training.sharding import ParallelModel, is_sharded
+from mmalign.training.shortcuts import frozen_prefix
 from mmalign.training.stop_signal import StopSignal
 from mmalign.training.telemetry import Telemetry
 
@@ -73,9 +74,11 @@ class Trainer:
         )
         self.first_step = self.checkpoints.latest_step()
         self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
+        self.prefix_ids = frozen_prefix(config, self.report)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
         self.evaluation = RunEvaluation(config, ranks, self.tokenizer, self.report, self.num_steps)
         self.model = build_model(config, self.tokenizer)
+        self.model.follow_prefix(self.prefix_ids)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
         self.parallel = ParallelModel(self.model, config, ranks)
@@ -278,7 +281,8 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             require_images=config.stage == "pretrain",
-            cost=sample_cost(config),
+            prefix_length=len(self.prefix_ids),
+            cost=sample_cost(config, len(self.prefix_ids)),
         )
 
     def _metrics(self) -> Metrics:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mmalign.config import ShortcutConfig
+from mmalign.data.packing import PackedBatch
 from mmalign.model.llava import Llava
 from tests.model import tiny
 
-PLAIN = ShortcutConfig(last_layer_rows=False)
+PLAIN = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
 STAGES = {
     "pretrain": tiny.stage("pretrain"),
     "finetune": tiny.stage("finetune"),
@@ -96,3 +97,80 @@ def test_batch_without_a_target_gives_zero_gradients(model, kind):
     loss, gradients = loss_and_gradients(model, batch, STAGES[kind], ShortcutConfig())
     assert loss == 0
     assert gradients and not any(gradient.any() for gradient in gradients.values())
+
+
+HEADER = torch.tensor([1, 17, 5, 9, 44, 23, 8, 31, 60, 12])
+
+
+def following(samples: list[tiny.TinySample]) -> list[tiny.TinySample]:
+    """The samples behind one header, without a target in it or in the first token after it."""
+    return [
+        replace(
+            sample,
+            input_ids=torch.cat((HEADER, sample.input_ids)),
+            labels=torch.cat((torch.full_like(HEADER, -100), sample.labels.index_fill(
+                0, torch.tensor([0]), -100))),
+        )
+        for sample in samples
+    ]  # fmt: skip
+
+
+def without_prefix(samples: list[tiny.TinySample]) -> PackedBatch:
+    """What pack_samples makes of them, with the tests' own packing."""
+    length = len(HEADER)
+    batch = tiny.pack([
+        replace(sample, input_ids=sample.input_ids[length:], labels=sample.labels[length:])
+        for sample in samples
+    ])  # fmt: skip
+    return replace(batch, position_ids=batch.position_ids + length, prefix_length=length)
+
+
+@pytest.mark.parametrize("template", ["plain", "v1"], ids=["projector", "im-start-end"])
+def test_frozen_prefix_changes_nothing(make_model, template):
+    config = tiny.stage("pretrain", template)
+    samples = following(tiny.mixed_samples())
+    plain = loss_and_gradients(make_model(), tiny.pack(samples), config, PLAIN)
+    ours = make_model()
+    ours.follow_prefix(HEADER.tolist())
+    assert_same_step(
+        loss_and_gradients(ours, without_prefix(samples), config, ShortcutConfig()), plain
+    )
+
+
+def test_frozen_prefix_is_computed_once(model):
+    model.set_stage(STAGES["pretrain"])
+    model.follow_prefix(HEADER.tolist())
+    tokens = []
+    model.decoder.layers[0].register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0]))
+    batch = without_prefix(following(tiny.mixed_samples()))
+    for _ in range(3):
+        model(batch).backward()
+    assert [len(x) for x in tokens] == [len(HEADER), *[len(batch.input_ids)] * 3]
+    assert not tokens[0].requires_grad and tokens[1].requires_grad
+    model.to(torch.bfloat16)  # of another precision: computed again
+    model(batch)
+    assert len(tokens[4]) == len(HEADER) and tokens[4].dtype == torch.bfloat16
+
+
+def test_frozen_prefix_changes_with_the_decoder(make_model):
+    """A stage that starts with other weights must not meet the old keys and values."""
+    batch = without_prefix(following(tiny.mixed_samples()))
+    fresh, used = make_model(), make_model()
+    used.set_stage(STAGES["pretrain"])
+    used.follow_prefix(HEADER.tolist())
+    used(batch)
+    for model in (fresh, used):
+        model.decoder.layers[0].qkv_proj.weight.data.mul_(0.5)
+        model.set_stage(STAGES["pretrain"])
+        model.follow_prefix(HEADER.tolist())
+    assert torch.equal(used(batch), fresh(batch))
+
+
+def test_tower_sees_the_images_of_the_batch_alone(model, monkeypatch):
+    """Samples without an image cost no work of it; a batch without any does not call it at all."""
+    model.set_stage(STAGES["finetune"])
+    seen, forward = [], model.vision_tower.forward
+    monkeypatch.setattr(model.vision_tower, "forward", lambda x: seen.append(len(x)) or forward(x))
+    model(tiny.pack(tiny.mixed_samples()))
+    model(tiny.pack(tiny.text_samples()))
+    assert seen == [4]

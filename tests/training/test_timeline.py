@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmalign.config import LoraConfig
+from mmalign.config import LoraConfig, ShortcutConfig, TrainConfig
 from mmalign.model.config import DecoderConfig
 from mmalign.training.floors import Ceilings, floors
 from mmalign.training.flops import Workload, step_flops
@@ -115,7 +115,8 @@ def test_floors_are_flops_and_bytes_over_the_ceilings(small_world):
     decoder = DecoderConfig(103, 64, 96, 2, 4, 2, 16)
     workload = Workload(decoder, None, "finetune", LoraConfig())
     parameter = torch.nn.Parameter(torch.zeros(10, 10))
-    least = floors(workload, [step], {"p": parameter}, torch.float32, Ceilings(1.0, 1e12))
+    config = TrainConfig("finetune", shortcuts=ShortcutConfig(last_layer_rows=False))
+    least = floors(workload, [step], {"p": parameter}, torch.float32, Ceilings(1.0, 1e12), config)
     flops, tokens = step_flops(workload, step), 2 * 50
     assert least[MATRIX] == flops.projections / 1e12 and least[LOSS] == flops.lm_head / 1e12
     # rms_norm: 2 of x forward, 3 backward; four add_rms_norms: 4 and 4; weights and their gradients

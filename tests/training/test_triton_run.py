@@ -29,6 +29,11 @@ TRAINED = {
     *("project_image_features_fwd", "project_image_features_bwd"),
     *("rotary_attention_fwd", "rotary_attention_bwd", "swiglu_fwd", "swiglu_bwd_in_place"),
     *("add_rms_norm_fwd", "rms_norm_bwd", "linear_cross_entropy_fwd", "linear_cross_entropy_bwd"),
+    # rows without a target leave the last layer and come back to its queries
+    *("pack_rows_fwd", "pack_rows_bwd", "unpack_rows_fwd", "unpack_rows_bwd"),
+    # stage 1's frozen prefix, computed once through a cache and joined in every layer
+    *("rms_norm_fwd", "prefix_attention_update"),
+    *("shared_prefix_attention_fwd", "shared_prefix_attention_bwd"),
 }
 SCORED = {"rms_norm_fwd", "add_rms_norm_fwd", "swiglu_fwd", "target_logprobs_fwd"}
 pytestmark = pytest.mark.skipif(
