@@ -13,7 +13,7 @@ import tyro
 
 from mmalign.errors import UserError
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
-from mmalign.evaluation.results import require_folder
+from mmalign.evaluation.results import make_folder
 from mmalign.evaluation.tables import print_comparison
 
 
@@ -33,9 +33,9 @@ def main(
             comparison.json; default: comparison/ in the last one.
     """
     folders = [dir_a, dir_b, *others]
-    output = require_folder(output or folders[-1] / "comparison")
     names = name_evaluations(folders)
     comparisons = compare_with_base(names)
+    output = make_folder(output or folders[-1] / "comparison")
     title = "Evaluations side by side"
     report = write_report(output / "report.md", {}, names, title=title, comparisons=comparisons)
     kept = [{k: v for k, v in found.items() if k != "flipped"} for found in comparisons.values()]

@@ -10,8 +10,8 @@ from mmalign.evaluation.documents import Document
 from mmalign.evaluation.results import (
     PROTOCOL,
     describe_model,
+    make_folder,
     make_items,
-    require_folder,
     summarize_tasks,
     write_evaluation,
 )
@@ -41,27 +41,26 @@ def evaluate_model(
     the first documents of each task. Writes output/items.jsonl, then output/results.json. Prints
     progress and a table unless quiet. Raises UserError for anything wrong with what was given.
     """
-    weights, output, names = find_weights(model), require_folder(output), resolve_tasks(tasks)
+    weights, names = find_weights(model), resolve_tasks(tasks)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
     target = choose_device(device)
     documents = load_documents(names, data_root, limit)
     config = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
-    config |= {"data_files": describe_data(names, data_root)} | PROTOCOL
-    config |= {"limit": limit, "batch_tokens": batch_tokens}
+    config |= {"data_files": describe_data(names, data_root), "limit": limit} | PROTOCOL
     tokenizer = Tokenizer.from_pretrained(weights)
     model_config, seconds = DecoderConfig.from_hf(weights), {}
     # what does not fit together is told before the weights are read
     with _timed(seconds, "tokenise"):
         plan = _plan(documents, tokenizer, model_config, batch_tokens, quiet)
-    output.mkdir(parents=True, exist_ok=True)
+    output = make_folder(output)
     with _timed(seconds, "load"):
         decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
     with _timed(seconds, "score"):
         scores = run_plan(decoder, plan, target, progress=not quiet)
     config |= describe_model(tokenizer, model_config.max_position_embeddings, precision)
+    config |= {"num_requests": len(plan.unique_of), "batch_tokens": batch_tokens}
     config["cache_bytes"] = plan.cache_bytes(model_config, DTYPES[precision])
-    config["num_requests"] = len(plan.unique_of)
     items = make_items(documents, scores)
     results = summarize_tasks(items) | _cost(plan, seconds) | {"config": config}
     write_evaluation(output, items, results)

@@ -43,19 +43,23 @@ def write_report(
     if visual:
         sections += parts.visual_questions(visual)
     if runs:
-        metrics = {name: run["metrics"] for name, run in runs.items()}
-        plot_training(metrics, path.parent / "training.png")
-        sections += report_runs.training(runs, "training.png")
-    for name, run in runs.items():
-        if curve := report_runs.read_curve(Path(stages[name])):
-            figure = f"scores_during_{name}.png"
-            plot_curves(curve, path.parent / figure)
-            sections += report_runs.score_curve(name, run, curve, figure)
-    sections += report_runs.settings(stages, runs)
+        sections += _training(path.parent, stages, runs)
     if results:
         sections += method(results, _examples(evaluations))
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
+
+
+def _training(folder: Path, stages: dict[str, Path], runs: dict[str, dict]) -> list[str]:
+    metrics = {name: run["metrics"] for name, run in runs.items()}
+    plot_training(metrics, folder / "training.png")
+    sections = report_runs.training(runs, "training.png")
+    for name, run in runs.items():
+        if curve := report_runs.read_curve(Path(stages[name])):
+            figure = f"scores_during_{name}.png"
+            plot_curves(curve, folder / figure)
+            sections += report_runs.score_curve(name, run, curve, figure)
+    return sections + report_runs.settings(stages, runs)
 
 
 def compare_with_base(evaluations: dict[str, Path]) -> dict[str, dict]:

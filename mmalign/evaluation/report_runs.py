@@ -97,8 +97,6 @@ _STAGE_SETTINGS = {
 
 
 def settings(stages: dict[str, Path], runs: dict[str, dict]) -> list[str]:
-    if not runs:
-        return []
     rows = [
         [label, *(_lookup(run["config"], key) for run in runs.values())]
         for label, key in _STAGE_SETTINGS.items()

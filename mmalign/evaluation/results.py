@@ -56,10 +56,12 @@ def summarize_tasks(items: Items) -> dict[str, dict]:
     return results
 
 
-def require_folder(output: str | Path) -> Path:
-    """`output` as a Path; UserError where a file has this name."""
-    if Path(output).is_file():
-        raise UserError(f"--output {output} is a file; expected the name of a folder")
+def make_folder(output: str | Path) -> Path:
+    """`output` as a folder that is there; UserError where it cannot be."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be a folder: {error.strerror}") from error
     return Path(output)
 
 

@@ -201,7 +201,7 @@ def test_what_is_not_a_model(tmp_path, shared_data):
 
 def test_an_output_that_is_a_file(tmp_path, llama_folder, shared_data):
     (tmp_path / "scores").touch()
-    with pytest.raises(UserError, match="scores is a file; expected the name of a folder"):
+    with pytest.raises(UserError, match="scores cannot be a folder: File exists"):
         evaluate(llama_folder, shared_data, tmp_path / "scores")
 
 
