@@ -85,6 +85,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[
         "torch>=2.11",
+        "docstring-parser",
         "numpy",
         "matplotlib",
         "pillow",
@@ -102,8 +103,8 @@ setup(
         "nvidia": ["nvidia-ml-py"],
         # BLEU and ROUGE of TruthfulQA's written answers
         "generation": ["rouge-score", "sacrebleu"],
-        # lm_eval --model mmalign
-        "harness": ["lm_eval"],
+        # lm_eval --model mmalign; lm_eval asks for the version of transformers when it has finished
+        "harness": ["lm_eval", "transformers"],
         # the oracles that the tests compare with
         "test": [
             "accelerate",

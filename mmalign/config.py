@@ -86,15 +86,15 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 turns clipping off."""
     master: Literal["split", "fp32-copy", "stochastic"] = "split"
-    """What is kept of bf16 weights, which by themselves are too coarse for small steps (fp32 ones
-    are not). split: the lower 16 bits of an exact fp32 weight, 2 bytes each. fp32-copy: an fp32
-    weight, 4 bytes. stochastic: nothing, the weight is rounded at random."""
+    """What is kept beside bf16 weights, which by themselves are too coarse for small updates (fp32
+    ones are not). split: the lower half of an exact fp32 weight, 2 bytes each. fp32-copy: an fp32
+    weight, 4 bytes. stochastic: nothing, and the weight is rounded at random, right in the mean."""
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Precision of AdamW's two moments of matrices: 8, 4 or 2.1 bytes a weight; bf16 and 8bit are
-    rounded at random. 8bit: small floating-point numbers, 128 neighbours share a scale."""
+    """AdamW's two moments of matrices: fp32 takes 8 bytes a weight, bf16 4, 8bit 2.1 (small
+    floating-point numbers, 128 neighbours share a scale). bf16 and 8bit are rounded at random."""
     update_in_backward: Switch = False
-    """Update each weight as soon as its gradient is complete, and free the gradient. Needs
-    max_grad_norm 0 and one process; where a step has several micro-batches, the last one frees."""
+    """Update each weight as soon as its gradient is complete and free the gradient, which saves
+    memory where a step is one micro-batch. Needs max_grad_norm 0 and one process."""
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,17 @@ class TrainConfig:
     """Most tokens in one forward and backward pass of one process; auto: what the memory plan
     recommends for the device (scripts/plan_memory.py), on a CPU for the memory that is free."""
     recompute: Literal["none", "elementwise", "mlp", "full", "auto"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing; the results of RMSNorm
-    and SwiGLU; these and the MLP's first product; whole layers; or what the memory plan says."""
+    """What the backward pass computes again instead of keeping it. none: nothing. elementwise: the
+    results of RMSNorm and SwiGLU. mlp: these and the MLP's first product. full: whole layers. auto:
+    as little as makes the run fit, by the memory plan."""
     recompute_layers: int | None = None
-    """Only in the first N decoder layers; unset: in all."""
+    """Recompute in the first N decoder layers only; unset: in all."""
     num_epochs: float = 1.0
     """Passes over the data; ignored where num_steps is set."""
     num_steps: int | None = None
     """Optimizer steps."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights, activations and gradients, which add up in it over a step's micro-batches."""
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: Switch = False

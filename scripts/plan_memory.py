@@ -14,8 +14,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-import tyro
-
+from mmalign.command_line import parse_recipe
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
 from mmalign.training.memory_plan import MemoryPlan
@@ -29,9 +28,7 @@ def main() -> None:
     own.add_argument("--world-size", type=int, default=1)
     options, rest = own.parse_known_args()
     name = next((x for x in rest if x in RECIPES), "")
-    config = tyro.extras.overridable_config_cli(
-        RECIPES, prog="plan_memory.py", description=__doc__, args=rest
-    )
+    config = parse_recipe(RECIPES, "plan_memory.py", __doc__, rest)
     parallel = config.parallel
     if parallel.sharding == "hybrid" and not parallel.shard_size:
         sys.exit("error: --parallel.shard-size: how many processes a node has is not known here")

@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 
-import tyro
-
+from mmalign.command_line import parse_recipe
 from mmalign.errors import UserError
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
@@ -22,7 +21,7 @@ from mmalign.training.trainer import train
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
+    config = parse_recipe(RECIPES, "train.py", __doc__)
     if config.print_config:
         print(config_json(config))
         return
