@@ -37,6 +37,8 @@ from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
+_MODEL_ARGUMENTS = ("pretrained", "precision", "batch_tokens", "cache_tokens", "add_bos_token")
+_MODEL_ARGUMENTS += ("prefix_token_id", "max_length")
 _GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides length and stops
 
 
@@ -62,8 +64,13 @@ class MmalignLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        **unknown,
     ):
         super().__init__()
+        if unknown:
+            raise UserError(
+                f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
+            )
         if precision not in DTYPES:
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         if str(batch_size) != "1" or max_batch_size is not None:

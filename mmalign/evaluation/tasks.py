@@ -55,9 +55,10 @@ def resolve_tasks(names: Sequence[str]) -> list[str]:
         )
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            listed = [*known, GENERATION_TASK]
+            close = difflib.get_close_matches(name, listed, n=1)
             hint = f"Perhaps you meant {close[0]}. " if close else ""
-            raise UserError(f"unknown task {name!r}. {hint}Known: {', '.join(known)}")
+            raise UserError(f"unknown task {name!r}. {hint}Known: {', '.join(listed)}")
     wanted = {task for name in names for task in known[name]}
     if not wanted:
         raise UserError(f"no task given. Known: {', '.join(known)}")

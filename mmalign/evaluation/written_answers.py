@@ -130,7 +130,8 @@ def print_scores(results: dict, output: Path) -> None:
     data, seconds = config["data"], results["seconds"]
     console.print(
         f"{summary['n']:,} questions; {summary['num_unfinished']:,} answers ran to "
-        f'{OPTIONS.max_new_tokens} tokens; constant: always "I have no comment"\n'
+        f"{OPTIONS.max_new_tokens} tokens\n"
+        'constant: always "I have no comment", which is a true reference of every question\n'
         f"prompts of {config['prompts']}; no BOS; greedy up to the first full stop\n"
         f"{data['file']}: {data['variant']}, sha256 {data['sha256'][:16]}\n"
         f"load {seconds['load']:,.1f} s, generate {seconds['generate']:,.1f} s\n"

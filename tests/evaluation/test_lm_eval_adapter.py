@@ -191,5 +191,7 @@ def test_what_cannot_be_done(folder):
     fails({"do_sample": True, "max_gen_toks": 4}, "needs a temperature above 0")
     with pytest.raises(UserError, match="0 continuation tokens"):
         lm.loglikelihood(instances("loglikelihood", ("river", "")), disable_tqdm=True)
+    with pytest.raises(UserError, match="--model_args dtype: supported are pretrained, precision,"):
+        MmalignLM(pretrained=str(folder), dtype="float16")
     with pytest.raises(UserError, match="precision is 'fp8'"):
         MmalignLM(pretrained=str(folder), precision="fp8")
