@@ -4,7 +4,8 @@
     python scripts/train.py tiny-finetune --run-dir runs/finetune --model.projector runs/pretrain
     python scripts/train.py tiny-pretrain --run-dir runs/profiled --profile 10:13
 
-The same command continues a stopped run. --help lists the recipes, RECIPE --help its fields.
+The same command continues a stopped run; one that was asked to stop exits with code 75.
+--help lists the recipes, RECIPE --help its fields.
 """
 
 import logging
@@ -16,6 +17,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
 from mmalign.training.run_folder import config_json
+from mmalign.training.stop_signal import Stopped
 from mmalign.training.trainer import train
 
 
@@ -25,12 +27,17 @@ def main() -> None:
     if config.print_config:
         print(config_json(config))
         return
+    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         train(config)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main:
             stages = {config.stage: config.run_dir}
             report = write_report(config.run_dir / "report.md", stages, evaluations={})
             print(f"curves and settings: {report}")
+    except Stopped as stopped:
+        if is_main:  # every process has stopped after the same step
+            print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -136,10 +136,34 @@ class Checkpoints:
             error, self.error = self.error, None
             raise error
 
+    def finish(self) -> None:
+        """As wait, until no process is writing any more: called by all before they leave.
+
+        A launcher kills the others as soon as the first one has left.
+        """
+        error = None
+        try:
+            self.wait()
+        except CheckpointError as caught:
+            error = caught
+        told = self.ranks.from_main(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if told is not None:
+            raise CheckpointError(told)
+
     def save_alone(self, step: int, state: dict[str, Tensor]) -> None:
-        """Writes whole tensors from this process alone and waits, whatever the others do."""
-        if not self.path(step).exists():
-            self._write(step, state, f"torn_{self.ranks.rank}_step_{step}", Alone())
+        """Writes whole tensors from this process and waits; one process of the run is enough."""
+        claim = self.folder / f"torn_step_{step}_claim"
+        try:
+            claim.mkdir(parents=True)
+        except FileExistsError:
+            return
+        try:
+            if not self.path(step).exists():
+                self._write(step, state, f"torn_step_{step}", Alone())
+        finally:
+            claim.rmdir()
 
     def _try_to_write(self, step: int, state: dict[str, Tensor]) -> None:
         writers = Alone() if self.group is None else Together(self.group)
@@ -161,8 +185,8 @@ class Checkpoints:
                 shutil.rmtree(torn, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{_root_cause(error)}. {self.what_remains()} Free some space and give the same "
-                "command again; it continues there."
+                f"{_root_cause(error)}. {self.what_remains()} Mend that and give the same command "
+                "again; it continues there."
             ) from error
 
     def _make_room(self, torn: Path, state: dict[str, Tensor]) -> None:

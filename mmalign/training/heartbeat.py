@@ -61,7 +61,10 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self.stopped.wait(min(5.0, self.patience / 4)):
-            self._tell()
+            try:
+                self._tell()
+            except RuntimeError:  # the process that keeps the store has ended: the loop sees it too
+                return
             place = self.place
             if time.monotonic() - self.since > self.patience and place != self.reported:
                 self.reported = place

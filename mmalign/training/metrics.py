@@ -16,7 +16,8 @@ class Metrics:
         self, run_dir: Path, name: str, first_step: int, num_steps: int, tensorboard: bool
     ):
         path = run_dir / "metrics.jsonl"
-        keep_lines(path, first_step)
+        kept = keep_lines(path, first_step)
+        self.earlier_losses = [record["loss"] for record in kept if "loss" in record]
         self.file = open(path, "a", buffering=1)  # line by line: a killed run keeps what it printed
         self.bar = tqdm(
             total=num_steps,
@@ -59,10 +60,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def keep_lines(path: Path, last_step: int) -> None:
+def keep_lines(path: Path, last_step: int) -> list[dict]:
     """Drops the lines of steps after `last_step`, which a continued run writes again."""
-    if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-        torn = path.with_suffix(".tmp")
-        torn.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        torn.replace(path)  # a kill leaves the old lines or the new ones
+    if not path.exists():
+        return []
+    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+    torn = path.with_suffix(".tmp")
+    torn.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    torn.replace(path)  # a kill leaves the old lines or the new ones
+    return kept

@@ -9,9 +9,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mmalign.errors import UserError
 from mmalign.system import choose_device
 
 PATIENCE = timedelta(days=7)  # waiting for the main process to check data or to export takes long
+# how gloo, NCCL and the store say that another process is gone
+LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "got 0 bytes")
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ def start_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
     """Joins the process group that torchrun set up in the environment, if any, and leaves it.
 
     A collective operation that takes longer than timeout_minutes ends the run.
+
+    Raises:
+        UserError: another process has ended, or this one has no GPU of its own.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":
+        _check_gpu(chosen)
         torch.cuda.set_device(chosen)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
@@ -76,8 +83,25 @@ def start_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
         return
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    rank = dist.get_rank()
     try:
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Ranks(dist.get_rank(), world_size, chosen, patient)
+        yield Ranks(rank, world_size, chosen, patient)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in LOST):
+            raise
+        raise UserError(
+            f"process {rank} has lost the connection to another one, which has ended: look for "
+            "the message of that one. The same command continues the run"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _check_gpu(device: torch.device) -> None:
+    visible = torch.cuda.device_count()
+    if device.index is not None and device.index >= visible:
+        raise UserError(
+            f"process {device.index} of this node has no GPU: {visible} visible. Start as many "
+            "processes a node as it has GPUs, each of which sees all of them"
+        )

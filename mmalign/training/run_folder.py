@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import socket
 import sys
+import time
 from pathlib import Path
 
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.system import versions
+from mmalign.training.parallel import Ranks
 
 # fields that may differ between the start of a run and its continuation
 FREE_FIELDS = (
@@ -64,6 +67,31 @@ def as_begun(config: TrainConfig) -> TrainConfig:
         return config
     decided = json.loads(path.read_text())["micro_batch_tokens"]
     return dataclasses.replace(config, micro_batch_tokens=decided)
+
+
+def check_shared(run_dir: Path, ranks: Ranks, patience: float = 60.0) -> None:
+    """Raises UserError on all processes where one does not see what the main one writes.
+
+    patience: seconds that a network file system may take to show a new file on other nodes.
+    """
+    if ranks.world_size == 1:
+        return
+    mark = run_dir / f"seen_from_{ranks.from_main(socket.gethostname())}"
+    if ranks.is_main:
+        mark.touch()
+    ranks.barrier()
+    end = time.monotonic() + patience
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.2)
+    told = ranks.gather(None if seen else f"process {ranks.rank} on {socket.gethostname()}")
+    blind = ranks.from_main([name for name in told if name])
+    if ranks.is_main:
+        mark.unlink()
+    if blind:
+        raise UserError(
+            f"--run-dir {run_dir}: what process 0 writes there is not seen by {', '.join(blind)}. "
+            "Give a folder on a disk that all nodes share"
+        )
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -2,6 +2,14 @@
 
 import signal
 
+from mmalign.errors import UserError
+
+
+class Stopped(UserError):
+    """The run did as it was asked to: it has saved and left, and the same command continues it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 class StopSignal:
     """SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT ask for a stop after the step in flight.

@@ -25,18 +25,18 @@ from mmalign.training.guards import LossWatch, UpdateGate
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.launched import Launched
 from mmalign.training.memory_table import plan_run
-from mmalign.training.metrics import Metrics, read_metrics
+from mmalign.training.metrics import Metrics
 from mmalign.training.optimizer import AdamW
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
 from mmalign.training.parallel import Ranks, start_ranks
 from mmalign.training.profiler import StepProfiler
 from mmalign.training.ranges import stage
 from mmalign.training.readout import Readout
-from mmalign.training.run_folder import write_config
+from mmalign.training.run_folder import check_shared, write_config
 from mmalign.training.schedule import learning_rate_at
 from mmalign.training.sharding import ParallelModel, is_sharded
 from mmalign.training.shortcuts import frozen_prefix
-from mmalign.training.stop_signal import StopSignal
+from mmalign.training.stop_signal import Stopped, StopSignal
 from mmalign.training.telemetry import Telemetry
 
 log = logging.getLogger("mmalign")
@@ -59,6 +59,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         with ranks.main_first():
             write_config(config)
+        check_shared(config.run_dir, ranks)
         self.tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
         self.dataset = build_dataset(config, self.tokenizer)
         with ranks.main_first():
@@ -120,13 +121,14 @@ class Trainer:
         self.in_flight: Launched | None = None
         self.stop = StopSignal()
         self.metrics = self._metrics() if self.ranks.is_main else None
-        self.watch = LossWatch(self.config.loss_spike_factor, self._earlier_losses())
+        earlier = self.metrics.earlier_losses if self.metrics else ()
+        self.watch = LossWatch(self.config.loss_spike_factor, earlier)
         try:
             with self.heartbeat, self.telemetry, self.profiler:
                 self.evaluation.catch_up(self.first_step, self.model)
                 self._run_steps()
                 self._save()
-                self.checkpoints.wait()
+                self.checkpoints.finish()
         except CheckpointError:
             raise
         except BaseException:
@@ -210,6 +212,7 @@ class Trainer:
             self.updating = self.config.optimizer.update_in_backward
             if not self.updating:
                 self._save()
+            self.checkpoints.finish()
             raise
         self.done = launched.number
         if self.metrics:
@@ -219,8 +222,8 @@ class Trainer:
             raise CheckpointError("another process could not write a checkpoint: see its message")
         if stop:
             self._save()
-            self.checkpoints.wait()
-            raise UserError(
+            self.checkpoints.finish()
+            raise Stopped(
                 f"stopped by a signal after step {self.done}; everything is saved. "
                 "The same command continues."
             )
@@ -258,7 +261,9 @@ class Trainer:
         try:
             self.checkpoints.wait()
             if self.parallel.sharded:  # no process can save without the others
-                log.error("%s", self.checkpoints.what_remains())
+                if self.done != self.checkpoints.newest:
+                    remains = self.checkpoints.what_remains()
+                    log.error("step %d could not be saved. %s", self.done, remains)
                 return
             self._flush()
             if not self.updating and self.done not in (self.first_step, self.checkpoints.newest):
@@ -290,9 +295,3 @@ class Trainer:
         return Metrics(
             config.run_dir, config.stage, self.first_step, self.num_steps, config.tensorboard
         )
-
-    def _earlier_losses(self) -> list[float]:
-        if not self.metrics or not self.first_step:
-            return []
-        records = read_metrics(self.config.run_dir / "metrics.jsonl")
-        return [record["loss"] for record in records if "loss" in record]

@@ -55,7 +55,7 @@ def start(
     prepare: Callable[[int], None] | None = None,
 ) -> Running:
     """Trains in `world_size` processes. prepare(rank), a function of a module, runs first."""
-    folder = config.run_dir.with_name(f"{config.run_dir.name}_output")
+    folder = config.run_dir.with_name(f"{config.run_dir.name}_output").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from mmalign_kernels.dispatch import use_backend
 from mmalign.config import ParallelConfig
 from mmalign.data.loader import StepLoader
 from mmalign.errors import UserError
+from mmalign.training import run_folder
 from mmalign.training.guards import LEAST, MOST_SKIPPED, LossWatch
 from mmalign.training.metrics import read_metrics
 from mmalign.training.sharding import ParallelModel
 from mmalign.training.trainer import Trainer, train
-from tests.training.processes import start
+from tests.training.processes import Running, start
 from tests.training.runs import exported_weights, losses, small_config
 
 
@@ -121,6 +124,12 @@ def test_loss_spikes_are_reported_with_their_samples(caplog):
         LossWatch(factor=1.0)
 
 
+def wait_for_steps(running: Running, run_dir: Path, number: int) -> None:
+    while not (run_dir / "metrics.jsonl").exists() or len(losses(run_dir)) < number:
+        assert running.processes[0].is_alive(), running.outputs()
+        time.sleep(0.02)
+
+
 def stall_rank_1(rank: int) -> None:
     """The data of its third step never come."""
     iterate = StepLoader.__iter__
@@ -150,14 +159,43 @@ def test_a_stuck_process_is_named_with_its_step(small_world, tmp_path):
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
+def test_who_loses_another_process_says_so_and_what_is_safe(small_world, tmp_path, sharding):
+    """Unsharded, the process that is left has everything and saves it."""
+    config = small_config(small_world, tmp_path / "run", num_steps=5000)
+    config = replace(config, parallel=ParallelConfig(sharding=sharding))
+    config = replace(config, checkpoint=replace(config.checkpoint, every=2))
+    running = start(config, 2)
+    wait_for_steps(running, config.run_dir, 3)
+    os.kill(running.processes[1].pid, signal.SIGKILL)
+    assert running.wait() == [1, -signal.SIGKILL]
+    text, done = running.outputs()[0], len(losses(config.run_dir))
+    assert "process 0 has lost the connection to another one" in text and "Traceback" not in text
+    names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
+    newest = max(int(name.removeprefix("step_")) for name in names)  # and no other name
+    if sharding == "none":
+        assert newest == done
+    assert newest == done or f"Step {newest} is safe" in text, text
+
+
+def on_a_disk_of_its_own(rank: int) -> None:
+    os.chdir(tempfile.mkdtemp())
+    run_folder.check_shared.__defaults__ = (0.0,)
+
+
+def test_a_run_folder_that_not_all_nodes_see_is_refused(small_world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    running = start(small_config(small_world, Path("run")), 2, on_a_disk_of_its_own)
+    assert running.wait() == [1, 1]
+    for text in running.outputs():
+        assert "--run-dir run: what process 0 writes there is not seen by process 1 on" in text
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(small_world, tmp_path, sharding):
     config = small_config(small_world, tmp_path / "run", num_steps=5000)
     config = replace(config, parallel=ParallelConfig(sharding=sharding))
     running = start(config, 2)
-    metrics = config.run_dir / "metrics.jsonl"
-    while not metrics.exists() or len(losses(config.run_dir)) < 2:
-        assert running.processes[0].is_alive(), running.outputs()
-        time.sleep(0.02)
+    wait_for_steps(running, config.run_dir, 2)
     number = signal.SIGTERM if sharding == "none" else signal.SIGUSR1
     os.kill(running.processes[1].pid, number)
     assert running.wait() == [1, 1]

@@ -15,6 +15,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.training.metrics import read_metrics
+from mmalign.training.stop_signal import Stopped
 from mmalign.training.trainer import train
 from tests.training.runs import exported_weights, losses, small_config
 
@@ -126,7 +127,7 @@ def test_sigterm_saves_and_the_same_command_continues(small_world, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "everything is saved" in stderr, stderr
+    assert process.returncode == Stopped.exit_code and "everything is saved" in stderr, stderr
     done = len(losses(config.run_dir))
     assert (config.run_dir / "checkpoints" / f"step_{done}").is_dir()
 
