@@ -182,25 +182,17 @@ def test_update_in_backward_and_clipping_exclude_each_other():
         AdamW(parameters(), replace(config, max_grad_norm=0.0), world_size=2)
 
 
-@pytest.mark.parametrize(("master", "moments"), [("stochastic", "bf16"), ("split", "8bit")])
-def test_loss_curve_is_that_of_fp32_state(small_world, tmp_path, master, moments):
-    """Two seeds of fp32 state's run differ more than narrow state from fp32 state."""
-    curves = {}
-    settings = {"learning_rate": 2e-3}
-    kinds = {"exact": ("split", "fp32"), "narrow": (master, moments)}
-    for name, (kept, kind) in kinds.items():
-        train(
-            small_config(
-                small_world,
-                tmp_path / name,
-                precision="bf16",
-                num_steps=12,
-                optimizer=settings | {"master": kept, "moments": kind},
-            )
-        )
-        curves[name] = torch.tensor(losses(tmp_path / name))
-    assert curves["exact"][-1] < curves["exact"][0] - 0.5
-    torch.testing.assert_close(curves["narrow"], curves["exact"], atol=0.05, rtol=0)
+def test_loss_curves_are_that_of_fp32(small_world, tmp_path):
+    """Products in bf16 alone move them by 0.002, narrow state by up to 0.005."""
+    settings = {"num_steps": 12, "optimizer": {"learning_rate": 2e-3}}
+    train(small_config(small_world, tmp_path / "fp32", **settings))
+    fp32 = torch.tensor(losses(tmp_path / "fp32"))
+    assert fp32[-1] < fp32[0] - 1.5
+    for master, moments in (("stochastic", "bf16"), ("stochastic", "8bit"), ("split", "8bit")):
+        settings["optimizer"] |= {"master": master, "moments": moments}
+        run_dir = tmp_path / master / moments
+        train(small_config(small_world, run_dir, precision="bf16", **settings))
+        torch.testing.assert_close(torch.tensor(losses(run_dir)), fp32, atol=0.01, rtol=0)
 
 
 def test_a_run_with_narrow_state_continues_bit_for_bit(small_world, tmp_path, monkeypatch):
