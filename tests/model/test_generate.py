@@ -1,5 +1,6 @@
 """Generation against transformers' generate: tokens, distributions, stop strings, images."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,15 @@ def test_greedy_tokens_of_mixed_prompts(any_case, cache_tokens):
     samples = mixed_samples()
     expected = [any_case.theirs(sample, 20) for sample in samples]
     assert any_case.ours(samples, cache_tokens=cache_tokens) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_greedy_tokens_on_a_gpu(any_case):
+    samples = mixed_samples()
+    expected = [any_case.theirs(sample, 8) for sample in samples]
+    found = run(deepcopy(any_case.llava).cuda(), samples, max_new_tokens=8)
+    assert [generation.token_ids for generation in found] == expected
 
 
 @pytest.mark.parametrize("prompt_pass", [8192, 30])
