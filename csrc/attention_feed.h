@@ -27,8 +27,6 @@ struct AttentionCall {
   }
 };
 
-enum class Tensors { kProjection, kTurnedKeys };
-
 // -- one thread fetches
 
 template <int kHeadDim, class Machine>
@@ -75,7 +73,7 @@ KERNEL_CODE void fetch(Machine& m, const AttentionCall& call) {
       const int row = work.first_row + (work.num_key_tiles - 1 - i) * kKeyRows;
       if (i < work.num_key_tiles) {
         m.wait(Shared::keys_empty(keys.stage()), keys.empty());
-        fetch_tile<kHeadDim>(m, Tensors::kTurnedKeys, Shared::keys_full(keys.stage()),
+        fetch_tile<kHeadDim>(m, Tensors::kTurned, Shared::keys_full(keys.stage()),
                              Shared::keys(keys.stage()), key_head * kHeadDim, row);
         ++keys.count;
       }

@@ -38,6 +38,15 @@ __device__ __forceinline__ Angles load_angles(const float* at) {
   return bits_as<Angles>(Both{load_shared_by_all(at, true), load_shared_by_all(at + 4, true)});
 }
 
+// In assembly: in a branch of its own the compiler may pull the words apart.
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const Chunk& chunk) {
+  const uint32_t(&words)[4] = chunk.words;
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // A thread turns the same eight pairs of columns of a token's heads, and knows their angles.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kTurnThreads)
@@ -78,8 +87,8 @@ __global__ void __launch_bounds__(kTurnThreads)
       if (head + i >= shape.num_key_heads) return;
       Chunk x = bits_as<Chunk>(halves[i][0]), y = bits_as<Chunk>(halves[i][1]);
       turn_chunks<ElementOf<T>>(x, y, cos, sin);
-      store(to + (head + i) * kHeadDim, bits_as<Packed>(x));
-      store(to + (head + i) * kHeadDim + kHeadDim / 2, bits_as<Packed>(y));
+      store_chunk(to + (head + i) * kHeadDim, x);
+      store_chunk(to + (head + i) * kHeadDim + kHeadDim / 2, y);
     }
   }
 }

@@ -18,6 +18,8 @@
 
 namespace mmalign {
 
+enum class Tensors { kProjection, kTurned, kGradOut };  // that a block fetches from
+
 constexpr int kQuerySlots = 2;   // tiles of queries: one at work, one on its way
 constexpr int kMatrixWarps = 8;  // two warpgroups of 64 queries each
 constexpr int kTurningWarps = 3;
@@ -130,6 +132,10 @@ struct alignas(16) Chunk {
 
 struct alignas(16) Angles {
   float values[8];
+};
+
+struct alignas(8) FigurePair {
+  float values[2];
 };
 
 // Columns i of the first half of a head turn together with columns i of the second.

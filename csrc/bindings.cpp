@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(mmalign_cuda, library) {
       "rotary_attention_fwd(Tensor qkv, Tensor cos, Tensor sin, Tensor position_ids,"
       " Tensor cu_seqlens, int num_attention_heads, int num_key_value_heads, bool causal)"
       " -> (Tensor, Tensor)");
+  library.def(
+      "rotary_attention_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, Tensor cos,"
+      " Tensor sin, Tensor position_ids, Tensor cu_seqlens, int num_attention_heads,"
+      " int num_key_value_heads, bool causal) -> Tensor");
 }
 
 namespace {
@@ -38,6 +42,7 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("project_image_features_fwd", TORCH_BOX(&mmalign::project_image_features_fwd));
   library.impl("adamw_update", TORCH_BOX(&mmalign::adamw_update));
   library.impl("rotary_attention_fwd", TORCH_BOX(&mmalign::rotary_attention_fwd));
+  library.impl("rotary_attention_bwd", TORCH_BOX(&mmalign::rotary_attention_bwd));
 }
 
 }  // namespace

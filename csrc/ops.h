@@ -49,4 +49,10 @@ std::tuple<Tensor, Tensor> rotary_attention_fwd(const Tensor& qkv, const Tensor&
                                                 int64_t num_attention_heads,
                                                 int64_t num_key_value_heads, bool causal);
 
+// Gradient of qkv.
+Tensor rotary_attention_bwd(const Tensor& grad_out, const Tensor& qkv, const Tensor& out,
+                            const Tensor& logsumexp, const Tensor& cos, const Tensor& sin,
+                            const Tensor& position_ids, const Tensor& cu_seqlens,
+                            int64_t num_attention_heads, int64_t num_key_value_heads, bool causal);
+
 }  // namespace mmalign

@@ -29,14 +29,14 @@
 // whole: 64 keys too many for each query, beside the S / 2 that it sees.
 //
 // bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are no multiple of TMA's 16)
-// are refused; Triton computes them. The backward pass is Triton's (rotary_triton.py), which takes
-// out and logsumexp as they are written here.
+// are refused; Triton computes them. out and logsumexp lie as Triton's do, so either's backward pass
+// takes them: rotary_attention_backward.cu, rotary_triton.py.
 //
 // Beats: unmeasured, so Triton stays the default. Expected: 1.5 times torch's variable-length
 // FlashAttention-2 (after a rotation of its own) at samples of 512 to 1,024 tokens.
 #include <cmath>
 
-#include "arguments.h"
+#include "attention_arguments.h"
 #include "attention_hopper.cuh"
 #include "device.h"
 #include "ops.h"
@@ -88,50 +88,6 @@ void launch(const Forward& forward, AttentionCall call) {
 
 constexpr const char* kName = "rotary_attention_fwd";
 
-void check_shapes(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
-                  const Tensor& position_ids, const Tensor& cu_seqlens, int64_t num_heads,
-                  int64_t num_key_heads) {
-  Argument(kName, "qkv", qkv).rank(2).typed({ScalarType::BFloat16, ScalarType::Half}).contiguous();
-  Argument(kName, "qkv", qkv).below_2_31("rows", qkv.size(0)).below_2_31("columns", qkv.size(1));
-  if (num_heads < 1 || num_key_heads < 1 || num_heads % num_key_heads)
-    throw std::runtime_error(std::string(kName) + ": " + std::to_string(num_heads) +
-                             " heads do not share " + std::to_string(num_key_heads) +
-                             " key heads");
-  const int64_t all_heads = num_heads + 2 * num_key_heads, head_dim = qkv.size(1) / all_heads;
-  if (head_dim * all_heads != qkv.size(1) || (head_dim != 64 && head_dim != 128))
-    throw std::runtime_error(std::string(kName) + ": qkv has " + std::to_string(qkv.size(1)) +
-                             " columns for " + std::to_string(all_heads) +
-                             " heads, expected 64 or 128 for each; MMALIGN_BACKEND=triton computes "
-                             "any head_dim");
-  Argument(kName, "cos", cos).rank(2).shaped({cos.size(0), head_dim / 2}, "qkv");
-  Argument(kName, "cos", cos).typed({ScalarType::Float}).contiguous();
-  Argument(kName, "sin", sin).shaped({cos.size(0), head_dim / 2}, "cos");
-  Argument(kName, "sin", sin).typed({ScalarType::Float}).contiguous();
-  Argument(kName, "position_ids", position_ids).shaped({qkv.size(0)}, "qkv");
-  Argument(kName, "position_ids", position_ids).typed({ScalarType::Int}).contiguous();
-  Argument(kName, "cu_seqlens", cu_seqlens).rank(1).typed({ScalarType::Int}).contiguous();
-  Argument(kName, "qkv", qkv).below_2_31(
-      "items", most_items(qkv.size(0), cu_seqlens.size(0), num_heads));
-}
-
-void check_device(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
-                  const Tensor& position_ids, const Tensor& cu_seqlens) {
-  const Argument first(kName, "qkv", qkv);
-  first.on_gpu().aligned(kVectorBytes);
-  Argument(kName, "cos", cos).beside(first).aligned(kVectorBytes);
-  Argument(kName, "sin", sin).beside(first).aligned(kVectorBytes);
-  Argument(kName, "position_ids", position_ids).beside(first);
-  Argument(kName, "cu_seqlens", cu_seqlens).beside(first);
-}
-
-void check_hopper() {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  if (major != 9)
-    throw std::runtime_error(std::string(kName) + ": needs a Hopper card (compute capability 9.0), "
-                             "this one has " + std::to_string(major) +
-                             "; MMALIGN_BACKEND=triton runs on it");
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> rotary_attention_fwd(const Tensor& qkv, const Tensor& cos,
@@ -139,17 +95,15 @@ std::tuple<Tensor, Tensor> rotary_attention_fwd(const Tensor& qkv, const Tensor&
                                                 const Tensor& cu_seqlens,
                                                 int64_t num_attention_heads,
                                                 int64_t num_key_value_heads, bool causal) {
-  check_shapes(qkv, cos, sin, position_ids, cu_seqlens, num_attention_heads, num_key_value_heads);
-  check_device(qkv, cos, sin, position_ids, cu_seqlens);
+  const int64_t head_dim = check_attention_shapes(kName, qkv, cos, sin, position_ids, cu_seqlens,
+                                                  num_attention_heads, num_key_value_heads);
+  check_attention_device(kName, qkv, cos, sin, position_ids, cu_seqlens);
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
-  check_hopper();
-  const int64_t head_dim = qkv.size(1) / (num_attention_heads + 2 * num_key_value_heads);
+  check_hopper(kName);
   const Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), num_attention_heads * head_dim});
   const Tensor logsumexp =
       torch::stable::new_empty(qkv, {qkv.size(0), num_attention_heads}, ScalarType::Float);
   if (qkv.size(0) == 0) return {out, logsumexp};
-  if (cu_seqlens.size(0) < 2)
-    throw std::runtime_error(std::string(kName) + ": cu_seqlens has no sample for the rows of qkv");
 
   Forward forward{qkv, cu_seqlens, {}};
   AttentionCall& call = forward.call;

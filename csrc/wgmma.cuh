@@ -34,6 +34,11 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
+template <int kSteps>
+__device__ __forceinline__ void hold(uint32_t (&operands)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(operands[i / 4][i % 4])::"memory");
+}
 
 // d += a * b; with adds = false d = a * b. d (64, N), as accumulator_row and _column say; a (64, 16)
 // and b (N, 16) by descriptor, or a in registers as operand_row and _column say. kTransposed: b

@@ -1,11 +1,12 @@
-// The machine of attention_block.h on the host, a thread of a HostBlock.
+// The machine of attention_block.h and attention_gradient_block.h on the host, a thread of a
+// HostBlock.
 //
 // A product is computed only when it is waited for, from what shared memory and registers hold
 // then, by the addresses that the PTX ISA gives for its descriptors: what is overwritten too early
 // or read too late shows in the result.
 #pragma once
 
-#include "../attention_block.h"
+#include "../attention_products.h"
 #include "host_block.h"
 
 namespace mmalign {
@@ -26,10 +27,10 @@ class HostMachine {
  public:
   using Element = HostBf16;
 
-  HostMachine(HostBlock& block, int thread_of_block, HostTensor projection, HostTensor turned_keys,
+  // tensors: as the enumerators of Tensors
+  HostMachine(HostBlock& block, int thread_of_block, const std::vector<HostTensor>& tensors,
               int num_workers)
-      : block_(block), id_(thread_of_block), projection_(projection), turned_keys_(turned_keys),
-        num_workers_(num_workers) {}
+      : block_(block), id_(thread_of_block), tensors_(tensors), num_workers_(num_workers) {}
 
   int group() const { return id_ / kWarpgroup - 1; }
   int thread() const { return id_ % kWarpgroup; }
@@ -58,10 +59,11 @@ class HostMachine {
     return item;
   }
   void load_box(Tensors tensor, int number, int to, int column, int row) {
-    const HostTensor& from = tensor == Tensors::kProjection ? projection_ : turned_keys_;
-    block_.copy_later(from, number, to, column, row);
+    block_.copy_later(tensors_[static_cast<int>(tensor)], number, to, column, row);
   }
   int load_index(const int* from) const { return *from; }
+  float load_figure(const float* from) const { return *from; }
+  FigurePair load_pair(const float* from) const { return {{from[0], from[1]}}; }
   Angles load_angles(const float* from) const {
     Angles angles;
     memcpy(angles.values, from, sizeof(angles));
@@ -171,7 +173,7 @@ class HostMachine {
 
   HostBlock& block_;
   const int id_;
-  const HostTensor projection_, turned_keys_;
+  const std::vector<HostTensor>& tensors_;
   const int num_workers_;
   std::vector<Product> open_;
   std::vector<std::vector<Product>> committed_;

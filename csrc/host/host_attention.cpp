@@ -1,6 +1,7 @@
 // The attention kernel of rotary_attention.cu on the host, thread by thread, and its table of work.
 #include <cstdio>
 
+#include "../attention_block.h"
 #include "attention_machine.h"
 
 using namespace mmalign;
@@ -53,15 +54,15 @@ static std::vector<uint16_t> turned_keys(const uint16_t* qkv, const AttentionCal
 }
 
 template <int kHeadDim>
-static void run_worker(AttentionCall call, const HostTensor& projection, const HostTensor& keys,
-                       int worker, int num_workers, uint32_t seed) {
+static void run_worker(AttentionCall call, const std::vector<HostTensor>& tensors, int worker,
+                       int num_workers, uint32_t seed) {
   using Shared = AttentionShared<kHeadDim>;
   int next_item = worker;
   call.counter = &next_item;
   HostBlock block(3 * kWarpgroup, Shared::kBytes, seed + worker);
   for (int i = 0; i < Shared::kBarriers; ++i) block.add_barrier(Shared::arrivals(i));
   block.run([&](int thread) {
-    HostMachine machine(block, thread, projection, keys, num_workers);
+    HostMachine machine(block, thread, tensors, num_workers);
     if (thread >= kWarpgroup)
       attend_to_all<kHeadDim>(machine, call);
     else if (thread >= 32)
@@ -75,11 +76,11 @@ template <int kHeadDim>
 static void attention(const uint16_t* qkv, AttentionCall call, int num_workers, uint32_t seed) {
   const std::vector<uint16_t> turned = turned_keys<kHeadDim>(qkv, call);
   const int key_columns = call.shape.num_key_heads * kHeadDim;
-  const HostTensor keys = {turned.data(), call.num_tokens, key_columns};
-  const HostTensor projection = {qkv, call.num_tokens,
-                                 call.shape.num_heads * kHeadDim + 2 * key_columns};
+  const int columns = call.shape.num_heads * kHeadDim + 2 * key_columns;
+  const std::vector<HostTensor> tensors = {{qkv, call.num_tokens, columns, kKeyRows},
+                                           {turned.data(), call.num_tokens, key_columns, kKeyRows}};
   for (int worker = 0; worker < num_workers; ++worker)
-    run_worker<kHeadDim>(call, projection, keys, worker, num_workers, seed);
+    run_worker<kHeadDim>(call, tensors, worker, num_workers, seed);
 }
 
 // qkv and out are bits of bf16. Returns 0, or 1 where threads waited for each other.

@@ -16,10 +16,10 @@
 
 namespace mmalign {
 
-// A matrix in global memory, rows without a gap.
+// A matrix in global memory, rows without a gap, and how many of them a copy brings.
 struct HostTensor {
   const uint16_t* data;
-  int rows, columns;
+  int rows, columns, box_rows;
 };
 
 class HostBlock {
@@ -92,17 +92,17 @@ class HostBlock {
   // What a thread lays out for its warp.
   const void*& room(int thread) { return rooms_[thread]; }
 
-  // A box of 128 rows of 128 bytes, swizzled; zeros outside the tensor.
+  // A box of rows of 128 bytes, swizzled; zeros outside the tensor.
   void copy_later(const HostTensor& tensor, int barrier, int to, int column, int row) {
     copies_.push_back([=] {
-      for (int r = 0; r < kKeyRows; ++r)
+      for (int r = 0; r < tensor.box_rows; ++r)
         for (int c = 0; c < kBoxColumns; ++c) {
           const bool inside = row + r < tensor.rows && column + c < tensor.columns;
           const uint16_t value =
               inside ? tensor.data[int64_t{row + r} * tensor.columns + column + c] : 0;
           memcpy(shared_ + swizzle(to + r * 128 + c * 2), &value, 2);
         }
-      barriers_[barrier].bytes -= kKeyRows * 128;
+      barriers_[barrier].bytes -= tensor.box_rows * 128;
       settle(barriers_[barrier]);
     });
   }

@@ -34,6 +34,8 @@ _SIGNATURES = {
     "dealt_row": "i64 i64 i64",
     "attention_items": "array i32 i32 i32 i32 i32 array",
     "attention": "array array array array array i32 i32 i32 i32 i32 i32 i32 u32 array array",
+    "attention_backward": "array array array array array array array array"
+    " i32 i32 i32 i32 i32 i32 i32 u32 array",
 }
 
 

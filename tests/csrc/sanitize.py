@@ -103,10 +103,18 @@ def rotary_cases() -> Iterator[Case]:
             qkv = torch.randn(sum(lengths), columns, device="cuda").to(dtype)
             tables = [torch.rand(max(lengths), head_dim // 2, device="cuda") for _ in range(2)]
             for causal in (True, False):
-                arguments = (qkv, *tables, position_ids, bounds, max(lengths), num_heads, num_kv)
+                heads = (max(lengths), num_heads, num_kv, causal)
+                arguments = (qkv, *tables, position_ids, bounds, *heads)
+                results = rotary_cuda.rotary_attention_fwd(*arguments)
+                backward = (torch.randn_like(results[0]), qkv, *results, *arguments[1:])
+                name = f"{dtype} {head_dim} {causal}"
                 yield (
-                    f"rotary_attention_fwd {dtype} {head_dim} {causal}",
-                    lambda a=arguments, c=causal: rotary_cuda.rotary_attention_fwd(*a, c),
+                    f"rotary_attention_fwd {name}",
+                    lambda a=arguments: rotary_cuda.rotary_attention_fwd(*a),
+                )
+                yield (
+                    f"rotary_attention_bwd {name}",
+                    lambda a=backward: rotary_cuda.rotary_attention_bwd(*a),
                 )
 
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel of rotary attention against transformers, its backward pass by Triton."""
+"""The Hopper kernels of rotary attention, forward and backward, against transformers."""
 
 import pytest
 import torch
@@ -48,13 +48,19 @@ def call_of(case, dtype=torch.bfloat16):
     return (qkv, case.cos, case.sin, case.position_ids, offsets(case.lengths), *settings)
 
 
+@pytest.mark.parametrize("heads", ((32, 32, 128), (32, 4, 64)))
 @pytest.mark.parametrize("causal", (True, False))
-def test_more_items_than_workers(causal):
-    """Samples as in training, beside Triton's kernel: output and logsumexp in its layout."""
+def test_more_items_than_workers(causal, heads):
+    """Samples as in training, beside Triton's kernels: forward, and backward after either."""
     lengths = torch.randint(1, 1100, (24,), device="cpu").tolist()
-    call = call_of(Case(lengths, (32, 32, 128), causal))
+    call = call_of(Case(lengths, heads, causal))
     found, wanted = (x.rotary_attention_fwd(*call) for x in (rotary_cuda, rotary_triton))
-    for ours, theirs, limit in zip(found, wanted, (4e-3, 1e-5), strict=True):
+    grad_out = torch.randn_like(found[0])
+    for forward in (found, wanted):
+        arguments = (grad_out, call[0], *forward, *call[1:])
+        ours, theirs = (x.rotary_attention_bwd(*arguments) for x in (rotary_cuda, rotary_triton))
+        found, wanted = (*found, ours), (*wanted, theirs)
+    for ours, theirs, limit in zip(found, wanted, (4e-3, 1e-5, 8e-3, 8e-3), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert (ours - theirs).float().norm() <= limit * theirs.float().norm()
 
@@ -68,11 +74,20 @@ def test_same_bits():
 
 def test_samples_keep_apart():
     case = Case([130, 90, 61], (2, 1, 64))
-    clean, _ = rotary_cuda.rotary_attention_fwd(*call_of(case))
+    grad_out = torch.randn(281, 128, dtype=torch.bfloat16)
+
+    def results():
+        call = call_of(case)
+        out, logsumexp = rotary_cuda.rotary_attention_fwd(*call)
+        arguments = (grad_out, call[0], out, logsumexp, *call[1:])
+        return out, rotary_cuda.rotary_attention_bwd(*arguments)
+
+    clean = results()
     case.qkv = case.qkv.detach().clone()
-    case.qkv[130:220] = torch.nan
-    found, _ = rotary_cuda.rotary_attention_fwd(*call_of(case))
-    assert torch.equal(found[:130], clean[:130]) and torch.equal(found[220:], clean[220:])
+    case.qkv[130:220] = grad_out[130:220] = torch.nan
+    for found, expected in zip(results(), clean, strict=True):
+        assert torch.equal(found[:130], expected[:130])
+        assert torch.equal(found[220:], expected[220:])
 
 
 def test_wide_indices_and_no_rows():
@@ -88,20 +103,29 @@ def test_wide_indices_and_no_rows():
         qkv[:0], cos, sin, position_ids[:0], empty, *settings
     )
     assert out.shape == (0, 256) and logsumexp.shape == (0, 2)
+    grad = rotary_cuda.rotary_attention_bwd(
+        out, qkv[:0], out, logsumexp, cos, sin, position_ids[:0], empty, *settings
+    )
+    assert grad.shape == qkv[:0].shape
 
 
-def test_output_past_2_31_elements():
+def test_rows_past_2_31_elements():
     """524,300 tokens of 32 heads: the last sample alone, and behind all others."""
     lengths = [1025] * 511 + [520]
     num_tokens = sum(lengths)
     qkv = torch.randn(num_tokens, 48 * 128, dtype=torch.bfloat16)  # 8 key heads: 6.4 GB
     cos, sin = (torch.rand(2048, 64) for _ in range(2))
     position_ids = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-    settings = (1025, 32, 8, True)
-    whole, _ = rotary_cuda.rotary_attention_fwd(
-        qkv, cos, sin, position_ids, offsets(lengths), *settings
-    )
-    alone, _ = rotary_cuda.rotary_attention_fwd(
-        qkv[-520:].contiguous(), cos, sin, position_ids[-520:], offsets([520]), *settings
-    )
-    assert torch.equal(whole[-520:], alone)
+    grad_out = torch.randn(num_tokens, 32 * 128, dtype=torch.bfloat16)
+
+    def results(rows, lengths):
+        call = (cos, sin, position_ids[rows], offsets(lengths), 1025, 32, 8, True)
+        forward = rotary_cuda.rotary_attention_fwd(qkv[rows], *call)
+        return forward[0], rotary_cuda.rotary_attention_bwd(
+            grad_out[rows], qkv[rows], *forward, *call
+        )
+
+    whole = results(slice(None), lengths)
+    alone = results(slice(-520, None), [520])
+    for found, expected in zip(whole, alone, strict=True):
+        assert torch.equal(found[-520:], expected)
