@@ -5,6 +5,7 @@ python scripts/chat.py --model RUN                              (a conversation)
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -59,3 +60,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
