@@ -41,6 +41,8 @@ def main(
         precision: Of weights and activations.
         device: auto takes a GPU where there is one.
     """
+    if GENERATION_TASK in tasks:
+        evaluate_written_answers(model, data_root, output, limit, precision, device)
     scored = [task for task in tasks if task != GENERATION_TASK]
     if scored or not tasks:
         evaluate_model(model, scored, data_root, output, limit, batch_tokens, precision, device)
@@ -48,8 +50,6 @@ def main(
             output / "report.md", {}, {model.resolve().name: output}, title="Evaluation"
         )
         print(f"report:  {report}")
-    if GENERATION_TASK in tasks:
-        evaluate_written_answers(model, data_root, output, limit, precision, device)
 
 
 if __name__ == "__main__":

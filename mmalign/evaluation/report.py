@@ -10,6 +10,7 @@ from mmalign.evaluation import report_runs
 from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.plots import plot_curves, plot_scores, plot_training
 from mmalign.evaluation.report_method import method
+from mmalign.evaluation.report_written import written_answers
 from mmalign.evaluation.results import read_items, read_results
 from mmalign.evaluation.spreadsheet import write_differences, write_scores
 
@@ -40,6 +41,7 @@ def write_report(
     sections = [f"# {title}", *parts.summary(base, comparisons, visual)]
     if results:
         sections += _scores(path.parent, base, results, comparisons)
+        sections += written_answers(evaluations, results)
     if visual:
         sections += parts.visual_questions(visual)
     if runs:

@@ -54,6 +54,8 @@ def load_questions(data_root: str | Path, limit: int | None = None) -> list[Ques
 
     References end in a full stop; NO_COMMENT is among the true ones.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; expected at least 1 question")
     path = Path(data_root) / FILE
     if not path.is_file():
         raise UserError(
@@ -61,8 +63,6 @@ def load_questions(data_root: str | Path, limit: int | None = None) -> list[Ques
             "TruthfulQA.csv of github.com/sylinrl/TruthfulQA (commit 013686a: the 2021 original)"
         )
     table = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; expected at least 1 question")
     if missing := set(_COLUMNS) - set(table.fieldnames or ()):
         raise UserError(
             f"{path} has no column {', '.join(sorted(missing))}; it has "

@@ -18,6 +18,7 @@ from lm_eval.utils import apply_template
 from transformers import LlamaForCausalLM
 
 from mmalign.errors import UserError
+from mmalign.evaluation.report_written import written_answers
 from mmalign.evaluation.truthfulqa_generation import (
     load_questions,
     load_similarity,
@@ -158,6 +159,9 @@ def test_command(llama_folder, shared_data, tmp_path, monkeypatch, capsys):
     assert "2 questions" in output and "not the revised file" in output
     results = json.loads((tmp_path / "out" / "truthfulqa_gen.json").read_text())
     assert results["truthfulqa_gen"]["n"] == 2
+    report = (tmp_path / "out" / "report.md").read_text()
+    accuracy = 100 * results["truthfulqa_gen"]["rouge1_acc"]["mean"]
+    assert f"| rouge1_acc | {accuracy:.1f} (" in report
 
 
 def test_missing_or_broken_data(tmp_path):
@@ -186,3 +190,25 @@ def test_libraries_are_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(UserError, match="pip install sacrebleu rouge-score"):
         load_similarity()
+
+
+def test_report_says_where_answers_are_no_closer_to_the_truth(tmp_path):
+    """And leaves out written answers of other weights."""
+
+    def metric(low: float, high: float) -> dict:
+        return {"mean": (low + high) / 2, "interval": [low, high], "constant": 50.0}
+
+    diffs = {"bleu": (-1, 2), "rouge1": (1, 2), "rouge2": (-3, -1), "rougeL": (0.5, 2)}
+    summary = {f"{name}_diff": metric(*bounds) for name, bounds in diffs.items()}
+    summary |= {f"{name}_acc": metric(0.2, 0.4) for name in diffs} | {"n": 7}
+    written = {"truthfulqa_gen": summary, "config": {"weights": "here"}}
+    (tmp_path / "truthfulqa_gen.json").write_text(json.dumps(written))
+    folders, results = {"m": tmp_path}, {"m": {"config": {"weights": "here"}}}
+    _, table, _, sentences = written_answers(folders, results)
+    assert "| bleu_diff | 0.5 (-1.0 to 2.0) | 50.0 |" in table
+    assert "| rouge1_acc | 30.0 (20.0 to 40.0) | 5000.0 |" in table
+    assert sentences.splitlines() == [
+        "- m: by bleu the answers are as close to false references as to true ones.",
+        "- m: by rouge2 the answers are closer to false references.",
+    ]
+    assert written_answers(folders, {"m": {"config": {"weights": "there"}}}) == []
