@@ -15,7 +15,7 @@ def written_answers(evaluations: dict[str, Path], results: dict[str, dict]) -> l
     for name, folder in evaluations.items():
         path = Path(folder) / f"{GENERATION_TASK}.json"
         written = json.loads(path.read_text()) if path.is_file() else None
-        if written and written["config"]["weights"] == results[name]["config"]["weights"]:
+        if written and written["config"]["weights"] == results[name]["config"].get("weights"):
             found[name] = written[GENERATION_TASK]
     if not found:
         return []
