@@ -117,6 +117,7 @@ setup(
             "rouge-score",
             "ruff",
             "sacrebleu",
+            "scipy",
             "transformers",
             "triton",
         ],
