@@ -69,7 +69,7 @@ class HostMachine {
     memcpy(angles.values, from, sizeof(angles));
     return angles;
   }
-  void writes_to_async() {}
+  void writes_to_async() { block_.fence(); }
   void store_chunk(void* to, int64_t element, const Chunk& chunk) {
     memcpy(static_cast<uint16_t*>(to) + element, &chunk, sizeof(chunk));
   }
@@ -128,7 +128,7 @@ class HostMachine {
 
   float element(uint32_t address) const {
     uint16_t bits;
-    memcpy(&bits, block_.shared() + HostBlock::swizzle(address), 2);
+    memcpy(&bits, block_.for_products() + HostBlock::swizzle(address), 2);
     return bits_as<float>(uint32_t{bits} << 16);
   }
   static uint32_t field(uint64_t descriptor, int at) { return (descriptor >> at & 0x3fff) << 4; }

@@ -1,10 +1,12 @@
 // A block of threads on the host, run as fibers in an order drawn at random, with the barriers of
 // a Hopper block. Copies into its shared memory arrive at any time later; shared memory begins as
-// NaN; threads that wait for each other forever are an error.
+// NaN; products see what threads wrote there only after a fence; threads that wait for each other
+// forever are an error.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <random>
@@ -29,9 +31,12 @@ class HostBlock {
         warps_(num_threads / 32), rooms_(num_threads) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     shared_ = memory_.data() + (kPatternBytes - address % kPatternBytes) % kPatternBytes;
+    for_products_.assign(shared_, shared_ + shared_bytes);
   }
 
   char* shared() const { return shared_; }
+  const char* for_products() const { return for_products_.data(); }
+  void fence() { std::copy_n(shared_, for_products_.size(), for_products_.data()); }
 
   // Runs body(thread) for all threads to the end.
   void run(std::function<void(int)> body) {
@@ -100,7 +105,9 @@ class HostBlock {
           const bool inside = row + r < tensor.rows && column + c < tensor.columns;
           const uint16_t value =
               inside ? tensor.data[int64_t{row + r} * tensor.columns + column + c] : 0;
-          memcpy(shared_ + swizzle(to + r * 128 + c * 2), &value, 2);
+          const uint32_t at = swizzle(to + r * 128 + c * 2);
+          memcpy(shared_ + at, &value, 2);
+          memcpy(for_products_.data() + at, &value, 2);
         }
       barriers_[barrier].bytes -= tensor.box_rows * 128;
       settle(barriers_[barrier]);
@@ -174,6 +181,7 @@ class HostBlock {
   std::mt19937 random_;
   std::vector<char> memory_;
   char* shared_;
+  std::vector<char> for_products_;
   std::vector<Fiber> threads_;
   std::vector<Meeting> warps_;
   std::vector<const void*> rooms_;
