@@ -87,21 +87,27 @@ def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
                 check_shape("adamw_step", param.shape, f"params[{i}]", **{f"{name}[{i}]": tensor})
             allowed = {
                 "remainders": (torch.int16,),
-                "grads": (torch.float32, param.dtype),
+                "grads": (lists["grads"][0].dtype,),
                 "exp_avgs": _MOMENTS,
                 "exp_avg_sqs": (lists["exp_avgs"][i].dtype,),
             }
             if tensor.dtype not in allowed.get(name, (torch.float32,)):
                 raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype} beside {param.dtype}")
+            if name != "grads" and not tensor.is_contiguous():
+                raise ValueError(f"adamw_step: {name}[{i}] is not contiguous")
     for i, (param, moment) in enumerate(zip(params, lists["exp_avgs"], strict=True)):
         same = param.dtype == params[0].dtype and moment.dtype == lists["exp_avgs"][0].dtype
-        if not same or not param.is_contiguous() or not moment.is_contiguous():
+        if not same or not param.is_contiguous():
             raise ValueError(f"adamw_step: params[{i}] is of another type, or not contiguous")
 
 
-def _check_modes(param: Tensor, moment: Tensor, splits: bool, scales: bool, seed: bool) -> None:
+def _check_modes(
+    param: Tensor, grad: Tensor, moment: Tensor, splits: bool, scales: bool, seed: bool
+) -> None:
     if param.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"adamw_step: params are {param.dtype}, expected fp32 or bf16")
+    if grad.dtype not in (torch.float32, param.dtype):
+        raise ValueError(f"adamw_step: grads are {grad.dtype} beside {param.dtype} params")
     if splits and param.dtype == torch.float32:
         raise ValueError("adamw_step: params are fp32, which takes no remainders")
     if scales != (moment.dtype == torch.uint8):
@@ -139,12 +145,12 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place; step counts from 1.
 
-    params are contiguous and of one type, as are the moments; the other lists have their shapes.
-    params fp32; bf16 with remainders (int16, see split_master); or bf16 alone. exp_avgs and
-    exp_avg_sqs fp32; bf16; or uint8 codes with scales, fp32, one for 128 neighbours of the flat
-    parameter. What is kept in bf16 or codes is rounded at random, the same for the same seed and
-    step. grads fp32 or the params' type, and may be overwritten. grad_scale: (), fp32, on the
-    device; every gradient is multiplied by it, and where it is 0 or NaN nothing changes at all.
+    All tensors but grads are contiguous; those of a list have one type, and the params' shapes.
+    params fp32; bf16 with remainders (int16, see split_master); or bf16 alone. grads fp32 or the
+    params' type, and may be overwritten. exp_avgs and exp_avg_sqs fp32; bf16; or uint8 codes with
+    scales, fp32, one for 128 neighbours of the flat parameter. What is kept in bf16 or codes is
+    rounded at random, the same for the same seed and step. grad_scale: (), fp32, on the device;
+    every gradient is multiplied by it, and where it is 0 or NaN nothing changes at all.
     Raises ValueError where lists, shapes or types do not fit.
     """
     if not params:
@@ -160,7 +166,8 @@ def adamw_step(
     scales = [x is not None for x in (exp_avg_scales, exp_avg_sq_scales)]
     if scales[0] != scales[1]:
         raise ValueError("adamw_step: scales of one moment without those of the other")
-    _check_modes(params[0], exp_avgs[0], remainders is not None, scales[0], seed is not None)
+    given_modes = remainders is not None, scales[0], seed is not None
+    _check_modes(params[0], grads[0], exp_avgs[0], *given_modes)
     adamw_update(
         params,
         grads,

@@ -14,10 +14,10 @@ A thread holds four neighbours of a block: 128 bits of every fp32 tensor, 64 of 
 Moments in bf16 or in the 8-bit codes of csrc/block_quantization.h have a kernel of their own, which
 works on rows of the 128 numbers that share a scale: a warp's, whose largest is found by shuffles.
 
-One launch per tensor. A launch costs the host some 20 us; the 195 to 291 matrices and norms of a 7B
-model thus 6 ms while the device works for 20 to 60 ms, and the launches run ahead of it. A table of
-pointers would save that where all tensors are small, and cost a copy to the device in every step
-and the compiler's knowledge that rows are aligned.
+One launch for all tensors (tensor_table_triton.py): with one each, the 448 matrices of adapters of
+a 7B model would cost the host 9 ms at some 20 us a launch, several times what the device works on
+them. A program finds its tensor by one load of all first tiles, 4 KiB that lie in the L2 cache,
+before it moves 20 to 57 KB of weights and state.
 
 Bytes of an element, gradient in the weight's type, fp32 moments: fp32 28, bf16 with remainder 26,
 bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scales).
@@ -25,10 +25,12 @@ bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scale
 
 import triton
 import triton.language as tl
-from torch import Tensor, bfloat16, float32, int16, uint8
+from torch import Tensor, bfloat16, float32, uint8
 
 from . import block_quantization, launch
+from .tensor_table_triton import address, find_tensor, tensor_tables
 
+_MOMENTS = {float32: tl.float32, bfloat16: tl.int16, uint8: tl.uint8}  # bf16 is read as its bits
 _DRAWS = tl.constexpr(4)  # numbers that a Philox call gives
 _ROW = tl.constexpr(block_quantization.BLOCK)
 _DROPPED = tl.constexpr(block_quantization.DROPPED_BITS)
@@ -79,15 +81,10 @@ def _upper_half(x, carried):
     return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=["step", "place", "seed"])
+@triton.jit(do_not_specialize=["step", "seed"])
 def _adamw_kernel(
-    param_ptr,  # (numel,) fp32, or the bits of bf16
-    remainder_ptr,  # (numel,) int16, or unused
-    grad_ptr,
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
+    table_ptr,  # of params, remainders, grads and moments
     grad_scale_ptr,  # (), or unused
-    numel,
     decay,
     step_size,
     rest1,
@@ -96,15 +93,25 @@ def _adamw_kernel(
     scale2,
     eps,
     step,
-    place,
     seed,
+    NUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,  # types of elements: fp32, or int16 for the bits of bf16
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
     SPLIT: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.program_id(0).to(tl.int64) * BLOCK * _DRAWS + tl.arange(0, BLOCK)
+    column, tile, numel, place = find_tensor(table_ptr, NUM, ALIGNED)
+    param_ptr = address(table_ptr, column, NUM, ALIGNED, 0, WEIGHT)
+    remainder_ptr = address(table_ptr, column, NUM, ALIGNED, 1, tl.int16)
+    grad_ptr = address(table_ptr, column, NUM, ALIGNED, 2, GRAD)
+    exp_avg_ptr = address(table_ptr, column, NUM, ALIGNED, 3, MOMENT)
+    exp_avg_sq_ptr = address(table_ptr, column, NUM, ALIGNED, 4, MOMENT)
+    lane = tile * BLOCK + tl.arange(0, BLOCK)
+    first = tile.to(tl.int64) * BLOCK * _DRAWS + tl.arange(0, BLOCK)
     if SCALES:
         scale = tl.load(grad_scale_ptr)
         numel = tl.where(scale > 0, numel, 0)  # 0 or NaN: the step is skipped
@@ -169,17 +176,10 @@ def _write_moment(
         tl.store(moment_ptr + at, _upper_half(x, (draw & 0xFFFF).to(tl.int32)), inside)
 
 
-@triton.jit(do_not_specialize=["step", "place", "seed"])
+@triton.jit(do_not_specialize=["step", "seed"])
 def _adamw_rounding_kernel(
-    param_ptr,  # (numel,) fp32, or the bits of bf16
-    remainder_ptr,  # (numel,) int16, or unused
-    grad_ptr,
-    exp_avg_ptr,  # (numel,) the bits of bf16, or uint8 codes
-    exp_avg_sq_ptr,
-    exp_avg_scale_ptr,  # (ceil(numel / 128),), or unused
-    exp_avg_sq_scale_ptr,
+    table_ptr,  # of params, remainders, grads, moments and, with codes, their scales
     grad_scale_ptr,  # (), or unused
-    numel,
     decay,
     step_size,
     rest1,
@@ -188,18 +188,31 @@ def _adamw_rounding_kernel(
     scale2,
     eps,
     step,
-    place,
     seed,
+    NUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WEIGHT: tl.constexpr,  # types of elements: fp32, or int16 for the bits of bf16
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,  # int16 for the bits of bf16, or uint8 for codes
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
     SPLIT: tl.constexpr,
     DRAWS: tl.constexpr,
-    CODES: tl.constexpr,
 ):
+    CODES: tl.constexpr = MOMENT == tl.uint8
+    column, tile, numel, place = find_tensor(table_ptr, NUM, ALIGNED)
+    param_ptr = address(table_ptr, column, NUM, ALIGNED, 0, WEIGHT)
+    remainder_ptr = address(table_ptr, column, NUM, ALIGNED, 1, tl.int16)
+    grad_ptr = address(table_ptr, column, NUM, ALIGNED, 2, GRAD)
+    exp_avg_ptr = address(table_ptr, column, NUM, ALIGNED, 3, MOMENT)
+    exp_avg_sq_ptr = address(table_ptr, column, NUM, ALIGNED, 4, MOMENT)
+    if CODES:
+        exp_avg_scale_ptr = address(table_ptr, column, NUM, ALIGNED, 5, tl.float32)
+        exp_avg_sq_scale_ptr = address(table_ptr, column, NUM, ALIGNED, 6, tl.float32)
     rows = tl.arange(0, BLOCK // _ROW)[:, None]  # of a block
     in_block = rows * _ROW + tl.arange(0, _ROW)[None, :]
-    lane = tl.program_id(0) * BLOCK + in_block
-    first = tl.program_id(0).to(tl.int64) * BLOCK * _DRAWS
+    lane = tile * BLOCK + in_block
+    first = tile.to(tl.int64) * BLOCK * _DRAWS
     if SCALES:
         scale = tl.load(grad_scale_ptr)
         numel = tl.where(scale > 0, numel, 0)  # 0 or NaN: the step is skipped
@@ -254,23 +267,21 @@ def adamw_update(
     settings = learning_rate * weight_decay, step_size, 1 - beta1, beta2, 1 - beta2, scale2, eps
     block, num_warps = launch.flat_tile(exp_avgs[0].new_empty(0, dtype=float32))
     block //= _DRAWS.value
-    exact, codes = exp_avgs[0].dtype == float32, exp_avgs[0].dtype == uint8
-    for place, param in enumerate(params):
-        weight, *moments = (_bits(x[place]) for x in (params, exp_avgs, exp_avg_sqs))
-        remainder = remainders[place] if remainders else weight
-        scales = (exp_avg_scales[place], exp_avg_sq_scales[place]) if codes else moments
-        tensors = (weight, remainder, grads[place], *moments, *(() if exact else scales))
-        draws = param.dtype == bfloat16 and not remainders
-        modes = {"SCALES": grad_scale is not None, "SPLIT": bool(remainders), "DRAWS": draws}
-        kernel = _adamw_kernel if exact else _adamw_rounding_kernel
-        if param.numel():
-            kernel[(launch.ceil_div(param.numel(), _DRAWS.value * block),)](
-                *(x.view(-1) for x in tensors), param if grad_scale is None else grad_scale,
-                param.numel(), *settings, step, place, 0 if seed is None else seed, BLOCK=block,
-                **modes, **({} if exact else {"CODES": codes}), num_warps=num_warps // 2,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view(int16) if x.dtype == bfloat16 else x
+    grads = [grad.contiguous() for grad in grads]
+    scales = [exp_avg_scales, exp_avg_sq_scales] if exp_avg_scales else []
+    lists = [params, remainders or params, grads, exp_avgs, exp_avg_sqs, *scales]
+    kernel = _adamw_kernel if exp_avgs[0].dtype == float32 else _adamw_rounding_kernel
+    modes = {
+        "WEIGHT": tl.int16 if params[0].dtype == bfloat16 else tl.float32,
+        "GRAD": tl.bfloat16 if grads[0].dtype == bfloat16 else tl.float32,
+        "MOMENT": _MOMENTS[exp_avgs[0].dtype],
+        "SCALES": grad_scale is not None,
+        "SPLIT": bool(remainders),
+        "DRAWS": params[0].dtype == bfloat16 and not remainders,
+    }
+    for table in tensor_tables(lists, _DRAWS.value * block):
+        kernel[(table.num_tiles,)](
+            table.rows, table.rows if grad_scale is None else grad_scale, *settings, step,
+            0 if seed is None else seed, NUM=table.num_columns, ALIGNED=table.aligned, BLOCK=block,
+            **modes, num_warps=num_warps // 2, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ A family says what to launch in `codegen_<family>.py`:
     LAUNCHES      {"what for": a function that calls launchers on tensors of `meta(...)`}
     MEMORY_BOUND  names of kernels whose rows must move 128 bits at a time
     READERS       the same, but what they write is little or scattered
+    WRITERS       the same, but much of what they read are addresses and narrow types
     PERSISTENT    names of kernels that launch 16 warps for every multiprocessor, all at once
     MATRIX        names of kernels whose products must run on tensor cores, HGMMA on sm_90
 """

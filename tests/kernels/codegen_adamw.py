@@ -6,7 +6,7 @@ from mmalign_kernels.adamw_triton import adamw_update
 from .codegen import meta
 
 SHAPE = (4096, 4096)
-MEMORY_BOUND = {"_adamw_kernel"}  # of the other kernel four neighbours are 64 bits, or 32
+WRITERS = {"_adamw_kernel"}  # of the other kernel four neighbours are 64 bits, or 32
 
 
 def _step(dtype, remainder=False, seed=None, moments=torch.float32):

@@ -6,7 +6,7 @@ from mmalign_kernels import adamw_step
 from mmalign_kernels.adamw import join_master, split_master
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-SHAPES = ((1,), (199,), (33, 70), (257, 1031))
+SHAPES = ((1,), (199,), (64, 48), (67, 1031))  # sizes that allow wide accesses or do not
 
 
 class Run:
@@ -52,8 +52,8 @@ def test_fp32_equals_torch(fused, clip):
     betas = (SETTINGS["beta1"], SETTINGS["beta2"])
     decay = SETTINGS["weight_decay"]
     optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=betas, weight_decay=decay, fused=fused)
-    for i, grads in enumerate(gradients(20)):
-        learning_rate, scale = 1e-2 * (20 - i) / 20, torch.tensor(0.3 if clip else 1.0)
+    for i, grads in enumerate(gradients(10)):
+        learning_rate, scale = 1e-2 * (10 - i) / 10, torch.tensor(0.3 if clip else 1.0)
         run.step(grads, learning_rate, scale if clip else None)
         optimizer.param_groups[0]["lr"] = learning_rate
         for param, grad in zip(theirs, grads, strict=True):
@@ -86,7 +86,7 @@ def test_split_master_is_the_fp32_run_bit_for_bit(grad_dtype):
     exact = Run(weights())
     split = [split_master(p) for p in exact.params]
     ours = Run([weight for weight, _ in split], [remainder for _, remainder in split])
-    for grads in gradients(20, grad_dtype):
+    for grads in gradients(10, grad_dtype):
         scale = torch.tensor(0.7)
         exact.step([grad.float() for grad in grads], grad_scale=scale)
         ours.step(grads, grad_scale=scale)
@@ -190,6 +190,22 @@ def test_every_step_rounds_anew():
     assert not torch.equal(*found)
 
 
+def test_a_long_list_is_updated_as_each_of_its_tensors():
+    """More tensors than one table's smallest size, some empty, some at odd addresses."""
+    sizes = [16 * i for i in range(20)] + [i * i + 1 for i in range(20)]
+    memory, grads = torch.randn(sum(sizes) + 1), [torch.randn(size) for size in sizes]
+    params = list(memory[1:].split(sizes))
+    alone = [Run([param.clone()]) for param in params]
+    run = Run(params)
+    for _ in range(2):
+        run.step(grads)
+        for one, grad in zip(alone, grads, strict=True):
+            one.step([grad])
+    for i, one in enumerate(alone):
+        assert torch.equal(one.params[0], params[i])
+        assert all(torch.equal(one.moments[kind][0], run.moments[kind][i]) for kind in (0, 1))
+
+
 def test_nothing_to_update():
     Run([]).step([])
 
@@ -212,3 +228,10 @@ def test_wrong_arguments():
         Run(halves, [torch.zeros(s, dtype=torch.int32) for s in SHAPES]).step(gradients(1)[0])
     with pytest.raises(ValueError, match=r"params\[0\].*not contiguous"):
         Run([torch.randn(4, 3).t()]).step([torch.randn(3, 4)])
+    with pytest.raises(ValueError, match=r"remainders\[0\] is not contiguous"):
+        Run([torch.ones(4, 3).bfloat16()], [torch.zeros(3, 4).short().t()]).step([torch.ones(4, 3)])
+    mixed = [torch.ones(shape, dtype=torch.bfloat16) for shape in SHAPES[:3]]
+    with pytest.raises(ValueError, match=r"grads\[3\] is torch.float32"):
+        Run(weights()).step([*mixed, gradients(1)[0][3]])
+    with pytest.raises(ValueError, match="grads are torch.bfloat16 beside torch.float32 params"):
+        Run(weights()[:1]).step(mixed[:1])

@@ -24,20 +24,20 @@ def compiled(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_compiles_well(family):
     wanted = import_module(f"{__package__}.codegen_{family}")
-    memory_bound, readers, persistent, matrix = (
-        getattr(wanted, kind, set()) for kind in ("MEMORY_BOUND", "READERS", "PERSISTENT", "MATRIX")
+    kinds = "MEMORY_BOUND", "READERS", "WRITERS", "PERSISTENT", "MATRIX"
+    memory_bound, readers, writers, persistent, matrix = (
+        getattr(wanted, kind, set()) for kind in kinds
     )
     kernels = compiled(family)
     assert {x.architecture for x in kernels} == {80, 90}
-    assert {x.kernel for x in kernels} >= memory_bound | readers | persistent | matrix, (
-        "never launched"
-    )
+    named = memory_bound | readers | writers | persistent | matrix
+    assert {x.kernel for x in kernels} >= named, "never launched"
     for x in kernels:
         assert x.stack_bytes == 0 and x.spills == 0, x
         assert x.shared_bytes <= codegen.SHARED_PER_PROGRAM[x.architecture], x
         if x.kernel in memory_bound | readers:
             assert x.wide_loads > 0.5, x  # the others: indices and figures of a row
-        if x.kernel in memory_bound:
+        if x.kernel in memory_bound | writers:
             assert x.wide_stores > 0.5, x
         if x.kernel in persistent:
             assert x.occupancy >= 0.25, x
