@@ -6,16 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from mmalign.config import DataConfig
 from mmalign.data.conversation import IMAGE, IMAGE_SENTINEL, Turn, encode_conversation
+from mmalign.data.feature_cache import FeatureCache, Uncached
 from mmalign.data.images import check_image, load_image
 from mmalign.data.samples import Sample, SampleFile, read_samples
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 __all__ = [
     "ConversationDataset",
@@ -121,6 +125,14 @@ class ConversationDataset:
             None if image is None else _naming_sample(sample.id, load_image, image, self.image_size)
         )
 
+    def look_up(
+        self, sample: EncodedSample, cache: FeatureCache | None
+    ) -> Tensor | Uncached | None:
+        """What the cache has of the sample's image; None without an image or a cache."""
+        if sample.image is None or cache is None:
+            return None
+        return _naming_sample(sample.id, cache.look_up, sample.image)
+
     def check_image(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
 
@@ -184,7 +196,7 @@ class ConversationDataset:
         return f"{count} {IMAGE} in its questions, expected 1 for its image {sample.image!r}"
 
 
-def _naming_sample(sample_id: str, read: Callable, *arguments) -> Tensor | None:
+def _naming_sample(sample_id: str, read: Callable[..., T], *arguments) -> T:
     try:
         return read(*arguments)
     except UserError as error:

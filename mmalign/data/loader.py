@@ -15,10 +15,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmalign.data.check import CheckReport
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.feature_cache import FeatureCache
 from mmalign.data.packing import PackedBatch, pack_samples
 from mmalign.errors import SampleError, UserError
 
@@ -170,6 +172,7 @@ class StepLoader:
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size = rank, world_size
         self.cost, self.prefix_length = cost, prefix_length
+        self.feature_cache: FeatureCache | None = None  # set when the tower's weights are known
         self._check_lengths()
         if global_batch_size % world_size:  # otherwise one sample a micro-batch always works
             for step in range(start_step, num_steps):
@@ -184,7 +187,7 @@ class StepLoader:
         planned = deque()  # (step, positions, number of micro-batches), filled ahead by the sampler
         num_workers = self.dataset.data.num_workers
         loader = DataLoader(
-            _MicroBatches(self.dataset, self.prefix_length),
+            _MicroBatches(self.dataset, self.prefix_length, self.feature_cache),
             batch_size=None,
             sampler=_Sampler(self, planned),
             num_workers=num_workers,
@@ -264,18 +267,25 @@ class _Sampler:
 class _MicroBatches:
     """What runs in the worker processes: dataset indices to the fields of a PackedBatch."""
 
-    def __init__(self, dataset: ConversationDataset, prefix_length: int):
-        self.dataset, self.prefix_length = dataset, prefix_length
+    def __init__(
+        self, dataset: ConversationDataset, prefix_length: int, cache: FeatureCache | None
+    ):
+        self.dataset, self.prefix_length, self.cache = dataset, prefix_length, cache
 
     def __getitem__(self, indices: list[int]) -> dict:
         dataset = self.dataset
         try:
             encoded = [dataset.encode(i) for i in indices]
-            pixels = [dataset.load_pixels(i) for i in indices]
+            features = [dataset.look_up(sample, self.cache) for sample in encoded]
+            pixels = [
+                None if isinstance(found, Tensor) else dataset.load_pixels(i)
+                for i, found in zip(indices, features, strict=True)
+            ]
         except SampleError as error:  # returned: torch cannot raise it again with its arguments
             return {"error": (error.sample_id, error.problem, error.remedy)}
         image_token_id = dataset.tokenizer.image_token_id
-        return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length))
+        features = features if self.cache else None
+        return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length, features))
 
 
 def timed(steps: StepLoader) -> Iterator[tuple[Step, float]]:

@@ -74,7 +74,7 @@ class Llava(nn.Module):
             batch.position_ids,
             batch.cu_seqlens,
             batch.max_seqlen,
-            image_features=self._image_features(batch.pixel_values),
+            image_features=self._image_features(batch),
             image_positions=batch.image_positions,
             projector=self.projector,
             token_rows=self._token_rows(),
@@ -82,10 +82,14 @@ class Llava(nn.Module):
             prefix=self._prefix(batch.prefix_length),
         )
 
-    def _image_features(self, pixel_values: Tensor) -> Tensor | None:
+    def _image_features(self, batch: "PackedBatch") -> Tensor | None:
+        pixel_values = batch.pixel_values
         if self.vision_tower is None:
             assert len(pixel_values) == 0, "a batch with images needs a vision tower"
             return None
+        if batch.image_features is not None and len(batch.image_features):
+            assert not batch.uncached, "a batch has pixels whose features go to a cache"
+            return batch.image_features.flatten(0, 1)
         if len(pixel_values) == 0:  # the tower has nothing to do, the projector stays in the graph
             return self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
         return self.vision_tower(pixel_values)

@@ -15,7 +15,7 @@ from mmalign_kernels import costs, linear
 from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
 from mmalign.data.packing import PackedBatch
-from mmalign.training.flops import Flops, Workload
+from mmalign.training.flops import Flops, Workload, num_images, tower_flops
 from mmalign.training.shortcuts import needed_flops
 from mmalign.training.timeline import (
     ATTENTION,
@@ -103,8 +103,11 @@ def floors(
 
 def _needed(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
     lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
-    sizes = lengths, batch.num_loss_tokens, len(batch.pixel_values)
-    return needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
+    sizes = lengths, batch.num_loss_tokens, num_images(workload, batch)
+    needed = needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
+    if batch.image_features is not None and workload.vision:
+        needed -= tower_flops(workload.vision, len(batch.image_features))
+    return needed
 
 
 def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> dict[str, int]:

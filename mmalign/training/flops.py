@@ -120,7 +120,7 @@ def forward_flops(
     decoder, tokens = workload.decoder, sum(lengths)
     layers, heads_size = decoder.num_hidden_layers, decoder.qkv_sizes[0]
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    tower = _tower_flops(workload.vision, num_images) if workload.vision else Flops()
+    tower = tower_flops(workload.vision, num_images) if workload.vision else Flops()
     return tower + Flops(
         projections=2 * tokens * layers * sum(n * k for n, k in projections(decoder).values()),
         adapters=2 * tokens * layers * _adapter_weights(workload),
@@ -133,7 +133,12 @@ def forward_flops(
 def batch_flops(workload: Workload, batch: "PackedBatch") -> Flops:
     """Training FLOPs of one PackedBatch on the CPU (on a GPU, reading cu_seqlens waits for it)."""
     lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
-    return model_flops(workload, lengths, batch.num_loss_tokens, len(batch.pixel_values))
+    return model_flops(workload, lengths, batch.num_loss_tokens, num_images(workload, batch))
+
+
+def num_images(workload: Workload, batch: "PackedBatch") -> int:
+    """Of the batch, those among them whose features are at hand."""
+    return len(batch.image_positions) // workload.vision.num_patches if workload.vision else 0
 
 
 def step_flops(workload: Workload, step: "Step") -> Flops:
@@ -180,7 +185,7 @@ def _projector_flops(workload: Workload, num_images: int) -> int:
     return 2 * rows * workload.vision.hidden_size * workload.decoder.hidden_size
 
 
-def _tower_flops(vision: VisionConfig, num_images: int) -> Flops:
+def tower_flops(vision: VisionConfig, num_images: int) -> Flops:
     """CLIP up to the second-to-last layer's output: the last layer is never computed."""
     hidden, seqlen = vision.hidden_size, vision.num_patches + 1
     layers = vision.num_hidden_layers - 1

@@ -30,6 +30,7 @@ from mmalign.data.packing import PackedBatch
 from mmalign.errors import UserError
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
+from mmalign.training.image_features import ImageFeatures
 from mmalign.training.parallel import Ranks
 from mmalign.training.ranges import stage
 
@@ -37,8 +38,14 @@ from mmalign.training.ranges import stage
 class ParallelModel:
     """The model as the loop runs it. Make it before the optimizer: parameters become shards."""
 
-    def __init__(self, model: Llava, config: TrainConfig, ranks: Ranks):
-        self.config, self.ranks = config.parallel, ranks
+    def __init__(
+        self,
+        model: Llava,
+        config: TrainConfig,
+        ranks: Ranks,
+        image_features: ImageFeatures | None = None,
+    ):
+        self.config, self.ranks, self.image_features = config.parallel, ranks, image_features
         self.sharded = is_sharded(config.parallel, ranks)
         self.replica: nn.Module = model
         if self.sharded:
@@ -60,6 +67,8 @@ class ParallelModel:
         with stage("copy to device"):
             batch = to_device(batch, self.ranks.device)
         with stage("forward"):
+            if self.image_features:
+                batch = self.image_features.complete(batch)
             share = self.replica(batch) / num_loss_tokens
         with stage("backward"):
             # gradients are averaged over the ranks, so each share is scaled up by their number
