@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluate import find_weights
-from mmalign.evaluation.results import PROTOCOL, describe_model
+from mmalign.evaluation.results import PROTOCOL, describe_model, make_folder
 from mmalign.evaluation.tables import make_table, open_console
 from mmalign.evaluation.tasks import GENERATION_TASK
 from mmalign.evaluation.truthfulqa_generation import (
@@ -18,6 +19,7 @@ from mmalign.evaluation.truthfulqa_generation import (
     METRICS,
     OPTIONS,
     Question,
+    Similarity,
     describe_data,
     load_questions,
     load_similarity,
@@ -48,35 +50,30 @@ def evaluate_written_answers(
     generate. Writes output/truthfulqa_gen.jsonl, then output/truthfulqa_gen.json. Prints progress
     and a table unless quiet. Raises UserError for anything wrong with what was given.
     """
-    weights, output, similarity = find_weights(model), Path(output), load_similarity()
+    weights, similarity = find_weights(model), load_similarity()
     questions, target = load_questions(data_root, limit), choose_device(device)
     tokenizer, max_length = Tokenizer.from_pretrained(weights), _max_length(weights)
-    prompts = _encode(questions, tokenizer, max_length)
+    prompts, output = _encode(questions, tokenizer, max_length), make_folder(output)
     config = {"model": str(model), "weights": str(weights), "data": describe_data(data_root)}
     config |= PROTOCOL | {"score": "BLEU and ROUGE, 0 to 100", "generation": asdict(OPTIONS)}
     config |= {"limit": limit, "cache_tokens": cache_tokens}
     config |= describe_model(tokenizer, max_length, precision)
+    config["versions"] |= {name: version(name) for name in ("sacrebleu", "rouge-score")}
     started = time.perf_counter()
     decoder = load_decoder(weights, DTYPES[precision]).to(target)
     loaded = time.perf_counter()
     llava = Llava(decoder, None, None, tokenizer)
     answers = generate(llava, tokenizer, prompts, OPTIONS, cache_tokens, progress=not quiet)
     seconds = {"load": loaded - started, "generate": time.perf_counter() - loaded}
-    rows = [
-        score_answer(question, answer.text.strip(), similarity)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    constant = [score_answer(question, CONSTANT_ANSWER, similarity) for question in questions]
-    summary = summarize(rows, constant)
-    summary["num_unfinished"] = sum(answer.reason == "length" for answer in answers)
+    rows, summary = _score(questions, answers, similarity)
     results = {
         GENERATION_TASK: summary,
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "config": config,
     }
-    _write(Path(output), questions, answers, rows, results)
+    _write(output, questions, answers, rows, results)
     if not quiet:
-        print_scores(results, Path(output))
+        print_scores(results, output)
     return results
 
 
@@ -95,6 +92,17 @@ def _encode(questions: Sequence[Question], tokenizer: Tokenizer, max_length: int
     return prompts
 
 
+def _score(
+    questions: Sequence[Question], answers: Sequence[Generation], similarity: Similarity
+) -> tuple[list[dict], dict]:
+    """Scores of each answer, and their summary."""
+    pairs = zip(questions, answers, strict=True)
+    rows = [score_answer(question, answer.text.strip(), similarity) for question, answer in pairs]
+    constant = [score_answer(question, CONSTANT_ANSWER, similarity) for question in questions]
+    num_unfinished = sum(answer.reason == "length" for answer in answers)
+    return rows, summarize(rows, constant) | {"num_unfinished": num_unfinished}
+
+
 def _write(
     output: Path,
     questions: Sequence[Question],
@@ -103,7 +111,6 @@ def _write(
     results: dict,
 ) -> None:
     """truthfulqa_gen.json appears last and whole: it stands for a finished evaluation."""
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{GENERATION_TASK}.json"
     path.unlink(missing_ok=True)
     lines = [
