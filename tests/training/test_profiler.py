@@ -60,7 +60,8 @@ def profile_md(run_dir) -> str:
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_profile_changes_nothing_and_adds_up(small_world, tmp_path, stage):
-    plain = small_config(small_world, tmp_path / "plain", stage, micro_batch_tokens=700)
+    settings = dict(global_batch_size=32, micro_batch_tokens=700)
+    plain = small_config(small_world, tmp_path / "plain", stage, **settings)
     profiled = replace(plain, run_dir=tmp_path / "profiled", profile="3:5")
     train(plain)
     train(profiled)
