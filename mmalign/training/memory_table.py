@@ -15,6 +15,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.recompute import POLICIES
 from mmalign.training.flops import Workload
 from mmalign.training.memory_plan import CONTEXT_BYTES, STEP, MemoryPlan
+from mmalign.training.optimizer import check_update_in_backward
 from mmalign.training.parallel import Ranks
 from mmalign.training.run_folder import as_begun
 
@@ -172,6 +173,7 @@ def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
 
 def plan_run(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Before anything is loaded: config with every "auto" decided, or UserError."""
+    check_update_in_backward(config.optimizer, ranks.world_size)
     capacity, where = _free_memory(ranks)
     config = as_begun(config)
     plan = MemoryPlan(config, workload_of(config), capacity, ranks.device.type, ranks.world_size)

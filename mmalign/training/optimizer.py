@@ -57,8 +57,8 @@ class AdamW:
         self._names = list(parameters)
         self._armed: tuple[float, Tensor | None] | None = None
         self._norms: list[Tensor] = []  # of the gradients that the backward pass has used up
+        check_update_in_backward(config, world_size)
         if config.update_in_backward:
-            _check_update_in_backward(config, world_size)
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(partial(self._use_up, name))
 
@@ -198,7 +198,10 @@ class AdamW:
         }
 
 
-def _check_update_in_backward(config: OptimizerConfig, world_size: int) -> None:
+def check_update_in_backward(config: OptimizerConfig, world_size: int) -> None:
+    """UserError for what it excludes."""
+    if not config.update_in_backward:
+        return
     if config.max_grad_norm > 0:
         raise UserError(
             "--optimizer.update-in-backward updates a weight before the gradients of the others "
