@@ -4,6 +4,7 @@ import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -36,6 +37,7 @@ def instructions(library: Path, architecture: str) -> dict[str, Counter]:
     return {name: Counter(text) for name, text in programs(library, architecture).items()}
 
 
+@cache  # a listing takes seconds
 def programs(library: Path, architecture: str) -> dict[str, list[str]]:
     """Kernel -> its opcodes in the order of the program text."""
     text = _cuobjdump(library, "-arch", architecture, "-sass")
