@@ -102,6 +102,10 @@ def _remedies(config: TrainConfig, step: Step | None) -> str:
                 f"leave out long samples: a --data.max-length below {config.data.max_length} with "
                 "--data.on-bad-sample skip (needs a new --run-dir)"
             )
+    if step and (config.recompute, config.recompute_layers) != ("full", None):
+        knobs.append(f"--recompute mlp or full (now {config.recompute}): the same run continues")
+    if config.stage == "finetune" and config.lora.rank == 0 and config.optimizer.moments != "8bit":
+        knobs.append("--optimizer.moments 8bit (new --run-dir)")
     if config.precision == "fp32":
         knobs.append("--precision bf16 (new --run-dir) halves weights and activations")
     if config.stage == "finetune" and config.lora.rank == 0:

@@ -54,11 +54,13 @@ def test_the_step_is_told_with_its_numbers(small_world, tmp_path, monkeypatch, f
     message = str(caught.value)
     assert f"8 samples, {sum(lengths)} tokens" in message
     assert f"longest sample has {max(lengths)} tokens" in message
-    for knob in ("--micro-batch-tokens (now 700)", "--precision bf16", "--lora.rank"):
+    knobs = "--micro-batch-tokens (now 700)", "--recompute mlp or full (now none): the same run"
+    for knob in (*knobs, "--optimizer.moments 8bit", "--precision bf16", "--lora.rank"):
         assert knob in message
     assert "CUDA devices only" in message
     assert (tmp_path / "checkpoints" / "step_2").is_dir()
-    train(small_config(small_world, tmp_path, micro_batch_tokens=400))  # the advice can be followed
+    advised = {"micro_batch_tokens": 400, "recompute": "mlp"}
+    train(small_config(small_world, tmp_path, **advised))  # the advice can be followed
     assert len(losses(tmp_path)) == 6
 
 
@@ -72,12 +74,14 @@ def test_other_errors_pass_through(small_world, tmp_path):
 
 
 def test_turned_knobs_are_not_named(small_world, tmp_path):
-    config = small_config(small_world, tmp_path, "pretrain", precision="bf16")
+    turned = {"precision": "bf16", "recompute": "full"}
+    config = small_config(small_world, tmp_path, "pretrain", **turned)
     with pytest.raises(UserError, match="out of memory in building the model") as caught:
         with explain_out_of_memory(config, CPU):
             raise MemoryError
     message = str(caught.value)
-    assert "--precision" not in message and "--lora" not in message
+    for knob in ("--precision", "--lora", "--recompute", "--optimizer"):
+        assert knob not in message
     assert "--micro-batch-tokens" not in message and "--model.decoder" in message
 
 
