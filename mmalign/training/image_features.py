@@ -52,12 +52,12 @@ class ImageFeatures:
         )
 
     def _compute(self, uncached: Uncached, pixels: Tensor) -> Tensor:
+        features = self.cache.read(uncached.key)
+        if features is not None:  # made since the loader, which works ahead, looked it up
+            return features.to(pixels.device)
         if uncached.damaged:
-            log.warning(
-                "the features of %s in %s were damaged: computed again",
-                uncached.image,
-                self.cache.path(uncached.key),
-            )
+            path = self.cache.path(uncached.key)
+            log.warning("%s: damaged, so %s goes through the tower again", path, uncached.image)
         features = self.tower(pixels[None])
         if self.writes:
             try:

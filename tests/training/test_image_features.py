@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 from mmalign.config import ShortcutConfig
+from mmalign.data.feature_cache import FeatureCache, Uncached
 from mmalign.errors import UserError
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training import image_features
+from mmalign.training.image_features import ImageFeatures
 from mmalign.training.trainer import Trainer, train
 from tests.training.processes import start
 from tests.training.runs import exported_weights, losses, small_config
+from tests.training.saved import decoder_config, random_batch, small_model, train_config
 
 
 def keeping(world, run_dir, stage="pretrain", wanted=True, folder="", **changes):
@@ -76,7 +79,7 @@ def test_a_damaged_entry_is_computed_again_and_said(small_world, tmp_path, seen,
     again = replace(config, run_dir=tmp_path / "b")
     train(again)
     assert seen == [1] and victim.read_bytes() == whole
-    assert f"in {victim} were damaged: computed again" in caplog.text
+    assert f"{victim}: damaged, so {small_world.images}/" in caplog.text
     assert losses(config.run_dir) == losses(again.run_dir)
 
 
@@ -98,6 +101,18 @@ def test_changed_images_and_towers_are_not_taken_for_the_old_ones(small_world, t
     seen.clear()
     train(replace(config, run_dir=tmp_path / "d", precision="bf16"))  # another tower
     assert seen == [1] * 48 and len(list(folder.iterdir())) == 2
+
+
+def test_an_image_that_comes_twice_at_once_is_computed_once(tmp_path, seen):
+    model, batch = small_model(decoder_config(), train_config()), random_batch((40, 30), 2)
+    cache = FeatureCache.of(model.vision_tower, tmp_path)
+    expected = model.vision_tower(batch.pixel_values[:1])
+    uncached = Uncached(tmp_path / "image.png", "ab" * 32, damaged=False)
+    batch = replace(batch, image_features=torch.empty(0), uncached={0: uncached, 1: uncached})
+    seen.clear()
+    completed = ImageFeatures(cache, model.vision_tower).complete(batch)
+    assert seen == [1] and torch.equal(completed.image_features, torch.stack([expected] * 2))
+    assert len(completed.pixel_values) == len(completed.uncached) == 0
 
 
 def test_two_processes_share_a_folder_and_worker_processes_read_it(small_world, tmp_path):
