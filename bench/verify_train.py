@@ -1,8 +1,9 @@
 """Part train of gpu_verify.sh: optimizer steps of 7B and 3B recipes with random weights.
 
 A step is the recipe's global batch, cut into micro-batches of a given size, from packed batches in
-host memory to updated weights: copies, forward, backward, gradient norm, AdamW. What does not fit
-the card is recorded with the reason. The peers are those of bench_train_step.py.
+host memory to updated weights: copies, forward, backward, gradient norm, AdamW. The memory plan
+chooses the recomputation, and what it expects stands beside the peak in the record; what does not
+fit the card is recorded with the reason. The peers are those of bench_train_step.py.
 """
 
 import gc
@@ -10,7 +11,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 
@@ -29,13 +29,14 @@ from bench.samples import draw_samples
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.data.packing import PackedBatch, pack_samples
-from mmalign.model.decoder import Decoder
+from mmalign.errors import UserError
 from mmalign.model.llava import Llava
-from mmalign.model.projector import Projector
-from mmalign.model.vision_tower import VisionTower
+from mmalign.model.recompute import set_recompute
 from mmalign.recipes import RECIPES
 from mmalign.system import DTYPES
 from mmalign.training.flops import Workload, batch_flops
+from mmalign.training.memory_plan import MemoryPlan
+from mmalign.training.memory_table import capacity_of, check, flags_of, total_of
 from mmalign.training.optimizer import AdamW
 from mmalign.training.parallel import Ranks
 from mmalign.training.sharding import to_device
@@ -56,6 +57,16 @@ class Case:
     @property
     def config(self) -> TrainConfig:
         return RECIPES[self.recipe][1]
+
+    def plan(self, tokens: int, device: torch.device) -> MemoryPlan:
+        decoder = self.size.decoder
+        decoder = replace(decoder, vocab_size=decoder.vocab_size + NUM_IMAGE_TOKENS)
+        config = replace(self.config, micro_batch_tokens=tokens)
+        workload = Workload(decoder, self.size.vision, config.stage, config.lora)
+        capacity = 2**63
+        if device.type == "cuda":
+            capacity = torch.cuda.get_device_properties(device).total_memory
+        return MemoryPlan(config, workload, capacity, device.type)
 
     def title(self, tokens: int) -> str:
         precision = self.config.precision
@@ -92,62 +103,15 @@ def step_batches(
     ]
 
 
-# ---- memory ----
-
-
-def state_bytes(model: Llava) -> int:
-    """Weights, gradients and what the optimizer keeps: fp32 moments, and the masters' low bits."""
-    weights = sum(p.nbytes for p in model.parameters())
-    trained = model.trainable_parameters().values()
-    moments = sum(8 * p.numel() for p in trained)
-    remainders = sum(2 * p.numel() for p in trained if p.dtype == torch.bfloat16)
-    return weights + sum(p.nbytes for p in trained) + moments + remainders
-
-
-def activation_bytes(case: Case) -> int:
-    """Estimate for one token of a micro-batch, in bf16: what a layer keeps for its backward.
-
-    Always qkv, the attention's result, two residual streams, gate and up; where the weights learn,
-    or adapters on them, also the inputs of the products.
-    """
-    decoder = case.size.decoder
-    hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    numbers = sum(decoder.qkv_sizes) + decoder.qkv_sizes[0] + 2 * hidden + 2 * inner
-    if case.config.stage == "finetune":
-        numbers += 2 * hidden + inner
-    if case.config.lora.rank:  # a dropped-out copy and its mask for each of the seven adapters
-        numbers += round(1.5 * (3 * hidden + decoder.qkv_sizes[0] + 2 * hidden + inner))
-    return 2 * numbers * decoder.num_hidden_layers
-
-
-def meta_model(case: Case) -> Llava:
-    """The model without memory behind it, with what the recipe trains marked."""
-    config = replace(case.size.decoder, vocab_size=case.size.decoder.vocab_size + NUM_IMAGE_TOKENS)
-    first = case.size.image_token_id
-    tokens = SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
-    with torch.device("meta"):
-        tower = VisionTower(case.size.vision)
-        projector = Projector(case.size.vision.hidden_size, config.hidden_size)
-        model = Llava(Decoder(config), tower, projector, tokens)
-    model.to(DTYPES[case.config.precision]).set_stage(case.config)
-    return model
-
-
 # ---- measuring ----
 
 
 def measure_case(case: Case, options: verify.Options, measured: dict) -> Iterator[Record]:
     """A record for every size of micro-batch; from the first that does not fit on, the reason."""
     device = torch.device("cuda")
-    needed = state_bytes(meta_model(case))
-    total = torch.cuda.get_device_properties(device).total_memory
     model, reason = None, None
-    if needed > total:
-        reason = (
-            f"weights, gradients and optimizer state take {needed / 1e9:.0f} GB; "
-            f"the card has {total / 1e9:.0f} GB"
-        )
     for tokens in case.micro_batch_tokens:
+        reason = reason or why_it_cannot_fit(case.plan(tokens, device))
         if reason is None and options.seconds_left < SECONDS_A_CASE:
             reason = "the part's 8 minutes were over"
         if reason is None:
@@ -159,6 +123,15 @@ def measure_case(case: Case, options: verify.Options, measured: dict) -> Iterato
                 reached = torch.cuda.max_memory_allocated() / 1e9
                 reason = f"out of memory with {tokens} tokens a micro-batch, after {reached:.0f} GB"
         yield Record(BENCHMARK, case.title(tokens), "step", "mmalign", None, skipped=reason)
+
+
+def why_it_cannot_fit(plan: MemoryPlan) -> str | None:
+    try:
+        check(plan)
+    except UserError:
+        needed = total_of(replace(plan, config=plan.recommend()))
+        return f"{needed:.0f} GB are planned; the card has {plan.capacity / 1e9:.0f} GB"
+    return None
 
 
 def build_model(case: Case, device: torch.device) -> Llava:
@@ -178,6 +151,10 @@ def measure_steps(
 ) -> Record:
     """The record of one size of micro-batch; num_samples stands in for the recipe's batch."""
     device = next(model.parameters()).device
+    plan = case.plan(micro_batch_tokens, device)
+    chosen = plan.recommend()
+    set_recompute(model.decoder, chosen.recompute, chosen.recompute_layers)
+    planned = plan.at(micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
     batches = step_batches(case, micro_batch_tokens, num_samples)
     optimizer = AdamW(model.trainable_parameters(), case.config.optimizer)
     with Telemetry(case.config, Ranks(0, 1, device)) as telemetry:
@@ -186,11 +163,14 @@ def measure_steps(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = [optimizer_step(model, optimizer, batches, device) for _ in range(rounds[1])]
-        work = step_work(case, model, batches)
+        work = step_work(plan.workload, batches)
         median = statistics.median(seconds)
         said = telemetry.record(**work, seconds=median, data_seconds=0.0)
     reference = measured["matrix_reference"]
-    extra = work | {"micro_batches": len(batches), "state_bytes": state_bytes(model)}
+    # the peak is of tensors: it has neither CUDA's context nor what fragmentation takes
+    tensors = sum(planned.values()) - planned["context"] - planned["fragmentation"]
+    decided = {"recompute": flags_of(chosen), "planned_bytes": tensors}
+    extra = work | {"micro_batches": len(batches)} | decided
     return Record(
         BENCHMARK,
         case.title(micro_batch_tokens),
@@ -208,8 +188,7 @@ def measure_steps(
     )
 
 
-def step_work(case: Case, model: Llava, batches: list[PackedBatch]) -> dict[str, int]:
-    workload = Workload.of(model, case.config)
+def step_work(workload: Workload, batches: list[PackedBatch]) -> dict[str, int]:
     return {
         "tokens": sum(len(batch.input_ids) for batch in batches),
         "samples": sum(len(batch.cu_seqlens) - 1 for batch in batches),
@@ -269,15 +248,16 @@ def dry_run(options: verify.Options) -> list[str]:
 
 
 def on_paper(case: Case) -> str:
-    """Size, memory and FLOPs of the case's largest micro-batch."""
-    model, tokens = meta_model(case), max(case.micro_batch_tokens)
-    sizes = [p.numel() / 1e9 for p in model.parameters()]
-    trained = [p.numel() / 1e9 for p in model.trainable_parameters().values()]
-    flops = step_work(case, model, step_batches(case, tokens))["flops"]
+    """Size, memory and FLOPs of the case's largest micro-batch, on an H100 of 80 GB."""
+    tokens = max(case.micro_batch_tokens)
+    plan = case.plan(tokens, torch.device("cpu"))
+    plan = replace(plan, device_type="cuda", capacity=capacity_of("h100-80g"))
+    plan = replace(plan, config=plan.recommend())
+    trained = sum(x.numel for x in plan.parameters if x.trained) / 1e9
+    flops = step_work(plan.workload, step_batches(case, tokens))["flops"]
     return (
-        f"{case.title(tokens)}: {sum(sizes):.2f} B parameters, {sum(trained):.3f} B trained, "
-        f"{state_bytes(model) / 1e9:.1f} GB of state, about "
-        f"{activation_bytes(case) * tokens / 1e9:.0f} GB of activations, "
+        f"{case.title(tokens)}: {sum(x.numel for x in plan.parameters) / 1e9:.2f} B parameters, "
+        f"{trained:.3f} B trained, {total_of(plan):.0f} GB with {flags_of(plan.config)}, "
         f"{flops / 1e12:.0f} TFLOP a step"
     )
 
