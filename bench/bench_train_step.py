@@ -1,6 +1,7 @@
 """A training step of both stages: ours on packed samples, Hugging Face's on padded batches.
 
-Same weights, precision, threads and optimizer; the losses on the same samples are compared first.
+Same weights, precision, threads, optimizer and bytes of its state; the losses on the same samples
+are compared first.
 Every side steps over one typical batch (samples.typical_step): random batches for us and for
 Hugging Face, and for "grouped by length" one as transformers' LengthGroupedSampler forms them, of
 the same mean length. On a GPU also with Liger's kernels, and with the recomputation of activations
@@ -23,15 +24,20 @@ from bench.train_sides import (
     HuggingFaceStep,
     MmalignStep,
     hugging_face_model,
+    optimizer_config,
     packed_batches,
     padded_batch,
     peak_bytes,
     step_flops,
 )
+from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.model.llava import Llava
+from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
-from mmalign.training.flops import peak_bf16_flops
+from mmalign.training.flops import Workload, peak_bf16_flops
+from mmalign.training.memory_plan import MemoryPlan
+from mmalign.training.memory_table import flags_of
 
 OURS = "mmalign"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative
@@ -83,6 +89,7 @@ class TrainStep:
     rounds: int = 3
     peaks: dict[str, int] = field(default_factory=dict)  # by variant, on a CPU
     resident: dict[str, int] = field(default_factory=dict)  # before a step, on a GPU
+    recompute: str = ""  # what our side computes again to fit a GPU
 
     part, benchmark, direction = "train", "train_step", "step"
 
@@ -113,6 +120,8 @@ class TrainStep:
 
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
         model = random_llava(self.of.size, self.of.stage, device, DTYPES[self.of.precision])
+        if device.type == "cuda":
+            self._recompute_to_fit(model, torch.cuda.get_device_properties(device).total_memory)
         theirs = self._models(variants, model)
         wrong = self._disagreement(model, theirs, device)
         steps = {name: self._step(name, model, theirs, device) for name in variants}
@@ -128,6 +137,21 @@ class TrainStep:
         )
 
     # ---- the sides ----
+
+    def _recompute_to_fit(self, model: Llava, capacity: int) -> None:
+        """Of our side as little as the memory plan asks for; the peers' choices are variants."""
+        config = TrainConfig(
+            stage=self.of.stage,
+            optimizer=optimizer_config(DTYPES[self.of.precision]),
+            global_batch_size=self.of.batch_size,
+            micro_batch_tokens=self.of.micro_batch_tokens,
+            precision=self.of.precision,
+            recompute="auto",
+        )
+        plan = MemoryPlan(config, Workload.of(model, config), capacity, "cuda")
+        chosen = plan.recommend()
+        set_recompute(model.decoder, chosen.recompute, chosen.recompute_layers)
+        self.recompute = flags_of(chosen)
 
     def _models(
         self, variants: Sequence[str], model: Llava
@@ -233,6 +257,8 @@ class TrainStep:
             "threads": torch.get_num_threads(),
             "malloc": " ".join(f"{n}={os.environ[n]}" for n in MALLOC if n in os.environ),
         }
+        if peer is None and self.recompute:
+            extra["recompute"] = self.recompute
         if variant in self.peaks:
             extra["step_memory_bytes"] = self.peaks[variant]
         if variant in self.resident:
