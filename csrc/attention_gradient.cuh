@@ -31,57 +31,90 @@ __device__ __forceinline__ void make_tables(const Preparation<T>& to, const Grad
   }
 }
 
+// Eight pairs of columns of a head, and of what is beside a query.
+struct PairsOfHead {
+  Packed x[2], out[2], grad_out[2];
+};
+
+// Where a thread of the preparation is: a token, if there is one, and eight pairs of its columns.
+struct PlaceOfToken {
+  int64_t token;
+  int chunk;
+  bool inside;
+};
+
+template <class T, int kHeadDim>
+__device__ __forceinline__ PairsOfHead load_pairs(const Preparation<T>& from,
+                                                  const GradientCall& call,
+                                                  const PlaceOfToken& place, int head,
+                                                  bool turning) {
+  const int64_t beside = (place.token * call.shape.num_heads + head) * kHeadDim + place.chunk * 8;
+  const int64_t own = place.token * call.columns() + head * kHeadDim + place.chunk * 8;
+  const bool query = place.inside && head < call.shape.num_heads;
+  PairsOfHead pairs;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int further = half * (kHeadDim / 2);
+    pairs.x[half] = load_streaming(from.qkv + own + further, place.inside && turning);
+    pairs.out[half] = load_streaming(from.out + beside + further, query);
+    pairs.grad_out[half] = load_streaming(from.grad_out + beside + further, query);
+  }
+  return pairs;
+}
+
+// The sum over a row of a head, by the threads that share it; whole warps.
+template <class Element, int kThreads>
+__device__ __forceinline__ float delta_of(const PairsOfHead& pairs) {
+  float delta = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    delta += dot<Element>(bits_as<Chunk>(pairs.out[half]), bits_as<Chunk>(pairs.grad_out[half]));
+#pragma unroll
+  for (int with = 1; with < kThreads; with *= 2)
+    delta += __shfl_xor_sync(0xffffffffu, delta, with);
+  return delta;
+}
+
+template <class T>
+__device__ __forceinline__ void store_figures(const Preparation<T>& to, const GradientCall& call,
+                                              int64_t token, int head, float delta) {
+  const int64_t at = static_cast<int64_t>(head) * call.num_tokens + token;
+  to.figures[at] = to.logsumexp[token * call.shape.num_heads + head] * kLog2E;
+  to.figures[at + static_cast<int64_t>(call.shape.num_heads) * call.num_tokens] = delta;
+}
+
 // A thread has the same eight pairs of columns of a token's heads, and knows their angles.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kTurnThreads)
     prepare_gradient_kernel(const Preparation<T> to, const GradientCall call) {
   using Element = ElementOf<T>;
-  constexpr int kChunks = kHeadDim / 16, kTokens = kTurnThreads / kChunks, kHalf = kHeadDim / 2;
+  constexpr int kChunks = kHeadDim / 16, kHalf = kHeadDim / 2;
   if (blockIdx.y == 0)
     make_tables(to, call, blockIdx.x * kTurnThreads + threadIdx.x, gridDim.x * kTurnThreads);
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kChunks;
-  const bool inside = token < call.num_tokens;  // the sums below need whole warps
-  const int chunk = threadIdx.x % kChunks;
-  const int64_t angle =
-      static_cast<int64_t>(inside ? call.position_ids[token] : 0) * kHalf + chunk * 8;
-  const Angles cos = load_angles(call.cos + angle), sin = load_angles(call.sin + angle);
-  const int num_heads = call.shape.num_heads, turning = num_heads + call.shape.num_key_heads;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kTurnThreads + threadIdx.x;
+  const PlaceOfToken place = {thread / kChunks, static_cast<int>(threadIdx.x % kChunks),
+                              thread / kChunks < call.num_tokens};
+  const int64_t position = place.inside ? call.position_ids[place.token] : 0;
+  const Angles cos = load_angles(call.cos + position * kHalf + place.chunk * 8);
+  const Angles sin = load_angles(call.sin + position * kHalf + place.chunk * 8);
+  const int turning = call.shape.num_heads + call.shape.num_key_heads;
   const int begin = blockIdx.y * kHeadsOfPreparation;
   const int end = min(begin + kHeadsOfPreparation, turning);
-  const T* from = to.qkv + token * call.columns() + chunk * 8;
-  T* turned = to.turned + token * turning * kHeadDim + chunk * 8;
-  const int64_t row = token * num_heads;
+  T* turned = to.turned + place.token * turning * kHeadDim + place.chunk * 8;
 #pragma unroll 1
   for (int first = begin; first < end; first += kPrepared) {
-    Packed x[kPrepared][2], out[kPrepared][2], grad[kPrepared][2];
+    PairsOfHead pairs[kPrepared];
 #pragma unroll
     for (int i = 0; i < kPrepared; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int head = first + i;
-        const int64_t beside = (row + head) * kHeadDim + chunk * 8 + half * kHalf;
-        const bool query = inside && head < num_heads;
-        x[i][half] = load_streaming(from + head * kHeadDim + half * kHalf, inside && head < end);
-        out[i][half] = load_streaming(to.out + beside, query);
-        grad[i][half] = load_streaming(to.grad_out + beside, query);
-      }
+      pairs[i] = load_pairs<T, kHeadDim>(to, call, place, first + i, first + i < end);
 #pragma unroll
     for (int i = 0; i < kPrepared; ++i) {
       const int head = first + i;
-      float delta = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        delta += dot<Element>(bits_as<Chunk>(out[i][half]), bits_as<Chunk>(grad[i][half]));
-#pragma unroll
-      for (int with = 1; with < kChunks; with *= 2)
-        delta += __shfl_xor_sync(0xffffffffu, delta, with);
-      if (!inside || head >= end) continue;
-      if (chunk == 0 && head < num_heads) {
-        const int64_t figure = static_cast<int64_t>(head) * call.num_tokens + token;
-        to.figures[figure] = to.logsumexp[row + head] * kLog2E;
-        to.figures[figure + static_cast<int64_t>(num_heads) * call.num_tokens] = delta;
-      }
-      Chunk low = bits_as<Chunk>(x[i][0]), high = bits_as<Chunk>(x[i][1]);
+      const float delta = delta_of<Element, kChunks>(pairs[i]);
+      if (!place.inside || head >= end) continue;
+      if (place.chunk == 0 && head < call.shape.num_heads)
+        store_figures(to, call, place.token, head, delta);
+      Chunk low = bits_as<Chunk>(pairs[i].x[0]), high = bits_as<Chunk>(pairs[i].x[1]);
       turn_chunks<Element>(low, high, cos, sin);
       store_chunk(turned + head * kHeadDim, low);
       store_chunk(turned + head * kHeadDim + kHalf, high);

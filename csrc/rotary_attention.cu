@@ -29,8 +29,8 @@
 // whole: 64 keys too many for each query, beside the S / 2 that it sees.
 //
 // bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are no multiple of TMA's 16)
-// are refused; Triton computes them. out and logsumexp lie as Triton's do, so either's backward pass
-// takes them: rotary_attention_backward.cu, rotary_triton.py.
+// are refused; Triton computes them. out and logsumexp lie as Triton's do: the backward pass of
+// either takes them (rotary_attention_backward.cu, rotary_triton.py).
 //
 // Beats: unmeasured, so Triton stays the default. Expected: 1.5 times torch's variable-length
 // FlashAttention-2 (after a rotation of its own) at samples of 512 to 1,024 tokens.

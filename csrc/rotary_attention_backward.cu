@@ -11,7 +11,7 @@
 // and delta by heads, and two tables of work (attention_schedule.h). Then two persistent kernels of
 // one make (attention_gradient_block.h): one owns queries and writes dq, one owns keys, meets the
 // queries of all heads of its group in a fixed order, and writes dk and dv. A thread fetches pairs
-// of tiles by TMA, two warpgroups own 64 rows each. Scores stand with the owned rows first, so p and
+// of tiles by TMA, two warpgroups own 64 rows each. Scores stand with the owned rows first: p and
 // ds go straight from accumulators into the next product, as its left operand in registers. Each
 // warpgroup passes over pairs of tiles that the causal mask hides whole.
 //
@@ -92,12 +92,15 @@ void launch(Backward backward) {
   ScheduledSample* key_table = query_table + entries;
   call.figures = data<const float>(figures);
 
-  const Preparation<T> preparation = {
-      data<const T>(qkv),           data<const T>(backward.out),
-      data<const T>(backward.grad_out), data<const float>(backward.logsumexp),
-      data<const int>(backward.cu_seqlens), data<T>(turned),
-      data<float>(figures),         query_table,
-      key_table};
+  const Preparation<T> preparation = {data<const T>(qkv),
+                                      data<const T>(backward.out),
+                                      data<const T>(backward.grad_out),
+                                      data<const float>(backward.logsumexp),
+                                      data<const int>(backward.cu_seqlens),
+                                      data<T>(turned),
+                                      data<float>(figures),
+                                      query_table,
+                                      key_table};
   const dim3 grid(ceil_div<int64_t>(rows, kTurnThreads / (kHeadDim / 16)),
                   ceil_div<int64_t>(turning, kHeadsOfPreparation));
   prepare_gradient_kernel<T, kHeadDim><<<grid, kTurnThreads, 0, stream>>>(preparation, call);
@@ -112,6 +115,25 @@ void check_output(const char* argument, const Tensor& tensor, const Tensor& qkv,
   Argument(kName, argument, tensor).typed({qkv.scalar_type()}).contiguous();
 }
 
+// Returns head_dim.
+int64_t check_backward(const Tensor& grad_out, const Tensor& qkv, const Tensor& out,
+                       const Tensor& logsumexp, const Tensor& cos, const Tensor& sin,
+                       const Tensor& position_ids, const Tensor& cu_seqlens, int64_t num_heads,
+                       int64_t num_key_heads) {
+  const int64_t head_dim = check_attention_shapes(kName, qkv, cos, sin, position_ids, cu_seqlens,
+                                                  num_heads, num_key_heads);
+  check_output("grad_out", grad_out, qkv, num_heads * head_dim);
+  check_output("out", out, qkv, num_heads * head_dim);
+  Argument(kName, "logsumexp", logsumexp).shaped({qkv.size(0), num_heads}, "qkv");
+  Argument(kName, "logsumexp", logsumexp).typed({ScalarType::Float}).contiguous();
+  check_attention_device(kName, qkv, cos, sin, position_ids, cu_seqlens);
+  const Argument first(kName, "qkv", qkv);
+  Argument(kName, "grad_out", grad_out).beside(first).aligned(kVectorBytes);
+  Argument(kName, "out", out).beside(first).aligned(kVectorBytes);
+  Argument(kName, "logsumexp", logsumexp).beside(first);
+  return head_dim;
+}
+
 }  // namespace
 
 Tensor rotary_attention_bwd(const Tensor& grad_out, const Tensor& qkv, const Tensor& out,
@@ -119,17 +141,9 @@ Tensor rotary_attention_bwd(const Tensor& grad_out, const Tensor& qkv, const Ten
                             const Tensor& position_ids, const Tensor& cu_seqlens,
                             int64_t num_attention_heads, int64_t num_key_value_heads,
                             bool causal) {
-  const int64_t head_dim = check_attention_shapes(kName, qkv, cos, sin, position_ids, cu_seqlens,
-                                                  num_attention_heads, num_key_value_heads);
-  check_output("grad_out", grad_out, qkv, num_attention_heads * head_dim);
-  check_output("out", out, qkv, num_attention_heads * head_dim);
-  Argument(kName, "logsumexp", logsumexp).shaped({qkv.size(0), num_attention_heads}, "qkv");
-  Argument(kName, "logsumexp", logsumexp).typed({ScalarType::Float}).contiguous();
-  check_attention_device(kName, qkv, cos, sin, position_ids, cu_seqlens);
-  const Argument first(kName, "qkv", qkv);
-  Argument(kName, "grad_out", grad_out).beside(first).aligned(kVectorBytes);
-  Argument(kName, "out", out).beside(first).aligned(kVectorBytes);
-  Argument(kName, "logsumexp", logsumexp).beside(first);
+  const int64_t head_dim =
+      check_backward(grad_out, qkv, out, logsumexp, cos, sin, position_ids, cu_seqlens,
+                     num_attention_heads, num_key_value_heads);
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   check_hopper(kName);
   const Tensor grad = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1)});
@@ -146,7 +160,7 @@ Tensor rotary_attention_bwd(const Tensor& grad_out, const Tensor& qkv, const Ten
   call.num_tokens = static_cast<int>(qkv.size(0));
   call.num_samples = static_cast<int>(cu_seqlens.size(0)) - 1;
   call.root = static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
-  call.scale = kLog2E * call.root;
+  call.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(head_dim)));
   call.causal = causal;
   const bool is_half = qkv.scalar_type() == ScalarType::Half;
   if (head_dim == 64)
