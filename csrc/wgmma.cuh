@@ -41,8 +41,8 @@ __device__ __forceinline__ void hold(uint32_t (&operands)[kSteps][4]) {
 }
 
 // d += a * b; with adds = false d = a * b. d (64, N), as accumulator_row and _column say; a
-// (64, 16) and b (N, 16) by descriptor, or a in registers as operand_row and _column say. kTransposed: b
-// lies as (16, N).
+// (64, 16) and b (N, 16) by descriptor, or a in registers as operand_row and _column say.
+// kTransposed: b lies as (16, N).
 template <class T, int N, bool kTransposed = false>
 struct Wgmma;
 
