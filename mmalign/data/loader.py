@@ -7,6 +7,7 @@ size and may reach into the next epoch, and a run continues from its step number
 
 import heapq
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -192,6 +193,7 @@ class StepLoader:
             sampler=_Sampler(self, planned),
             num_workers=num_workers,
             prefetch_factor=2 if num_workers else None,
+            worker_init_fn=_leave_process_group,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # otherwise it draws from the global generator
         )
@@ -286,6 +288,14 @@ class _MicroBatches:
         image_token_id = dataset.tokenizer.image_token_id
         features = features if self.cache else None
         return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length, features))
+
+
+def _leave_process_group(worker: int) -> None:
+    """Launchers and terminals ask whole groups to stop; a run needs its workers for its last step.
+
+    A worker ends with the process that started it, in whatever group.
+    """
+    os.setpgid(0, 0)
 
 
 def timed(steps: StepLoader) -> Iterator[tuple[Step, float]]:

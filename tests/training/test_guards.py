@@ -1,5 +1,6 @@
 """Steps that are not finite, losses that jump, processes that are stuck, signals."""
 
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -190,14 +191,20 @@ def test_a_run_folder_that_not_all_nodes_see_is_refused(small_world, tmp_path, m
         assert "--run-dir run: what process 0 writes there is not seen by process 1 on" in text
 
 
+def in_a_group_of_its_own(rank: int) -> None:
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # as where no test has started it
+
+
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(small_world, tmp_path, sharding):
-    config = small_config(small_world, tmp_path / "run", num_steps=5000)
+    """torchrun sends it to the process's group, where the loader's workers are, too."""
+    config = small_config(small_world, tmp_path / "run", num_steps=5000, data={"num_workers": 1})
     config = replace(config, parallel=ParallelConfig(sharding=sharding))
-    running = start(config, 2)
+    running = start(config, 2, in_a_group_of_its_own)
     wait_for_steps(running, config.run_dir, 2)
     number = signal.SIGTERM if sharding == "none" else signal.SIGUSR1
-    os.kill(running.processes[1].pid, number)
+    os.killpg(running.processes[1].pid, number)
     assert running.wait() == [1, 1]
     done = len(losses(config.run_dir))
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == [f"step_{done}"]
