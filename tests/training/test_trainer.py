@@ -48,7 +48,7 @@ def command_line(config, *launcher: str) -> list[str]:
 
 
 def run_command(command: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
     return subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
