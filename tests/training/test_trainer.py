@@ -48,7 +48,8 @@ def command_line(config, *launcher: str) -> list[str]:
 
 
 def run_command(command: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
+    environment = os.environ | threads
     return subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )
