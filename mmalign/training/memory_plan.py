@@ -1,10 +1,12 @@
 """What a run needs of one device's memory, and the largest micro-batch that fits, from shapes.
 
-LLaMA2-7B, bf16, on 80 GB, against estimates that count 2.98 MB of activations a token where no
-product is computed again: `elementwise` keeps 3.0 MB (8.9k, 16k and 54k tokens fit beside 8 bytes a
-weight, for elementwise, mlp and full; estimated 8.1k, 14k, 51k), because rows without a target skip
-most of the last layer, which makes room for the norms' inputs and the attention's statistics.
-`none` keeps 4.2 MB: the results of RMSNorm and SwiGLU, too, which weight gradients read (6.4k).
+LLaMA2-7B in bf16 on an H100 of 80 GB: tokens that fit with `elementwise`, `mlp` and `full` beside 8
+bytes a weight are 8.9k, 16k and 54k, where performance estimates by hand said 8.1k, 14k and 51k;
+beside 6 bytes 13k, 23k and 78k, by hand 12k, 22k and 77k; stage 1 with `none` 22k, by hand 20k. By
+hand the card had 82 GB, CUDA reports 84.9; a token of `elementwise` took 3.23 MB, here 3.16, of
+which 0.12 are fragmentation. `none` takes 4.4 MB in stage 2 (6.4k tokens): weight gradients read
+the results of RMSNorm and SwiGLU, too.
+
 Besides, lm_head's gradient is held in fp32 from the forward pass on (0.5 GB), and summing gradients
 over micro-batches needs another one of the largest matrix. update_in_backward frees gradients only
 where a step is one micro-batch; otherwise they are counted whole. DDP holds all gradients in its

@@ -1,5 +1,6 @@
 """The memory plan in words: for a device by name, as a table, and before a run begins."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -187,9 +188,11 @@ def plan_run(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 def _free_memory(ranks: Ranks) -> tuple[int, str]:
     """Bytes that this process may use, and of what."""
     if ranks.device.type == "cuda":
+        gc.collect()  # what an earlier stage of this process has left
         free, whole = torch.cuda.mem_get_info(ranks.device)
-        # the plan counts this process's context, which is not free any more
-        return min(free + CONTEXT_BYTES["cuda"], whole), "free on the GPU"
+        # not free, but ours: the context, which the plan counts, and what the allocator keeps
+        kept = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
+        return min(free + kept + CONTEXT_BYTES["cuda"], whole), "free on the GPU"
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     path = Path("/proc/meminfo")
     if path.exists():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 from mmalign.config import OptimizerConfig, TrainConfig
@@ -18,6 +19,7 @@ from mmalign.training.activations import Activations, MicroBatch
 from mmalign.training.flops import Workload
 from mmalign.training.memory_plan import MemoryPlan
 from mmalign.training.optimizer import AdamW
+from mmalign.training.parallel import Ranks
 from mmalign.training.published import published_workload
 from mmalign.training.trainer import train
 from tests.training.runs import small_config
@@ -211,6 +213,20 @@ def test_a_run_refuses_before_it_loads_anything(small_world, tmp_path, monkeypat
     with pytest.raises(UserError, match="does not fit"):
         train(small_config(small_world, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "expected"),
+    [(84, 0, 85), (18, 66, 85), (30, 10, 41)],
+    ids=["a new process", "after another stage", "beside another process"],
+)
+def test_free_memory_of_a_gpu(monkeypatch, free, kept, expected):
+    """In GB, of a card with 85: the allocator's cache is ours, another process's memory is not."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 10**9, 85 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (kept + 3) * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * 10**9)
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    assert memory_table._free_memory(ranks) == (expected * 10**9, "free on the GPU")
 
 
 def test_a_run_takes_the_recommendation(small_world, tmp_path, caplog):
