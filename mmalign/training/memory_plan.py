@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from mmalign_kernels.block_quantization import num_blocks
+from mmalign_kernels.block_quantization import BLOCK, num_blocks
 
 from mmalign.config import TrainConfig
 from mmalign.model.recompute import POLICIES, Recompute
@@ -137,6 +137,14 @@ class MemoryPlan:
         if parallel.sharding == "full":
             return self.world_size
         return parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    @property
+    def unshardable(self) -> tuple[int, ...] | None:
+        """Shape of a matrix whose 8-bit moments cannot be cut: its rows are no whole blocks."""
+        if self.num_shards == 1 or self.config.optimizer.moments != "8bit":
+            return None
+        cut = (x.shape for x in self.parameters if x.trained and x.unit != "replicated")
+        return next((shape for shape in cut if len(shape) > 1 and shape[-1] % BLOCK), None)
 
     def _local(self, x: Matrices) -> int:
         return x.numel if x.unit == "replicated" else -(-x.numel // self.num_shards)

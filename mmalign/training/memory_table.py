@@ -16,7 +16,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.recompute import POLICIES
 from mmalign.training.flops import Workload
 from mmalign.training.memory_plan import CONTEXT_BYTES, STEP, MemoryPlan
-from mmalign.training.optimizer import check_update_in_backward
+from mmalign.training.optimizer import cannot_shard_codes, check_update_in_backward
 from mmalign.training.parallel import Ranks
 from mmalign.training.run_folder import as_begun
 
@@ -103,6 +103,8 @@ def total_of(plan: MemoryPlan) -> float:
 
 def check(plan: MemoryPlan) -> TrainConfig:
     """plan.recommend(), or UserError with the table and the knobs where it does not fit."""
+    if plan.unshardable:
+        raise cannot_shard_codes("a matrix", plan.unshardable)
     chosen = plan.recommend()
     if _fits(plan, chosen):
         return chosen
@@ -129,7 +131,7 @@ def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
     def helps(plan: MemoryPlan = plan, **changes) -> bool:
         config = replace(plan.config, **changes)
         other = replace(plan, config=config, workload=replace(plan.workload, lora=config.lora))
-        return _fits(other, other.recommend())
+        return other.unshardable is None and _fits(other, other.recommend())
 
     most = plan.most_tokens(chosen.recompute, chosen.recompute_layers)
     if most:

@@ -234,13 +234,16 @@ def _scales(name: str, parameter: Parameter) -> Tensor:
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
     if len(shape) == 1:
-        raise UserError(
-            f"--optimizer.moments 8bit: the rows of {name} {tuple(parameter.shape)} are no whole "
-            f"blocks of {BLOCK}, so its scales cannot be sharded. Give --optimizer.moments bf16, "
-            "or --parallel.sharding none"
-        )
+        raise cannot_shard_codes(name, tuple(parameter.shape))
     mesh, placements = parameter.device_mesh, parameter.placements
     return zeros(shape, dtype=torch.float32, device_mesh=mesh, placements=placements)
+
+
+def cannot_shard_codes(name: str, shape: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"--optimizer.moments 8bit: the rows of {name} {shape} are no whole blocks of {BLOCK}, so "
+        "its scales cannot be sharded. Give --optimizer.moments bf16, or --parallel.sharding none"
+    )
 
 
 def _shard_index(parameter: Parameter) -> int:

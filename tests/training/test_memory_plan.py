@@ -208,6 +208,16 @@ def test_sharding_divides_the_state():
     assert quarter / alone.fixed()["optimizer state"] == pytest.approx(1 / 4, rel=0.01)
 
 
+def test_codes_that_cannot_be_sharded_are_refused_before_anything_is_loaded():
+    """OpenLLaMA-3B's down_proj has rows of 8640, which are 67.5 blocks of 128."""
+    parallel = replace(RECIPES["finetune-7b"][1].parallel, sharding="full")
+    optimizer = OptimizerConfig(moments="8bit")
+    changes = {"world_size": 8, "parallel": parallel, "optimizer": optimizer}
+    with pytest.raises(UserError, match=r"\(3200, 8640\) are no whole blocks of 128"):
+        memory_table.check(plan_of("finetune-open-llama-3b", **changes))
+    memory_table.check(plan_of("finetune-7b", **changes))
+
+
 def test_a_run_refuses_before_it_loads_anything(small_world, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_table, "_free_memory", lambda ranks: (10**6, "of free RAM"))
     with pytest.raises(UserError, match="does not fit"):
