@@ -32,6 +32,7 @@ class Heartbeat:
 
     def __init__(self, ranks: Ranks, timeout_minutes: float):
         self.ranks, self.patience = ranks, timeout_minutes * 60 * 0.8
+        self.interval = min(5.0, self.patience / 4)  # seconds between what a process tells
         self.place, self.since = (0, "starting"), time.monotonic()
         self.stopped = threading.Event()
         self.reported = None
@@ -60,7 +61,7 @@ class Heartbeat:
         self.place, self.since = (step, doing), time.monotonic()
 
     def _watch(self) -> None:
-        while not self.stopped.wait(min(5.0, self.patience / 4)):
+        while not self.stopped.wait(self.interval):
             try:
                 self._tell()
             except RuntimeError:  # the process that keeps the store has ended: the loop sees it too
@@ -72,7 +73,8 @@ class Heartbeat:
 
     def _tell(self) -> None:
         step, doing = self.place
-        self.store.set(str(self.ranks.rank), f"{step} {time.monotonic() - self.since:.0f} {doing}")
+        seconds = time.monotonic() - self.since
+        self.store.set(str(self.ranks.rank), f"{step} {seconds:.0f} {time.time():.0f} {doing}")
 
     def report(self) -> str:
         """Ranks by place, the one furthest behind first."""
@@ -82,13 +84,17 @@ class Heartbeat:
                 told = self.store.get(str(rank)).decode()
             except RuntimeError as error:
                 return f"no progress, and the process group's store does not answer: {error}"
-            step, seconds, doing = told.split(" ", 2)
-            places[int(step), PHASES.index(doing)].append((rank, int(seconds)))
+            step, seconds, when, doing = told.split(" ", 3)
+            silent = time.time() - int(when)
+            places[int(step), PHASES.index(doing)].append((rank, int(seconds), silent))
         parts = []
         for (step, phase), ranks in sorted(places.items()):
-            names = ", ".join(str(rank) for rank, _ in ranks)
-            seconds = max(seconds for _, seconds in ranks)
-            parts.append(f"rank {names} in step {step}, {PHASES[phase]} for {seconds} s")
+            names = ", ".join(str(rank) for rank, _, _ in ranks)
+            _, seconds, silent = (max(column) for column in zip(*ranks, strict=True))
+            part = f"rank {names} in step {step}, {PHASES[phase]} for {seconds} s"
+            if silent > 3 * self.interval:  # frozen or gone, with all its threads
+                part += f" when last heard of {silent:.0f} s ago"
+            parts.append(part)
         return f"no progress: {'; '.join(parts)}. Look at the first one's node and log"
 
 

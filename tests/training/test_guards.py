@@ -18,7 +18,9 @@ from mmalign.data.loader import StepLoader
 from mmalign.errors import UserError
 from mmalign.training import run_folder
 from mmalign.training.guards import LEAST, MOST_SKIPPED, LossWatch
+from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.metrics import read_metrics
+from mmalign.training.parallel import Ranks
 from mmalign.training.sharding import ParallelModel
 from mmalign.training.trainer import Trainer, train
 from tests.training.processes import Running, start
@@ -157,6 +159,20 @@ def test_a_stuck_process_is_named_with_its_step(small_world, tmp_path):
     assert named in waiting and "rank 0 in step 3, computing for" in waiting, waiting
     assert named in stuck
     assert (config.run_dir / "checkpoints" / "step_2").is_dir()
+
+
+def test_a_process_that_is_frozen_is_told_by_its_silence(monkeypatch):
+    store, now = torch.distributed.HashStore(), time.time()
+    for rank, step, when in ((1, 7, now - 100), (0, 8, now)):
+        monkeypatch.setattr(time, "time", lambda when=when: when)
+        beat = Heartbeat(Ranks(0, 1, torch.device("cpu")), timeout_minutes=1.0)
+        beat.ranks, beat.store = Ranks(rank, 2, torch.device("cpu")), store
+        beat.at(step, "computing")
+        beat._tell()
+    assert beat.report().startswith(
+        "no progress: rank 1 in step 7, computing for 0 s when last heard of 100 s ago; "
+        "rank 0 in step 8, computing for 0 s. "
+    )
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
