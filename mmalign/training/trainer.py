@@ -13,7 +13,8 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, num_steps_of, timed
+from mmalign.data.loader import Step, StepLoader, timed
+from mmalign.data.step_plan import num_steps_of
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
@@ -68,12 +69,8 @@ class Trainer:
         self.num_steps = config.num_steps or num_steps_of(
             len(self.report.kept), config.global_batch_size, config.num_epochs
         )
-        self.checkpoints = Checkpoints(
-            config.run_dir / "checkpoints",
-            config.checkpoint.keep,
-            ranks,
-            collective=is_sharded(config.parallel, ranks),
-        )
+        folder, sharded = config.run_dir / "checkpoints", is_sharded(config.parallel, ranks)
+        self.checkpoints = Checkpoints(folder, config.checkpoint.keep, ranks, collective=sharded)
         self.first_step = self.checkpoints.latest_step()
         self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
         self.prefix_ids = frozen_prefix(config, self.report)

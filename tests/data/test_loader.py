@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, StepPlan, micro_batches, num_steps_of
+from mmalign.data.loader import Step, StepLoader, micro_batches
+from mmalign.data.step_plan import StepPlan, num_steps_of
 from mmalign.errors import SampleError, UserError
 
 
