@@ -11,6 +11,7 @@ import tyro
 
 from mmalign.errors import UserError
 from mmalign.experiment import PAPER, TINY, run_experiment
+from mmalign.training.stop_signal import Stopped
 
 
 def main() -> None:
@@ -19,6 +20,9 @@ def main() -> None:
     experiment = tyro.extras.overridable_config_cli(presets, description=__doc__)
     try:
         report = run_experiment(experiment)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"\nDone. Read {report}; runs, exports and evaluations lie beside it.")
