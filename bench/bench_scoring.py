@@ -52,7 +52,7 @@ class Scoring:
     @property
     def case(self) -> str:
         source = "" if is_real() else "toy world's "
-        count = f"{self.limit} documents of each task"
+        count = f"about {self.limit} documents of each task"
         return f"{source}{' '.join(self.tasks)}, {count}, {self.size.name}, {self.precision}"
 
     @cached_property

@@ -6,6 +6,7 @@ pytest-benchmark through a clock that stands still in between. Its tables, --ben
 --benchmark-compare then speak of our measurements.
 """
 
+import os
 import shlex
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bench.record import Record, write_part
 from bench.table import tables
 from bench.timing import Timing, measure
 
+SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MMALIGN_BENCH_DOCUMENTS")
 UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a wrong row
 
 
@@ -188,6 +190,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     folder = config.getoption("--record")
     if folder is not None:
-        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+        settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+        command = shlex.join([*settings, "pytest", *map(str, config.invocation_params.args)])
         for path in measurements.write(folder, command):
             terminalreporter.write_line(f"records: {path}")

@@ -1,5 +1,6 @@
 """Documents to score: the real sets where a folder with them is at hand, else the toy world's."""
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -38,7 +39,22 @@ def tokenizer_model() -> Path:
 
 
 def documents(tasks: Sequence[str], limit: int) -> list[Document]:
-    """The first `limit` documents of each task (or of each task of a group, as `ethics`)."""
+    """About `limit` documents of each task (or of each task of a group, as `ethics`)."""
     root = REAL if is_real() else Path(_toy_folder().name)
-    found = load_documents(resolve_tasks(tasks), root, limit)
-    return [document for rows in found.values() for document in rows]
+    found = load_documents(resolve_tasks(tasks), root, None)
+    return [document for rows in found.values() for document in spread(rows, limit)]
+
+
+def spread(rows: Sequence[Document], limit: int) -> list[Document]:
+    """At least `limit` documents, at equal distances: a file may begin with its short ones.
+
+    Those about one scenario stay together, as they share a prefix.
+    """
+    groups: dict[tuple[str, int], list[Document]] = {}
+    for row in rows:
+        key = ("alone", row.doc_id) if row.group_id is None else ("group", row.group_id)
+        groups.setdefault(key, []).append(row)
+    mean = len(rows) / len(groups)
+    wanted = min(len(groups), math.ceil(limit / mean))
+    chosen = [list(groups.values())[i * len(groups) // wanted] for i in range(wanted)]
+    return [document for group in chosen for document in group]

@@ -11,9 +11,11 @@ from transformers import CLIPImageProcessor
 from bench import bench_data_loading, bench_scaling, bench_scoring, bench_train_step, samples
 from bench.bench_train_step import GROUPED, RANDOM, Case, TrainStep
 from bench.comparison import WrongResult
+from bench.examination import spread
 from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
 from bench.picture_files import write_files
 from bench.train_sides import HuggingFaceModel, hugging_face_model, peak_bytes
+from mmalign.evaluation.documents import Document
 
 CPU = torch.device("cpu")
 TINY = Size(
@@ -197,3 +199,15 @@ def test_memory_of_a_step_grows_with_its_samples():
     growth.figures("1 samples", 1.0, CEILINGS)
     assert growth.figures("8 samples", 8.0, CEILINGS).extra["time"] == "linear"
     assert growth.figures("8 samples", 12.0, CEILINGS).extra["time"] == "not linear"
+
+
+def test_documents_are_spread_over_the_file_and_groups_stay_whole():
+    def rows(size):
+        return [
+            Document("ethics_justice", i, ((f"{i}", " a"),), 0, i // size if size > 1 else None)
+            for i in range(100)
+        ]
+
+    assert [row.doc_id for row in spread(rows(1), 4)] == [0, 25, 50, 75]
+    assert [row.doc_id for row in spread(rows(4), 6)] == [0, 1, 2, 3, 48, 49, 50, 51]
+    assert spread(rows(4), 1000) == rows(4)
