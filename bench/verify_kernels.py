@@ -12,6 +12,7 @@ from bench import variants, verify
 
 PROGRAMS = {  # of whole programs: they belong to the parts train and evaluate
     *("bench_train_step.py", "bench_data_loading.py", "bench_scaling.py", "bench_scoring.py"),
+    "bench_shortcuts.py",
 }
 
 

@@ -43,7 +43,7 @@ from mmalign.training.sharding import to_device
 from mmalign.training.telemetry import Telemetry
 
 BENCHMARK = "train_recipe"
-PEERS = ("bench_train_step.py",)
+PEERS = ("bench_train_step.py", "bench_shortcuts.py")
 WARM_UP_STEPS, STEPS = 2, 5
 SECONDS_A_CASE = 45  # guessed, with compilation; a case that may not fit in is left out
 

@@ -30,6 +30,7 @@ EXTRAS = {  # of a row's extra: heading and format
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "documents_per_second": ("documents/s", "{:,.4g}"),
     "tokens_computed": ("tokens computed", "{:,}"),
+    "flops_needed": ("FLOPs needed", "{:.1%}"),
     "per_unit_over_least": ("a unit over the cheapest", "{:.2f}"),
     "time": ("time grows", "{}"),
     "memory": ("memory grows", "{}"),

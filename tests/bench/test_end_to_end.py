@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from bench import bench_data_loading, bench_scaling, bench_scoring, bench_train_step, samples
+from bench import (
+    bench_data_loading,
+    bench_scaling,
+    bench_scoring,
+    bench_shortcuts,
+    bench_train_step,
+    samples,
+)
 from bench.bench_train_step import GROUPED, RANDOM, Case, TrainStep
 from bench.comparison import WrongResult
 from bench.examination import spread
@@ -165,6 +172,20 @@ def test_a_hugging_face_llama_has_the_same_weights():
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
         torch.testing.assert_close(decoder.lm_head(hidden), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_shortcuts_compute_the_same_with_less(stage, monkeypatch):
+    compared = bench_shortcuts.Shortcuts(TINY, stage, 3, 4096, "fp32")
+    for call in compared.calls(compared.variants, CPU).calls.values():
+        call()
+    needed = [compared.figures(v, 1.0, CEILINGS).extra["flops_needed"] for v in compared.variants]
+    assert needed[-1] == 1 and all(share < 1 for share in needed[:-1])
+    assert needed[0] == min(needed)
+    losses = iter([1.0, 1.1, 1.0, 1.0])
+    monkeypatch.setattr(bench_shortcuts.MmalignStep, "loss", lambda step: next(losses))
+    with pytest.raises(WrongResult, match="loss 1.1"):
+        compared.calls(compared.variants, CPU)
 
 
 # ---- loading and growth ----
