@@ -62,7 +62,7 @@ class Shortcuts:
         return None
 
     def limits(self) -> Mapping[str, float | int]:
-        return {"budget_seconds": 0, "min_rounds": 3, "max_rounds": 3, "warm_up_rounds": 1}
+        return {"budget_seconds": 0, "min_rounds": 5, "max_rounds": 5, "warm_up_rounds": 1}
 
     @cached_property
     def header(self) -> np.ndarray:

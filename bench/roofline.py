@@ -8,7 +8,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-MARKERS = {"forward": "^", "backward": "v", "both": "D", "step": "o"}
+MARKERS = {
+    "forward": "^",
+    "backward": "v",
+    "both": "D",
+    "step": "o",
+    "loss only": "s",
+    "score": "p",
+}
 
 
 def draw(content: Mapping, path: Path) -> None:
@@ -21,7 +28,7 @@ def draw(content: Mapping, path: Path) -> None:
     peak = limits["matrix_flops_per_second"][limits["matrix_reference"]]
     rows = [row for row in content["records"] if row["seconds"] and row["flops"] and row["bytes"]]
     names = sorted({row["benchmark"] for row in rows})
-    colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    colors = {name: pyplot.cm.tab20(i % 20) for i, name in enumerate(names)}
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     points = [row["flops"] / row["bytes"] for row in rows] + [peak / bandwidth]
     roof = (min(points) / 2, peak / bandwidth, max(points) * 2)
@@ -38,12 +45,13 @@ def draw(content: Mapping, path: Path) -> None:
             linestyle="none",
         )
     for name in names:
-        axes.plot([], [], "s", color=colors[name], label=name)
+        axes.plot([], [], color=colors[name], linewidth=5, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="FLOP / s")
     axes.set_title(
         f"{content['machine']['device']}: copy {bandwidth / 1e9:,.0f} GB/s, "
         f"{limits['matrix_reference']} {peak / 1e12:,.3g} TFLOP/s\n"
-        "filled: mmalign, hollow: the fastest peer; ^ forward, v backward, D both, o step"
+        "filled: mmalign, hollow: the fastest peer; ^ forward, v backward, D both, o step,\n"
+        "square loss only, pentagon score"
     )
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(True, which="both", alpha=0.2)
