@@ -1,7 +1,7 @@
 """Talk with a finetuned model about a picture, or without one.
 
-python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
-python scripts/chat.py --model RUN                              (a conversation)
+    python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
+    python scripts/chat.py --model RUN                              (a conversation)
 """
 
 import logging
