@@ -1,5 +1,7 @@
 """Talk with a finetuned model about a picture, or without one.
 
+For example
+
     python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
     python scripts/chat.py --model RUN                              (a conversation)
 """

@@ -1,5 +1,7 @@
 """Compare evaluation outputs, document by document, and report them side by side.
 
+For example
+
     python scripts/compare.py DIR_A DIR_B
     python scripts/compare.py BASE TUNED_1 TUNED_2 --output runs/comparison
 """

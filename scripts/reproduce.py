@@ -1,5 +1,7 @@
 """The whole experiment in one command; given again, it continues where it stopped.
 
+For example
+
     python scripts/reproduce.py tiny --output runs/tiny     (the toy world, minutes on a CPU)
     python scripts/reproduce.py paper --decoder DIR ...     (LLaMA2-7B; the README has the line)
 """
