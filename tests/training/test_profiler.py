@@ -72,12 +72,15 @@ def test_profile_changes_nothing_and_adds_up(small_world, tmp_path, stage):
     assert not (plain.run_dir / "profile").exists()
     measured = read_timeline(profiled.run_dir / "profile" / "trace.json.gz")
     assert measured.num_steps == 2 and tuple(measured.seconds) == CATEGORIES
-    steps = [e for e in trace_ranges(profiled.run_dir) if re.fullmatch(r"step \d+", e["name"])]
+    ranges_found = trace_ranges(profiled.run_dir)
+    steps = [e for e in ranges_found if re.fullmatch(r"step \d+", e["name"])]
     assert [event["name"] for event in steps] == ["step 3", "step 4"]
+    stages = ("data wait", "forward", "backward", "gradient norm", "optimizer")
+    for stage_name in stages:  # all that a step waits for and does is inside of it
+        found = [event for event in ranges_found if event["name"] == stage_name]
+        assert len(found) >= len(steps), stage_name
+        assert all(any(inside(event, step) for step in steps) for event in found), stage_name
     assert sum(measured.seconds.values()) == pytest.approx(sum(e["dur"] for e in steps) / 1e6)
-    records = read_metrics(profiled.run_dir / "metrics.jsonl")[2:4]
-    # the loop's own clock sees the same steps; between them it writes the metrics
-    assert measured.wall > 0.98 * sum(record["seconds"] for record in records)
     assert min(measured.seconds.values()) >= 0
     for category in (MATRIX, ATTENTION, NORMS, ELEMENTWISE, LOSS, OPTIMIZER, DATA_WAIT, IDLE):
         assert measured.seconds[category] > 0, category
