@@ -6,20 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from mmalign.errors import UserError
-from mmalign.evaluation.intervals import (
-    NUM_RESAMPLES,
-    bootstrap_means,
-    holm,
-    mcnemar_p,
-    percentile_interval,
-)
+from mmalign.evaluation.compare_written import compare_written
+from mmalign.evaluation.intervals import NUM_RESAMPLES, holm, percentile_interval
 from mmalign.evaluation.metrics import exact_match
-from mmalign.evaluation.results import PROTOCOL, read_items, read_results
-from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, Task
+from mmalign.evaluation.paired import compare_scores
+from mmalign.evaluation.results import PROTOCOL, Items, read_items, read_results, read_written
+from mmalign.evaluation.tasks import ETHICS_TASKS, GENERATION_TASK, TASKS, Task
 
 METHOD = (
     f"paired percentile bootstrap, {NUM_RESAMPLES:,} resamples of documents (of whole groups in "
-    "deontology, justice and virtue); p: exact McNemar test, Holm-corrected over the tasks, which "
+    "deontology, justice and virtue); p: exact McNemar test, Holm-corrected over all tests, which "
     "takes all documents as independent (where they come in groups, trust the interval)"
 )
 
@@ -30,7 +26,8 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
     Returns {"a": folder, "b": folder, "method": text, "only_in_one": tasks that one lacks,
     "settings": those that differ, [A's, B's] each, "tasks": {task: {"acc_a", "acc_b", "difference",
     "interval" (95%), "n", and for tasks with right and wrong answers "lost", "gained" (documents),
-    "p", "p_holm"}}, "flipped": those documents, with their text}. Differences are B - A.
+    "p", "p_holm"}}, "flipped": those documents, with their text}. Differences are B - A. Written
+    answers have a row for every metric, as compare_written names them, and are not in "flipped".
     Raises UserError where a folder is no evaluation, or what was asked differs: documents, their
     number, prompts or the way to score.
     """
@@ -46,6 +43,9 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         flipped += _flipped(TASKS[task], items_a[task], items_b[task])
     if all(task in tasks for task in ETHICS_TASKS):
         tasks["ethics_mean"] = _compare_mean(tasks, draws)
+    held_a, held_b = _held(dir_a, items_a), _held(dir_b, items_b)
+    if GENERATION_TASK in held_a & held_b:
+        tasks |= compare_written(dir_a, dir_b)
     tested = [task for task in tasks if "p" in tasks[task]]
     for task, corrected in zip(tested, holm([tasks[t]["p"] for t in tested]), strict=True):
         tasks[task]["p_holm"] = corrected
@@ -53,11 +53,17 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         "a": str(dir_a),
         "b": str(dir_b),
         "method": METHOD,
-        "only_in_one": sorted(set(items_a) ^ set(items_b)),
+        "only_in_one": sorted(held_a ^ held_b),
         "settings": settings,
         "tasks": tasks,
         "flipped": flipped,
     }
+
+
+def _held(folder: str | Path, items: Items) -> set[str]:
+    """Tasks that an evaluation holds, written answers among them."""
+    written = read_written(folder, read_results(folder))
+    return set(items) | ({GENERATION_TASK} if written else set())
 
 
 def _differing_settings(dir_a: str | Path, dir_b: str | Path) -> dict[str, list]:
@@ -96,19 +102,8 @@ def _compare_task(
     task: Task, items_a: Sequence[dict], items_b: Sequence[dict], seed: int
 ) -> tuple[dict, np.ndarray]:
     scores_a, scores_b = ([item["score"] for item in items] for items in (items_a, items_b))
-    difference = np.subtract(scores_b, scores_a)  # (num_documents,)
     groups = [item.get("group_id", i) for i, item in enumerate(items_a)]
-    draws = bootstrap_means(difference, groups, seed)
-    comparison = {
-        "acc_a": float(np.mean(scores_a)),
-        "acc_b": float(np.mean(scores_b)),
-        "difference": float(difference.mean()),
-        "interval": percentile_interval(draws),
-        "n": len(difference),
-    }
-    if task.right_or_wrong:
-        lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
-        comparison |= {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}
+    comparison, draws = compare_scores(scores_a, scores_b, groups, seed, task.right_or_wrong)
     if task.answers:
         changed = [
             a["prediction"] != b["prediction"] for a, b in zip(items_a, items_b, strict=True)

@@ -1,10 +1,10 @@
 """The section of report.md about written answers, where evaluations hold some."""
 
-import json
 from pathlib import Path
 
 from mmalign.evaluation.markdown import bullets, markdown_table
 from mmalign.evaluation.remarks import percent, percent_interval
+from mmalign.evaluation.results import read_written
 from mmalign.evaluation.tasks import GENERATION_TASK
 from mmalign.evaluation.truthfulqa_generation import METRICS
 
@@ -13,9 +13,7 @@ def written_answers(evaluations: dict[str, Path], results: dict[str, dict]) -> l
     """results: name -> results.json; an evaluation counts where both are of the same weights."""
     found = {}
     for name, folder in evaluations.items():
-        path = Path(folder) / f"{GENERATION_TASK}.json"
-        written = json.loads(path.read_text()) if path.is_file() else None
-        if written and written["config"]["weights"] == results[name]["config"].get("weights"):
+        if written := read_written(folder, results[name]):
             found[name] = written[GENERATION_TASK]
     if not found:
         return []

@@ -9,7 +9,7 @@ from mmalign.evaluation.documents import Document
 from mmalign.evaluation.metrics import ethics_mean, make_item, summarize
 from mmalign.evaluation.remarks import remarks
 from mmalign.evaluation.scoring import Score
-from mmalign.evaluation.tasks import PROMPT_VERSION
+from mmalign.evaluation.tasks import GENERATION_TASK, PROMPT_VERSION
 from mmalign.system import versions
 from mmalign.tokenizer import Tokenizer
 
@@ -112,3 +112,21 @@ def read_items(folder: str | Path) -> Items:
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
         items.setdefault(item["task"], []).append(item)
     return items
+
+
+def read_written(folder: str | Path, results: dict) -> dict | None:
+    """truthfulqa_gen.json of an evaluation output; None without it.
+
+    results: results.json of the folder. Another command writes it, so written answers of other
+    weights can lie beside it: None for these, too.
+    """
+    path = Path(folder) / f"{GENERATION_TASK}.json"
+    written = json.loads(path.read_text()) if path.is_file() else None
+    same = written and written["config"]["weights"] == results["config"].get("weights")
+    return written if same else None
+
+
+def read_written_answers(folder: str | Path) -> list[dict]:
+    """truthfulqa_gen.jsonl of an evaluation output: question, answer and scores of each."""
+    path = Path(folder) / f"{GENERATION_TASK}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
