@@ -10,7 +10,7 @@ from mmalign.evaluation.compare_written import compare_written
 from mmalign.evaluation.intervals import NUM_RESAMPLES, holm, percentile_interval
 from mmalign.evaluation.metrics import exact_match
 from mmalign.evaluation.paired import compare_scores
-from mmalign.evaluation.results import PROTOCOL, Items, read_items, read_results, read_written
+from mmalign.evaluation.results import PROTOCOL, read_items, read_results, read_written
 from mmalign.evaluation.tasks import ETHICS_TASKS, GENERATION_TASK, TASKS, Task
 
 METHOD = (
@@ -31,7 +31,8 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
     Raises UserError where a folder is no evaluation, or what was asked differs: documents, their
     number, prompts or the way to score.
     """
-    settings = _differing_settings(dir_a, dir_b)
+    results_a, results_b = read_results(dir_a), read_results(dir_b)
+    settings = _differing_settings(dir_a, dir_b, results_a["config"], results_b["config"])
     items_a, items_b = read_items(dir_a), read_items(dir_b)
     shared = [task for task in TASKS if task in items_a and task in items_b]
     if not shared:
@@ -43,9 +44,12 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         flipped += _flipped(TASKS[task], items_a[task], items_b[task])
     if all(task in tasks for task in ETHICS_TASKS):
         tasks["ethics_mean"] = _compare_mean(tasks, draws)
-    held_a, held_b = _held(dir_a, items_a), _held(dir_b, items_b)
-    if GENERATION_TASK in held_a & held_b:
-        tasks |= compare_written(dir_a, dir_b)
+    only_in_one = set(items_a) ^ set(items_b)
+    written_a, written_b = read_written(dir_a, results_a), read_written(dir_b, results_b)
+    if written_a and written_b:
+        tasks |= compare_written(dir_a, dir_b, written_a["config"], written_b["config"])
+    elif written_a or written_b:
+        only_in_one.add(GENERATION_TASK)
     tested = [task for task in tasks if "p" in tasks[task]]
     for task, corrected in zip(tested, holm([tasks[t]["p"] for t in tested]), strict=True):
         tasks[task]["p_holm"] = corrected
@@ -53,22 +57,15 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         "a": str(dir_a),
         "b": str(dir_b),
         "method": METHOD,
-        "only_in_one": sorted(held_a ^ held_b),
+        "only_in_one": sorted(only_in_one),
         "settings": settings,
         "tasks": tasks,
         "flipped": flipped,
     }
 
 
-def _held(folder: str | Path, items: Items) -> set[str]:
-    """Tasks that an evaluation holds, written answers among them."""
-    written = read_written(folder, read_results(folder))
-    return set(items) | ({GENERATION_TASK} if written else set())
-
-
-def _differing_settings(dir_a: str | Path, dir_b: str | Path) -> dict[str, list]:
-    """Precision, tokenizer and what else may differ between two models."""
-    a, b = (read_results(folder)["config"] for folder in (dir_a, dir_b))
+def _differing_settings(dir_a: str | Path, dir_b: str | Path, a: dict, b: dict) -> dict[str, list]:
+    """Precision, tokenizer and what else may differ between two models, of their configs."""
     for key in PROTOCOL:
         if a[key] != b[key]:
             raise UserError(

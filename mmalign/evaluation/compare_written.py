@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mmalign.errors import UserError
 from mmalign.evaluation.paired import compare_scores
-from mmalign.evaluation.results import read_results, read_written, read_written_answers
+from mmalign.evaluation.results import read_written_answers
 from mmalign.evaluation.tasks import GENERATION_TASK
 from mmalign.evaluation.truthfulqa_generation import METRICS
 
@@ -12,13 +12,15 @@ _ASKED = ("prompts", "generation", "data", "score")  # settings that have to agr
 _PACKAGES = ("sacrebleu", "rouge-score")  # whose versions have to agree
 
 
-def compare_written(dir_a: str | Path, dir_b: str | Path) -> dict[str, dict]:
+def compare_written(
+    dir_a: str | Path, dir_b: str | Path, config_a: dict, config_b: dict
+) -> dict[str, dict]:
     """Rows as those of compare_evaluations, {"truthfulqa_gen_bleu_diff": ..., "..._acc": ...}.
 
-    Both folders hold written answers. Similarities are shares, 0 to 1, as all scores of a
-    comparison. Raises UserError where the questions or the way to ask them differ.
+    config_a, config_b: of the folders' truthfulqa_gen.json. Similarities are shares, 0 to 1, as all
+    scores of a comparison. Raises UserError where the questions or the way to ask them differ.
     """
-    asked_a, asked_b = (_asked(folder) for folder in (dir_a, dir_b))
+    asked_a, asked_b = _asked(config_a), _asked(config_b)
     for key, a in asked_a.items():
         if a != asked_b[key]:
             raise UserError(
@@ -42,7 +44,6 @@ def compare_written(dir_a: str | Path, dir_b: str | Path) -> dict[str, dict]:
     return rows
 
 
-def _asked(folder: str | Path) -> dict:
-    config = read_written(folder, read_results(folder))["config"]
+def _asked(config: dict) -> dict:
     packages = {package: config["versions"].get(package) for package in _PACKAGES}
     return {key: config.get(key) for key in _ASKED} | packages

@@ -80,14 +80,12 @@ def read_results(folder: str | Path) -> dict:
     """results.json of an evaluation output."""
     path = Path(folder) / "results.json"
     try:
-        results = json.loads(path.read_text())
+        results = _read_json(path)
     except OSError:
         raise UserError(
             f"{folder} is not a finished evaluation: it needs results.json and items.jsonl, as "
             "scripts/evaluate.py writes them"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
     if missing := {*PROTOCOL, "versions"} - results.get("config", {}).keys():
         raise UserError(
             f"{path} does not say its {', '.join(sorted(missing))}: another program or an older "
@@ -96,22 +94,36 @@ def read_results(folder: str | Path) -> dict:
     return results
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
 def read_items(folder: str | Path) -> Items:
     """items.jsonl of an evaluation output, by task."""
-    path = Path(folder) / "items.jsonl"
+    items: Items = {}
+    for item in _read_lines(Path(folder) / "items.jsonl", _ITEM_KEYS):
+        items.setdefault(item["task"], []).append(item)
+    return items
+
+
+def _read_lines(path: Path, keys: set[str]) -> list[dict]:
+    """The objects of a JSON lines file, which all have these keys."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; evaluate the model again")
-    items: Items = {}
+    rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            item = json.loads(line)
-            missing = _ITEM_KEYS - item.keys()
+            row = json.loads(line)
+            missing = keys - row.keys()
         except (json.JSONDecodeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not an item of an evaluation") from error
         if missing:
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
-        items.setdefault(item["task"], []).append(item)
-    return items
+        rows.append(row)
+    return rows
 
 
 def read_written(folder: str | Path, results: dict) -> dict | None:
@@ -121,12 +133,11 @@ def read_written(folder: str | Path, results: dict) -> dict | None:
     weights can lie beside it: None for these, too.
     """
     path = Path(folder) / f"{GENERATION_TASK}.json"
-    written = json.loads(path.read_text()) if path.is_file() else None
+    written = _read_json(path) if path.is_file() else None
     same = written and written["config"]["weights"] == results["config"].get("weights")
     return written if same else None
 
 
 def read_written_answers(folder: str | Path) -> list[dict]:
     """truthfulqa_gen.jsonl of an evaluation output: question, answer and scores of each."""
-    path = Path(folder) / f"{GENERATION_TASK}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return _read_lines(Path(folder) / f"{GENERATION_TASK}.jsonl", {"question", "answer", "scores"})

@@ -25,7 +25,8 @@ def make_written(folder, diffs, answers=((0, 0),) * 4, weights="W", **config):
     for i, diff in enumerate(diffs):
         scores = {f"{name}_diff": diff for name in METRICS}
         scores |= {f"{name}_acc": float(diff > 0) for name in METRICS}
-        lines.append({"doc_id": i, "question": f"question {i}", "scores": scores})
+        line = {"doc_id": i, "question": f"question {i}", "answer": "A: yes", "scores": scores}
+        lines.append(line)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "truthfulqa_gen.jsonl").write_text(text)
     summary = {"truthfulqa_gen": {"n": len(diffs)}, "config": settings}
@@ -125,9 +126,18 @@ def test_other_questions_are_refused(tmp_path, changed):
         compare_evaluations(a, b)
 
 
-def test_torn_list_of_answers_is_refused(tmp_path):
+def test_answers_that_are_missing_or_torn_are_refused(tmp_path):
     a, b = (make_written(tmp_path / name, [1.0, 2.0]) for name in ("a", "b"))
     lines = (b / "truthfulqa_gen.jsonl").read_text().splitlines()
     (b / "truthfulqa_gen.jsonl").write_text(lines[0] + "\n")
     with pytest.raises(UserError, match="the questions of .* differ"):
+        compare_evaluations(a, b)
+    (b / "truthfulqa_gen.jsonl").write_text(lines[0] + "\n" + lines[1][:20])
+    with pytest.raises(UserError, match=r"truthfulqa_gen\.jsonl, line 2: not an item"):
+        compare_evaluations(a, b)
+    (b / "truthfulqa_gen.jsonl").unlink()
+    with pytest.raises(UserError, match="truthfulqa_gen.jsonl does not exist; evaluate the model"):
+        compare_evaluations(a, b)
+    (b / "truthfulqa_gen.json").write_text('{"truthfulqa_gen": {')
+    with pytest.raises(UserError, match="truthfulqa_gen.json is not valid JSON"):
         compare_evaluations(a, b)
