@@ -1,0 +1,32 @@
+"""scripts/reproduce.py: how the command ends."""
+
+import sys
+
+import pytest
+
+from mmalign.errors import UserError
+from mmalign.training.stop_signal import Stopped
+from scripts import reproduce
+
+
+def ends_with(error: UserError, monkeypatch) -> int | str:
+    """The exit code of the command where the experiment raises `error`, or what it exits with."""
+
+    def stops(experiment):
+        raise error
+
+    monkeypatch.setattr(reproduce, "run_experiment", stops)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny", "--output", "runs/x"])
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main()
+    return ended.value.code
+
+
+def test_a_stop_by_a_signal_is_no_failure(monkeypatch, capfd):
+    """So that a queue may start the same command again."""
+    assert ends_with(Stopped("stopped; everything is saved"), monkeypatch) == 75
+    assert capfd.readouterr().err == "stopped; everything is saved\n"
+
+
+def test_an_error_is_told(monkeypatch):
+    assert ends_with(UserError("no such folder"), monkeypatch) == "error: no such folder"
