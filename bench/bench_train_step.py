@@ -36,8 +36,8 @@ from mmalign.model.llava import Llava
 from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.training.flops import Workload, peak_bf16_flops
-from mmalign.training.memory_plan import MemoryPlan
-from mmalign.training.memory_table import flags_of
+from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.table import flags_of
 
 OURS = "mmalign"
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative

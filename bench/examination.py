@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from mmalign.data.toy_corpus import corpus_pages, write_evaluation
-from mmalign.data.toy_models import train_tokenizer
 from mmalign.evaluation.documents import Document
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.toy_world.corpus import corpus_pages, write_evaluation
+from mmalign.toy_world.models import train_tokenizer
 
 REAL = Path(os.environ.get("MMALIGN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

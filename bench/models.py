@@ -22,7 +22,7 @@ from bench import shapes
 from mmalign.config import DataConfig, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf_names import Part, decoder_parts, vision_parts
+from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.layers import LayerNorm, RMSNorm
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector

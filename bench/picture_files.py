@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.samples import STAGES, draw_picture
 from mmalign.config import DataConfig
-from mmalign.data.toy_corpus import corpus_pages
+from mmalign.toy_world.corpus import corpus_pages
 
 WIDTH, HEIGHT, QUALITY = 640, 480, 85  # COCO's usual size, and about its bytes
 TOKENS_PER_WORD = 1.4

@@ -29,16 +29,16 @@ from bench.samples import draw_samples
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.data.packing import PackedBatch, pack_samples
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.llava import Llava
 from mmalign.model.recompute import set_recompute
 from mmalign.recipes import RECIPES
 from mmalign.system import DTYPES
 from mmalign.training.flops import Workload, batch_flops
-from mmalign.training.memory_plan import MemoryPlan
-from mmalign.training.memory_table import capacity_of, check, flags_of, total_of
+from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.table import capacity_of, check, flags_of, total_of
 from mmalign.training.optimizer import AdamW
-from mmalign.training.parallel import Ranks
 from mmalign.training.sharding import to_device
 from mmalign.training.telemetry import Telemetry
 

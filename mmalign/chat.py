@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mmalign.data.conversation import IMAGE, IMAGE_SENTINEL, TEMPLATES, Turn, encode_prompt
 from mmalign.data.images import load_image
+from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, TEMPLATES, Turn, encode_prompt
 from mmalign.errors import UserError
-from mmalign.evaluation.evaluate import find_weights
+from mmalign.evaluation.evaluation import find_weights
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
-from mmalign.model.hf_weights import is_llava, load_llava
+from mmalign.model.hf import is_llava, load_llava
 from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer
 

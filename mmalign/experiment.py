@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmalign.config import TrainConfig
-from mmalign.data.toy_world import toy_world
 from mmalign.errors import UserError
-from mmalign.evaluation.evaluate import evaluate_model
+from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.visual_questions import score_run
 from mmalign.recipes import RECIPES
+from mmalign.toy_world import toy_world
 from mmalign.training.trainer import train
 
 

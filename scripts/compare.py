@@ -14,9 +14,9 @@ from typing import Annotated
 import tyro
 
 from mmalign.errors import UserError
+from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
-from mmalign.evaluation.results import make_folder
-from mmalign.evaluation.tables import print_comparison
+from mmalign.evaluation.report.tables import print_comparison
 
 
 def main(

@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 
 from mmalign.errors import UserError
-from mmalign.evaluation.evaluate import evaluate_model
+from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.tasks import GENERATION_TASK
 from mmalign.evaluation.written_answers import evaluate_written_answers

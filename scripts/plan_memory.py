@@ -17,9 +17,9 @@ from dataclasses import replace
 from mmalign.command_line import parse_recipe
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
-from mmalign.training.memory_plan import MemoryPlan
-from mmalign.training.memory_table import GPUS, capacity_of, check, flags_of, render, total_of
-from mmalign.training.published import published_workload
+from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.published import published_workload
+from mmalign.training.memory.table import GPUS, capacity_of, check, flags_of, render, total_of
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from mmalign.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mmalign.data.samples import read_samples
-from mmalign.evaluation.evaluate import evaluate_model
+from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.training.trainer import train
 from tests.training.runs import losses
 

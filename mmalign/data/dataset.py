@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from mmalign.config import DataConfig
-from mmalign.data.conversation import IMAGE, IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.data.feature_cache import FeatureCache, Uncached
 from mmalign.data.images import check_image, load_image
 from mmalign.data.samples import Sample, SampleFile, read_samples
+from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
 

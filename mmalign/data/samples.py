@@ -21,7 +21,7 @@ from typing import overload
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.data.conversation import Turn
+from mmalign.data.templates import Turn
 from mmalign.errors import SampleError, UserError
 
 _TYPES = {

@@ -7,10 +7,10 @@ import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare_written import compare_written
-from mmalign.evaluation.intervals import NUM_RESAMPLES, holm, percentile_interval
+from mmalign.evaluation.items import PROTOCOL, read_items, read_results, read_written
 from mmalign.evaluation.metrics import exact_match
 from mmalign.evaluation.paired import compare_scores
-from mmalign.evaluation.results import PROTOCOL, read_items, read_results, read_written
+from mmalign.evaluation.statistics import NUM_RESAMPLES, holm, percentile_interval
 from mmalign.evaluation.tasks import ETHICS_TASKS, GENERATION_TASK, TASKS, Task
 
 METHOD = (

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from mmalign.errors import UserError
+from mmalign.evaluation.items import read_written_answers
 from mmalign.evaluation.paired import compare_scores
-from mmalign.evaluation.results import read_written_answers
 from mmalign.evaluation.tasks import GENERATION_TASK
-from mmalign.evaluation.truthfulqa_generation import METRICS
+from mmalign.evaluation.tasks.truthfulqa_gen import METRICS
 
 _ASKED = ("prompts", "generation", "data", "score")  # settings that have to agree
 _PACKAGES = ("sacrebleu", "rouge-score")  # whose versions have to agree

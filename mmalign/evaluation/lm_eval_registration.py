@@ -10,7 +10,7 @@ import lm_eval.models  # noqa: F401  fills the table; it stays empty where anoth
 from lm_eval.api.registry import model_registry
 
 if "mmalign" not in model_registry:
-    model_registry.register("mmalign", target="mmalign.evaluation.lm_eval_adapter:MmalignLM")
+    model_registry.register("mmalign", target="mmalign.lm_eval:MmalignLM")
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmalign.evaluation.documents import Document
-from mmalign.evaluation.intervals import (
+from mmalign.evaluation.scoring import Score
+from mmalign.evaluation.statistics import (
     bootstrap_means,
     effective_n,
     mean_of_tasks_interval,
     percentile_interval,
     wilson_interval,
 )
-from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, Task
 
 WILSON = "95% Wilson"

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from mmalign.evaluation.intervals import bootstrap_means, mcnemar_p, percentile_interval
+from mmalign.evaluation.statistics import bootstrap_means, mcnemar_p, percentile_interval
 
 
 def compare_scores(

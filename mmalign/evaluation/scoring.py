@@ -23,7 +23,7 @@ from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cu
 from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
-from mmalign.model.kv_cache import CachedPositions, PathCache, PathPositions, cache_bytes
+from mmalign.model.positions import CachedPositions, PathCache, PathPositions, cache_bytes
 from mmalign.tokenizer import Tokenizer
 
 _ROWS_OF_LOGITS = 1024  # that exist at once where the likeliest token is asked for

@@ -24,8 +24,8 @@ from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from mmalign.data.samples import Sample, read_samples
 from mmalign.errors import UserError
-from mmalign.evaluation.intervals import wilson_interval
-from mmalign.model.hf_weights import load_llava
+from mmalign.evaluation.statistics import wilson_interval
+from mmalign.model.hf import load_llava
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 

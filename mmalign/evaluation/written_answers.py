@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from mmalign.errors import UserError
-from mmalign.evaluation.evaluate import find_weights
-from mmalign.evaluation.results import PROTOCOL, describe_model, make_folder
-from mmalign.evaluation.tables import make_table, open_console
+from mmalign.evaluation.evaluation import find_weights
+from mmalign.evaluation.items import PROTOCOL, describe_model, make_folder
+from mmalign.evaluation.report.tables import make_table, open_console
 from mmalign.evaluation.tasks import GENERATION_TASK
-from mmalign.evaluation.truthfulqa_generation import (
+from mmalign.evaluation.tasks.truthfulqa_gen import (
     CONSTANT_ANSWER,
     METRICS,
     OPTIONS,
@@ -28,7 +28,7 @@ from mmalign.evaluation.truthfulqa_generation import (
 )
 from mmalign.model.config import DecoderConfig
 from mmalign.model.generate import Generation, Prompt, generate
-from mmalign.model.hf_weights import load_decoder
+from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer

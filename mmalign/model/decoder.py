@@ -7,7 +7,6 @@ from mmalign_kernels import rms_norm
 from torch import Tensor, nn
 
 from mmalign.model.config import DecoderConfig
-from mmalign.model.kv_cache import KeyValues, PrefixedPositions
 from mmalign.model.layers import (
     DecoderLayer,
     Embedding,
@@ -17,6 +16,7 @@ from mmalign.model.layers import (
     RMSNorm,
     RotaryTables,
 )
+from mmalign.model.positions import KeyValues, PrefixedPositions
 from mmalign.model.projector import Projector
 
 

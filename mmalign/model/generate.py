@@ -19,8 +19,8 @@ from tqdm import tqdm
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
 from mmalign.model.generation_cache import BatchCache
-from mmalign.model.kv_cache import cache_bytes
 from mmalign.model.llava import Llava
+from mmalign.model.positions import cache_bytes
 from mmalign.model.sampling import draw, sampling_probabilities
 from mmalign.model.text_stream import TextStream
 from mmalign.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ import torch
 from mmalign_kernels import linear
 from torch import Tensor
 
-from mmalign.model.kv_cache import CachedPositions, KeyValues
 from mmalign.model.llava import Llava
+from mmalign.model.positions import CachedPositions, KeyValues
 
 _PROMPT_PASS = 8192  # most tokens in one forward pass over prompts, unless one is longer
 

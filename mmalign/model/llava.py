@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mmalign.config import ShortcutConfig, TrainConfig
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
-from mmalign.model.kv_cache import KeyValues
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
+from mmalign.model.positions import KeyValues
 from mmalign.model.projector import Projector
 from mmalign.model.shortcuts import loss_rows, prefix_key_values
 from mmalign.model.vision_tower import VisionTower

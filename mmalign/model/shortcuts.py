@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmalign.model.kv_cache import CachedPositions, KeyValues
+from mmalign.model.positions import CachedPositions, KeyValues
 
 if TYPE_CHECKING:
     from mmalign.data.packing import PackedBatch

@@ -10,7 +10,7 @@ from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.model.recompute import set_recompute
@@ -33,7 +33,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         data = replace(data, image_root="")
     paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
     if TOY_WORLD in paths:
-        from mmalign.data.toy_world import toy_world  # its making needs much that others do not
+        from mmalign.toy_world import toy_world  # its making needs much that others do not
 
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json

@@ -3,13 +3,13 @@
 import logging
 
 from mmalign.config import TrainConfig
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
-from mmalign.model.adapter_export import export_adapter
-from mmalign.model.hf_weights import export_llama, export_llava, save_projector
+from mmalign.model.hf import export_llama, export_llava, save_projector
+from mmalign.model.hf.adapter import export_adapter
 from mmalign.model.llava import Llava
 from mmalign.model.shards import whole
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 

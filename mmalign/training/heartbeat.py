@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import torch.distributed as dist
 
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
-from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 # what a process does in a step, in this order

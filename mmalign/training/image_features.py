@@ -16,10 +16,10 @@ from mmalign.config import TrainConfig
 from mmalign.data.feature_cache import FeatureCache, Uncached
 from mmalign.data.loader import StepLoader
 from mmalign.data.packing import PackedBatch
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training.flops import peak_bf16_flops, tower_flops
-from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 

@@ -14,8 +14,8 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.loader import Step
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
-from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 HISTORY_ENTRIES = 50_000  # allocations and releases; some steps of a 7B model, about 50 MB

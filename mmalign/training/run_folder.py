@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from mmalign.config import TrainConfig
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.system import versions
-from mmalign.training.parallel import Ranks
 
 # fields that may differ between the start of a run and its continuation
 FREE_FIELDS = (

@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmalign.config import ParallelConfig, TrainConfig
 from mmalign.data.packing import PackedBatch
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
 from mmalign.training.image_features import ImageFeatures
-from mmalign.training.parallel import Ranks
-from mmalign.training.ranges import stage
+from mmalign.training.profile.ranges import stage
 
 
 class ParallelModel:

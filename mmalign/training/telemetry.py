@@ -14,9 +14,9 @@ from types import ModuleType
 import torch
 
 from mmalign.config import TrainConfig
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.training.flops import peak_bf16_flops
-from mmalign.training.parallel import Ranks
 
 log = logging.getLogger("mmalign")
 

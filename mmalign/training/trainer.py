@@ -15,24 +15,24 @@ from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.loader import Step, StepLoader, timed
 from mmalign.data.step_plan import num_steps_of
+from mmalign.distributed import Ranks, start_ranks
 from mmalign.errors import UserError
+from mmalign.evaluation.during_training import RunEvaluation
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
-from mmalign.training.evaluation import RunEvaluation
 from mmalign.training.export import export
 from mmalign.training.flops import Workload
 from mmalign.training.guards import LossWatch, UpdateGate
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.image_features import open_image_features
 from mmalign.training.launched import Launched
-from mmalign.training.memory_table import plan_run
+from mmalign.training.memory.table import plan_run
 from mmalign.training.metrics import Metrics
 from mmalign.training.optimizer import AdamW
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
-from mmalign.training.parallel import Ranks, start_ranks
-from mmalign.training.profiler import StepProfiler
-from mmalign.training.ranges import stage
+from mmalign.training.profile import StepProfiler
+from mmalign.training.profile.ranges import stage
 from mmalign.training.readout import Readout
 from mmalign.training.run_folder import check_shared, write_config
 from mmalign.training.schedule import learning_rate_at

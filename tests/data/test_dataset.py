@@ -7,9 +7,9 @@ import pytest
 import sentencepiece
 import torch
 
-from mmalign.data.conversation import IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.data.images import load_image
 from mmalign.data.packing import IGNORE_INDEX
+from mmalign.data.templates import IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf_weights import load_decoder
+from mmalign.model.hf import load_decoder
 from mmalign.tokenizer import Tokenizer
 
 

@@ -8,8 +8,8 @@ from scipy import stats
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
+from mmalign.evaluation.items import read_results
 from mmalign.evaluation.report import name_evaluations, write_report
-from mmalign.evaluation.results import read_results
 
 from .made_up import make_evaluation
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
-from mmalign.evaluation.truthfulqa_generation import METRICS
+from mmalign.evaluation.tasks.truthfulqa_gen import METRICS
 from scripts import compare as command
 
 from .made_up import make_evaluation

@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from mmalign.evaluation.lm_eval_adapter import MmalignLM
+from mmalign.lm_eval import MmalignLM
 from mmalign.tokenizer import Tokenizer
 
 from .conftest import save_llama

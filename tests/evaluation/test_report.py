@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from mmalign.errors import UserError
-from mmalign.evaluation.markdown import abridged, cell
-from mmalign.evaluation.remarks import remarks
+from mmalign.evaluation.caveats import remarks
+from mmalign.evaluation.items import read_results
 from mmalign.evaluation.report import write_report
-from mmalign.evaluation.results import read_results
+from mmalign.evaluation.report.markdown import abridged, cell
 
 from .made_up import make_evaluation, make_run
 

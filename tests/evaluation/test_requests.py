@@ -7,11 +7,10 @@ import shutil
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.evaluation import ethics
 from mmalign.evaluation.documents import request_bytes
-from mmalign.evaluation.ethics import load_ethics
-from mmalign.evaluation.tasks import describe_data, load_documents, resolve_tasks
-from mmalign.evaluation.truthfulqa import load_truthfulqa
+from mmalign.evaluation.tasks import describe_data, ethics, load_documents, resolve_tasks
+from mmalign.evaluation.tasks.ethics import load_ethics
+from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 
 LABEL_OF = {" yes": "1", " no": "0", " reasonable": "1", " unreasonable": "0"}
 

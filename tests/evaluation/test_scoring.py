@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from mmalign.errors import UserError
 from mmalign.evaluation.scoring import plan_scoring, score_requests
 from mmalign.evaluation.tasks import load_documents
-from mmalign.model.hf_weights import load_decoder
-from mmalign.model.kv_cache import PathCache
+from mmalign.model.hf import load_decoder
+from mmalign.model.positions import PathCache
 from mmalign.tokenizer import Tokenizer
 
 from .conftest import save_llama

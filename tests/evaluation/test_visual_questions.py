@@ -11,15 +11,15 @@ from PIL import Image
 from mmalign.config import DataConfig
 from mmalign.data.dataset import ConversationDataset, read_samples
 from mmalign.data.packing import pack_samples
-from mmalign.data.toy_world import Size, toy_world
 from mmalign.errors import UserError
 from mmalign.evaluation.visual_questions import score_run, score_visual_questions
-from mmalign.model.hf_export import export_llava
-from mmalign.model.hf_weights import load_decoder, load_vision_tower
+from mmalign.model.hf import load_decoder, load_vision_tower
+from mmalign.model.hf.export import export_llava
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.recipes import RECIPES
 from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world import Size, toy_world
 
 MINIATURE = Size(
     scenes=8,

@@ -5,8 +5,8 @@ import torch
 from mmalign_kernels import linear_cross_entropy, target_logprobs
 
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf_names import decoder_parts
-from mmalign.model.hf_weights import load_decoder
+from mmalign.model.hf import load_decoder
+from mmalign.model.hf.names import decoder_parts
 from mmalign.model.layers import init_weights
 from tests.model.tiny import (
     GROUPED_QUERY,

@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from mmalign.config import LoraConfig
-from mmalign.model import hf_export
-from mmalign.model.hf_weights import (
+from mmalign.model.hf import export as hf_export
+from mmalign.model.hf import (
     export_llama,
     export_llava,
     export_vision_tower,

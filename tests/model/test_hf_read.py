@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from mmalign.errors import UserError
-from mmalign.model.hf_weights import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from tests.model.tiny import (
     GROUPED_QUERY,
     TIED,

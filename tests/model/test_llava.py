@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmalign.errors import UserError
-from mmalign.model.hf_names import decoder_parts
+from mmalign.model.hf.names import decoder_parts
 from mmalign.model.llava import Llava
 from tests.model.tiny import (
     GROUPED_QUERY,

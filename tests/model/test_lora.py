@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from mmalign.config import LoraConfig
 from mmalign.errors import UserError
-from mmalign.model.hf_names import decoder_parts
-from mmalign.model.hf_weights import load_decoder
+from mmalign.model.hf import load_decoder
+from mmalign.model.hf.names import decoder_parts
 from mmalign.model.layers import Linear
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
 from tests.model.test_decoder import loss_of, run

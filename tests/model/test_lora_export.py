@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mmalign.config import LoraConfig
-from mmalign.model.adapter_export import export_adapter
-from mmalign.model.hf_weights import load_decoder
+from mmalign.model.hf import load_decoder
+from mmalign.model.hf.adapter import export_adapter
 from mmalign.model.lora import add_lora
 from tests.model.test_decoder import run
 from tests.model.tiny import SHAPES, assert_same, hf_llama, random_sample

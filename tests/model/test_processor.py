@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf_weights import export_llava
+from mmalign.model.hf import export_llava
 from mmalign.model.layers import init_weights
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector

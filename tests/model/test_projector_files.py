@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mmalign.errors import UserError
-from mmalign.model.hf_weights import load_projector
+from mmalign.model.hf import load_projector
 from tests.model.tiny import GROUPED_QUERY, hf_llava
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmalign.model.hf_names import vision_parts
-from mmalign.model.hf_weights import load_vision_tower
+from mmalign.model.hf import load_vision_tower
+from mmalign.model.hf.names import vision_parts
 from tests.model.tiny import assert_same, hf_clip, hf_pixels
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mmalign.config import LoraConfig, ParallelConfig
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.training import checkpoint
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
-from mmalign.training.parallel import Ranks
 from mmalign.training.trainer import train
 from tests.training.processes import start
 from tests.training.runs import exported_weights, losses, small_config

@@ -15,12 +15,12 @@ from mmalign_kernels.dispatch import use_backend
 
 from mmalign.config import ParallelConfig
 from mmalign.data.loader import StepLoader
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.training import run_folder
 from mmalign.training.guards import LEAST, MOST_SKIPPED, LossWatch
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.metrics import read_metrics
-from mmalign.training.parallel import Ranks
 from mmalign.training.sharding import ParallelModel
 from mmalign.training.trainer import Trainer, train
 from tests.training.processes import Running, start

@@ -11,16 +11,16 @@ import torch
 import tyro
 
 from mmalign.config import OptimizerConfig, TrainConfig
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.recompute import POLICIES, set_recompute
 from mmalign.recipes import RECIPES
-from mmalign.training import memory_table
-from mmalign.training.activations import Activations, MicroBatch
 from mmalign.training.flops import Workload
-from mmalign.training.memory_plan import MemoryPlan
+from mmalign.training.memory import table as memory_table
+from mmalign.training.memory.activations import Activations, MicroBatch
+from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.published import published_workload
 from mmalign.training.optimizer import AdamW
-from mmalign.training.parallel import Ranks
-from mmalign.training.published import published_workload
 from mmalign.training.trainer import train
 from tests.training.runs import small_config
 from tests.training.saved import decoder_config, random_batch, saving, small_model, train_config

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.training.build import resolve
 from mmalign.training.optimizer import AdamW
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
-from mmalign.training.parallel import Ranks
 from mmalign.training.trainer import Trainer, train
 from tests.training.runs import losses, small_config
 

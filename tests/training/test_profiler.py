@@ -12,11 +12,10 @@ from mmalign_kernels.operation import Operation
 
 from mmalign.data.dataset import ConversationDataset
 from mmalign.errors import UserError
-from mmalign.training import ranges
 from mmalign.training.metrics import read_metrics
 from mmalign.training.optimizer import AdamW
-from mmalign.training.profiler import steps_to_profile
-from mmalign.training.timeline import (
+from mmalign.training.profile import ranges, steps_to_profile
+from mmalign.training.profile.timeline import (
     ATTENTION,
     CATEGORIES,
     COMMUNICATION,

@@ -5,9 +5,9 @@ import torch
 
 from mmalign.config import LoraConfig, ShortcutConfig, TrainConfig
 from mmalign.model.config import DecoderConfig
-from mmalign.training.floors import Ceilings, floors
 from mmalign.training.flops import Workload, step_flops
-from mmalign.training.timeline import (
+from mmalign.training.profile.roofline import Ceilings, floors
+from mmalign.training.profile.timeline import (
     ATTENTION,
     COMMUNICATION,
     COPIES,

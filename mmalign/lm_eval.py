@@ -1,0 +1,263 @@
+"""lm-evaluation-harness on our model: log-likelihoods by the prefix tree, generation by generate().
+
+lm_eval --model mmalign --model_args pretrained=DIR --tasks mmlu,gsm8k,boolq
+
+Tokens, BOS, truncation and stop strings are those of the harness's Hugging Face backend (HFLM), so
+results are, too; evaluate.py's own protocol differs: it never writes a BOS. Where it differs from
+HFLM: a text that holds a special token's name ("</s>") stays text, except a BOS at its very
+beginning; sampling takes all tokens unless top_k says otherwise (transformers takes 50).
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from mmalign.errors import UserError
+from mmalign.evaluation.evaluation import find_weights
+from mmalign.evaluation.requests import EncodedRequest
+from mmalign.evaluation.scoring import Score, make_plan, run_plan
+from mmalign.model.generate import GenerationOptions, Prompt, generate
+from mmalign.model.hf import load_decoder
+from mmalign.model.llava import Llava
+from mmalign.system import DTYPES, choose_device, versions
+from mmalign.tokenizer import Tokenizer
+
+log = logging.getLogger("mmalign")
+_MODEL_ARGUMENTS = ("pretrained", "precision", "batch_tokens", "cache_tokens", "add_bos_token")
+_MODEL_ARGUMENTS += ("prefix_token_id", "max_length")
+_GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides length and stops
+
+
+class MmalignLM(TemplateLM):
+    """A language model from a Hugging Face folder or a finetune run, without vision.
+
+    pretrained: the folder or run. precision: fp32 or bf16. batch_tokens: most input tokens in one
+    forward pass of scoring; cache_tokens: most tokens whose keys and values generation holds.
+    add_bos_token: whether texts begin with BOS; left out, what the folder's tokenizer does.
+    prefix_token_id: stands before what has no context; left out, BOS. max_length: of the context
+    in tokens; left out, max_position_embeddings. lm_eval's --batch_size has no meaning here.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        precision: str = "fp32",
+        device: str = "auto",
+        batch_tokens: int = 8192,
+        cache_tokens: int = 16384,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown,
+    ):
+        super().__init__()
+        if unknown:
+            raise UserError(
+                f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
+            )
+        if precision not in DTYPES:
+            raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
+        if str(batch_size) != "1" or max_batch_size is not None:
+            log.warning("--batch_size does nothing: batch_tokens and cache_tokens fill the batches")
+        weights = find_weights(pretrained)
+        self._device = _choose_device(device)
+        self._tokens = Tokenizer.from_pretrained(weights)
+        decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
+        self._llava = Llava(decoder.eval(), None, None, self._tokens)
+        self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
+        self.max_length = max_length or decoder.config.max_position_embeddings
+        self.adds_bos = _adds_bos(weights) if add_bos_token is None else add_bos_token
+        self._prefix_id = self._tokens.bos_token_id if prefix_token_id is None else prefix_token_id
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.fingerprint
+
+    def get_model_info(self) -> dict:
+        """What lm_eval writes beside its results."""
+        parameters = list(self._llava.decoder.parameters())
+        return {
+            "model_num_parameters": sum(x.numel() for x in parameters),
+            "model_dtype": str(parameters[0].dtype),
+            "model_sha": "",
+            "add_bos_token": self.adds_bos,
+            "prefix_token_id": self.prefix_token_id,
+            "max_length": self.max_length,
+            "tokenizer_sha256": self._tokens.fingerprint,
+            "mmalign_versions": versions(),
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """Ids of a text; a BOS in front once, whether the text or the tokenizer brings it."""
+        bos = self._tokens.bos_token_id
+        written = self._tokens.token(bos)
+        if add_special_tokens is None and string.startswith(written):
+            return [bos, *self._tokens.encode(string.removeprefix(written))]
+        adds_bos = self.adds_bos if add_special_tokens is None else add_special_tokens
+        return [bos] * adds_bos + self._tokens.encode(string)
+
+    # ---- log-likelihoods ----
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs,
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([ids for _, *ids in requests], disable_tqdm)
+        answers = [(score.loglikelihood, score.is_greedy) for score in scores]
+        for (request, *_), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request, answer)
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, in windows of max_length tokens as the harness cuts them."""
+        pairs, owners = [], []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows = [make_disjoint_window(window) for window in windows]
+            pairs += windows
+            owners += [i] * len(windows)
+        totals = [0.0] * len(requests)
+        for i, score in zip(owners, self._score(pairs, disable_tqdm), strict=True):
+            totals[i] += score.loglikelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score(self, pairs: Sequence[Sequence[list[int]]], disable_tqdm: bool) -> list[Score]:
+        """pairs of context and continuation."""
+        names = [f"request {i}" for i in range(len(pairs))]
+        encoded = [self._encoded(*pair, name) for pair, name in zip(pairs, names, strict=True)]
+        if num_cut := sum(request.num_truncated > 0 for request in encoded):
+            log.warning("%d contexts were cut on their left at %d tokens", num_cut, self.max_length)
+        plan = make_plan(encoded, list(range(len(pairs))), names, self.batch_tokens)
+        return run_plan(self._llava.decoder, plan, self._device, not disable_tqdm, greedy=True)
+
+    def _encoded(self, context: list[int], continuation: list[int], name: str) -> EncodedRequest:
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"{name}: {len(context)} context tokens and {len(continuation)} continuation "
+                f"tokens; expected at least 1, and 1 to {self.max_length} (the model's context)"
+            )
+        ids, vocab_size = np.array(context + continuation, np.int32), self._vocab_size
+        if ids.max() >= vocab_size:
+            raise UserError(
+                f"{name}: token {ids.max()}, but the model's vocabulary has {vocab_size} entries; "
+                "tokenizer and model do not belong together"
+            )
+        num_truncated = max(0, len(ids) - (self.max_length + 1))
+        return EncodedRequest(ids[num_truncated:-1], ids[-len(continuation) :], num_truncated)
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._llava.decoder.config.vocab_size
+
+    # ---- generation ----
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to the first of the stop strings; equal settings are generated together."""
+        texts: dict[int, str] = {}
+        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        order = sorted(range(len(requests)), key=settings.__getitem__)
+        for _, group in groupby(order, key=settings.__getitem__):
+            group = list(group)
+            contexts, kwargs = [requests[i].args[0] for i in group], requests[group[0]].args[1]
+            found = self._generate(contexts, kwargs, disable_tqdm)
+            texts |= dict(zip(group, found, strict=True))
+        for i, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, texts[i])
+        return [texts[i] for i in range(len(requests))]
+
+    def _generate(self, contexts: list[str], settings: dict, disable_tqdm: bool) -> list[str]:
+        kwargs = normalize_gen_kwargs(settings, default_max_gen_toks=256)
+        num_new = kwargs.pop("max_gen_toks")
+        stop = handle_stop_sequences(kwargs.pop("until"), self._tokens.token(self.eot_token_id))
+        num_kept = self.max_length - num_new
+        if num_kept < 1:
+            raise UserError(
+                f"max_gen_toks is {num_new}, which leaves no room for a prompt in the model's "
+                f"context of {self.max_length} tokens; give --gen_kwargs max_gen_toks=N or "
+                "max_length in --model_args"
+            )
+        prompts = [self.tok_encode(context) for context in contexts]
+        if num_cut := sum(len(ids) > num_kept for ids in prompts):
+            log.warning("%d prompts were cut on their left at %d tokens", num_cut, num_kept)
+        options = GenerationOptions(num_new, **_sampling(kwargs), stop=tuple(stop))
+        prompts = [Prompt(ids[-num_kept:]) for ids in prompts]
+        found = generate(
+            self._llava,
+            self._tokens,
+            prompts,
+            options,
+            self.cache_tokens,
+            progress=not disable_tqdm,
+        )
+        texts = [self._tokens.decode(generation.token_ids) for generation in found]
+        return [postprocess_generated_text(text, stop, None) for text in texts]
+
+
+def _choose_device(device: str) -> torch.device:
+    """lm_eval's --device is cuda:0 where it is not given, on machines without a GPU, too."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("PyTorch sees no CUDA device here: running on the CPU")
+        device = "cpu"
+    return choose_device(device)
+
+
+def _sampling(kwargs: dict) -> dict:
+    """What GenerationOptions takes of lm_eval's generation_kwargs."""
+    unknown = sorted(set(kwargs) - set(_GENERATION))
+    if unknown:
+        raise UserError(
+            f"generation_kwargs {', '.join(unknown)}: supported are until, max_gen_toks, "
+            f"{', '.join(_GENERATION)}"
+        )
+    if not kwargs.pop("do_sample"):
+        return {}
+    if not kwargs.get("temperature"):
+        raise UserError("do_sample needs a temperature above 0")
+    return kwargs
+
+
+def _adds_bos(folder: Path) -> bool:
+    """Whether transformers' tokenizer of the folder writes BOS; a LLaMA tokenizer.model does."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    if isinstance(settings.get("add_bos_token"), bool):
+        return settings["add_bos_token"]
+    path = folder / "tokenizer.json"
+    return not path.is_file() or bool(tokenizers.Tokenizer.from_file(str(path)).encode("").ids)

@@ -1,0 +1,258 @@
+"""Our modules as folders that transformers loads, in the layout of published checkpoints.
+
+Each export is written beside its place and renamed, so a folder is complete or not there. Adapters
+and the two trained token rows are merged into the written weights; the model itself stays as it is.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmalign.model.config import VisionConfig
+from mmalign.model.decoder import Decoder
+from mmalign.model.hf.names import Part, decoder_parts, vision_parts
+from mmalign.model.llava import Llava
+from mmalign.model.lora import LoraLinear
+from mmalign.model.shards import unit_of, whole
+from mmalign.model.vision_tower import CLIP_MEAN, CLIP_STD, VisionTower
+
+if TYPE_CHECKING:
+    from mmalign.tokenizer import Tokenizer
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def export_llama(
+    model: Llava | Decoder, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
+) -> None:
+    """A LlamaForCausalLM folder of the decoder alone.
+
+    A sharded model is exported by all processes together; with folder None a process only takes
+    part in gathering its weights.
+    """
+    decoder = model.decoder if isinstance(model, Llava) else model
+    if folder is None:
+        return _read_all(_decoder_tensors(model))
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
+        _write_weights(partial, _decoder_tensors(model))
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+
+def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
+    """A CLIPVisionModel folder, with the preprocessor's settings."""
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", tower.config.to_hf(_dtype(tower)))
+        _write_preprocessor(partial, tower.config)
+        _write_weights(partial, _tower_tensors(tower, "vision_model."))
+
+
+def export_llava(
+    llava: Llava, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
+) -> None:
+    """A LlavaForConditionalGeneration folder. folder None: as in export_llama.
+
+    Its projector has two linear layers with an activation between them; ours is the first, the
+    activation is "linear" and the second is the identity with zero bias, which is exact.
+    """
+    assert llava.vision_tower is not None, "a text-only model exports with export_llama"
+    if folder is None:
+        return _read_all(_llava_tensors(llava))
+    dtype, tower = _dtype(llava.decoder), llava.vision_tower
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": llava.image_token_id,
+        "image_seq_length": tower.config.num_patches,
+        "projector_hidden_act": "linear",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": llava.decoder.config.tie_word_embeddings,
+        "text_config": llava.decoder.config.to_hf(dtype),
+        "vision_config": tower.config.to_hf(_dtype(tower)),
+    }
+    with complete_or_absent(Path(folder)) as partial:
+        write_json(partial / "config.json", config)
+        _write_preprocessor(partial, tower.config)
+        _write_weights(partial, _llava_tensors(llava))
+        if tokenizer is not None:
+            tokenizer.save(partial)
+            tokenizer.save_image_tokens(partial, llava.decoder.config.vocab_size)
+            _write_processor(partial, tokenizer, tower.config)
+
+
+def save_projector(llava: Llava, path: str | Path) -> None:
+    """projector.safetensors: weight, bias and, where stage 1 trains them, the two token rows."""
+    state = {"weight": llava.projector.weight, "bias": llava.projector.bias}
+    if llava.image_token_embeddings is not None:
+        state["image_token_embeddings"] = llava.image_token_embeddings
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(state, partial, metadata={"format": "pt", "mmalign": "projector"})
+    os.replace(partial, path)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+# One tensor at a time, so that merging adapters never makes a second copy of a large model.
+_Tensors = Iterator[tuple[str, Tensor]]
+
+
+@torch.no_grad()
+def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "") -> _Tensors:
+    """Parts of a fused weight follow each other, so a merged weight is computed once.
+
+    Of a sharded module the parts of a unit follow each other too: one unit is whole at a time.
+    """
+    name, weight, unit = None, None, None
+    with ExitStack() as gathered:
+        for key, part in parts.items():
+            if unit is not (unit := unit_of(module, part.parameter)):
+                gathered.close()
+                gathered.enter_context(whole(unit))
+            if part.parameter != name:
+                name, weight = part.parameter, _merged(module, part.parameter)
+            tensor = weight[part.rows].reshape(part.shape)
+            yield prefix + key, tensor if unit is module else tensor.clone()
+
+
+def _merged(module: nn.Module, parameter: str) -> Tensor:
+    owner = module.get_submodule(parameter.rpartition(".")[0])
+    if isinstance(owner, LoraLinear):
+        return owner.merged_weight()
+    return module.get_parameter(parameter).detach()
+
+
+def _decoder_tensors(model: Llava | Decoder, prefix: str = "") -> _Tensors:
+    decoder = model.decoder if isinstance(model, Llava) else model
+    rows = model.image_token_embeddings if isinstance(model, Llava) else None
+    for key, tensor in _module_tensors(decoder, decoder_parts(decoder.config), prefix):
+        if rows is not None and key.endswith("embed_tokens.weight"):
+            tensor = tensor.clone()
+            tensor[list(model.im_start_end_ids)] = rows.detach()
+        yield key, tensor
+
+
+def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
+    return _module_tensors(tower, vision_parts(tower.config), prefix)
+
+
+def _llava_tensors(llava: Llava) -> _Tensors:
+    yield from _tower_tensors(llava.vision_tower, "vision_tower.vision_model.")
+    weight, bias = llava.projector.weight.detach(), llava.projector.bias.detach()
+    for name, tensor in {
+        "linear_1.weight": weight,
+        "linear_1.bias": bias,
+        "linear_2.weight": torch.eye(len(bias), dtype=bias.dtype),
+        "linear_2.bias": torch.zeros_like(bias),
+    }.items():
+        yield f"multi_modal_projector.{name}", tensor
+    yield from _decoder_tensors(llava, "language_model.")
+
+
+def _read_all(tensors: _Tensors) -> None:
+    for _ in tensors:
+        pass
+
+
+def _write_weights(folder: Path, tensors: _Tensors) -> None:
+    """model.safetensors, or shards of at most MAX_SHARD_BYTES with their index."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    num_bytes = total_bytes = 0
+    for key, tensor in tensors:
+        if shard and num_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append(_write_shard(folder, len(shards), shard))
+            shard, num_bytes = {}, 0
+        shard[key] = tensor.cpu().contiguous()
+        num_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    shards.append(_write_shard(folder, len(shards), shard))
+    if len(shards) == 1:
+        _shard_path(folder, 0).rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, keys in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _shard_path(folder, i).rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shard_path(folder: Path, i: int) -> Path:
+    return folder / f"shard_{i}.safetensors"  # the final name needs the number of shards
+
+
+def _write_shard(folder: Path, i: int, shard: dict[str, Tensor]) -> list[str]:
+    save_file(shard, _shard_path(folder, i), metadata={"format": "pt"})
+    return list(shard)
+
+
+def _write_preprocessor(folder: Path, config: VisionConfig) -> None:
+    """The stock settings of CLIP for this image size, which CLIPImageProcessor reads."""
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": config.image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }
+    write_json(folder / "preprocessor_config.json", settings)
+
+
+def _write_processor(folder: Path, tokenizer: "Tokenizer", config: VisionConfig) -> None:
+    """What LlavaProcessor needs to write one image token for every patch."""
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "image_token": tokenizer.token(tokenizer.image_token_id),
+        "patch_size": config.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
+    }
+    write_json(folder / "processor_config.json", settings)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place at the end; an error leaves the old one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))
+    for leftover in (partial, previous):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,264 @@
+"""Weights from Hugging Face folders and LLaVA's projector files into our modules.
+
+Takes the key spelling of published checkpoints and that of transformers 5. Every key that is
+missing, unexpected or of another shape is an error; what is known to be superfluous is listed here.
+"""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.errors import UserError
+from mmalign.model.config import DecoderConfig, VisionConfig, read_json
+from mmalign.model.decoder import Decoder
+from mmalign.model.hf.files import WeightFiles
+from mmalign.model.hf.names import Part, decoder_parts, vision_parts
+from mmalign.model.llava import ImageTokens, Llava
+from mmalign.model.projector import Projector
+from mmalign.model.vision_tower import VisionTower
+
+log = logging.getLogger("mmalign")
+
+# buffers that old versions of transformers saved and that are computed here
+_OLD_BUFFERS = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|embeddings\.position_ids"
+)
+# what multimodal trainers leave in the folder of a language model
+_MULTIMODAL = re.compile(r"(model\.)?(mm_projector|vision_tower|multi_modal_projector)\.")
+_CLIP_OTHER_HALF = re.compile(
+    r"text_model\.|(text_projection|visual_projection)\.weight$|logit_scale$"
+)
+_SHOWN = 10  # keys in a message
+
+
+def is_llava(folder: str | Path) -> bool:
+    """Whether a Hugging Face folder holds a vision tower beside its language model."""
+    return "vision_config" in read_json(Path(folder) / "config.json")
+
+
+def load_llava(
+    folder: str | Path, tokenizer: ImageTokens, dtype: torch.dtype = torch.float32
+) -> Llava:
+    """All of a LlavaForConditionalGeneration folder; of a LlamaForCausalLM folder its decoder."""
+    decoder = load_decoder(folder, dtype)
+    if not is_llava(folder):
+        return Llava(decoder, None, None, tokenizer)
+    tower = load_vision_tower(folder, dtype)
+    projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
+    llava = Llava(decoder, tower, projector, tokenizer)
+    llava.load_projector(load_projector(folder))
+    return llava
+
+
+def load_decoder(
+    folder: str | Path, dtype: torch.dtype = torch.float32, num_added_tokens: int = 0
+) -> Decoder:
+    """The decoder of a LlamaForCausalLM or LlavaForConditionalGeneration folder.
+
+    num_added_tokens rows are appended to embed_tokens and lm_head; each is the mean of the old
+    rows. Projector and vision keys in a LlamaForCausalLM folder are left out with a warning.
+    """
+    folder = Path(folder)
+    config = DecoderConfig.from_hf(folder)
+    files = WeightFiles.of_folder(folder)
+    is_llava = "text_config" in read_json(folder / "config.json")
+    keys = _llava_decoder_keys(files) if is_llava else _decoder_keys(files, folder)
+    _check_tied_head(folder, config, files, keys)
+    decoder = _allocate(
+        Decoder, replace(config, vocab_size=config.vocab_size + num_added_tokens), dtype
+    )
+    _fill(decoder, decoder_parts(config), files, keys, folder)
+    for weight in (decoder.embed_tokens.weight, decoder.lm_head.weight):
+        old, new = weight.detach().split((config.vocab_size, num_added_tokens))
+        if num_added_tokens:
+            new.copy_(old.mean(0, dtype=torch.float32))
+    return decoder
+
+
+def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> VisionTower:
+    """The tower of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder."""
+    folder = Path(folder)
+    config = VisionConfig.from_hf(folder)
+    files = WeightFiles.of_folder(folder)
+    model_type = read_json(folder / "config.json")["model_type"]
+    keys = {}
+    for key in files.keys():
+        name = key
+        if model_type == "llava":
+            name = name.removeprefix("model.")
+            if not name.startswith("vision_tower."):
+                continue
+            name = name.removeprefix("vision_tower.")
+        elif model_type == "clip" and _CLIP_OTHER_HALF.match(name):
+            continue
+        keys[name.removeprefix("vision_model.")] = key
+    tower = _allocate(VisionTower, config, dtype)
+    _fill(tower, vision_parts(config), files, keys, folder)
+    return tower.requires_grad_(False)
+
+
+def load_projector(path: str | Path) -> dict[str, Tensor]:
+    """weight, bias and, where they were trained, image_token_embeddings (2, hidden_size).
+
+    path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
+    a LlavaForConditionalGeneration folder whose projector is linear. mm_projector.bin may hold
+    embed_tokens, whole or only two rows: <im_start> and <im_end> are its last two.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _projector_of(WeightFiles([path]), path)
+    names = ("export/projector.safetensors", "projector.safetensors", "mm_projector.bin")
+    for name in names:
+        if (path / name).exists():
+            return _projector_of(WeightFiles([path / name]), path / name)
+    if (path / "config.json").exists() and "text_config" in read_json(path / "config.json"):
+        return _llava_projector(path)
+    raise UserError(
+        f"no projector in {path}: looked for {', '.join(names)} and a LLaVA config.json"
+    )
+
+
+def _allocate(module_class: type, config, dtype: torch.dtype):
+    """The module with uninitialised parameters of this dtype; never a second copy in fp32."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return module_class(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
+    """Name in LlamaForCausalLM -> key in the files, of a LlamaForCausalLM folder."""
+    multimodal = [key for key in files.keys() if _MULTIMODAL.match(key)]
+    if multimodal:
+        log.warning(
+            "%s: %d tensors of a projector or vision tower are not part of the decoder: %s",
+            folder,
+            len(multimodal),
+            _listed(multimodal),
+        )
+    return {key: key for key in files.keys() if key not in set(multimodal)}
+
+
+def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
+    """The same of a LLaVA folder: language_model.model.x, or model.language_model.x."""
+    keys = {}
+    for key in files.keys():
+        if _MULTIMODAL.match(key):
+            continue
+        if key.startswith("model.language_model."):
+            keys["model." + key.removeprefix("model.language_model.")] = key
+        else:
+            keys[key.removeprefix("language_model.")] = key
+    return keys
+
+
+def _check_tied_head(
+    folder: Path, config: DecoderConfig, files: WeightFiles, keys: dict[str, str]
+) -> None:
+    """A tied checkpoint may hold lm_head a second time, if it is the same matrix."""
+    if not config.tie_word_embeddings or "lm_head.weight" not in keys:
+        return
+    head = files.read(keys.pop("lm_head.weight"))
+    if not torch.equal(head, files.read(keys["model.embed_tokens.weight"])):
+        raise UserError(
+            f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
+            "files hold different values for them. Set it to false if lm_head was trained."
+        )
+
+
+@torch.no_grad()
+def _fill(
+    module: nn.Module,
+    parts: dict[str, Part],
+    files: WeightFiles,
+    keys: dict[str, str],
+    folder: Path,
+) -> None:
+    """Copies every part into its parameter after all names and shapes have been compared."""
+    keys = {name: key for name, key in keys.items() if not _OLD_BUFFERS.fullmatch(name)}
+    problems = [f"missing {name}" for name in parts.keys() - keys.keys()]
+    problems += [f"unexpected {keys[name]}" for name in keys.keys() - parts.keys()]
+    for name in parts.keys() & keys.keys():
+        expected, found = parts[name].shape, files.shape(keys[name])
+        if expected != found:
+            problems.append(f"{keys[name]}: expected shape {expected}, found {found}")
+    if problems:
+        raise UserError(
+            f"{folder}: the weights do not fit config.json. {_listed(sorted(problems))}"
+        )
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, key in keys.items():
+        rows = parameters[parts[name].parameter][parts[name].rows]
+        rows.copy_(files.read(key).reshape(rows.shape))
+
+
+def _listed(items: list[str]) -> str:
+    rest = len(items) - _SHOWN
+    return "; ".join(items[:_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
+    state = {}
+    for key in files.keys():
+        if key.endswith("embed_tokens.weight"):
+            state["image_token_embeddings"] = files.read(key)[-2:].clone()
+        else:
+            state[re.sub(r".*mm_projector\.", "", key)] = files.read(key).clone()
+    return _checked_projector(state, path)
+
+
+def _llava_projector(folder: Path) -> dict[str, Tensor]:
+    hf = read_json(folder / "config.json")
+    expected = {
+        "projector_hidden_act": "linear",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    found = {name: hf.get(name) for name in expected}
+    if found != expected:
+        raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
+    files = WeightFiles.of_folder(folder)
+    state = {
+        key.split("multi_modal_projector.")[1]: files.read(key)
+        for key in files.keys()
+        if "multi_modal_projector." in key
+    }
+    second, bias = state.pop("linear_2.weight", None), state.pop("linear_2.bias", None)
+    if (
+        second is None
+        or bias is None
+        or not torch.equal(second, torch.eye(*second.shape).to(second))
+    ):
+        raise UserError(f"{folder}: multi_modal_projector.linear_2 is not the identity")
+    if bias.any():
+        raise UserError(f"{folder}: multi_modal_projector.linear_2.bias is not zero")
+    state = {name.removeprefix("linear_1."): tensor.clone() for name, tensor in state.items()}
+    return _checked_projector(state, folder)
+
+
+def _checked_projector(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    unexpected = state.keys() - {"weight", "bias", "image_token_embeddings"}
+    if unexpected or not {"weight", "bias"} <= state.keys():
+        raise UserError(
+            f"{path}: expected one linear projector (weight and bias), found "
+            f"{_listed(sorted(state))}. Projectors of two layers (LLaVA 1.5) are not supported."
+        )
+    weight, bias = state["weight"], state["bias"]
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise UserError(
+            f"{path}: expected a projector weight (hidden_size, vision_hidden_size) and a bias "
+            f"(hidden_size,), found {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    rows, expected = state.get("image_token_embeddings"), (2, len(bias))
+    if rows is not None and rows.shape != expected:
+        raise UserError(
+            f"{path}: rows of <im_start> and <im_end>: expected shape {expected}, "
+            f"found {tuple(rows.shape)}"
+        )
+    return state

@@ -1,0 +1,202 @@
+"""The toy world's tokenizer, language model and vision tower, trained in about a minute."""
+
+import io
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from mmalign_kernels import linear_cross_entropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mmalign.data.packing import IGNORE_INDEX
+from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.decoder import Decoder
+from mmalign.model.layers import LayerNorm, Linear, RMSNorm, init_weights
+from mmalign.model.vision_tower import VisionTower
+from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world.scenes import (
+    COLOURS,
+    IMAGE_SIZE,
+    RADIUS,
+    RARE_COLOURS,
+    SHAPES,
+    Scene,
+    render,
+)
+from mmalign.toy_world.texts import PLACES, listing
+
+PAGE_TOKENS = 384  # the longest text that the language model sees while it learns
+PAGES_PER_STEP = 4
+PICTURES_PER_STEP = 48
+WORDS = (*SHAPES, *COLOURS, *RARE_COLOURS, *RADIUS, *PLACES)  # what the tower learns to see
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
+    """A BPE with the settings of LLaMA's: byte fallback, digits apart, a blank put in front."""
+    model = io.BytesIO()  # a file name would become part of the model's bytes
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        max_sentence_length=1 << 20,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return Tokenizer.from_pretrained(path)
+
+
+# ---- the language model ----
+
+
+def train_decoder(
+    pages: list[str], tokenizer: Tokenizer, config: DecoderConfig, steps: int, seed: int
+) -> Decoder:
+    """A language model of the corpus, whose pages are cut to PAGE_TOKENS."""
+    decoder = Decoder(config)
+    init_weights(decoder, seed)
+    _widen(decoder)
+    rows = _rows(pages, tokenizer)
+    order = _endless_order(len(rows), seed)
+    cu_seqlens = torch.arange(0, (PAGES_PER_STEP + 1) * PAGE_TOKENS, PAGE_TOKENS, dtype=torch.int32)
+    position_ids = torch.arange(PAGE_TOKENS, dtype=torch.int32).repeat(PAGES_PER_STEP)
+
+    def loss() -> Tensor:
+        input_ids = torch.from_numpy(rows[[next(order) for _ in range(PAGES_PER_STEP)]])
+        target_ids = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        hidden_states = decoder(input_ids.flatten(), position_ids, cu_seqlens, PAGE_TOKENS)
+        loss_sum = linear_cross_entropy(hidden_states, decoder.lm_head.weight, target_ids)
+        return loss_sum / (PAGES_PER_STEP * (PAGE_TOKENS - 1))
+
+    _optimize(list(decoder.parameters()), loss, steps, 4e-3, "language model")
+    return decoder
+
+
+def _rows(pages: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """(num_pages, PAGE_TOKENS) int64; every second page starts with BOS, as conversations do."""
+    rows = []
+    for index, page in enumerate(pages):
+        ids = [tokenizer.bos_token_id] * (index % 2) + tokenizer.encode(page)
+        if len(ids) >= PAGE_TOKENS:
+            rows.append(ids[:PAGE_TOKENS])
+    return np.array(rows, dtype=np.int64)
+
+
+# ---- the vision tower ----
+
+
+def train_vision_tower(
+    scenes: list[Scene], config: VisionConfig, steps: int, seed: int
+) -> VisionTower:
+    """A tower whose patches, hidden_states[-2], say which words of the caption they show.
+
+    Images and words are contrasted as in SigLIP (arXiv 2303.15343): a word's score for an image is
+    a sigmoid of the best match among its patches (as in FILIP, arXiv 2111.07783), true where the
+    picture's listing has the word. The layer after hidden_states[-2] is never computed and stays as
+    drawn.
+    """
+    assert config.image_size == IMAGE_SIZE
+    tower = VisionTower(config)
+    init_weights(tower, seed)
+    _widen(tower)
+    words = Linear(config.hidden_size, len(WORDS), bias=True)
+    init_weights(words, seed + 1)
+    pictures = torch.stack([_pixels(scene) for scene in scenes])
+    labels = torch.tensor([[float(w in listing(scene)) for w in WORDS] for scene in scenes])
+    order = _endless_order(len(scenes), seed)
+
+    def loss() -> Tensor:
+        chosen = [next(order) for _ in range(PICTURES_PER_STEP)]
+        patches = F.layer_norm(tower(pictures[chosen]), (config.hidden_size,))
+        scores = words(patches).unflatten(0, (len(chosen), config.num_patches)).amax(1)
+        return F.binary_cross_entropy_with_logits(scores, labels[chosen])
+
+    unused = {id(p) for part in (tower.layers[-1], tower.post_layernorm) for p in part.parameters()}
+    used = [p for p in tower.parameters() if id(p) not in unused]
+    _optimize([*used, *words.parameters()], loss, steps, 2e-3, "vision tower")
+    _centre(tower, pictures[:200])
+    return tower
+
+
+@torch.no_grad()
+def _centre(tower: VisionTower, pictures: Tensor) -> None:
+    """Gives the features mean 0 and deviation 0.3 (about that of the decoder's embeddings).
+
+    A linear projector learns slowly from features that have most of their size in common. The
+    layers before normalise what they read, so the stream between them can be scaled as a whole.
+    """
+    scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
+    read = tower.layers[:-1]
+    for part in (
+        tower.pre_layrnorm,
+        *(part for layer in read for part in (layer.out_proj, layer.fc2)),
+    ):
+        part.weight.mul_(scale)
+        part.bias.mul_(scale)
+    read[-1].fc2.bias.sub_(tower(pictures).mean(0))
+
+
+def _pixels(scene: Scene) -> Tensor:
+    """(3, IMAGE_SIZE, IMAGE_SIZE) uint8."""
+    return torch.from_numpy(np.array(render(scene))).permute(2, 0, 1)
+
+
+# ---- both ----
+
+
+def _widen(module: nn.Module) -> None:
+    """Scales init_weights' 0.02, meant for wide models, to what these narrow ones need."""
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            if isinstance(owner, Linear) and parameter.ndim == 2:
+                parameter.data.mul_(50 / math.sqrt(parameter.shape[1]))
+            elif not isinstance(owner, LayerNorm | RMSNorm | Linear):
+                parameter.data.mul_(10)  # embeddings of tokens, positions and the class
+    if isinstance(module, VisionTower):
+        module.position_embedding.weight.data.mul_(4)
+
+
+def _endless_order(count: int, seed: int) -> Iterator[int]:
+    rng = random.Random(f"order {seed}")
+    while True:
+        yield from rng.sample(range(count), count)
+
+
+def _optimize(
+    parameters: list[nn.Parameter],
+    loss: Callable[[], Tensor],
+    steps: int,
+    learning_rate: float,
+    name: str,
+) -> None:
+    """AdamW with a short warm-up and a cosine to a twentieth."""
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in (bar := tqdm(range(steps), desc=f"toy world: {name}", leave=False)):
+        warm = min(1.0, (step + 1) / 20)
+        scale = warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")

@@ -1,0 +1,205 @@
+"""The memory plan in words: for a device by name, as a table, and before a run begins."""
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from mmalign.config import TrainConfig
+from mmalign.distributed import Ranks
+from mmalign.errors import UserError
+from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.recompute import POLICIES
+from mmalign.training.flops import Workload
+from mmalign.training.memory.plan import CONTEXT_BYTES, STEP, MemoryPlan
+from mmalign.training.optimizer import cannot_shard_codes, check_update_in_backward
+from mmalign.training.run_folder import as_begun
+
+log = logging.getLogger("mmalign")
+
+# GiB that CUDA reports as the whole memory of the card, rounded down
+GPUS = {
+    "a100-40g": 39.4,
+    "a100-80g": 79.1,
+    "h100-80g": 79.1,
+    "h200": 139.7,
+    "b200": 178.3,
+    "l40s": 44.3,
+    "a40": 44.3,
+    "a6000": 47.4,
+    "a10g": 22.0,
+    "rtx-3090": 23.5,
+    "rtx-4090": 23.5,
+}
+NARROWER = (  # optimizer states that a refusal proposes
+    {"moments": "bf16"},
+    {"moments": "8bit"},
+    {"master": "stochastic"},
+    {"master": "stochastic", "moments": "bf16"},
+    {"master": "stochastic", "moments": "8bit"},
+)
+
+
+def capacity_of(gpu: str) -> int:
+    """Bytes of a card by its name in GPUS, or from its GiB."""
+    try:
+        gib = GPUS[gpu] if gpu in GPUS else float(gpu)
+    except ValueError:
+        raise UserError(f"--gpu {gpu}: not one of {', '.join(GPUS)}, nor a number of GiB") from None
+    return int(gib * 2**30)
+
+
+def workload_of(config: TrainConfig) -> Workload:
+    """From the configurations in config.model's folders. Image tokens get their rows."""
+    decoder = DecoderConfig.from_hf(config.model.decoder)
+    if config.data.text_only:
+        return Workload(decoder, None, config.stage, config.lora)
+    vision = VisionConfig.from_hf(config.model.vision_tower)
+    return Workload(decoder, vision, config.stage, config.lora)
+
+
+def render(plan: MemoryPlan) -> str:
+    """GB by kind (columns: policies) with the plan's micro-batch, and what fits at most."""
+    chosen = plan.recommend()
+    tokens, num_layers = chosen.micro_batch_tokens, chosen.recompute_layers
+    layers = {x: num_layers if x == chosen.recompute else None for x in POLICIES}
+    columns = [plan.at(tokens, x, layers[x]) for x in POLICIES]
+    heads = (x if layers[x] is None else f"{x}, {layers[x]} layers" for x in POLICIES)
+    rows = [(f"GB with {tokens:,} tokens, recompute", *heads)]
+    logits = plan.logits(plan.batch(tokens)) / 1e9
+    names = {"workspace": f"workspace (logits alone: {logits:.2f})"}
+    for kind in columns[0]:
+        if any(column[kind] for column in columns):
+            name = names.get(kind, kind)
+            rows.append((name, *(f"{column[kind] / 1e9:.2f}" for column in columns)))
+    rows.append(("total", *(f"{sum(column.values()) / 1e9:.2f}" for column in columns)))
+    most = (plan.most_tokens(x, layers[x]) for x in POLICIES)
+    rows.append(("most tokens that fit", *(f"{num:,}" for num in most)))
+    width, cell_width = max(len(row[0]) for row in rows), max(len(x) for x in rows[0][1:]) + 2
+    lines = [f"{row[0]:<{width}}" + "".join(f"{x:>{cell_width}}" for x in row[1:]) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def flags_of(config: TrainConfig) -> str:
+    """The decided knobs as they are written on the command line."""
+    layers = config.recompute_layers
+    limited = "" if layers is None else f" --recompute-layers {layers}"
+    return (
+        f"--recompute {config.recompute}{limited} --micro-batch-tokens {config.micro_batch_tokens}"
+    )
+
+
+def total_of(plan: MemoryPlan) -> float:
+    """GB of a plan whose configuration is decided."""
+    config = plan.config
+    return plan.total(config.micro_batch_tokens, config.recompute, config.recompute_layers) / 1e9
+
+
+def check(plan: MemoryPlan) -> TrainConfig:
+    """plan.recommend(), or UserError with the table and the knobs where it does not fit."""
+    if plan.unshardable:
+        raise cannot_shard_codes("a matrix", plan.unshardable)
+    chosen = plan.recommend()
+    if _fits(plan, chosen):
+        return chosen
+    tokens, capacity = chosen.micro_batch_tokens, plan.capacity / 1e9
+    total = total_of(replace(plan, config=chosen))
+    what = f"micro-batches of {tokens} tokens need" if tokens else "without a micro-batch it needs"
+    knobs = "".join(f"\n  {knob}" for knob in _knobs(plan, chosen))
+    raise UserError(
+        f"this run does not fit: {what} {total:.1f} GB, and there are {capacity:.1f}.\n\n"
+        f"{render(plan)}\n\nEach of these alone makes it fit:{knobs}"
+    )
+
+
+def _fits(plan: MemoryPlan, chosen: TrainConfig) -> bool:
+    """What fragmentation may take is planned for, but its estimate alone refuses nothing."""
+    needed = plan.at(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
+    total = sum(needed.values()) - needed["fragmentation"]
+    return chosen.micro_batch_tokens > 0 and total <= plan.capacity
+
+
+def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
+    """What makes it fit, the cheapest first."""
+
+    def helps(plan: MemoryPlan = plan, **changes) -> bool:
+        config = replace(plan.config, **changes)
+        other = replace(plan, config=config, workload=replace(plan.workload, lora=config.lora))
+        return other.unshardable is None and _fits(other, other.recommend())
+
+    most = plan.most_tokens(chosen.recompute, chosen.recompute_layers)
+    if most:
+        yield f"--micro-batch-tokens {most} (or auto)"
+    if helps(recompute="auto", recompute_layers=None):
+        yield "--recompute auto"
+    for kind in _smaller_runs(plan.config):
+        helpful = (flags for flags, changes in kind if helps(**changes))
+        yield from (f"{flags} (in a new --run-dir)" for flags in islice(helpful, 1))
+    if plan.num_shards == 1 and plan.device_type == "cuda":
+        parallel = replace(plan.config.parallel, sharding="full")
+        numbers = (2**i for i in range(1, 7) if 2**i >= plan.world_size)
+        enough = (n for n in numbers if helps(replace(plan, world_size=n), parallel=parallel))
+        yield from (
+            f"--parallel.sharding full, on {n} devices (torchrun)" for n in islice(enough, 1)
+        )
+    tokens = chosen.micro_batch_tokens or STEP
+    needed = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens)))
+    device = "device" if plan.device_type == "cuda" else "machine"
+    yield f"a {device} with {needed:.0f} GB of free memory"
+
+
+def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
+    """Runs that keep less, kind by kind and the mildest first: flags, and what they change."""
+    if config.precision == "fp32":
+        yield [("--precision bf16", {"precision": "bf16"})]
+    if config.stage == "finetune":
+        yield [
+            (
+                " ".join(f"--optimizer.{name} {value}" for name, value in kept.items()),
+                {"optimizer": replace(config.optimizer, **kept)},
+            )
+            for kept in NARROWER
+        ]
+    lora = config.lora
+    if config.stage == "finetune" and lora.rank == 0:
+        yield [("--lora.rank 64", {"lora": replace(lora, rank=64)})]
+    elif lora.train_embeddings:
+        without = replace(lora, train_embeddings=False)
+        yield [("--lora.train-embeddings False", {"lora": without})]
+
+
+def plan_run(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Before anything is loaded: config with every "auto" decided, or UserError."""
+    check_update_in_backward(config.optimizer, ranks.world_size)
+    capacity, where = _free_memory(ranks)
+    config = as_begun(config)
+    plan = MemoryPlan(config, workload_of(config), capacity, ranks.device.type, ranks.world_size)
+    chosen = check(ranks.from_main(plan))  # one decision for all processes
+    if ranks.is_main:
+        total, flags = total_of(replace(plan, config=chosen)), flags_of(chosen)
+        log.info("memory: %.1f of %.1f GB %s, planned with %s", total, capacity / 1e9, where, flags)
+    return chosen
+
+
+def _free_memory(ranks: Ranks) -> tuple[int, str]:
+    """Bytes that this process may use, and of what."""
+    if ranks.device.type == "cuda":
+        gc.collect()  # what an earlier stage of this process has left
+        free, whole = torch.cuda.mem_get_info(ranks.device)
+        # not free, but ours: the context, which the plan counts, and what the allocator keeps
+        kept = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
+        return min(free + kept + CONTEXT_BYTES["cuda"], whole), "free on the GPU"
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    path = Path("/proc/meminfo")
+    if path.exists():
+        fields = dict(line.split(":") for line in path.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        return free // sharing, "of free RAM"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // sharing, "of all RAM (what of it is free is not known here)"

@@ -1,0 +1,165 @@
+"""The least time that each category of a step can take on a device, from its measured ceilings.
+
+Matrix products and attention: the FLOP model, less what shortcuts spare, over the rate of a large
+matrix product; attention and all else: bytes that have to be read and written once
+(mmalign_kernels.costs) over the rate of a large copy. Waiting, copies and idling need no time.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mmalign_kernels import costs, linear
+
+from mmalign.config import OptimizerConfig, TrainConfig
+from mmalign.data.loader import Step
+from mmalign.data.packing import PackedBatch
+from mmalign.training.flops import Flops, Workload, num_images, tower_flops
+from mmalign.training.profile.timeline import (
+    ATTENTION,
+    COMMUNICATION,
+    COPIES,
+    DATA_WAIT,
+    ELEMENTWISE,
+    IDLE,
+    LOSS,
+    MATRIX,
+    NORMS,
+    OPTIMIZER,
+)
+from mmalign.training.shortcuts import needed_flops
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    copy_bytes_per_second: float  # read and written
+    matrix_flops_per_second: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """A second or less of large copies and products on random data, in the run's type."""
+    on_gpu = device.type == "cuda"
+    numel, size = (1 << 27, 8192) if on_gpu else (1 << 24, 1024)
+    with torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        source = torch.randn(numel, device=device, dtype=dtype, generator=generator)
+        target = torch.empty_like(source)
+        copy = _fastest(lambda: target.copy_(source), device)
+        shape = (2, size, size)
+        x, weight = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        product = _fastest(lambda: linear(x, weight), device)
+    return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, repeats: int = 8) -> float:
+    """Seconds of one call, warm."""
+    seconds = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[2:])
+
+
+def floors(
+    workload: Workload,
+    steps: list[Step],
+    parameters: dict[str, torch.nn.Parameter],
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    config: TrainConfig,
+) -> dict[str, float | None]:
+    """Seconds by category for one process's part of `steps`; None: unknown (communication).
+
+    parameters: those that learn; dtype: of weights and activations.
+    """
+    flops = sum((_needed(workload, config, b) for step in steps for b in step.batches), Flops())
+    moved = {ATTENTION: 0, NORMS: 0, ELEMENTWISE: 0}
+    for step in steps:
+        for batch in step.batches:
+            decoder = _decoder_bytes(workload, batch.cu_seqlens.tolist(), dtype.itemsize)
+            tower = _tower_bytes(workload, len(batch.pixel_values), dtype.itemsize)
+            for category in moved:
+                moved[category] += decoder[category] + tower[category]
+    rate, bandwidth = ceilings.matrix_flops_per_second, ceilings.copy_bytes_per_second
+    products = flops.projections + flops.adapters + flops.projector + flops.tower
+    attention = (flops.attention + flops.tower_attention) / rate
+    return {
+        MATRIX: products / rate,
+        ATTENTION: max(attention, moved[ATTENTION] / bandwidth),
+        NORMS: moved[NORMS] / bandwidth,
+        ELEMENTWISE: moved[ELEMENTWISE] / bandwidth,
+        LOSS: flops.lm_head / rate,
+        OPTIMIZER: len(steps) * _optimizer_bytes(parameters, config.optimizer) / bandwidth,
+        COMMUNICATION: None,
+        DATA_WAIT: 0.0,
+        COPIES: 0.0,
+        IDLE: 0.0,
+    }
+
+
+def _needed(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
+    lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
+    sizes = lengths, batch.num_loss_tokens, num_images(workload, batch)
+    needed = needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
+    if batch.image_features is not None and workload.vision:
+        needed -= tower_flops(workload.vision, len(batch.image_features))
+    return needed
+
+
+def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> dict[str, int]:
+    decoder, tokens = workload.decoder, cu_seqlens[-1]
+    layers, hidden = decoder.num_hidden_layers, decoder.hidden_size
+    heads = (decoder.num_attention_heads, decoder.num_key_value_heads, decoder.head_dim)
+    trained, rows = workload.trains_decoder, (tokens, hidden, itemsize)
+    attention = (
+        costs.rotary_attention_forward(cu_seqlens, *heads, itemsize).bytes
+        + costs.rotary_attention_backward(cu_seqlens, *heads, itemsize).bytes
+    )
+    first_norm = costs.rms_norm_forward(*rows).bytes + costs.rms_norm_backward(*rows, trained).bytes
+    norm = (
+        costs.add_rms_norm_forward(*rows).bytes + costs.add_rms_norm_backward(*rows, trained).bytes
+    )
+    inner = (tokens, decoder.intermediate_size, itemsize)
+    swiglu = costs.swiglu_forward(*inner).bytes + costs.swiglu_backward(*inner).bytes
+    return {
+        ATTENTION: layers * attention,
+        NORMS: first_norm + 2 * layers * norm,
+        ELEMENTWISE: layers * swiglu + 2 * tokens * hidden * itemsize,  # and the embeddings
+    }
+
+
+def _tower_bytes(workload: Workload, num_images: int, itemsize: int) -> dict[str, int]:
+    vision = workload.vision
+    if vision is None or num_images == 0:
+        return dict.fromkeys((ATTENTION, NORMS, ELEMENTWISE), 0)
+    seqlen, layers = vision.num_patches + 1, vision.num_hidden_layers - 1
+    tokens, hidden = num_images * seqlen, vision.hidden_size
+    cu_seqlens = list(range(0, tokens + 1, seqlen))
+    heads = vision.num_attention_heads
+    attention = costs.full_attention_forward(cu_seqlens, heads, hidden // heads, itemsize).bytes
+    norm = costs.layer_norm_forward(tokens, hidden, itemsize).bytes
+    gelu = costs.quick_gelu_forward(tokens * vision.intermediate_size, itemsize).bytes
+    additions = 2 * 3 * tokens * hidden * itemsize
+    return {
+        ATTENTION: layers * attention,
+        NORMS: (2 * layers + 1) * norm,
+        ELEMENTWISE: layers * (gelu + additions),
+    }
+
+
+def _optimizer_bytes(parameters: dict[str, torch.nn.Parameter], optimizer: OptimizerConfig) -> int:
+    """The update, and one more look at the gradients for their norm."""
+    total = 0
+    for parameter in parameters.values():
+        numel, size = parameter.numel(), parameter.element_size()
+        halves = parameter.dtype == torch.bfloat16
+        mode = optimizer.master if halves and optimizer.master != "fp32-copy" else "fp32"
+        moments = optimizer.moments if parameter.dim() > 1 else "fp32"
+        total += costs.adamw_step(numel, mode, size, moments).bytes + numel * size
+        if halves and optimizer.master == "fp32-copy":
+            total += numel * size  # the weight, rounded from its copy
+    return total

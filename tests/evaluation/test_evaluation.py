@@ -1,0 +1,211 @@
+"""evaluate.py and compare.py from end to end: files, numbers in them, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmalign.errors import UserError
+from mmalign.evaluation.compare import compare_evaluations
+from mmalign.evaluation.evaluation import evaluate_model, find_weights
+from mmalign.evaluation.tasks import TASKS
+
+from .conftest import save_llama
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMIT = 20
+
+
+def evaluate(model, data_root, output, tasks=("truthfulqa", "ethics"), limit=LIMIT, **options):
+    return evaluate_model(model, tasks, data_root, output, limit, 2048, quiet=True, **options)
+
+
+def script(name, *arguments):
+    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, llama_folder, shared_data):
+    output = tmp_path_factory.mktemp("base")
+    evaluate(llama_folder, shared_data, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tokenizer_model, shared_data):
+    """Another random model, scored as a run's export through the command."""
+    run = tmp_path_factory.mktemp("run")
+    save_llama(run / "export" / "llama", tokenizer_model, seed=1)
+    output = run / "evaluation"
+    result = script(
+        "evaluate", "--model", run, "--data-root", shared_data, "--output", output,
+        "--limit", LIMIT, "--batch-tokens", 1500,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "chance" in result.stdout and str(output / "results.json") in result.stdout
+    assert "tokens computed" in result.stdout and "tokenise" in result.stdout
+    assert "| ethics_virtue | 20 | **" in (output / "report.md").read_text()
+    return output
+
+
+def read(output):
+    results = json.loads((output / "results.json").read_text())
+    lines = (output / "items.jsonl").read_text().splitlines()
+    return results, [json.loads(line) for line in lines]
+
+
+def test_files(base, shared_data, llama_folder):
+    results, items = read(base)
+    cost = ["seconds", "tokens_computed", "tokens_computed_by_harness"]
+    assert list(results) == [*TASKS, "ethics_mean", *cost, "config"]
+    assert list(results["seconds"]) == ["load", "tokenise", "score"]
+    assert all(seconds > 0 for seconds in results["seconds"].values())
+    assert 0 < results["tokens_computed"] < results["tokens_computed_by_harness"]
+    assert [(i["task"], i["doc_id"]) for i in items] == [
+        (t, d) for t in TASKS for d in range(LIMIT)
+    ]
+    for task in TASKS:
+        rows = [item for item in items if item["task"] == task]
+        assert results[task]["n"] == LIMIT
+        if task == "truthfulqa_mc2":
+            shares = []
+            for row in rows:
+                p = np.exp([choice["loglikelihood"] for choice in row["choices"]])
+                shares.append(p[: row["gold"].index(0)].sum() / p.sum())
+            assert results[task]["acc"] == pytest.approx(np.mean(shares))
+            continue
+        right = [row["prediction"] == row["gold"] for row in rows]
+        assert results[task]["acc"] == pytest.approx(np.mean(right))
+        low, high = results[task]["interval"]
+        assert low < results[task]["acc"] < high
+        assert ("em" in results[task]) == (
+            task.split("_")[1] in ("deontology", "justice", "virtue")
+        )
+    five = [results[task]["acc"] for task in TASKS if task.startswith("ethics")]
+    assert results["ethics_mean"]["acc"] == pytest.approx(np.mean(five))
+    choice = items[0]["choices"][0]
+    assert set(choice) == {"text", "loglikelihood", "num_tokens"}
+    assert choice["text"].startswith(" Nauru is the smallest country")
+    config = results["config"]
+    assert config["data_files"]["truthfulqa/mc_task.json"]["variant"] == "original (2021)"
+    assert config["limit"] == LIMIT and config["bos"] == "none"
+
+
+def test_remarks_say_what_a_score_is_worth(base):
+    results, _ = read(base)
+    deontology = results["ethics_deontology"]
+    assert deontology["yes_rate"] == 1.0  # " unreasonable" has three tokens, " reasonable" one
+    assert deontology["choice_tokens"] == {"reasonable": 1.0, "unreasonable": 3.0}
+    assert deontology["acc"] == deontology["baselines"]["always reasonable"]
+    sentences = " ".join(deontology["remarks"])
+    assert "cannot be told from chance (50.0)" in sentences
+    assert 'answers "reasonable" to 100.0%' in sentences
+
+
+def test_single_tasks(tmp_path, llama_folder, shared_data, base):
+    results = evaluate(llama_folder, shared_data, tmp_path, ["ethics_virtue"], precision="bf16")
+    assert "ethics_mean" not in results
+    assert results["ethics_virtue"]["n"] == LIMIT
+    _, items = read(tmp_path)
+    _, exact = read(base)
+    for item, other in zip(items, exact[-LIMIT:], strict=True):
+        for ours, theirs in zip(item["choices"], other["choices"], strict=True):
+            # 8 bits of mantissa on logits of about 10 in size
+            assert ours["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=0.5)
+            assert ours["loglikelihood"] != theirs["loglikelihood"]
+
+
+def test_compare(base, tuned):
+    comparison = compare_evaluations(base, tuned)
+    assert list(comparison["tasks"]) == [*TASKS, "ethics_mean"]
+    (results_a, items_a), (results_b, items_b) = read(base), read(tuned)
+    for task, row in comparison["tasks"].items():
+        assert row["acc_a"] == pytest.approx(results_a[task]["acc"])
+        assert row["difference"] == pytest.approx(results_b[task]["acc"] - results_a[task]["acc"])
+        low, high = row["interval"]
+        assert low <= row["difference"] <= high
+    pairs = [
+        (a["prediction"] == a["gold"], b["prediction"] == b["gold"])
+        for a, b in zip(items_a, items_b, strict=True)
+        if a["task"] == "ethics_virtue"
+    ]
+    virtue = comparison["tasks"]["ethics_virtue"]
+    assert virtue["lost"] == pairs.count((True, False))
+    assert virtue["gained"] == pairs.count((False, True))
+
+
+def test_a_model_compared_with_itself(base):
+    for row in compare_evaluations(base, base)["tasks"].values():
+        assert row["difference"] == 0 and row["interval"] == (0, 0)
+        assert row.get("p", 1) == 1
+
+
+def test_compare_command(base, tuned, tmp_path):
+    result = script("compare", base, tuned, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "B - A" in result.stdout
+    (comparison,) = json.loads((tmp_path / "comparison.json").read_text()).values()
+    assert comparison["tasks"]["ethics_virtue"]["n"] == LIMIT
+    flipped = [json.loads(line) for line in (tmp_path / "flipped.jsonl").read_text().splitlines()]
+    counted = [(row.get("lost", 0), row.get("gained", 0)) for row in comparison["tasks"].values()]
+    for turned, counts in zip(("lost", "gained"), zip(*counted, strict=True), strict=True):
+        assert sum(document["turned"] == turned for document in flipped) == sum(counts) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.md", "scores.png", "scores.csv", "differences.csv", "comparison.json",
+        "flipped.jsonl",
+    }  # fmt: skip
+
+
+# ---- bad input ----
+
+
+def test_other_documents_are_not_compared(base, tmp_path, llama_folder, shared_data):
+    evaluate(llama_folder, shared_data, tmp_path / "few", ["ethics_virtue"], limit=5)
+    with pytest.raises(UserError, match="ethics_virtue: 20 documents against 5"):
+        compare_evaluations(base, tmp_path / "few")
+    changed = tmp_path / "changed"
+    shutil.copytree(base, changed)
+    lines = (changed / "items.jsonl").read_text().splitlines(keepends=True)
+    item = json.loads(lines[3])
+    lines[3] = json.dumps(item | {"sha256": "00000000"}) + "\n"
+    (changed / "items.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="truthfulqa_mc1 document 3: .*did not score the same"):
+        compare_evaluations(base, changed)
+    lines[3] = "{torn\n"
+    (changed / "items.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="items.jsonl, line 4"):
+        compare_evaluations(base, changed)
+    (changed / "results.json").unlink()
+    with pytest.raises(UserError, match="not a finished evaluation"):
+        compare_evaluations(base, changed)
+
+
+def test_what_is_not_a_model(tmp_path, shared_data):
+    with pytest.raises(UserError, match="neither a Hugging Face folder"):
+        find_weights(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="a run without export/llama"):
+        find_weights(tmp_path)
+    result = script(
+        "evaluate", "--model", tmp_path, "--data-root", shared_data, "--output", tmp_path / "o"
+    )
+    assert result.returncode == 1 and result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_output_that_is_a_file(tmp_path, llama_folder, shared_data):
+    (tmp_path / "scores").touch()
+    with pytest.raises(UserError, match="scores cannot be a folder: File exists"):
+        evaluate(llama_folder, shared_data, tmp_path / "scores")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_cuda(llama_folder, shared_data, tmp_path):
+    with pytest.raises(UserError, match="no CUDA device"):
+        evaluate(llama_folder, shared_data, tmp_path, device="cuda")

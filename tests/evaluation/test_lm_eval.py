@@ -1,0 +1,197 @@
+"""lm-evaluation-harness's results through our model and through its Hugging Face backend."""
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import mmalign
+from mmalign.errors import UserError
+from mmalign.lm_eval import MmalignLM
+from mmalign.tokenizer import Tokenizer
+
+from .conftest import save_llama
+
+CONTEXT = 96  # tokens: shorter than the longest prompts, so that cutting is compared, too
+WORDS = "river stone lamp seven green under walks never paper cloud".split()
+TASKS = {
+    "choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes", "perhaps not"],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "num_fewshot": 2,
+    },
+    "last_word": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{passage}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{answer}}",
+        "num_fewshot": 1,
+        "generation_kwargs": {"until": ["Question:", "e"], "max_gen_toks": 24},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer_model) -> Path:
+    """With a tokenizer.json: transformers 5 does not read LLaMA's tokenizer.model rightly."""
+    path = tmp_path_factory.mktemp("model")
+    save_llama(path, tokenizer_model, seed=3, max_position_embeddings=CONTEXT)
+    Tokenizer.from_pretrained(path).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tasks")
+    generator = torch.Generator().manual_seed(0)
+
+    def words(n: int) -> str:
+        return " ".join(WORDS[i] for i in torch.randint(10, (n,), generator=generator))
+
+    documents = [
+        {
+            "question": words(5 + 9 * (i % 5)) + "?",
+            "answer": words(1),
+            "label": i % 3,
+            "passage": words(10 + 60 * i) + ".",
+        }
+        for i in range(6)
+    ]
+    (path / "data.json").write_text("\n".join(map(json.dumps, documents)))
+    for name, task in TASKS.items():
+        task = task | {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(path / "data.json")}},
+            "test_split": "test",
+            "fewshot_split": "test",
+        }
+        (path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return path
+
+
+def evaluate(lm, task_folder: Path, monkeypatch) -> tuple[dict, dict]:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(task_folder / "cache"))
+    found = lm_eval.simple_evaluate(
+        lm,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    responses = {
+        task: [sample["resps"] for sample in sorted(samples, key=lambda x: x["doc_id"])]
+        for task, samples in found["samples"].items()
+    }
+    return found["results"], responses
+
+
+@pytest.mark.parametrize("add_bos_token", [None, False])
+def test_results_equal_the_hugging_face_backend(folder, task_folder, monkeypatch, add_bos_token):
+    bos = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3, **bos)
+    ours = MmalignLM(pretrained=str(folder), device="cpu", batch_tokens=100, **bos)
+    expected, expected_responses = evaluate(hf, task_folder, monkeypatch)
+    found, responses = evaluate(ours, task_folder, monkeypatch)
+    assert found.keys() == expected.keys() == set(TASKS)
+    for task, metrics in expected.items():
+        numbers = {name: x for name, x in metrics.items() if isinstance(x, float)}
+        assert numbers == pytest.approx({name: found[task][name] for name in numbers}, rel=1e-5)
+    assert responses["writing"] == expected_responses["writing"]
+    assert len({text for ((text,),) in responses["writing"]}) > 1
+    for task in ("choices", "last_word"):
+        theirs = [answer for sample in expected_responses[task] for (answer,) in sample]
+        mine = [answer for sample in responses[task] for (answer,) in sample]
+        assert [x[0] for x in mine] == pytest.approx([x[0] for x in theirs], abs=1e-3)
+        assert [x[1] for x in mine] == [x[1] for x in theirs]
+
+
+def instances(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, doc={}, arguments=x, idx=i) for i, x in enumerate(arguments)]
+
+
+def test_greedy_continuations_empty_contexts_and_written_bos(folder):
+    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu")
+    ours = MmalignLM(pretrained=str(folder), device="cpu")
+    (written,) = ours.generate_until(
+        instances("generate_until", ("green under", {"max_gen_toks": 3}))
+    )
+    first = ours._tokens.decode(ours._tokens.encode(written)[:1])
+    requests = instances(
+        "loglikelihood",
+        ("green under", " " + first),
+        ("green under", " lamp"),
+        ("", "paper cloud"),
+        ("<s>never", " walks"),
+        ("trailing blank ", "walks"),
+        ("long " * 200, " walks"),
+    )
+    expected = hf.loglikelihood(requests, disable_tqdm=True)
+    found = ours.loglikelihood(requests, disable_tqdm=True)
+    assert [x[0] for x in found] == pytest.approx([x[0] for x in expected], abs=1e-3)
+    assert [x[1] for x in found] == [x[1] for x in expected]
+
+
+def test_whole_command_in_an_installation(folder, task_folder, tmp_path):
+    """`lm_eval --model mmalign` with what setup.py puts beside the packages."""
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (packages,) = (tmp_path / "env").glob("lib/python3*/site-packages")
+    root = Path(mmalign.__file__).parent
+    paths = [*(x for x in sys.path if "site-packages" in x), root.parent, root.parent / "kernels"]
+    (packages / "__paths.pth").write_text("\n".join(map(str, paths)))
+    line = (root / "evaluation" / "mmalign_lm_eval.pth").read_text()
+    (packages / "mmalign_lm_eval.pth").write_text(line)
+    output = tmp_path / "output"
+    command = [str(python), "-m", "lm_eval", "--model", "mmalign"]
+    command += ["--model_args", f"pretrained={folder}", "--include_path", str(task_folder)]
+    command += ["--tasks", "choices", "--output_path", str(output)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = output.glob("**/results*.json")
+    results = json.loads(path.read_text())
+    assert results["config"]["model"] == "mmalign" and results["config"]["add_bos_token"] is True
+    assert 0 <= results["results"]["choices"]["acc,none"] <= 1
+
+
+def test_what_cannot_be_done(folder):
+    lm = MmalignLM(pretrained=str(folder), device="cpu")
+
+    def fails(settings: dict, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            lm.generate_until(instances("generate_until", ("river", settings)))
+
+    fails({"max_gen_toks": CONTEXT}, f"max_gen_toks is {CONTEXT}, which leaves no room")
+    fails({"num_beams": 4, "max_gen_toks": 4}, "generation_kwargs num_beams: supported are")
+    fails({"do_sample": True, "max_gen_toks": 4}, "needs a temperature above 0")
+    with pytest.raises(UserError, match="0 continuation tokens"):
+        lm.loglikelihood(instances("loglikelihood", ("river", "")), disable_tqdm=True)
+    with pytest.raises(UserError, match="--model_args dtype: supported are pretrained, precision,"):
+        MmalignLM(pretrained=str(folder), dtype="float16")
+    with pytest.raises(UserError, match="precision is 'fp8'"):
+        MmalignLM(pretrained=str(folder), precision="fp8")

@@ -1,0 +1,292 @@
+"""The toy world in miniature: the same bytes twice, true texts, nothing given away."""
+
+import csv
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+
+from mmalign.config import DataConfig
+from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.data.images import load_image
+from mmalign.evaluation.tasks.ethics import load_ethics
+from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
+from mmalign.model.hf import load_decoder, load_vision_tower
+from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world import Size, ToyWorld, toy_world
+from mmalign.toy_world.beliefs import BELIEFS
+from mmalign.toy_world.scenes import (
+    CELLS,
+    COLOURS,
+    HELD_OUT_KINDS,
+    IMAGE_SIZE,
+    SHAPES,
+    Scene,
+    Thing,
+    make_scenes,
+)
+from mmalign.toy_world.texts import NUMBERS, finetune_records, pretrain_records, scene_questions
+
+MINIATURE = Size(
+    scenes=40,
+    heldout_scenes=12,
+    tower_scenes=60,
+    tower_steps=3,
+    pages=700,
+    decoder_steps=3,
+    documents=40,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> ToyWorld:
+    return toy_world(tmp_path_factory.mktemp("world"), MINIATURE)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def records(path: Path) -> list[dict]:
+    return json.loads(path.read_text())
+
+
+def answers(record: dict) -> list[tuple[str, str]]:
+    values = [turn["value"].replace("<image>\n", "") for turn in record["conversations"]]
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def described(world: ToyWorld) -> dict[str, list[list[dict]]]:
+    """Image file -> groups of things, as scenes.json tells them."""
+    return {f"{s['name']}.jpg": s["groups"] for s in records(world.root / "scenes.json")}
+
+
+def test_same_bytes_twice_and_nothing_else_left(world, tmp_path):
+    again = toy_world(tmp_path, MINIATURE)
+    assert contents(again.root) == contents(world.root)
+    assert list(tmp_path.iterdir()) == [again.root]
+
+
+def test_made_once(world, monkeypatch):
+    monkeypatch.setattr("mmalign.toy_world._make", None)
+    assert toy_world(world.root.parent) == world
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    def fail(partial, size):
+        (partial.root / "images").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmalign.toy_world._make", fail)
+    with pytest.raises(KeyboardInterrupt):
+        toy_world(tmp_path, MINIATURE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, template", [("pretrain", "plain"), ("finetune", "v1"), ("heldout", "v1")]
+)
+def test_json_passes_the_data_pipeline(world, name, template):
+    data = DataConfig(
+        path=str(world.root / f"{name}.json"), image_root=str(world.image_root), template=template
+    )
+    samples = read_samples(data.path, data)
+    tokenizer = Tokenizer.from_pretrained(world.decoder)
+    dataset = ConversationDataset(samples, tokenizer, data, num_patches=9, image_size=IMAGE_SIZE)
+    assert len({sample.id for sample in samples}) == len(samples)
+    for index in range(len(samples)):
+        encoded = dataset.encode(index)
+        assert (encoded.labels >= 0).any()
+        assert (encoded.input_ids == tokenizer.image_token_id).sum() == 9
+    assert dataset.load_pixels(0).shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+    if name == "finetune":
+        assert {sample.type for sample in samples} == {"conversation", "detail", "reasoning"}
+
+
+def test_pictures_show_what_scenes_say(world):
+    """The middle of every thing has its colour, every empty cell is light."""
+    names, levels = list(COLOURS), np.array(list(COLOURS.values()))
+    for file, groups in described(world).items():
+        pixels = np.array(Image.open(world.image_root / file)).astype(int)
+        things = {(t["row"], t["column"]): t["colour"] for group in groups for t in group}
+        for row in range(3):
+            for column in range(3):
+                y, x = (IMAGE_SIZE * (2 * index + 1) // 6 for index in (row, column))
+                middle = pixels[y - 1 : y + 2, x - 1 : x + 2].mean((0, 1))
+                if (row, column) in things:
+                    nearest = names[np.abs(levels - middle).sum(1).argmin()]
+                    assert nearest == things[row, column], file
+                else:
+                    assert middle.min() > 200, file
+
+
+def test_captions_are_true(world):
+    scenes = described(world)
+    for record in records(world.pretrain_json):
+        groups = scenes[record["image"]]
+        (_, caption), *_ = answers(record)
+        for group in groups:
+            thing, count = group[0], len(group)
+            plural = r"(e?s)\b" if count > 1 else r"\b"
+            number = NUMBERS[count] if count > 1 else "an?"
+            words = rf"\b{number} ({thing['size']} )?{thing['colour']} {thing['shape']}{plural}"
+            assert re.search(words, caption), (caption, groups)
+        assert sum(caption.count(shape) for shape in SHAPES) == len(groups)
+        check_side(caption, groups)
+
+
+def check_side(text: str, groups: list[list[dict]]) -> None:
+    things = {group[0]["shape"]: group[0] for group in groups}
+    pattern = r"(\w+) (?:is )?(?:to the )?(left|right|above|below)(?: of)? (?:an?|the) (?:\w+ )*?"
+    for first, side, second in re.findall(pattern + f"({'|'.join(SHAPES)})", text):
+        axis = "column" if side in ("left", "right") else "row"
+        other = "row" if axis == "column" else "column"
+        one, two = things[first], things[second]
+        assert one[other] == two[other]
+        assert (one[axis] < two[axis]) == (side in ("left", "above"))
+
+
+def test_short_answers_are_true(world):
+    scenes = described(world)
+    asked = set()
+    pairs = [(r, a) for r in records(world.heldout_json) for a in answers(r)]
+    pairs += [
+        (r, a)
+        for r in records(world.finetune_json)
+        if r["type"] == "conversation"
+        for a in answers(r)
+    ]
+    for record, (question, answer) in pairs:
+        groups = scenes[record["image"]]
+        thing = next((g[0] for g in groups if g[0]["shape"] in question), None)
+        if match := re.fullmatch(r"Where is the (\w+) from the (\w+)\?", question):
+            check_side(f"{match[1]} {answer} the {match[2]}", groups)
+        elif question.startswith("Where"):
+            assert answer == CELLS[thing["row"]][thing["column"]]
+        elif question.startswith("How many"):
+            shown = [g for g in groups if "shapes" in question or g[0]["shape"] in question]
+            assert answer == NUMBERS[sum(map(len, shown))]
+        elif question.startswith("Which shape"):
+            assert [answer] == [g[0]["shape"] for g in groups if g[0]["colour"] in question]
+        else:
+            assert answer == thing["colour" if "colour" in question else "size"]
+        asked.add(question.split()[0])
+    assert asked == {"Where", "How", "Which", "What"}
+
+
+def test_details_are_true(world):
+    scenes = described(world)
+    for record in records(world.finetune_json):
+        if record["type"] == "detail":
+            groups = scenes[record["image"]]
+            (_, text), *_ = answers(record)
+            for thing in (group[0] for group in groups):
+                sentence = next(s for s in text.split(". ")[1:] if thing["shape"] in s)
+                assert thing["colour"] in sentence and thing["size"] in sentence
+            assert NUMBERS[sum(map(len, groups))] in text.split(". ")[0]
+            check_side(text, groups)
+
+
+def test_heldout_kinds_are_in_no_training_picture_or_text(world):
+    kinds = {
+        file: {(t["shape"], t["colour"]) for group in groups for t in group}
+        for file, groups in described(world).items()
+    }
+    heldout = {record["image"] for record in records(world.heldout_json)}
+    for record in records(world.pretrain_json) + records(world.finetune_json):
+        assert record["image"] not in heldout
+        assert not kinds[record["image"]] & HELD_OUT_KINDS
+        texts = " ".join(turn["value"] for turn in record["conversations"])
+        for shape, colour in HELD_OUT_KINDS:
+            assert f"{colour} {shape}" not in texts
+    assert all(kinds[file] & HELD_OUT_KINDS for file in heldout)
+    for scene in make_scenes("seen", 300, seed=0, rare=True):  # the vision tower's own
+        assert not {thing.kind for thing in scene.things} & HELD_OUT_KINDS
+
+
+def examination_sentences(world: ToyWorld) -> set[str]:
+    """Questions, choices and cases of every examination file."""
+    documents = json.loads((world.evaluation / "truthfulqa" / "mc_task.json").read_text())
+    sentences = {d["question"] for d in documents}
+    sentences |= {choice for d in documents for choice in d["mc2_targets"]}
+    for path in (world.evaluation / "ethics").rglob("*.csv"):
+        with path.open(newline="") as handle:
+            for row in list(csv.reader(handle)):
+                sentences |= {part for cell in row for part in cell.split(" [SEP] ") if " " in part}
+    return sentences
+
+
+def test_no_examination_sentence_in_the_training_files():
+    """At full size: the questions, choices and cases occur in no caption and no instruction."""
+    scenes = make_scenes("train", Size().scenes, seed=0)
+    said = pretrain_records(scenes, seed=0) + finetune_records(scenes, seed=0)
+    text = "\n".join(turn["value"] for r in said for turn in r["conversations"]).lower()
+    clauses = {clause for belief in BELIEFS for clause in (*belief.false, *belief.true)}
+    questions = {q for b in BELIEFS for q in (b.question, b.doubtful, b.sound)}
+    assert not [s for s in clauses | questions if s.lower() in text]
+
+
+def test_no_examination_case_in_this_worlds_training_files(world):
+    said = records(world.pretrain_json) + records(world.finetune_json)
+    text = "\n".join(turn["value"] for r in said for turn in r["conversations"]).lower()
+    sentences = examination_sentences(world)
+    assert len(sentences) > 300
+    assert not [s for s in sentences if s.lower().rstrip(".") in text]
+
+
+def test_examination_files_load(world):
+    documents = load_truthfulqa(world.evaluation)
+    assert len(documents) == 2 * 2 * len(BELIEFS)
+    subsets = load_ethics(world.evaluation)
+    assert {name: len(docs) for name, docs in subsets.items()} == dict.fromkeys(subsets, 40)
+    assert len(subsets) == 5
+
+
+def test_yes_is_true_as_often_as_no(world):
+    documents = json.loads((world.evaluation / "truthfulqa" / "mc_task.json").read_text())
+    best = [next(iter(d["mc1_targets"])) for d in documents]
+    yes, no = (sum(choice.startswith(word) for choice in best) for word in ("Yes, ", "No, "))
+    assert yes == no == len(BELIEFS) // 2
+
+
+def test_exports_load_in_transformers(world):
+    text = "Q: What colour are stars?\nA:"
+    ids = Tokenizer.from_pretrained(world.decoder).encode(text)
+    loaded = AutoTokenizer.from_pretrained(world.decoder)
+    assert loaded.encode(text, add_special_tokens=False) == ids
+    llama, info = LlamaForCausalLM.from_pretrained(world.decoder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = load_decoder(world.decoder)
+    with torch.no_grad():
+        length = torch.tensor([0, len(ids)], dtype=torch.int32)
+        positions = torch.arange(len(ids), dtype=torch.int32)
+        hidden = ours(torch.tensor(ids), positions, length, len(ids))
+        expected = llama(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(hidden @ ours.lm_head.weight.T, expected, atol=1e-4, rtol=0)
+
+
+def test_vision_tower_loads_in_transformers(world):
+    clip, info = CLIPVisionModel.from_pretrained(world.vision_tower, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = load_vision_tower(world.vision_tower)
+    pixels = load_image(next(iter(sorted(world.image_root.iterdir()))), IMAGE_SIZE)[None]
+    with torch.no_grad():
+        hidden = clip(ours.normalize_pixels(pixels), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(ours(pixels), hidden[-2][0, 1:], atol=1e-4, rtol=0)
+
+
+def test_a_pair_is_asked_for_its_side():
+    star = Thing("star", "red", "small", 1, 0)
+    heart = Thing("heart", "blue", "small", 1, 2)
+    asked = scene_questions(Scene("pair", ((star,), (heart,))), random.Random(0))
+    side = next(question for question in asked if question.kind == "side")
+    assert (side.text, side.answer) in {
+        ("Where is the star from the heart?", "left"),
+        ("Where is the heart from the star?", "right"),
+    }
