@@ -75,7 +75,7 @@ setup(
     version="0.1.0",
     description="LLaVA training on packed batches and text-only alignment evaluation",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
     # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py

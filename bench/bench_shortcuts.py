@@ -16,9 +16,10 @@ from bench.comparison import Calls, Figures, WrongResult, each_row
 from bench.models import CPU_LARGE, LLAMA2_7B, OPENLLAMA_3B, Size, random_llava
 from bench.samples import Samples, samples_of, typical_step
 from bench.train_sides import MmalignStep
+from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
 from mmalign.data.loader import micro_batches
-from mmalign.data.packing import IGNORE_INDEX, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
 from mmalign.training.flops import Workload

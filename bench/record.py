@@ -77,7 +77,7 @@ def write_part(
     path = folder / this["name"] / f"{part}.json"
     measured = {record.benchmark for record in records}
     before = json.loads(path.read_text())["records"] if path.exists() else []
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     run = {"date": date, "command": command, "commit": this["git_commit"]}
     rows = [row for row in before if row["benchmark"] not in measured]
     rows += [asdict(record) | {"run": run} for record in records]

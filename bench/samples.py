@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.dataset import EncodedSample
-from mmalign.data.packing import IGNORE_INDEX
 
 MAX_TEXT = 2048 - 1  # LLaVA's limit counts the image as one token
 POOL = 1 << 14

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.models import Size, hugging_face_llava
 from bench.samples import Samples
+from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import OptimizerConfig
-from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.model.llava import Llava
 from mmalign.training.flops import Workload, model_flops
 from mmalign.training.optimizer import AdamW
-from mmalign.training.sharding import to_device
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5)
 
@@ -34,7 +34,7 @@ class MmalignStep:
     def __init__(self, model: Llava, batches: list[PackedBatch], device: torch.device):
         self.model, self.optimizer = model, None
         self.config = optimizer_config(model.decoder.embed_tokens.weight.dtype)
-        self.batches = [to_device(batch, device) for batch in batches]
+        self.batches = [batch.to(device) for batch in batches]
         self.num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
 
     def start(self) -> None:

@@ -26,9 +26,10 @@ from bench.models import (
 )
 from bench.record import Record, write_part
 from bench.samples import draw_samples
+from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
-from mmalign.data.packing import PackedBatch, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.llava import Llava
@@ -39,7 +40,6 @@ from mmalign.training.flops import Workload, batch_flops
 from mmalign.training.memory.plan import MemoryPlan
 from mmalign.training.memory.table import capacity_of, check, flags_of, total_of
 from mmalign.training.optimizer import AdamW
-from mmalign.training.sharding import to_device
 from mmalign.training.telemetry import Telemetry
 
 BENCHMARK = "train_recipe"
@@ -207,7 +207,7 @@ def optimizer_step(
     started = time.perf_counter()
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
     for batch in batches:
-        (model(to_device(batch, device)) / num_loss_tokens).backward()
+        (model(batch.to(device)) / num_loss_tokens).backward()
     optimizer.step(optimizer.config.learning_rate, optimizer.gradient_norm())
     optimizer.zero_grad()
     if device.type == "cuda":

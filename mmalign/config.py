@@ -156,12 +156,6 @@ class ShortcutConfig:
     frozen_prefix: Switch = True
     """Stage 1: compute keys and values of the tokens that all samples start with, before anything
     of the image, once a run. (Where they are at least 8: the header of template v0 or v1.)"""
-    image_feature_cache: Literal["auto", True, False] = "auto"
-    """Keep the frozen vision tower's outputs on disk, so that an image goes through it once. auto:
-    where images come again in the run, this saves a minute or more by estimate, and they take at
-    most half of the free disk; or where the folder has some of the same tower."""
-    image_feature_folder: str = ""
-    """Where to keep them, for any number of runs and towers; empty: run_dir/image_features."""
 
 
 @dataclass(frozen=True)

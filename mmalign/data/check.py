@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.dataset import ConversationDataset, EncodedSample
-from mmalign.data.packing import IGNORE_INDEX
 from mmalign.errors import SampleError, UserError
 
 _CHUNK = 256  # samples that a worker process checks at a time

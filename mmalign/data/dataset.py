@@ -12,23 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from mmalign.config import DataConfig
-from mmalign.data.feature_cache import FeatureCache, Uncached
 from mmalign.data.images import check_image, load_image
-from mmalign.data.samples import Sample, SampleFile, read_samples
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, Turn, encode_conversation
+from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
+from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-__all__ = [
-    "ConversationDataset",
-    "EncodedSample",
-    "Sample",
-    "SampleFile",
-    "Turn",
-    "read_samples",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +114,6 @@ class ConversationDataset:
         return (
             None if image is None else _naming_sample(sample.id, load_image, image, self.image_size)
         )
-
-    def look_up(
-        self, sample: EncodedSample, cache: FeatureCache | None
-    ) -> Tensor | Uncached | None:
-        """What the cache has of the sample's image; None without an image or a cache."""
-        if sample.image is None or cache is None:
-            return None
-        return _naming_sample(sample.id, cache.look_up, sample.image)
 
     def check_image(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.

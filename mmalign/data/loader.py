@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mmalign.batch import PackedBatch
 from mmalign.data.check import CheckReport
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.feature_cache import FeatureCache
-from mmalign.data.packing import PackedBatch, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.data.step_plan import StepPlan
 from mmalign.errors import SampleError, UserError
 
@@ -136,7 +135,6 @@ class StepLoader:
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size = rank, world_size
         self.cost, self.prefix_length = cost, prefix_length
-        self.feature_cache: FeatureCache | None = None  # set when the tower's weights are known
         self._check_lengths()
         if global_batch_size % world_size:  # otherwise one sample a micro-batch always works
             for step in range(start_step, num_steps):
@@ -151,7 +149,7 @@ class StepLoader:
         planned = deque()  # (step, positions, number of micro-batches), filled ahead by the sampler
         num_workers = self.dataset.data.num_workers
         loader = DataLoader(
-            _MicroBatches(self.dataset, self.prefix_length, self.feature_cache),
+            _MicroBatches(self.dataset, self.prefix_length),
             batch_size=None,
             sampler=_Sampler(self, planned),
             num_workers=num_workers,
@@ -232,25 +230,18 @@ class _Sampler:
 class _MicroBatches:
     """What runs in the worker processes: dataset indices to the fields of a PackedBatch."""
 
-    def __init__(
-        self, dataset: ConversationDataset, prefix_length: int, cache: FeatureCache | None
-    ):
-        self.dataset, self.prefix_length, self.cache = dataset, prefix_length, cache
+    def __init__(self, dataset: ConversationDataset, prefix_length: int):
+        self.dataset, self.prefix_length = dataset, prefix_length
 
     def __getitem__(self, indices: list[int]) -> dict:
         dataset = self.dataset
         try:
             encoded = [dataset.encode(i) for i in indices]
-            features = [dataset.look_up(sample, self.cache) for sample in encoded]
-            pixels = [
-                None if isinstance(found, Tensor) else dataset.load_pixels(i)
-                for i, found in zip(indices, features, strict=True)
-            ]
+            pixels = [dataset.load_pixels(i) for i in indices]
         except SampleError as error:  # returned: torch cannot raise it again with its arguments
             return {"error": (error.sample_id, error.problem, error.remedy)}
         image_token_id = dataset.tokenizer.image_token_id
-        features = features if self.cache else None
-        return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length, features))
+        return vars(pack_samples(encoded, pixels, image_token_id, self.prefix_length))
 
 
 def _leave_process_group(worker: int) -> None:

@@ -13,10 +13,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import micro_batches
-from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.errors import SampleError
 from mmalign.tokenizer import Tokenizer
 

@@ -16,12 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.data.templates import Turn
 from mmalign.errors import SampleError, UserError
 
 _TYPES = {
@@ -34,6 +33,12 @@ _TYPES = {
     "complex_reasoning_77k": "reasoning",
 }
 _BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    speaker: Literal["human", "gpt"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

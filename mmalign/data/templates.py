@@ -21,21 +21,15 @@ Supervised text, everything else has label IGNORE_INDEX:
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from mmalign.data.packing import IGNORE_INDEX
+from mmalign.batch import IGNORE_INDEX
+from mmalign.data.samples import Turn
 from mmalign.tokenizer import Tokenizer
 
 IMAGE = "<image>"  # where a published conversation wants its image
 IMAGE_SENTINEL = -200  # stands for the whole image until it is expanded to its patches
 
 Segment = tuple[str | int, bool]  # text or the id of a special token; supervised
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    speaker: Literal["human", "gpt"]
-    text: str
 
 
 @dataclass(frozen=True, slots=True)

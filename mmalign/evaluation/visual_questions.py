@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, TrainConfig
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.packing import IGNORE_INDEX, PackedBatch, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.data.samples import Sample, read_samples
 from mmalign.errors import UserError
 from mmalign.evaluation.statistics import wilson_interval
@@ -84,7 +85,7 @@ def score_visual_questions(
         for chosen in _batches([len(sample.input_ids) for sample in encoded], batch_tokens):
             pixels = [dataset.load_pixels(shown[index]) for index in chosen]
             batch = pack_samples([encoded[index] for index in chosen], pixels, llava.image_token_id)
-            right[chosen] = _exact(llava, _on(batch, device)).cpu().numpy()
+            right[chosen] = _exact(llava, batch.to(device)).cpu().numpy()
             bar.update(len(chosen))
     return VisualScore(right)
 
@@ -110,11 +111,6 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         batches[-1].append(index)
         room -= length
     return batches
-
-
-def _on(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    fields = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **{name: value.to(device) for name, value in fields.items()})
 
 
 def _exact(llava: Llava, batch: PackedBatch) -> Tensor:

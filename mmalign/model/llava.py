@@ -1,12 +1,13 @@
 """The whole model: vision tower -> projector -> decoder -> loss, and what each stage trains."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from mmalign_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
+from mmalign.batch import PackedBatch
 from mmalign.config import ShortcutConfig, TrainConfig
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
@@ -15,9 +16,6 @@ from mmalign.model.positions import KeyValues
 from mmalign.model.projector import Projector
 from mmalign.model.shortcuts import loss_rows, prefix_key_values
 from mmalign.model.vision_tower import VisionTower
-
-if TYPE_CHECKING:
-    from mmalign.data.packing import PackedBatch
 
 T = TypeVar("T")
 
@@ -58,7 +56,7 @@ class Llava(nn.Module):
             self._check_vocabulary(self.image_token_id)
             vision_tower.requires_grad_(False)
 
-    def forward(self, batch: "PackedBatch") -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor:
         """Sum of the losses of all supervised tokens, an fp32 scalar (not their mean)."""
         rows, target_ids = None, batch.target_ids
         if self.shortcuts.last_layer_rows and batch.num_loss_tokens:
@@ -67,7 +65,7 @@ class Llava(nn.Module):
         hidden_states = self.hidden_states(batch, rows)
         return linear_cross_entropy(hidden_states, self.decoder.lm_head.weight, target_ids)
 
-    def hidden_states(self, batch: "PackedBatch", rows: Tensor | None = None) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
         """The decoder's normed output, (total_tokens, hidden_size), or of these rows only."""
         return self.decoder(
             batch.input_ids,
@@ -82,14 +80,11 @@ class Llava(nn.Module):
             prefix=self._prefix(batch.prefix_length),
         )
 
-    def _image_features(self, batch: "PackedBatch") -> Tensor | None:
+    def _image_features(self, batch: PackedBatch) -> Tensor | None:
         pixel_values = batch.pixel_values
         if self.vision_tower is None:
             assert len(pixel_values) == 0, "a batch with images needs a vision tower"
             return None
-        if batch.image_features is not None and len(batch.image_features):
-            assert not batch.uncached, "a batch has pixels whose features go to a cache"
-            return batch.image_features.flatten(0, 1)
         if len(pixel_values) == 0:  # the tower has nothing to do, the projector stays in the graph
             return self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
         return self.vision_tower(pixel_values)

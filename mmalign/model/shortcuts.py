@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmalign.batch import PackedBatch
 from mmalign.model.positions import CachedPositions, KeyValues
 
 if TYPE_CHECKING:
-    from mmalign.data.packing import PackedBatch
     from mmalign.model.decoder import Decoder
 
 
-def loss_rows(batch: "PackedBatch") -> Tensor:
+def loss_rows(batch: PackedBatch) -> Tensor:
     """The rows that have a target, rising: (num_loss_tokens,) int64, without waiting for a GPU."""
     return torch.nonzero_static(batch.target_ids >= 0, size=batch.num_loss_tokens).squeeze(1)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mmalign.data.packing import IGNORE_INDEX
+from mmalign.batch import IGNORE_INDEX
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.layers import LayerNorm, Linear, RMSNorm, init_weights

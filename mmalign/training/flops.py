@@ -26,8 +26,8 @@ from mmalign.config import LoraConfig, LoraTarget, Stage, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
 
 if TYPE_CHECKING:
+    from mmalign.batch import PackedBatch
     from mmalign.data.loader import Step
-    from mmalign.data.packing import PackedBatch
     from mmalign.model.llava import Llava
 
 

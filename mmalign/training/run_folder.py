@@ -28,8 +28,6 @@ FREE_FIELDS = (
     "checkpoint.every",
     "checkpoint.keep",
     "shortcuts.frozen_prefix",  # changes rounding only
-    "shortcuts.image_feature_cache",  # as above, and a disk may be full
-    "shortcuts.image_feature_folder",
     "parallel.sharding",  # checkpoints do not depend on how many processes wrote them
     "parallel.shard_size",
     "parallel.reduce_dtype",

@@ -11,7 +11,6 @@ here, once a step.
 
 import os
 import warnings
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -25,27 +24,20 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mmalign.batch import PackedBatch
 from mmalign.config import ParallelConfig, TrainConfig
-from mmalign.data.packing import PackedBatch
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.image_features import ImageFeatures
 from mmalign.training.profile.ranges import stage
 
 
 class ParallelModel:
     """The model as the loop runs it. Make it before the optimizer: parameters become shards."""
 
-    def __init__(
-        self,
-        model: Llava,
-        config: TrainConfig,
-        ranks: Ranks,
-        image_features: ImageFeatures | None = None,
-    ):
-        self.config, self.ranks, self.image_features = config.parallel, ranks, image_features
+    def __init__(self, model: Llava, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks = config.parallel, ranks
         self.sharded = is_sharded(config.parallel, ranks)
         self.replica: nn.Module = model
         if self.sharded:
@@ -65,10 +57,8 @@ class ParallelModel:
         """
         self._synchronise_gradients(last)
         with stage("copy to device"):
-            batch = to_device(batch, self.ranks.device)
+            batch = batch.to(self.ranks.device)
         with stage("forward"):
-            if self.image_features:
-                batch = self.image_features.complete(batch)
             share = self.replica(batch) / num_loss_tokens
         with stage("backward"):
             # gradients are averaged over the ranks, so each share is scaled up by their number
@@ -165,14 +155,3 @@ def _shard(model: Llava, config: TrainConfig, ranks: Ranks) -> None:
     for i, layer in enumerate(layers):
         layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + parallel.prefetch])
         layer.set_modules_to_backward_prefetch(layers[max(0, i - parallel.prefetch) : i][::-1])
-
-
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    if device.type == "cpu":
-        return batch
-    tensors = {
-        name: value.to(device, non_blocking=True)
-        for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **tensors)

@@ -25,7 +25,6 @@ from mmalign.training.export import export
 from mmalign.training.flops import Workload
 from mmalign.training.guards import LossWatch, UpdateGate
 from mmalign.training.heartbeat import Heartbeat
-from mmalign.training.image_features import open_image_features
 from mmalign.training.launched import Launched
 from mmalign.training.memory.table import plan_run
 from mmalign.training.metrics import Metrics
@@ -80,9 +79,7 @@ class Trainer:
         self.model.follow_prefix(self.prefix_ids)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
-        images = open_image_features(config, self.model.vision_tower, self.loader, ranks)
-        self.loader.feature_cache = images and images.cache
-        self.parallel = ParallelModel(self.model, config, ranks, images)
+        self.parallel = ParallelModel(self.model, config, ranks)
         self.optimizer = AdamW(
             self.model.trainable_parameters(), config.optimizer, config.seed, ranks.world_size
         )

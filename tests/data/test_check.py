@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples, load_report
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.packing import IGNORE_INDEX
 from mmalign.errors import SampleError, UserError
 
 BAD = 5  # the sample that a test spoils; it has an image

@@ -7,8 +7,8 @@ import pytest
 import sentencepiece
 import torch
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.images import load_image
-from mmalign.data.packing import IGNORE_INDEX
 from mmalign.data.templates import IMAGE_SENTINEL, Turn, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer

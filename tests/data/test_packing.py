@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.dataset import EncodedSample
-from mmalign.data.packing import IGNORE_INDEX, pack_samples
+from mmalign.data.packing import pack_samples
 
 IMAGE_ID, NUM_PATCHES = 99, 3
 

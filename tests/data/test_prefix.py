@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import EncodedSample
 from mmalign.data.loader import StepLoader
-from mmalign.data.packing import IGNORE_INDEX, pack_samples
+from mmalign.data.packing import pack_samples
 from mmalign.errors import UserError
 
 from .conftest import World

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import tokenizers
 
-from mmalign.data.packing import IGNORE_INDEX
+from mmalign.batch import IGNORE_INDEX
 from mmalign.data.templates import (
     IMAGE_SENTINEL,
     TEMPLATES,

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmalign.batch import PackedBatch
 from mmalign.config import ShortcutConfig
-from mmalign.data.packing import PackedBatch
 from mmalign.model.llava import Llava
 from tests.model import tiny
 

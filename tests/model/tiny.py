@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
-from mmalign.data.packing import IGNORE_INDEX, PackedBatch
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector

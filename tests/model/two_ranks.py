@@ -3,8 +3,8 @@
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
-from mmalign.data.packing import PackedBatch
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.layers import init_weights

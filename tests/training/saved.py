@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
-from mmalign.data.packing import IGNORE_INDEX, PackedBatch
 from mmalign.model import recompute
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder

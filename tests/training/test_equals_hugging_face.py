@@ -15,8 +15,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from mmalign.batch import IGNORE_INDEX
 from mmalign.config import TrainConfig
-from mmalign.data.packing import IGNORE_INDEX
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset
 from mmalign.training.trainer import train

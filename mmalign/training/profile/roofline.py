@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from mmalign_kernels import costs, linear
 
+from mmalign.batch import PackedBatch
 from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
-from mmalign.data.packing import PackedBatch
-from mmalign.training.flops import Flops, Workload, num_images, tower_flops
+from mmalign.training.flops import Flops, Workload, num_images
 from mmalign.training.profile.timeline import (
     ATTENTION,
     COMMUNICATION,
@@ -104,10 +104,7 @@ def floors(
 def _needed(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
     lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
     sizes = lengths, batch.num_loss_tokens, num_images(workload, batch)
-    needed = needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
-    if batch.image_features is not None and workload.vision:
-        needed -= tower_flops(workload.vision, len(batch.image_features))
-    return needed
+    return needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
 
 
 def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> dict[str, int]:
