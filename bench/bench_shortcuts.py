@@ -20,9 +20,9 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
 from mmalign.data.loader import micro_batches
 from mmalign.data.packing import pack_samples
+from mmalign.flops import Workload
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.flops import Workload
 from mmalign.training.shortcuts import needed_flops
 
 HEADER_TOKENS = 37  # of template v0, with LLaMA's tokenizer

@@ -32,10 +32,10 @@ from bench.train_sides import (
 )
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
+from mmalign.flops import Workload, peak_bf16_flops
 from mmalign.model.llava import Llava
 from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
-from mmalign.training.flops import Workload, peak_bf16_flops
 from mmalign.training.memory.plan import MemoryPlan
 from mmalign.training.memory.table import flags_of
 

@@ -19,8 +19,8 @@ from bench.samples import Samples
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import OptimizerConfig
 from mmalign.data.packing import pack_samples
+from mmalign.flops import Workload, model_flops
 from mmalign.model.llava import Llava
-from mmalign.training.flops import Workload, model_flops
 from mmalign.training.optimizer import AdamW
 
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5)

@@ -18,9 +18,9 @@ from bench.models import CPU_SMALL, LLAMA2_7B, Size, random_decoder
 from bench.record import Record, write_part
 from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.flops import Workload, forward_flops
 from mmalign.model.decoder import Decoder
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.flops import Workload, forward_flops
 
 BENCHMARK = "score_7b"
 PEERS = ("bench_scoring.py",)

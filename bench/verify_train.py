@@ -32,11 +32,11 @@ from mmalign.data.loader import micro_batches
 from mmalign.data.packing import pack_samples
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.flops import Workload, batch_flops
 from mmalign.model.llava import Llava
 from mmalign.model.recompute import set_recompute
 from mmalign.recipes import RECIPES
 from mmalign.system import DTYPES
-from mmalign.training.flops import Workload, batch_flops
 from mmalign.training.memory.plan import MemoryPlan
 from mmalign.training.memory.table import capacity_of, check, flags_of, total_of
 from mmalign.training.optimizer import AdamW

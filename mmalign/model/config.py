@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -106,6 +107,20 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes pixels; names and meaning are those of preprocessor_config.json.
+
+    The defaults are those of every OpenAI CLIP, whatever its size.
+    """
+
+    size: int  # of the short side after resizing
+    crop_size: int  # side of the square cut out of the centre
+    resample: Literal["bicubic"] = "bicubic"
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """A CLIP vision tower. Names and meaning are those of transformers' CLIPVisionConfig."""
 
@@ -126,8 +141,22 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Tokens that one image takes in the sequence."""
+        """Tokens that one image takes in the decoder's sequence."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def seqlen(self) -> int:
+        """Rows of one image inside the tower: the class token and its patches."""
+        return self.num_patches + 1
+
+    @property
+    def num_layers_used(self) -> int:
+        """Layers that compute what the projector reads: hidden_states[-2]."""
+        return self.num_hidden_layers - 1
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing(size=self.image_size, crop_size=self.image_size)
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "VisionConfig":

@@ -9,6 +9,7 @@ from mmalign.config import TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
 from mmalign.errors import UserError
+from mmalign.flops import Workload
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
@@ -16,7 +17,6 @@ from mmalign.model.projector import Projector
 from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.flops import Workload
 from mmalign.training.shortcuts import needed_flops
 
 log = logging.getLogger("mmalign")

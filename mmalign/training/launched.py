@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mmalign.data.loader import Step
-from mmalign.training.flops import Workload, step_flops
+from mmalign.flops import Workload, step_flops
 from mmalign.training.readout import Readout
 from mmalign.training.telemetry import Telemetry
 

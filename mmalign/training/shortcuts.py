@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from mmalign.config import ShortcutConfig, TrainConfig
 from mmalign.data.check import CheckReport
-from mmalign.training.flops import Flops, Workload, model_flops, projections
+from mmalign.flops import Flops, Workload, model_flops, projections
 
 FEWEST_PREFIX_TOKENS = 8  # fewer save less than joining them to the attention costs
 

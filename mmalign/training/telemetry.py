@@ -16,7 +16,7 @@ import torch
 from mmalign.config import TrainConfig
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
-from mmalign.training.flops import peak_bf16_flops
+from mmalign.flops import peak_bf16_flops
 
 log = logging.getLogger("mmalign")
 

@@ -18,11 +18,11 @@ from mmalign.data.step_plan import num_steps_of
 from mmalign.distributed import Ranks, start_ranks
 from mmalign.errors import UserError
 from mmalign.evaluation.during_training import RunEvaluation
+from mmalign.flops import Workload
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
 from mmalign.training.export import export
-from mmalign.training.flops import Workload
 from mmalign.training.guards import LossWatch, UpdateGate
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.launched import Launched

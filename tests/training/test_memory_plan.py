@@ -13,9 +13,9 @@ import tyro
 from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.flops import Workload
 from mmalign.model.recompute import POLICIES, set_recompute
 from mmalign.recipes import RECIPES
-from mmalign.training.flops import Workload
 from mmalign.training.memory import table as memory_table
 from mmalign.training.memory.activations import Activations, MicroBatch
 from mmalign.training.memory.plan import MemoryPlan

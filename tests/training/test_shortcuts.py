@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmalign.config import LoraConfig, ShortcutConfig
+from mmalign.flops import Workload, batch_flops, model_flops
 from mmalign.model import llava
-from mmalign.training.flops import Workload, batch_flops, model_flops
 from mmalign.training.shortcuts import needed_flops
 from mmalign.training.trainer import train
 from tests.model import tiny

@@ -11,9 +11,9 @@ import torch
 
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.flops import Workload, step_flops
 from mmalign.training import telemetry
 from mmalign.training.build import resolve
-from mmalign.training.flops import Workload, step_flops
 from mmalign.training.metrics import read_metrics
 from mmalign.training.telemetry import Card, Telemetry, progress
 from mmalign.training.trainer import Trainer, train

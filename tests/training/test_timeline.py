@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmalign.config import LoraConfig, ShortcutConfig, TrainConfig
+from mmalign.flops import Workload, step_flops
 from mmalign.model.config import DecoderConfig
-from mmalign.training.flops import Workload, step_flops
 from mmalign.training.profile.roofline import Ceilings, floors
 from mmalign.training.profile.timeline import (
     ATTENTION,

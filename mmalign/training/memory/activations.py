@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mmalign.config import LoraTarget, TrainConfig
+from mmalign.flops import Workload
 from mmalign.model.recompute import Recompute, policy_by_layer
-from mmalign.training.flops import Workload
 
 QKV: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj")
 KINDS = ("residual stream", "attention", "mlp", "adapters", "image features", "loss")

@@ -23,9 +23,9 @@ import torch
 from mmalign_kernels.block_quantization import BLOCK, num_blocks
 
 from mmalign.config import TrainConfig
+from mmalign.flops import Workload, adapted_projections
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
-from mmalign.training.flops import Workload, adapted_projections
 from mmalign.training.memory.activations import Activations, Kept, MicroBatch
 from mmalign.training.optimizer import moment_dtype
 

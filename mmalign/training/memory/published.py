@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
+from mmalign.flops import Workload
 from mmalign.model.published import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
 from mmalign.training.build import TOY_WORLD
-from mmalign.training.flops import Workload
 from mmalign.training.memory.table import workload_of
 
 

@@ -13,9 +13,9 @@ import torch
 from mmalign.config import TrainConfig
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.flops import Workload
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.recompute import POLICIES
-from mmalign.training.flops import Workload
 from mmalign.training.memory.plan import CONTEXT_BYTES, STEP, MemoryPlan
 from mmalign.training.optimizer import cannot_shard_codes, check_update_in_backward
 from mmalign.training.run_folder import as_begun

@@ -18,9 +18,9 @@ from mmalign.config import TrainConfig
 from mmalign.data.loader import Step
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.flops import Workload
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.flops import Workload
 from mmalign.training.profile.ranges import ranges_of, stage
 from mmalign.training.profile.roofline import Ceilings, floors, measure_ceilings
 from mmalign.training.profile.timeline import Timeline, read_timeline

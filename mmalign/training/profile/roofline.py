@@ -15,7 +15,7 @@ from mmalign_kernels import costs, linear
 from mmalign.batch import PackedBatch
 from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
-from mmalign.training.flops import Flops, Workload, num_images
+from mmalign.flops import Flops, Workload, num_images
 from mmalign.training.profile.timeline import (
     ATTENTION,
     COMMUNICATION,

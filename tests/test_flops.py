@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
-from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.training.flops import (
+from mmalign.flops import (
     Workload,
     batch_flops,
     forward_flops,
     model_flops,
     peak_bf16_flops,
 )
+from mmalign.model.config import DecoderConfig, VisionConfig
 from tests.model import tiny
 
 DECODER = dict(
