@@ -36,7 +36,7 @@ def cuda_extensions() -> list[Extension]:
     elif not has_card() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
         print("mmalign: no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built")
     else:
-        return [Extension("mmalign_kernels.libmmalign_cuda", sources=[])]
+        return [Extension("mmalign_kernels.cuda.libmmalign_cuda", sources=[])]
     return []
 
 
@@ -52,7 +52,7 @@ class DistributionWithData(Distribution):
 
 
 class CMakeBuild(build_ext):
-    """The library, beside the package's Python files; it is no Python module."""
+    """The library in mmalign_kernels/cuda; it is not a Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -76,7 +76,10 @@ setup(
     description="LLaVA training on packed batches and text-only alignment evaluation",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
+    packages=[
+        *find_packages(include=["mmalign", "mmalign.*"]),
+        *find_packages("kernels", include=["mmalign_kernels", "mmalign_kernels.*"]),
+    ],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
     # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py
     data_files=[(site_packages(), ["mmalign/evaluation/mmalign_lm_eval.pth"])],

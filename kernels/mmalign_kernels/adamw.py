@@ -4,18 +4,54 @@
     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
     p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-Weights are fp32; or bf16 with the low 16 bits of an exact fp32 master beside them; or bf16 alone,
-rounded at random so that the expected weight is the exact one. Moments are fp32; or bf16 or codes
-of 8 bits (block_quantization.py), both rounded at random: rounded to the nearest, a second moment
-that changes by a thousandth a step would never move. The arithmetic is fp32.
+Plain PyTorch: reference/adamw.py. The arithmetic is fp32. Weights are fp32; or bf16 plus the low 16
+bits of an exact fp32 master (split master); or bf16 alone with stochastic rounding, so that the
+expected weight is exact. Moments are fp32; or bf16 or 8-bit codes, both with stochastic rounding:
+rounded to nearest, a second moment that changes by a thousandth per step would never move.
+
+8-bit codes: blocks of 128 neighbours share an fp32 scale, which maps the largest number of the
+block to the largest code (after Dettmers et al. 2022, arXiv 2110.02861). A code is a small
+floating-point number below 2 whose lowest exponent is subnormal, so it needs no table. The same
+format as csrc/block_quantization.h:
+
+    first moment    sign, 4 bits of exponent, 3 of mantissa
+    second moment   5 bits of exponent, 3 of mantissa; a positive number never rounds to zero
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .block_quantization import num_blocks
-from .checks import check_shape
-from .operation import Operation
+from .operation import Operation, check_shape
+
+BLOCK = 128
+MANTISSA_BITS = 3
+DROPPED_BITS = 23 - MANTISSA_BITS  # of fp32's mantissa
+LARGEST = 2 - 2.0**-MANTISSA_BITS
+
+
+@dataclass(frozen=True)
+class MomentCode:
+    exponent_bits: int
+    signed: bool
+
+    @property
+    def shift(self) -> int:
+        """log2 of the smallest normal code over fp32's smallest normal number."""
+        return 126 - (2**self.exponent_bits - 2)
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.exponent_bits + MANTISSA_BITS) - 1
+
+
+FIRST, SECOND = MomentCode(4, signed=True), MomentCode(5, signed=False)
+
+
+def num_blocks(numel: int) -> int:
+    """Number of scales of a tensor of numel elements; the last block may be partial."""
+    return -(-numel // BLOCK)
 
 
 def _declare(

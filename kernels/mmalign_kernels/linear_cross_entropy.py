@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import wide_type
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    differentiable,
+    operation,
+)
 
 
 @operation
@@ -27,7 +33,7 @@ def linear_cross_entropy_fwd(
 
     Sums are fp32, or fp64 for fp64 input.
     """
-    dtype = wide_type(hidden_states)
+    dtype = compute_dtype(hidden_states)
     loss = hidden_states.new_empty((), dtype=dtype)
     grad_hidden = hidden_states.new_empty(hidden_states.shape if needs_hidden else 0)
     shape = lm_head_weight.shape if needs_weight else 0

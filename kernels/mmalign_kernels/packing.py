@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_shape
-from .operation import differentiable, operation
+from .operation import check_floats, check_integers, check_shape, differentiable, operation
 
 
 @operation

@@ -9,9 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import statistics
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    differentiable,
+    empty_statistics,
+    operation,
+)
 
 
 @operation
@@ -26,7 +32,11 @@ def project_image_features_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New hidden states, their normalised rows, and rstd (total_tokens, 1)."""
     shape = hidden_states.shape
-    return hidden_states.new_empty(shape), hidden_states.new_empty(shape), statistics(hidden_states)
+    return (
+        hidden_states.new_empty(shape),
+        hidden_states.new_empty(shape),
+        empty_statistics(hidden_states),
+    )
 
 
 @operation

@@ -6,27 +6,22 @@ rounded once at the end. Kept for the backward pass: the norm's input and rstd.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .checks import check_floats, check_rank, check_shape
-from .operation import differentiable, operation
-
-
-def wide_type(x: Tensor) -> torch.dtype:
-    """The type of arithmetic: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def statistics(x: Tensor, columns: int = 1) -> Tensor:
-    """Room for fp32 (fp64 beside fp64) figures of every row."""
-    return x.new_empty((x.shape[0], columns), dtype=wide_type(x))
+from .operation import (
+    check_floats,
+    check_rank,
+    check_shape,
+    differentiable,
+    empty_statistics,
+    operation,
+)
 
 
 @operation
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y and rstd (num_rows, 1)."""
-    return x.new_empty(x.shape), statistics(x)
+    return x.new_empty(x.shape), empty_statistics(x)
 
 
 @operation
@@ -34,7 +29,7 @@ def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, new_residual and rstd (num_rows, 1)."""
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), empty_statistics(x)
 
 
 @operation

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import dispatch
-from .checks import check_floats, check_rank
-from .operation import Operation, differentiable, is_traced, operation
+from .operation import Operation, check_floats, check_rank, differentiable, is_traced, operation
 
 
 @operation

@@ -8,16 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import wide_type
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    differentiable,
+    operation,
+)
 
 
 @operation
 def target_logprobs_fwd(
     hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, target_rows: Tensor | None
 ) -> Tensor:
-    dtype = wide_type(hidden_states)
+    dtype = compute_dtype(hidden_states)
     return hidden_states.new_empty(target_ids.shape, dtype=dtype)
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from mmalign_kernels import dispatch, libraries, project_image_features, projector_cuda
+from mmalign_kernels import dispatch, project_image_features
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import projector as projector_cuda
 
 from tests.kernels.close import assert_same_bits, compare
 from tests.kernels.test_projector import hugging_face, ours
@@ -24,7 +26,7 @@ SHAPES = {  # columns, features, image rows, packed rows
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    reason = libraries.cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if not reason and torch.cuda.get_device_capability() != (9, 0):
         reason = "no Hopper card"
     if reason:

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from mmalign_kernels import dispatch, libraries, rotary_cuda, rotary_triton
+from mmalign_kernels import dispatch
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rotary_attention as rotary_cuda
+from mmalign_kernels.triton import rotary_attention as rotary_triton
 
 from tests.kernels.close import assert_same_bits, compare
 from tests.kernels.packed import offsets
@@ -16,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def on_hopper():
-    reason = libraries.cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if not reason and torch.cuda.get_device_capability() != (9, 0):
         reason = "no Hopper card"
     if reason:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import setuptools
 
-from .build import REPOSITORY
+from csrc.build import REPOSITORY
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch)
 def test_named_architectures_need_no_card(run_setup, monkeypatch):
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "80;90a")
     (extension,) = run_setup("nvcc")["ext_modules"]
-    assert extension.name == "mmalign_kernels.libmmalign_cuda"
+    assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"
 
 
 def test_the_library_lands_where_the_loader_looks(run_setup, monkeypatch):
-    from mmalign_kernels import cuda_library
+    from mmalign_kernels.cuda import library as cuda_library
 
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
     handed = run_setup("nvcc")
     command = handed["cmdclass"]["build_ext"](setuptools.Distribution(handed))
     file = command.get_ext_filename(handed["ext_modules"][0].name)
-    assert file == f"mmalign_kernels/{cuda_library.FILE.name}"
+    assert file == f"mmalign_kernels/cuda/{cuda_library.FILE.name}"

@@ -1,11 +1,11 @@
-"""How the tests judge a result: against an fp64 oracle, beside the same computation by PyTorch."""
+"""How the tests judge a result: its error against fp64, relative to that of PyTorch's result."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# error over size of the oracle, both root mean square, by type of the inputs
+# RMS error over the RMS of the oracle, by dtype of the inputs
 RATIOS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -16,7 +16,7 @@ def rms(x: Tensor) -> float:
 def assert_accurate(
     name: str, ours: Tensor, peer: Tensor, oracle: Tensor, factor: float, limit: float
 ) -> None:
-    """Our error is at most `factor` times the peer's, and `limit` beside the oracle's size."""
+    """Our error is at most `factor` times the peer's, and `limit` relative to the oracle's size."""
     assert ours.dtype == peer.dtype and ours.shape == peer.shape, name
     assert ours.isfinite().all(), f"{name} is not finite"
     error, allowed = rms(ours - oracle), factor * rms(peer - oracle)
@@ -27,14 +27,14 @@ def assert_accurate(
 
 
 def cast(x, dtype: torch.dtype):
-    """A leaf with the values of x in another type; anything but floating tensors as it is."""
+    """A leaf with the values of x in another dtype; anything but floating tensors unchanged."""
     if isinstance(x, Tensor) and x.is_floating_point():
         return x.detach().to(dtype).requires_grad_(x.requires_grad)
     return x
 
 
 def results(function: Callable, inputs: tuple, seed: int = 1) -> dict[str, Tensor]:
-    """Outputs, and gradients of all inputs that want one, for fixed random output gradients."""
+    """Outputs, and gradients of all inputs that require one, for fixed random output gradients."""
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
@@ -52,14 +52,16 @@ def results(function: Callable, inputs: tuple, seed: int = 1) -> dict[str, Tenso
 def compare(
     ours: Callable, peer: Callable, inputs: tuple, dtype: torch.dtype, ratios: dict = RATIOS
 ) -> None:
-    """ours(*inputs) beside peer(*inputs) in `dtype`, both against peer in fp64.
+    """ours(*inputs) and peer(*inputs) in `dtype`, both against peer in fp64.
 
-    Outputs may err twice as much as the peer's, gradients three times.
+    The error of outputs may be twice the peer's, that of gradients three times.
     """
     inputs = tuple(cast(x, dtype) for x in inputs)
     oracle = results(peer, tuple(cast(x, torch.float64) for x in inputs))
     theirs = oracle if dtype == torch.float64 else results(peer, inputs)
-    for name, value in results(ours, inputs).items():
+    found = results(ours, inputs)
+    assert found.keys() == theirs.keys() == oracle.keys()
+    for name, value in found.items():
         factor = 2 if name.startswith("output") else 3
         assert_accurate(name, value, theirs[name], oracle[name], factor, ratios[dtype])
 
@@ -68,6 +70,7 @@ def assert_same_bits(function: Callable, inputs: tuple) -> None:
     """The same input twice gives the same bits, and leaves the input as it was."""
     before = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
     first, second = results(function, inputs), results(function, inputs)
+    assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     for x, old in zip(inputs, before, strict=True):

@@ -206,10 +206,6 @@ def test_a_long_list_is_updated_as_each_of_its_tensors():
         assert all(torch.equal(one.moments[kind][0], run.moments[kind][i]) for kind in (0, 1))
 
 
-def test_nothing_to_update():
-    Run([]).step([])
-
-
 def test_wrong_arguments():
     run = Run(weights())
     with pytest.raises(ValueError, match="4 params, but 3 grads"):

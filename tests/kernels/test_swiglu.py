@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mmalign_kernels import reference, swiglu
+from mmalign_kernels import swiglu
+from mmalign_kernels.reference import swiglu as reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
