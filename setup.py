@@ -1,8 +1,8 @@
 """Two packages: mmalign (the trainer) and mmalign_kernels (its operations, usable alone).
 
-CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, and either there is a card or
-MMALIGN_CUDA_ARCHS says what to build for, e.g. "90a" or "80;90a;100a". Elsewhere the installation
-goes without them: Triton and plain PyTorch remain. `python -m mmalign_kernels` shows what is here.
+CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, if there is a GPU or
+MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or "80;90a;100a". Otherwise the installation
+has no CUDA kernels: Triton and plain PyTorch remain. `python -m mmalign_kernels` lists backends.
 """
 
 import os
@@ -25,7 +25,7 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def has_card() -> bool:
+def has_gpu() -> bool:
     smi = shutil.which("nvidia-smi")
     return bool(smi) and subprocess.run([smi, "-L"], capture_output=True).stdout.startswith(b"GPU")
 
@@ -33,7 +33,7 @@ def has_card() -> bool:
 def cuda_extensions() -> list[Extension]:
     if find_nvcc() is None:
         print("mmalign: no nvcc, so the CUDA kernels of csrc/ are not built")
-    elif not has_card() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
+    elif not has_gpu() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
         print("mmalign: no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built")
     else:
         return [Extension("mmalign_kernels.cuda.libmmalign_cuda", sources=[])]

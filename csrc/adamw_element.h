@@ -5,7 +5,7 @@
 //   p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 //
 // Every product and sum rounds by itself (CMakeLists.txt turns fused multiply-add off), in the
-// order of adamw_triton.py: the split master is the fp32 run bit for bit, on the host, too.
+// order of triton/adamw.py: the split master is the fp32 run bit for bit, on the host, too.
 #pragma once
 
 #include <cmath>

@@ -5,9 +5,9 @@
 // values fit into the L2 cache together come together, and of those the tiles with most keys before
 // them come first, the heads of a tile next to each other. Workers draw items from one counter.
 //
-// Why not all tiles from dear to cheap: the tiles of one sample would be far apart, and with 8,192
-// tokens of 32 heads of 128 keys and values are 128 MiB, so every tile would read them from memory
-// again: 2.5 times for samples of 512 tokens, where memory is what limits the kernel.
+// Why not all tiles from expensive to cheap: the tiles of one sample would be far apart, and with
+// 8,192 tokens of 32 heads of 128 keys and values are 128 MiB, so every tile would read them from
+// memory again: 2.5 times for samples of 512 tokens, where memory is what limits the kernel.
 //
 // The table is made on the device from cu_seqlens alone, a thread for each sample; the host waits
 // for nothing.
@@ -37,7 +37,7 @@ struct AttentionWork {
   int tile, head, num_key_tiles;
 };
 
-// Items are no more than this; all that the host can know without waiting.
+// Items are no more than this; all that the host knows without synchronising.
 inline int64_t most_items(int64_t num_tokens, int64_t num_samples, int64_t num_heads) {
   return (num_tokens / kQueryRows + num_samples) * num_heads;
 }

@@ -18,11 +18,11 @@
 
 namespace mmalign {
 
-enum class Tensors { kProjection, kTurned, kGradOut };  // that a block fetches from
+enum class Tensors { kProjection, kRotated, kGradOut };  // that a block fetches from
 
-constexpr int kQuerySlots = 2;   // tiles of queries: one at work, one on its way
+constexpr int kQuerySlots = 2;   // tiles of queries: one at work, one in flight
 constexpr int kMatrixWarps = 8;  // two warpgroups of 64 queries each
-constexpr int kTurningWarps = 3;
+constexpr int kRotatingWarps = 3;
 constexpr int kBoxColumns = kSwizzleBytes / 2;  // of 16-bit elements: what one copy brings of a row
 
 // Shared memory of a block, from a multiple of 1024 bytes. A tile of 128 columns is two boxes.
@@ -42,9 +42,9 @@ struct AttentionShared {
   static constexpr int kBarriersAt = values(kStages) + 64;
   static constexpr int kBytes = kBarriersAt + (3 * kQuerySlots + 4 * kStages) * 8;
 
-  // Numbers of barriers. A slot of queries: arrived, turned, read. A stage: arrived, read.
+  // Numbers of barriers. A slot of queries: arrived, rotated, read. A stage: arrived, read.
   static constexpr HOST_DEVICE int query_full(int slot) { return slot; }
-  static constexpr HOST_DEVICE int query_turned(int slot) { return kQuerySlots + slot; }
+  static constexpr HOST_DEVICE int query_rotated(int slot) { return kQuerySlots + slot; }
   static constexpr HOST_DEVICE int query_empty(int slot) { return 2 * kQuerySlots + slot; }
   static constexpr HOST_DEVICE int keys_full(int stage) { return 3 * kQuerySlots + stage; }
   static constexpr HOST_DEVICE int keys_empty(int stage) { return keys_full(kStages + stage); }
@@ -55,8 +55,8 @@ struct AttentionShared {
   static constexpr int kBarriers = 3 * kQuerySlots + 4 * kStages;
 
   static constexpr HOST_DEVICE int arrivals(int barrier) {
-    return barrier < query_turned(0)   ? 1
-           : barrier < query_empty(0)  ? kTurningWarps
+    return barrier < query_rotated(0)   ? 1
+           : barrier < query_empty(0)  ? kRotatingWarps
            : barrier < keys_full(0)    ? kMatrixWarps
            : barrier < keys_empty(0)   ? 1
            : barrier < values_full(0)  ? kMatrixWarps
@@ -134,13 +134,13 @@ struct alignas(16) Angles {
   float values[8];
 };
 
-struct alignas(8) FigurePair {
+struct alignas(8) StatisticPair {
   float values[2];
 };
 
-// Columns i of the first half of a head turn together with columns i of the second.
+// Columns i of the first half of a head are rotated together with columns i of the second.
 template <class Element>
-KERNEL_CODE void turn_chunks(Chunk& first, Chunk& second, const Angles& cos, const Angles& sin) {
+KERNEL_CODE void rotate_chunks(Chunk& first, Chunk& second, const Angles& cos, const Angles& sin) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     float x[2], y[2];

@@ -3,9 +3,9 @@
 //
 // A code is a small floating-point number below 2 without infinities: kExponentBits of exponent,
 // kMantissaBits of mantissa, the lowest exponent subnormal. The block's scale maps its largest
-// number to the largest code. Between two codes a number is rounded at random, so its expected
-// value is exact: with rounding to the nearest, a second moment that changes by a thousandth a step
-// would never leave its code.
+// number to the largest code. Numbers between two codes use stochastic rounding, so the expected
+// value is exact: with rounding to the nearest, a second moment that changes by a thousandth per
+// step would never leave its code.
 //
 //   first moment   sign, 4 bits of exponent, 3 of mantissa: down to 2^-17 of the block's largest
 //   second moment  5 bits of exponent, 3 of mantissa: down to 2^-33, the square of the above

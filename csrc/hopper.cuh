@@ -1,4 +1,4 @@
-// Hopper's asynchronous machinery, one function an instruction: barriers in shared memory, tensor
+// Hopper's asynchronous machinery, one function per instruction: barriers in shared memory, tensor
 // copies (TMA), clusters, registers handed from warpgroup to warpgroup; wgmma.cuh the products.
 // Everything is there on sm_90a alone: kernels guard their bodies by __CUDA_ARCH_FEAT_SM90_ALL.
 #pragma once
@@ -44,7 +44,7 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
 }
 
 // An arrival at the barrier at the same place in another block of the cluster. It orders no memory
-// (that would wait for every store on its way): for readers that are done, through wgmma_wait.
+// (that would wait for every store in flight): for readers that are done, through wgmma_wait.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"

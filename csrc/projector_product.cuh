@@ -1,4 +1,4 @@
-// The projector's product: who fetches, who multiplies, and what becomes of the sums.
+// The projector's product: which threads load and multiply, and the epilogue.
 #pragma once
 
 #include "projector_rows.cuh"

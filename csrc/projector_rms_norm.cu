@@ -7,13 +7,13 @@
 //
 // A cluster of up to eight blocks owns 128 image rows and all their columns, so the row statistics
 // meet over its shared memory and no row comes back from memory for them. Each block owns passes of
-// 256 of the columns (4,096: two passes; 3,200: two passes of 224). One warp of it fetches tiles by
+// 256 of the columns (4,096: two passes; 3,200: two passes of 224). One warp of it loads tiles by
 // TMA, of the features an eighth for all of the cluster. Two warpgroups multiply 64 x 256 each, add
 // the bias, round, write the residual rows and sum the squares. After the last pass each sends its
 // sums to all blocks of the cluster, scales what it holds in registers and what it wrote before
 // (itself, so it may read it, from L2), and goes on with the next 128 rows, whose tiles are on
 // their way by then. Three warps norm the text rows meanwhile; the others help when their image
-// rows are done. Rows are summed in a fixed order: the same input gives the same bits.
+// rows are done. Rows are summed in a fixed order: deterministic.
 //
 // Columns: multiples of 8 up to 16,384. Features: multiples of 8. bf16 and fp16; sm_90a alone.
 //
@@ -26,10 +26,9 @@
 // Cost that remains: 54 row blocks on at most 16 clusters are four rounds, the last one 3/8 full;
 // and a warpgroup does not multiply while it writes.
 //
-// The backward pass is Triton's and cuBLAS's (projector_cuda.py says why).
+// The backward pass is Triton's and cuBLAS's (cuda/projector.py says why).
 //
-// Beats: unmeasured, so Triton's two launches stay the default. To beat: cuBLAS's product, scatter
-// and norm one after the other (0.09 + 0.04 + 0.04 ms by bytes), by 1.3.
+// Not measured on a GPU yet, so Triton's two launches are the default.
 #include "arguments.h"
 #include "device.h"
 #include "ops.h"
@@ -41,7 +40,7 @@
 namespace mmalign {
 namespace {
 
-// Empty on other architectures: the launcher refuses their cards.
+// Empty on other architectures: the launcher rejects those GPUs.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
     projector_kernel(const __grid_constant__ CUtensorMap features,  // (num_images, features)
@@ -138,14 +137,14 @@ void launch(const Forward& call, const ProjectorPlan& plan) {
   int resident = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "clusters");
   if (resident == 0)
-    refuse("this card has no room for a cluster of " + std::to_string(plan.cluster) +
+    refuse("this GPU has no room for a cluster of " + std::to_string(plan.cluster) +
            " blocks. Use the triton backend");
   const int wanted = std::max(ceil_div(p.num_images, kTileRows),
                               ceil_div(p.num_tokens, plan.cluster * kThreads / kWarp));
   config.gridDim = dim3(std::min(resident, wanted) * plan.cluster);
   p.mark_words = ceil_div(ceil_div<int64_t>(p.num_tokens, config.gridDim.x), int64_t{32});
   if (p.mark_words > kMaxMarkWords)
-    refuse("hidden_states has " + std::to_string(p.num_tokens) + " rows, this card takes " +
+    refuse("hidden_states has " + std::to_string(p.num_tokens) + " rows, this GPU takes " +
            std::to_string(int64_t{kMaxMarkWords} * 32 * config.gridDim.x));
   const CUtensorMap features = rows_map(call.image_features, kTileRows / plan.cluster);
   const CUtensorMap weight = rows_map(call.weight, N);
@@ -192,11 +191,11 @@ void check_arguments(const Forward& call) {
   Argument(kName, "norm_weight", call.norm_weight).beside(first);
 }
 
-void check_card() {
+void check_gpu() {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
   if (major != 9)
-    refuse("needs a Hopper card (compute capability 9.0), this one has " + std::to_string(major) +
+    refuse("needs a Hopper GPU (compute capability 9.0), this one has " + std::to_string(major) +
            "." + std::to_string(minor) + ". Use the triton backend");
 }
 
@@ -222,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> project_image_features_fwd(
   call.rstd = torch::stable::new_empty(hidden_states, {num_tokens, 1}, ScalarType::Float);
   if (num_tokens > 0) {
     const torch::stable::accelerator::DeviceGuard guard(hidden_states.get_device_index());
-    check_card();
+    check_gpu();
     if (image_features.scalar_type() == ScalarType::Half) forward<__half>(call);
     else forward<__nv_bfloat16>(call);
   }

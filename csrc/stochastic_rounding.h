@@ -1,4 +1,5 @@
-// fp32 to bf16, rounded at random: up with the probability that makes the expected result exact.
+// fp32 to bf16 by stochastic rounding: up with the probability that makes the expected result
+// exact.
 #pragma once
 
 #include "host_device.h"

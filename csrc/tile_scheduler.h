@@ -2,9 +2,9 @@
 //
 // Sample s has the rows cu_seqlens[s] .. cu_seqlens[s + 1]; a tile is tile_rows of them. Under a
 // causal mask, tile i of a sample reads i + 1 tiles of keys, without one it reads all of them.
-// Tiles are ordered from the dearest to the cheapest, and workers take them in turns that run back
-// and forth: the sums of all workers end up within one tile of each other. Nothing here waits for
-// the host: every function needs cu_seqlens alone, and threads fill the table without talking.
+// Tiles are ordered from the most to the least expensive, and workers take them in turns that run
+// back and forth: the sums of all workers end up within one tile of each other. Nothing here waits
+// for the host: every function needs cu_seqlens alone, and threads fill the table without talking.
 #pragma once
 
 #include "host_device.h"
@@ -37,7 +37,7 @@ struct PackedSamples {
     return causal ? tile.index + 1 : num_tiles(tile.sample);
   }
 
-  // More than this many tiles do not exist; all that the host can know without waiting.
+  // More than this many tiles do not exist; all that the host knows without synchronising.
   static int most_tiles(int num_samples, int num_tokens, int tile_rows) {
     return num_tokens / tile_rows + num_samples;
   }
@@ -49,7 +49,7 @@ struct PackedSamples {
     return {sample, tile};
   }
 
-  // Its place from dear to cheap; ties in packed order.
+  // Its place from expensive to cheap; ties in packed order.
   HOST_DEVICE int place(const Tile& tile) const {
     const int own = num_tiles(tile.sample);
     int before = causal ? 0 : tile.index;
@@ -66,7 +66,7 @@ struct PackedSamples {
   }
 };
 
-// Fills table (num_tiles,) from dear to cheap; each of num_threads threads calls it once.
+// Fills table (num_tiles,) from expensive to cheap; each of num_threads threads calls it once.
 HOST_DEVICE void order_tiles(const PackedSamples& samples, int thread, int num_threads,
                              Tile* table) {
   const int num_tiles = samples.num_tiles();

@@ -1,7 +1,7 @@
-"""Attention within each packed sample, without rotation and without a causal mask: the CLIP tower.
+"""Attention within each packed sample, without rotation or causal mask: the CLIP tower.
 
-softmax(q k^T / sqrt(head_dim)) v, samples told apart by cu_seqlens. Kept for the backward pass: the
-input, the output and every row's log of the softmax denominator.
+softmax(q k^T / sqrt(head_dim)) v; cu_seqlens delimits the samples. Plain PyTorch:
+reference/full_attention.py. Saved for the backward pass: the input, the output and the logsumexp.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def full_attention_bwd(
     return qkv.new_empty(qkv.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.num_attention_heads = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
@@ -51,7 +51,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
     return grad, None, None, None
 
 
-_full_attention = differentiable(full_attention_fwd, _keep, _backward)
+_full_attention = differentiable(full_attention_fwd, _save, _backward)
 
 
 def full_attention(
@@ -61,7 +61,7 @@ def full_attention(
 
     qkv (total_tokens, 3 * hidden_size): q, then k, then v, each heads by head_dim; cu_seqlens
     (num_samples + 1,) integers from 0 to total_tokens; max_seqlen at least the longest sample
-    -> (total_tokens, hidden_size). Raises ValueError where shapes do not fit.
+    -> (total_tokens, hidden_size). Raises ValueError if shapes do not match.
     """
     check_rank("full_attention", 2, qkv=qkv)
     check_floats("full_attention", qkv=qkv)

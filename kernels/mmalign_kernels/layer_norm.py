@@ -35,7 +35,7 @@ _layer_norm = differentiable(layer_norm_fwd, _save, _backward)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, as nn.LayerNorm.
 
-    x (num_rows, hidden_size), weight and bias (hidden_size,) of the same type -> like x.
+    x (num_rows, hidden_size), weight and bias (hidden_size,) of the same dtype -> like x.
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     check_rank("layer_norm", 2, x=x)

@@ -27,7 +27,7 @@ class Operation:
     """
 
     def __init__(self, declaration: Callable, mutates: tuple[str, ...]):
-        self.name = declaration.__name__
+        self.name, self.declaration = declaration.__name__, declaration
         self.family = declaration.__module__.rpartition(".")[2]
         schema = torch.library.infer_schema(declaration, mutates_args=mutates)
         self.registered = torch.library.custom_op(
@@ -50,6 +50,11 @@ class Operation:
 def operation(declaration: Callable) -> Operation:
     """Declare an operation that mutates none of its arguments."""
     return Operation(declaration, mutates=())
+
+
+def mutating(*arguments: str) -> Callable[[Callable], Operation]:
+    """Declare an operation that writes to these arguments."""
+    return lambda declaration: Operation(declaration, mutates=arguments)
 
 
 def is_traced(x: Tensor | list[Tensor]) -> bool:

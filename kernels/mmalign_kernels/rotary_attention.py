@@ -1,9 +1,9 @@
 """Rotary attention: rotary position embedding and attention within each packed sample.
 
-Su et al. 2021 (arXiv 2104.09864) in the half-split order of Hugging Face's rotate_half: column i of
-a head turns together with column i + head_dim / 2. Reads the flat projection once and keeps it with
-the output and every row's log of the softmax denominator; the backward pass rotates q and k again
-and writes one gradient of the projection.
+Su et al. 2021 (arXiv 2104.09864) in the half-split order of Hugging Face's rotate_half: columns i
+and i + head_dim / 2 of a head are rotated together. Plain PyTorch: reference/rotary_attention.py.
+Reads the flat projection and saves it with the output and the logsumexp; the backward pass rotates
+q and k again and writes one gradient of the projection.
 """
 
 from typing import Any
@@ -61,7 +61,7 @@ def rotary_attention_bwd(
     return qkv.new_empty(qkv.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cos, sin, position_ids, cu_seqlens, *ctx.settings = inputs
     ctx.save_for_backward(qkv, *output, cos, sin, position_ids, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
@@ -71,7 +71,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
     return rotary_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 8
 
 
-_rotary_attention = differentiable(rotary_attention_fwd, _keep, _backward)
+_rotary_attention = differentiable(rotary_attention_fwd, _save, _backward)
 
 
 def rotary_attention(
@@ -85,14 +85,14 @@ def rotary_attention(
     num_key_value_heads: int,
     causal: bool = True,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v in each sample, q and k rotated by their positions.
+    """softmax(q k^T / sqrt(head_dim)) v in each sample, with q and k rotated by their positions.
 
     qkv (total_tokens, (heads + 2 * key_value_heads) * head_dim): q, then k, then v; cos and sin
     (max_positions, head_dim / 2) fp32; position_ids (total_tokens,); cu_seqlens (num_samples + 1,)
-    integers from 0 to total_tokens; max_seqlen at least the longest sample; causal: a token sees
-    itself and what is before it -> (total_tokens, heads * head_dim). With fewer key and value
-    heads, key head j serves query heads j * group to (j + 1) * group - 1, group = heads /
-    key_value_heads. Raises ValueError where shapes, types or devices do not fit.
+    integers from 0 to total_tokens; max_seqlen at least the longest sample; causal: a token attends
+    to itself and to earlier ones -> (total_tokens, heads * head_dim). Grouped queries: key head j
+    serves query heads j * group to (j + 1) * group - 1, group = heads / key_value_heads. Raises
+    ValueError if shapes, dtypes or devices do not match.
     """
     name = "rotary_attention"
     check_rank(name, 2, qkv=qkv, cos=cos)
@@ -108,19 +108,11 @@ def rotary_attention(
         )
     if num_attention_heads % num_key_value_heads:
         raise ValueError(
-            f"{name}: {num_attention_heads} heads do not share {num_key_value_heads} key heads"
+            f"{name}: {num_attention_heads} heads are not a multiple of {num_key_value_heads} "
+            "key heads"
         )
-    beside = f"qkv {tuple(qkv.shape)} and cos {tuple(cos.shape)}"
-    check_shape(name, (cos.shape[0], head_dim // 2), beside, cos=cos, sin=sin)
-    check_shape(name, qkv.shape[:1], beside, position_ids=position_ids)
-    return _rotary_attention(
-        qkv,
-        cos,
-        sin,
-        position_ids,
-        cu_seqlens,
-        max_seqlen,
-        num_attention_heads,
-        num_key_value_heads,
-        causal,
-    )[0]
+    context = f"qkv {tuple(qkv.shape)} and cos {tuple(cos.shape)}"
+    check_shape(name, (cos.shape[0], head_dim // 2), context, cos=cos, sin=sin)
+    check_shape(name, qkv.shape[:1], context, position_ids=position_ids)
+    settings = max_seqlen, num_attention_heads, num_key_value_heads, causal
+    return _rotary_attention(qkv, cos, sin, position_ids, cu_seqlens, *settings)[0]

@@ -1,14 +1,15 @@
-"""Rotary attention of samples that all follow one constant prefix, with a gradient of their rows.
+"""Rotary attention of samples that all follow one constant prefix, differentiable in their rows.
 
-The prefix's keys and values (of weights and tokens that do not learn) are computed once; its own
-rows need neither a forward nor a backward pass in any sample. One softmax over prefix and sample:
+Plain PyTorch: reference/shared_prefix_attention.py. The keys and values of the prefix come from
+frozen weights and tokens and are computed once; no sample runs the prefix itself, forward or
+backward. One softmax over prefix and sample:
 
     out = share * attention(own keys) + (1 - share) * attention(prefix keys)
 
-with the shares from both logsumexps. So the own keys go through rotary attention as it is, by
-whichever backend serves it, and the prefix is joined to its output. Backward likewise: with the
-joint output and logsumexp, rotary attention's backward pass gives the exact gradients of the own
-keys and values and the own keys' part of the queries' gradient; the prefix adds its part.
+with the shares from both logsumexps. So any backend of rotary attention serves the own keys, and
+the prefix is merged into its output. In the backward pass, with the merged output and logsumexp,
+rotary attention's backward pass gives the exact gradients of the own keys and values and the own
+keys' part of the queries' gradient; the prefix adds its part.
 """
 
 from typing import Any
@@ -61,7 +62,7 @@ def shared_prefix_attention_bwd(
     return qkv.new_empty(qkv.shape)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cos, sin, position_ids, cu_seqlens, max_seqlen, keys, values, num_heads = inputs
     ctx.settings = max_seqlen, num_heads
     ctx.save_for_backward(qkv, *output, cos, sin, position_ids, cu_seqlens, keys, values)
@@ -73,7 +74,7 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
     return grad, *(None,) * 8
 
 
-_shared_prefix_attention = differentiable(shared_prefix_attention_fwd, _keep, _backward)
+_shared_prefix_attention = differentiable(shared_prefix_attention_fwd, _save, _backward)
 
 
 def shared_prefix_attention(
@@ -87,7 +88,7 @@ def shared_prefix_attention(
     prefix_values: Tensor,
     num_attention_heads: int,
 ) -> Tensor:
-    """rotary_attention, causal, where every token also sees the whole prefix.
+    """rotary_attention, causal, where every token also attends to the whole prefix.
 
     qkv, cos, sin, position_ids, cu_seqlens and max_seqlen as in rotary_attention, of the tokens
     after the prefix; prefix_keys (rotated) and prefix_values (prefix_length, key_value_heads,
@@ -101,11 +102,11 @@ def shared_prefix_attention(
     check_floats(name, cos=cos, sin=sin)
     check_integers(name, qkv, position_ids=position_ids, cu_seqlens=cu_seqlens)
     _, num_key_value_heads, head_dim = prefix_keys.shape
-    beside = f"prefix_keys {tuple(prefix_keys.shape)} and {num_attention_heads} heads"
+    context = f"prefix_keys {tuple(prefix_keys.shape)} and {num_attention_heads} heads"
     columns = (num_attention_heads + 2 * num_key_value_heads) * head_dim
-    check_shape(name, (qkv.shape[0], columns), beside, qkv=qkv)
-    check_shape(name, prefix_keys.shape, beside, prefix_values=prefix_values)
-    check_shape(name, (cos.shape[0], head_dim // 2), beside, cos=cos, sin=sin)
+    check_shape(name, (qkv.shape[0], columns), context, qkv=qkv)
+    check_shape(name, prefix_keys.shape, context, prefix_values=prefix_values)
+    check_shape(name, (cos.shape[0], head_dim // 2), context, cos=cos, sin=sin)
     check_shape(name, qkv.shape[:1], f"qkv {tuple(qkv.shape)}", position_ids=position_ids)
     if head_dim % 2 or num_attention_heads % num_key_value_heads:
         raise ValueError(
@@ -114,14 +115,7 @@ def shared_prefix_attention(
         )
     if prefix_keys.requires_grad or prefix_values.requires_grad:
         raise ValueError(f"{name}: the prefix is constant, it cannot require a gradient")
+    prefix = prefix_keys, prefix_values
     return _shared_prefix_attention(
-        qkv,
-        cos,
-        sin,
-        position_ids,
-        cu_seqlens,
-        max_seqlen,
-        prefix_keys,
-        prefix_values,
-        num_attention_heads,
+        qkv, cos, sin, position_ids, cu_seqlens, max_seqlen, *prefix, num_attention_heads
     )[0]

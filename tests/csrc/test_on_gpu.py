@@ -10,7 +10,7 @@ from mmalign_kernels.cuda import rms_norm as rms_norm_cuda
 from mmalign_kernels.cuda.adamw import adamw_update
 from mmalign_kernels.cuda.library import operation
 
-from tests.kernels.close import assert_same_bits, compare
+from tests.kernels.accuracy import assert_same_bits, compare
 from tests.kernels.test_rms_norm import hugging_face_add_norm, hugging_face_norm
 
 from .host_library import HostLibrary

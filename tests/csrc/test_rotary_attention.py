@@ -12,8 +12,8 @@ from mmalign_kernels.cuda import rotary_attention as rotary_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from csrc.build import ARCHITECTURES
-from tests.kernels.close import RATIOS
-from tests.kernels.packed import rotary_table
+from tests.kernels.accuracy import RATIOS
+from tests.kernels.packed_samples import rotary_table
 from tests.kernels.test_attention import Case
 
 from . import machine_code
@@ -184,7 +184,7 @@ KERNELS = [(t, d) for t in ("__half", "__nv_bfloat16") for d in (64, 128)]
 
 
 def test_no_stack_no_spills(cuda_library_file):
-    names = ("turn_keys_kernel", "rotary_attention_kernel")
+    names = ("rotate_keys_kernel", "rotary_attention_kernel")
     kernels = [x for x in machine_code.kernels(cuda_library_file) if x.name.startswith(names)]
     assert len(kernels) == 2 * len(KERNELS) * len(ARCHITECTURES)
     assert not [x for x in kernels if x.stack_bytes or x.local_bytes]
@@ -214,7 +214,7 @@ def test_hopper_instructions(hopper, name, head_dim):
     assert count(opcodes, "USETMAXREG") == 2
     assert count(opcodes, "LDL") + count(opcodes, "STL") == 0
     assert count(opcodes, "STG", "128") == 2 * head_dim // 32
-    keys = Counter(hopper[f"turn_keys_kernel<{name}, {head_dim}>"])
+    keys = Counter(hopper[f"rotate_keys_kernel<{name}, {head_dim}>"])
     assert count(keys, "LDG", "128") >= 4 + 2 * 8 and count(keys, "STG", "128") >= 2 * 8
 
 

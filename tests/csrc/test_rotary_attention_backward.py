@@ -12,7 +12,7 @@ from mmalign_kernels.cuda import rotary_attention as rotary_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from csrc.build import ARCHITECTURES
-from tests.kernels.close import assert_accurate
+from tests.kernels.accuracy import assert_accurate
 from tests.kernels.test_attention import Case
 
 from . import machine_code

@@ -25,7 +25,7 @@ def run_setup(monkeypatch):
     return run
 
 
-def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch):
+def test_without_a_compiler_or_a_gpu_it_says_so(run_setup, capsys, monkeypatch):
     assert run_setup("nvcc")["ext_modules"] == []
     assert "no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built" in capsys.readouterr().out
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
@@ -33,7 +33,7 @@ def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch)
     assert "no nvcc, so the CUDA kernels of csrc/ are not built" in capsys.readouterr().out
 
 
-def test_named_architectures_need_no_card(run_setup, monkeypatch):
+def test_named_architectures_need_no_gpu(run_setup, monkeypatch):
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "80;90a")
     (extension,) = run_setup("nvcc")["ext_modules"]
     assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"

@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from .close import assert_same_bits, compare, results
-from .packed import block_mask, offsets, plain_attention, positions, rotary_table
+from .accuracy import assert_same_bits, compare, results
+from .packed_samples import block_mask, offsets, plain_attention, positions, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEADS = ((2, 2, 64), (4, 2, 64), (3, 3, 100), (2, 1, 128))  # heads, key heads, head_dim
@@ -153,13 +153,12 @@ def test_form_for_other_devices():
     grad = torch.randn_like(q)
     for causal in (True, False):
         fused, eager = (
-            attend(q, k, v, causal)
-            for attend in (reference.fused_attention, reference.eager_attention)
+            attend(q, k, v, causal) for attend in (reference.attention, reference.eager_attention)
         )
         torch.testing.assert_close(fused, eager)
         gradients = (
             backward(grad, q, k, v, *fused, causal)
-            for backward in (reference.fused_attention_bwd, reference.eager_attention_bwd)
+            for backward in (reference.attention_bwd, reference.eager_attention_bwd)
         )
         torch.testing.assert_close(*gradients)
 

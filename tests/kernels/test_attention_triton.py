@@ -7,8 +7,8 @@ import torch
 from mmalign_kernels import dispatch, rotary_attention
 from mmalign_kernels.triton.attention_tiles import attention_tiles
 
-from .close import results
-from .packed import offsets, positions, rotary_table
+from .accuracy import results
+from .packed_samples import offsets, positions, rotary_table
 
 BLOCK = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter

@@ -5,7 +5,7 @@ import torch
 from mmalign_kernels import layer_norm
 from torch import nn
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -12,8 +12,8 @@ from mmalign_kernels.libraries import LIBRARIES
 from mmalign_kernels.rotary_attention import rotary_attention_bwd, rotary_attention_fwd
 
 from . import library_stand_ins
-from .close import compare, results
-from .packed import offsets
+from .accuracy import compare, results
+from .packed_samples import offsets
 from .test_attention import Case
 from .test_rms_norm import hugging_face_add_norm, hugging_face_norm, our_add_norm, our_norm, rows
 

@@ -5,8 +5,8 @@ import torch
 from mmalign_kernels import adamw_step, dispatch, full_attention, libraries
 from mmalign_kernels.libraries import LIBRARIES
 
-from .close import compare, results
-from .packed import offsets
+from .accuracy import compare, results
+from .packed_samples import offsets
 from .test_attention import Case
 from .test_rms_norm import hugging_face_add_norm, hugging_face_norm, our_add_norm, our_norm, rows
 

@@ -11,7 +11,7 @@ from mmalign_kernels import adamw_step, dispatch, full_attention, libraries, rms
 from mmalign_kernels.libraries import LIBRARIES, LibraryMissing
 
 from . import library_stand_ins
-from .packed import offsets
+from .packed_samples import offsets
 
 
 @pytest.fixture(autouse=True)

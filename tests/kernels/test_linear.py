@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmalign_kernels import linear
 from mmalign_kernels.reference.linear import _SMALL, product
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # rows, in_features, out_features: below and above the size at which a library is chosen

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from mmalign_kernels import linear_cross_entropy
 from mmalign_kernels.operation import Operation
 
-from .close import RATIOS as COMMON_RATIOS
-from .close import assert_same_bits, compare, results
+from .accuracy import RATIOS as COMMON_RATIOS
+from .accuracy import assert_same_bits, compare, results
 
 IGNORED = -100
 # logits are rounded to the type of the input, and spread over tens

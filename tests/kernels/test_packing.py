@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmalign_kernels import pack_rows, unpack_rows
 
-from .close import assert_same_bits, results
+from .accuracy import assert_same_bits, results
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from mmalign_kernels import prefix_attention, rotary_attention
 from torch import Tensor
 
-from .close import compare
-from .packed import offsets, plain_attention, positions, rotary_table
+from .accuracy import compare
+from .packed_samples import offsets, plain_attention, positions, rotary_table
 
 KEPT, SPARE = 70, 3  # cache rows before the new ones, and after them
 LENGTHS = [40, 1, 17, 2, 33, 5, 130, 3]
@@ -60,11 +60,11 @@ class Case:
         keys, values, angle = keys.clone(), values.clone(), self.position_ids.long()
         sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(sizes, 1)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        turn = torch.complex(self.cos, self.sin)[angle].to(wide.to_complex())[:, None]
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        rotation = torch.complex(self.cos, self.sin)[angle].to(dtype.to_complex())[:, None]
 
         def rotated(x):
-            rotated = torch.complex(*x.to(wide).chunk(2, -1)) * turn
+            rotated = torch.complex(*x.to(dtype).chunk(2, -1)) * rotation
             return torch.cat((rotated.real, rotated.imag), -1).to(x.dtype)
 
         q, k = rotated(q), rotated(k)
@@ -73,8 +73,8 @@ class Case:
             own = slice(spans[-1][1] - self.lengths[i], spans[-1][1])
             keys[own], values[own] = k[rows], v[rows]
         heads = (x[None].transpose(1, 2) for x in (q, keys, values))
-        mask = torch.zeros(len(qkv), len(keys), dtype=wide).masked_fill_(
-            ~self.visible(), torch.finfo(wide).min
+        mask = torch.zeros(len(qkv), len(keys), dtype=dtype).masked_fill_(
+            ~self.visible(), torch.finfo(dtype).min
         )
         return plain_attention(*heads, mask.to(qkv.dtype)), keys, values
 
@@ -157,8 +157,8 @@ def test_bad_arguments(backend):
         )  # fmt: skip
     if backend == "reference":  # others would have to wait for a GPU
         case.spans[3][-1] = (0, 1)
-        with pytest.raises(ValueError, match="must hold the segment's own rows"):
+        with pytest.raises(ValueError, match="must end with the segment's own rows"):
             case.ours(*case.inputs)
         case.spans[3][-1] = (0, 1000)
-        with pytest.raises(ValueError, match="must lie in the 304 rows"):
+        with pytest.raises(ValueError, match="must lie within the 304 rows"):
             case.ours(*case.inputs)

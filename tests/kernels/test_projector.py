@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mmalign_kernels import project_image_features
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 from .test_rms_norm import EPS, hugging_face_norm
 
 VISION, HIDDEN = 24, 40

@@ -5,7 +5,7 @@ import torch
 from mmalign_kernels import quick_gelu
 from transformers.activations import ACT2FN
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

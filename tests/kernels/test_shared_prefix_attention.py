@@ -5,8 +5,8 @@ import torch
 from mmalign_kernels import rotary_attention, shared_prefix_attention
 from torch import Tensor
 
-from .close import assert_same_bits, compare
-from .packed import block_mask, offsets, plain_attention, positions, rotary_table
+from .accuracy import assert_same_bits, compare
+from .packed_samples import block_mask, offsets, plain_attention, positions, rotary_table
 
 LENGTHS = [40, 1, 17, 70]
 HEADS = ((2, 2, 64), (4, 2, 100), (2, 1, 128), (3, 1, 16))
@@ -39,12 +39,12 @@ class Case:
         """Rotation as a complex product; one matrix of all rows by prefix and all rows."""
         sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(sizes, 1)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        turns = torch.complex(self.cos, self.sin)[self.position_ids.long()]
-        turns = turns.to(wide.to_complex())[:, None]
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        rotations = torch.complex(self.cos, self.sin)[self.position_ids.long()]
+        rotations = rotations.to(dtype.to_complex())[:, None]
 
         def rotated(x):
-            rotated = torch.complex(*x.to(wide).chunk(2, -1)) * turns
+            rotated = torch.complex(*x.to(dtype).chunk(2, -1)) * rotations
             return torch.cat((rotated.real, rotated.imag), -1).to(x.dtype)
 
         keys, values = torch.cat((keys, rotated(k))), torch.cat((values, v))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 
 def hugging_face(gate_up):

@@ -7,8 +7,8 @@ from mmalign_kernels import target_logprobs
 from mmalign_kernels.reference import linear_cross_entropy as reference_head
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .close import RATIOS as COMMON_RATIOS
-from .close import assert_same_bits, compare
+from .accuracy import RATIOS as COMMON_RATIOS
+from .accuracy import assert_same_bits, compare
 
 # logits are rounded to the type of the input, and spread over tens
 RATIOS = COMMON_RATIOS | {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

@@ -25,14 +25,9 @@ class CudaLibraryMissing(NotImplementedError):
     """The library is missing or does not load; the message says why and how to build it."""
 
 
-def fake(operation: str) -> Callable[[Callable], Callable]:
-    """Register the fake kernel of mmalign_cuda::<operation>, for tracing."""
-
-    def declare(function: Callable) -> Callable:
-        _fakes[operation] = function
-        return function
-
-    return declare
+def fake(operation: str, declaration: Callable) -> None:
+    """Set the fake kernel of mmalign_cuda::<operation>: results without data, for tracing."""
+    _fakes[operation] = declaration
 
 
 def load(path: str | Path | None = None) -> None:

@@ -1,17 +1,17 @@
 """Projector and first RMSNorm by the CUDA kernel of csrc/projector_rms_norm.cu, for Hopper.
 
-Forward in bf16 and fp16; rows of features and columns in multiples of 8. Anything else is refused.
+Forward in bf16 and fp16; features and columns in multiples of 8. Anything else is an error.
 
 The backward pass is Triton's and cuBLAS's. Its products need RMSNorm's gradient of every image row,
-which depends on a whole row of three tensors. A product that gathered those rows itself would read
-them once for each of its column tiles, 4 x 6MH bytes for dweight (1,024 features in tiles of 256),
-after a pass of 6MH for the statistics. The path that is there reads them once, writes M rows
-without padding and gives those to cuBLAS: 6MH + 2MH + 2MH, a third of it.
+which depends on whole rows of three tensors. A product that gathered those rows itself would read
+them once per column tile, 4 x 6MH bytes for dweight (1,024 features in tiles of 256), after a pass
+of 6MH for the statistics. The existing path reads them once, writes M contiguous rows and passes
+them to cuBLAS: 6MH + 2MH + 2MH, a third of that.
 """
 
 from torch import Tensor
 
-from ..operation import empty_statistics
+from ..projector import project_image_features_fwd as declared_fwd
 from ..triton.projector import project_image_features_bwd
 from .library import fake, operation
 
@@ -31,19 +31,4 @@ def project_image_features_fwd(
     return operation("project_image_features_fwd")(*(x.contiguous() for x in tensors), eps)
 
 
-@fake("project_image_features_fwd")
-def _project_image_features_fwd(
-    image_features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = hidden_states.shape
-    return (
-        hidden_states.new_empty(shape),
-        hidden_states.new_empty(shape),
-        empty_statistics(hidden_states),
-    )
+fake("project_image_features_fwd", declared_fwd.declaration)

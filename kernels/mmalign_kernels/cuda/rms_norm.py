@@ -5,7 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..operation import empty_statistics
+from ..rms_norm import add_rms_norm_fwd as declared_add_fwd
+from ..rms_norm import rms_norm_bwd as declared_bwd
+from ..rms_norm import rms_norm_fwd as declared_fwd
 from .library import fake, operation
 
 _NUM_COUNTERS = 1024  # kMaxCounters of csrc/column_partials.cuh
@@ -42,7 +44,7 @@ def rms_norm_bwd(
 
 
 def _counters(device: torch.device) -> Tensor:
-    """Zeros that a launch leaves as zeros: one set for each stream, and for each captured call."""
+    """Counters that every launch leaves at zero: one set per stream, and per captured call."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
     return _counters_of_stream(device, torch.cuda.current_stream(device).cuda_stream)
@@ -53,26 +55,6 @@ def _counters_of_stream(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
-@fake("rms_norm_fwd")
-def _rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), empty_statistics(x)
-
-
-@fake("add_rms_norm_fwd")
-def _add_rms_norm_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), empty_statistics(x)
-
-
-@fake("rms_norm_bwd")
-def _rms_norm_bwd(
-    grad_y: Tensor,
-    grad_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    needs_weight: bool,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(len(weight) if needs_weight else 0)
+fake("rms_norm_fwd", declared_fwd.declaration)
+fake("add_rms_norm_fwd", declared_add_fwd.declaration)
+fake("rms_norm_bwd", lambda *args: declared_bwd.declaration(*args[:-1]))  # no counters

@@ -1,13 +1,16 @@
 """Rotary attention by the CUDA kernels of csrc/rotary_attention*.cu, for Hopper.
 
-bf16 and fp16 with a head_dim of 64 or 128; anything else is refused, and Triton computes it. Output
-and logsumexp are as Triton's: one may go forward and the other backward.
+bf16 and fp16 with a head_dim of 64 or 128; anything else is an error (Triton computes it). Output
+and logsumexp have Triton's layout: one backend may run forward and the other backward.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..operation import empty_statistics
+from ..rotary_attention import rotary_attention_bwd as declared_bwd
+from ..rotary_attention import rotary_attention_fwd as declared_fwd
 from .library import fake, operation
 
 
@@ -22,7 +25,7 @@ def rotary_attention_fwd(
     num_key_value_heads: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """max_seqlen is not needed: the kernel reads the lengths from cu_seqlens."""
+    """max_seqlen is unused: the kernel reads the lengths from cu_seqlens."""
     return operation("rotary_attention_fwd")(
         qkv.contiguous(),
         cos.contiguous(),
@@ -49,7 +52,7 @@ def rotary_attention_bwd(
     num_key_value_heads: int,
     causal: bool,
 ) -> Tensor:
-    """Gradient of qkv, the same bits every time. max_seqlen as above."""
+    """Gradient of qkv, deterministic. max_seqlen is unused."""
     return operation("rotary_attention_bwd")(
         grad_out.contiguous(),
         qkv.contiguous(),
@@ -65,34 +68,10 @@ def rotary_attention_bwd(
     )
 
 
-@fake("rotary_attention_fwd")
-def _rotary_attention_fwd(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    head_dim = qkv.shape[1] // (num_attention_heads + 2 * num_key_value_heads)
-    out = qkv.new_empty((qkv.shape[0], num_attention_heads * head_dim))
-    return out, empty_statistics(qkv, num_attention_heads)
+def _with_max_seqlen(declaration: Callable, position: int) -> Callable:
+    """The declaration as a function of the CUDA operation's arguments, which lack max_seqlen."""
+    return lambda *args: declaration(*args[:position], 0, *args[position:])
 
 
-@fake("rotary_attention_bwd")
-def _rotary_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+fake("rotary_attention_fwd", _with_max_seqlen(declared_fwd.declaration, 5))
+fake("rotary_attention_bwd", _with_max_seqlen(declared_bwd.declaration, 8))

@@ -31,6 +31,27 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of (count, heads, length, head_dim)."""
+    if q.is_cpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask
+        )
+    return eager_attention(q, k, v, causal, mask)
+
+
+def attention_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_cpu:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, logsumexp, 0.0, causal
+        )
+    return eager_attention_bwd(grad, q, k, v, out, logsumexp, causal)
+
+
 def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if causal:
@@ -40,24 +61,14 @@ def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return scores
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of (count, heads, length, head_dim), by PyTorch's CPU kernel."""
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-
-
-def fused_attention_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, logsumexp, 0.0, causal
-    )
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """The same on any device, with all scores in memory."""
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """attention on any device, with all scores in memory."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
     scores = _scores(q, k.repeat_interleave(group, 1), causal)
+    scores = scores if mask is None else scores + mask
     logsumexp = scores.logsumexp(-1)
     return (scores - logsumexp[..., None]).exp() @ v.repeat_interleave(group, 1), logsumexp
 
@@ -81,7 +92,6 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v (total_tokens, heads, head_dim) -> flat output, logsumexp (total_tokens, heads)."""
     outs, logsumexps = [q.new_empty(0, *q.shape[1:])], [q.new_empty(0, q.shape[1])]
-    attention = fused_attention if q.is_cpu else eager_attention
     for rows, count in _runs(cu_seqlens, max_seqlen, len(q)):
         out, logsumexp = attention(*(_by_sample(x, rows, count) for x in (q, k, v)), causal)
         outs.append(_flat(out).to(q.dtype))
@@ -96,7 +106,6 @@ def attend_bwd(
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """parts: q, k, v, out, logsumexp -> rows and their gradients of q, k, v (rows, heads, dim)."""
     grad_out = grad_out.reshape(parts[3].shape)
-    attention_bwd = fused_attention_bwd if grad_out.is_cpu else eager_attention_bwd
     for rows, count in _runs(cu_seqlens, max_seqlen, len(grad_out)):
         grads = attention_bwd(
             *(_by_sample(x, rows, count) for x in (grad_out, *parts)), causal=causal

@@ -1,9 +1,9 @@
-"""Matrix products by the fastest library at hand: y = x W^T + bias.
+"""Matrix products by the fastest available library: y = x W^T + bias.
 
-On a GPU that is what PyTorch calls. On a CPU, PyTorch sends fp32 products to MKL, which uses no
-AVX-512 on AMD processors; oneDNN, also inside PyTorch, does: 220 against 100 GFLOP/s on one core
-of an EPYC 9005, 3000 x 768 by 768 x 2048. It accumulates in fp32 as well. Small products stay with
-MKL, whose calls cost less.
+On a GPU that is PyTorch's default. On a CPU, PyTorch sends fp32 products to MKL, which uses no
+AVX-512 on AMD processors; oneDNN, also part of PyTorch, does: 220 instead of 100 GFLOP/s on one
+core of an EPYC 9005, 3000 x 768 by 768 x 2048. It accumulates in fp32, too. Small products stay
+with MKL, whose calls have less overhead. It is the same in every backend, so nothing declares it.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..operation import check_floats, is_traced
 
-_SMALL = 1 << 20  # multiplications below which the call costs more than it gains
+_SMALL = 1 << 20  # multiplications below which the overhead of the call outweighs the gain
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -27,7 +27,7 @@ def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x or a copy: oneDNN reads transposed matrices, but other strides a hundred times slower."""
+    """x or a copy: oneDNN reads transposed matrices fast, other strides a hundred times slower."""
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
@@ -43,7 +43,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        # a frozen weight keeps no activation, as in F.linear
+        # a frozen weight saves no activation, as in F.linear
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return product(x, weight, bias)
 
@@ -63,8 +63,8 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, as torch.nn.functional.linear.
 
-    x (..., in_features), weight (out_features, in_features), bias (out_features,) of one type
-    -> (..., out_features). Raises ValueError where shapes, types or devices do not fit.
+    x (..., in_features), weight (out_features, in_features), bias (out_features,) of one dtype
+    -> (..., out_features). Raises ValueError if shapes, dtypes or devices do not match.
     """
     check_floats("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:

@@ -1,9 +1,9 @@
-"""Prefix attention in plain PyTorch: few large products however many segments there are.
+"""Prefix attention in plain PyTorch: few large products for any number of segments.
 
-Wide spans that neighbouring segments share are one product of all their rows with the span. What
-remains (short ancestors and the segments themselves) goes by blocks of consecutive rows, each with
-the cache rows that any of its rows sees and a mask: one product for all blocks. The two are joined
-by their logsumexps.
+A long span that neighbouring segments share is one product of all their rows with the span. The
+rest (short ancestors and the segments themselves) is one batched product over blocks of consecutive
+rows, each with a mask and the cache rows that any of its rows attends to. The two are merged by
+their logsumexps.
 """
 
 from functools import lru_cache
@@ -13,25 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..operation import check_offsets, compute_dtype
+from ..operation import check_offsets
+from .full_attention import attention
 from .rotary_attention import angles, rotate
 
-aten = torch.ops.aten
 _ROWS = 128  # of a block
-_WIDE = 64  # keys from which a span of its own pays for joining
+_LONG = 64  # keys of a span from which a product of its own pays for merging
 
 
 class Part(NamedTuple):
-    """Consecutive rows that all see one span of the cache."""
+    """Consecutive rows that all attend to one span of the cache."""
 
     rows: slice
     span: slice
 
 
 class Plan(NamedTuple):
-    slots: Tensor | slice  # (total_tokens,) where keys and values of each row go; often one run
+    slots: Tensor | slice  # (total_tokens,) cache row of each token; often one slice
     parts: tuple[Part, ...]
-    block_slots: Tensor  # (num_blocks * num_keys,) cache rows that a block sees; spare ones repeat
+    block_slots: Tensor  # (num_blocks * num_keys,) cache rows of each block, padded by repetition
     block_mask: Tensor  # (num_blocks, 1, _ROWS, num_keys) 0 or -inf
 
 
@@ -68,8 +68,8 @@ def prefix_attention_update(
     values[plan.slots] = v
     logsumexp = _attend_blocks(out, q, keys, values, plan)
     for rows, span in plan.parts:
-        part = _attention(*(x[None].transpose(1, 2) for x in (q[rows], keys[span], values[span])))
-        _join(out[rows], logsumexp[rows], *(x[0].transpose(0, 1) for x in part))
+        part = attention(*(x[None].transpose(1, 2) for x in (q[rows], keys[span], values[span])))
+        _merge(out[rows], logsumexp[rows], *(x[0].transpose(0, 1) for x in part))
     return out.flatten(1)
 
 
@@ -88,34 +88,20 @@ def _attend_blocks(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, plan: P
         x.index_select(0, plan.block_slots).unflatten(0, (num_blocks, -1)).transpose(1, 2)
         for x in (keys, values)
     )
-    found, logsumexp = _attention(q, k, v, plan.block_mask.to(q.dtype))
+    found, logsumexp = attention(q, k, v, mask=plan.block_mask.to(q.dtype))
     out.copy_(found.transpose(1, 2).flatten(0, 1)[: len(out)])
     return logsumexp.transpose(1, 2).flatten(0, 1)[: len(out)]
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of (count, heads, length, head_dim)."""
-    if q.is_cpu:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
-    scores = (q @ k.repeat_interleave(group, 1).transpose(2, 3)) * q.shape[3] ** -0.5
-    scores = scores if mask is None else scores + mask
-    logsumexp = scores.logsumexp(3)
-    return (scores - logsumexp[..., None]).exp() @ v.repeat_interleave(group, 1), logsumexp
-
-
-def _join(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tensor) -> None:
-    """Joins two softmax averages over different keys into the first, in place."""
+def _merge(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tensor) -> None:
+    """Merge two softmax averages over different keys into the first, in place."""
     total = torch.logaddexp(logsumexp, other_logsumexp)
     share = (other_logsumexp - total).exp_()[..., None]
     out.lerp_(other.to(out.dtype), share.to(out.dtype))
     logsumexp.copy_(total)
 
 
-@lru_cache(maxsize=2)  # every layer of a model asks with the same numbers
+@lru_cache(maxsize=2)  # every layer of a model passes the same numbers
 def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capacity: int) -> Plan:
     bounds, begins, ends, firsts = (
         np.frombuffer(x, np.int64) for x in (cu_seqlens, begins, ends, cu_spans)
@@ -126,7 +112,7 @@ def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capaci
     rows = np.arange(len(segment))
     own_end = ends[firsts[1:] - 1]
     slots = own_end[segment] - bounds[1:][segment] + rows
-    # what each row sees: (row, begin, end), the segments cut where blocks end
+    # what each row attends to: (row, begin, end), segments split at the ends of blocks
     span = _ranges(firsts[:-1][segment], num_spans[segment])
     row = np.repeat(rows, num_spans[segment])
     begin, end = begins[span], ends[span].copy()
@@ -136,14 +122,14 @@ def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capaci
     end[is_last] = piece_begin[row[is_last]]  # the part of the last span before the piece
     kept = end > begin
     row, begin, end = row[kept], begin[kept], end[kept]
-    is_wide = end - begin >= _WIDE
-    narrow = ~is_wide
+    is_long = end - begin >= _LONG
+    short = ~is_long
     seen = (
-        np.concatenate((row[narrow], rows)),
-        np.concatenate((begin[narrow], piece_begin)),
-        np.concatenate((end[narrow], slots + 1)),
+        np.concatenate((row[short], rows)),
+        np.concatenate((begin[short], piece_begin)),
+        np.concatenate((end[short], slots + 1)),
     )
-    parts = _parts(row[is_wide], begin[is_wide], end[is_wide])
+    parts = _parts(row[is_long], begin[is_long], end[is_long])
     one_run = (np.diff(slots) == 1).all()
     places = slice(int(slots[0]), int(slots[-1]) + 1) if one_run else torch.from_numpy(slots)
     return Plan(places, parts, *_blocks(*seen, len(rows), capacity))
@@ -152,14 +138,18 @@ def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capaci
 def _check_spans(
     lengths: np.ndarray, num_spans: np.ndarray, begins: np.ndarray, ends: np.ndarray, capacity: int
 ) -> None:
-    """ValueError where a span leaves the cache or a segment has no room for its own rows."""
+    """ValueError if a span exceeds the cache or is too short for its segment's own rows."""
     if num_spans.sum() != len(begins) or (num_spans < 1).any():
-        raise ValueError(f"cu_spans must rise from 0 to {len(begins)}, a span or more a segment")
+        raise ValueError(
+            f"cu_spans must rise from 0 to {len(begins)}, at least one span per segment"
+        )
     if (begins < 0).any() or (ends > capacity).any() or (ends < begins).any():
-        raise ValueError(f"spans must lie in the {capacity} rows of the cache, begin before end")
+        raise ValueError(
+            f"spans must lie within the {capacity} rows of the cache, begin before end"
+        )
     last = np.cumsum(num_spans) - 1
     if (ends[last] - begins[last] < lengths).any():
-        raise ValueError("a segment's last span must hold the segment's own rows at its end")
+        raise ValueError("a segment's last span must end with the segment's own rows")
 
 
 def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -184,11 +174,11 @@ def _parts(row: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[Part, .
 def _blocks(
     row: np.ndarray, begin: np.ndarray, end: np.ndarray, num_rows: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """block_slots and block_mask of a Plan for rows that see cache rows begin to end - 1."""
+    """block_slots and block_mask of a Plan for rows that attend to cache rows begin to end - 1."""
     num_blocks = -(-num_rows // _ROWS)
     block = row // _ROWS
     wanted = np.unique(np.stack((block, begin, end)), axis=1)
-    # a block and a cache row in one number, so that sorting and searching take all blocks at once
+    # block and cache row in one number, so that one sort and search serve all blocks
     seen = np.unique(_ranges(wanted[0] * capacity + wanted[1], wanted[2] - wanted[1]))
     first = np.searchsorted(seen, np.arange(num_blocks + 1) * capacity)
     num_keys = int(np.diff(first).max())
@@ -199,7 +189,7 @@ def _blocks(
         at = np.searchsorted(seen, block * capacity + bound) - first[block]
         np.add.at(changes, (row, at), change)
     visible = np.cumsum(changes[:, :-1], axis=1, dtype=np.int8) > 0
-    visible[num_rows:, 0] = True  # spare rows: anything but nothing
+    visible[num_rows:, 0] = True  # padding rows must attend to something
     mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
     mask = mask.view(num_blocks, 1, _ROWS, num_keys)
     return torch.from_numpy(block_slots.flatten()), mask

@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor
 
-from .full_attention import (
-    eager_attention,
-    eager_attention_bwd,
-    fused_attention,
-    fused_attention_bwd,
-)
+from .full_attention import attention, attention_bwd
 from .rotary_attention import angles, rotary_attention_bwd, rotary_attention_fwd, rotate
 
 
@@ -28,8 +23,7 @@ def shared_prefix_attention_fwd(
     out, logsumexp = rotary_attention_fwd(qkv, *settings)
     if len(qkv) and len(prefix_keys):
         q = _queries(qkv, cos, sin, position_ids, num_attention_heads, prefix_keys)
-        attention = fused_attention if q.is_cpu else eager_attention
-        part, part_logsumexp = attention(*map(_as_batch, (q, prefix_keys, prefix_values)), False)
+        part, part_logsumexp = attention(*map(_as_batch, (q, prefix_keys, prefix_values)))
         part, part_logsumexp = (x[0].transpose(0, 1) for x in (part, part_logsumexp))
         total = torch.logaddexp(logsumexp, part_logsumexp)
         share = (part_logsumexp - total).exp_()[..., None]
@@ -57,7 +51,6 @@ def shared_prefix_attention_bwd(
     grad_qkv = rotary_attention_bwd(grad_out, qkv, out, logsumexp, *settings)
     if len(qkv) and len(prefix_keys):
         q = _queries(qkv, cos, sin, position_ids, num_attention_heads, prefix_keys)
-        attention_bwd = fused_attention_bwd if q.is_cpu else eager_attention_bwd
         flat = grad_out.reshape(q.shape), q, prefix_keys, prefix_values, out.view(q.shape)
         grad_q, _, _ = attention_bwd(*map(_as_batch, (*flat, logsumexp)), causal=False)
         grad_q = grad_q[0].transpose(0, 1).to(qkv.dtype)  # (total_tokens, heads, head_dim)

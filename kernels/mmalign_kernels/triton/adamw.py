@@ -4,23 +4,23 @@
     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
     p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-A bf16 weight is read and written as an integer: with its remainder it is the exact fp32 master, by
-itself the upper half of one whose lower half is drawn anew and dropped. The draw is Philox's, keyed
-by the seed, counted by element, step and place in the list: no state, the same on every rank. One
-Philox call gives four numbers, so a program works on four blocks that lie behind each other.
-A thread holds four neighbours of a block: 128 bits of every fp32 tensor, 64 of every bf16 one.
-(With eight neighbours Triton sends the moments through shared memory before it writes them.)
+A bf16 weight is read and written as an integer: with its remainder it is the exact fp32 master;
+alone it is the upper 16 bits after stochastic rounding. The random bits are Philox's, keyed by the
+seed, with element, step and index in the list as counter: no state, the same on every rank. A
+Philox call returns four numbers, so a program owns four consecutive blocks. A thread holds four
+neighbours of a block: 128 bits of every fp32 tensor, 64 of every bf16 one. (With eight neighbours
+Triton sends the moments through shared memory before it writes them.)
 
-Moments in bf16 or in the 8-bit codes of csrc/adamw.h have a kernel of their own, which
-works on rows of the 128 numbers that share a scale: a warp's, whose largest is found by shuffles.
+Moments in bf16 or in 8-bit codes (../adamw.py) have a kernel of their own, on rows of the 128
+numbers that share a scale; a warp owns a row and finds its largest number by shuffles.
 
-One launch for all tensors (tensor_table.py): with one each, the 448 matrices of adapters of
-a 7B model would cost the host 9 ms at some 20 us a launch, several times what the device works on
-them. A program finds its tensor by one load of all first tiles, 4 KiB that lie in the L2 cache,
-before it moves 20 to 57 KB of weights and state.
+One launch for all tensors (tensor_table.py): one per tensor would cost the host 9 ms for the 448
+adapter matrices of a 7B model at some 20 us per launch, several times the device's work. A program
+finds its tensor by one load of all first tiles, 4 KiB in L2, before it moves 20 to 57 KB of weights
+and state.
 
-Bytes of an element, gradient in the weight's type, fp32 moments: fp32 28, bf16 with remainder 26,
-bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scales).
+Bytes per element, gradient in the weight's dtype, fp32 moments: fp32 28, bf16 with split master 26,
+bf16 with stochastic rounding 22; bf16 moments 8 less, codes 12 less (plus 0.13 for scales).
 """
 
 import triton
@@ -31,8 +31,8 @@ from .. import adamw
 from . import launch
 from .tensor_table import address, find_tensor, tensor_tables
 
-_MOMENTS = {float32: tl.float32, bfloat16: tl.int16, uint8: tl.uint8}  # bf16 is read as its bits
-_DRAWS = tl.constexpr(4)  # numbers that a Philox call gives
+_MOMENTS = {float32: tl.float32, bfloat16: tl.int16, uint8: tl.uint8}  # bf16 as its bits
+_DRAWS = tl.constexpr(4)  # numbers per Philox call
 _ROW = tl.constexpr(adamw.BLOCK)
 _DROPPED = tl.constexpr(adamw.DROPPED_BITS)
 _LARGEST = tl.constexpr(adamw.LARGEST)
@@ -77,7 +77,7 @@ def _write_weight(
 
 @triton.jit
 def _upper_half(x, carried):
-    """fp32 -> bits of bf16. A NaN stays one: a GPU's has all bits set, and would carry over."""
+    """fp32 -> bits of bf16. A NaN stays a NaN: a GPU's has all bits set, and would wrap."""
     bits = (x.to(tl.int32, bitcast=True) + carried) >> 16
     return tl.where(x == x, bits, 0x7FC0).to(tl.int16)
 
@@ -149,7 +149,7 @@ def _read_moment(moment_ptr, scale, at, inside, CODES: tl.constexpr, SECOND: tl.
 
 @triton.jit
 def _row_scale(x):
-    """What maps a row's largest number to the largest code; as integers, NaN is above all."""
+    """Maps a row's largest number to the largest code; as integers, NaN is above all numbers."""
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
     largest = largest.to(tl.float32, bitcast=True)
     return tl.div_rn(largest, tl.full(largest.shape, _LARGEST, tl.float32))

@@ -3,15 +3,15 @@
     p = exp(q k^T / sqrt(head_dim) - logsumexp)      ds = p * (grad_out v^T - sum(grad_out * out))
     dq = ds k / sqrt(head_dim)    dk = ds^T q / sqrt(head_dim)    dv = p^T grad_out
 
-Two kernels, no atomics: the same input gives the same bits. The first owns queries and writes dq.
-On its way it leaves what the second reads: q rotated, and every row's logsumexp and sum(grad_out *
-out) by heads, with a gap after every sample, so that a tile that runs over the end reads p = 0 and
-needs no mask. The second owns keys, walks over the queries of all heads of their group in a fixed
-order, and writes dk and dv. Scores are formed twice: 7 products, 5 in one kernel with atomics.
+Two kernels, no atomics: deterministic. The programs of the first own queries and write dq, and also
+write what the second reads: rotated q, and every row's logsumexp and delta = sum(grad_out * out) by
+heads, with a gap after every sample, so that a tile beyond the end reads p = 0 and needs no mask.
+The programs of the second own keys, loop over the queries of all heads of their group in a fixed
+order, and write dk and dv. Scores are computed twice: 7 products instead of 5 with atomics.
 
-Bytes of a token with 32 heads of 128 columns in bf16: the first reads q, k, v, out, grad_out and
-writes dq and the turned q, 56 KiB; the second reads q, k, v, grad_out and writes dk, dv, 48 KiB.
-FLOPs: 14 * heads * head_dim for every pair of a query and a key that it sees.
+Bytes per token with 32 heads of 128 columns in bf16: the first reads q, k, v, out, grad_out and
+writes dq and rotated q, 56 KiB; the second reads q, k, v, grad_out and writes dk, dv, 48 KiB.
+FLOPs: 14 * heads * head_dim per visible pair of query and key.
 """
 
 import triton
@@ -57,7 +57,7 @@ def _dq_from(
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the keys begin..end give to dq; MASKED where some are hidden from some queries."""
+    """Accumulate dq over the keys begin..end; MASKED if some are hidden from some queries."""
     query = first_query + tl.arange(0, BLOCK_M)[:, None]
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, length, K_STRIDE, K_COLUMNS, BLOCK_N, BLOCK_D, MASKED)
@@ -182,10 +182,10 @@ def _dkv_from(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the queries begin..end of one head give; MASKED where some keys are hidden.
+    """Accumulate over the queries begin..end of one head; MASKED if some keys are hidden.
 
-    Products stand transposed, keys by queries: p and ds then go into the next product from
-    registers. Rows past the end have logsumexp inf, written there, so p = 0 without a mask.
+    Products are transposed, keys by queries, so that p and ds enter the next product from
+    registers. Rows past the end have logsumexp = inf in memory, so p = 0 without a mask.
     """
     for start in range(begin, end, BLOCK_M):
         query = start + tl.arange(0, BLOCK_M)
@@ -209,9 +209,9 @@ def _dkv_from(
 
 @triton.jit
 def _owned_keys(tiles_ptr, num_slots, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """Number of the sample, its first row, its length, and the first key of the tile."""
+    """Index of the sample, its first row, its length, and the first key of the tile."""
     sample, row, length, tile = tile_at(tiles_ptr, num_slots, tl.program_id(0))
-    if CAUSAL:  # the first keys are seen by the most queries
+    if CAUSAL:  # the first keys are visible to the most queries
         tile = tl.cdiv(length, BLOCK_N) - 1 - tile
     return sample, row, length, tile * BLOCK_N
 
@@ -313,52 +313,21 @@ def attend_bwd(
     rotated_k, cos, sin, position_ids = rotation or (None,) * 4
     rotated_q = rotation and qkv.new_empty(num_tokens, num_heads, dq_settings["BLOCK_D"])
     gap = dq_settings["BLOCK_M"]
-    figures = logsumexp.new_empty(2, num_heads, num_tokens + gap * (len(cu_seqlens) - 1))
+    statistics = logsumexp.new_empty(2, num_heads, num_tokens + gap * (len(cu_seqlens) - 1))
     common = dict(
-        SCALE=LOG2_E * head_dim**-0.5,
-        GAP=gap,
-        HEADS=num_heads,
-        KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        CAUSAL=causal,
-        ROTARY=rotation is not None,
-    )
+        SCALE=LOG2_E * head_dim**-0.5, GAP=gap, HEADS=num_heads, KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim, CAUSAL=causal, ROTARY=rotation is not None,
+    )  # fmt: skip
     num_slots = tiles.shape[1]
     _attention_dq_kernel[(num_slots, num_heads)](
-        grad_qkv,
-        rotated_q,
-        figures,
-        grad_out,
-        out,
-        logsumexp,
-        qkv,
-        rotated_k,
-        cos,
-        sin,
-        position_ids,
-        tiles,
-        num_slots,
-        figures.shape[2],
-        **common,
-        **dq_settings,
-    )
+        grad_qkv, rotated_q, statistics, grad_out, out, logsumexp, qkv, rotated_k, cos, sin,
+        position_ids, tiles, num_slots, statistics.shape[2], **common, **dq_settings,
+    )  # fmt: skip
     if dkv_settings["BLOCK_N"] != dq_settings["BLOCK_M"]:
         tiles = attention_tiles(cu_seqlens, num_tokens, dkv_settings["BLOCK_N"], causal)
         num_slots = tiles.shape[1]
     _attention_dkv_kernel[(num_slots, num_kv_heads)](
-        grad_qkv,
-        rotated_q,
-        figures,
-        grad_out,
-        qkv,
-        rotated_k,
-        cos,
-        sin,
-        position_ids,
-        tiles,
-        num_slots,
-        figures.shape[2],
-        **common,
-        **dkv_settings,
-    )
+        grad_qkv, rotated_q, statistics, grad_out, qkv, rotated_k, cos, sin,
+        position_ids, tiles, num_slots, statistics.shape[2], **common, **dkv_settings,
+    )  # fmt: skip
     return grad_qkv

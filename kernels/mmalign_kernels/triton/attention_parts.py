@@ -1,8 +1,8 @@
-"""Pieces that the attention kernels share: loads and stores of a tile of one head, rotation.
+"""What the attention kernels share: loads and stores of a tile of one head, rotation.
 
-A tile has BLOCK_D columns, the next power of two; a narrower head is filled up with zeros. A tile
-that turns has its second half at column BLOCK_D / 2, in registers and in the copy of turned keys:
-head_dim 100 lies there as 50 columns, 14 zeros, 50 columns, 14 zeros.
+A tile has BLOCK_D columns, the next power of two; a narrower head is padded with zeros. A rotated
+tile has its second half at column BLOCK_D / 2, in registers and in the copy of rotated keys:
+head_dim 100 is stored as 50 columns, 14 zeros, 50 columns, 14 zeros.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ LN_2 = 0.6931471805599453
 
 
 class Rotation(NamedTuple):
-    """What rotary attention knows beyond the projection."""
+    """The inputs of rotary attention besides the projection."""
 
     rotated_k: Tensor  # (total_tokens, key_value_heads, BLOCK_D)
     cos: Tensor  # (max_positions, head_dim / 2) fp32
@@ -102,7 +102,7 @@ def rotate(first, second, cos, sin):
 
 @triton.jit
 def rotate_inverse(first, second, cos, sin):
-    """Its transpose."""
+    """The inverse rotation."""
     return first * cos + second * sin, second * cos - first * sin
 
 
@@ -130,7 +130,7 @@ def load_query(
     BLOCK_D: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Queries as the products need them: turned where the attention is rotary."""
+    """Queries for the products, rotated if ROTARY."""
     if ROTARY:
         HALF: tl.constexpr = HEAD_DIM // 2
         BLOCK_HALF: tl.constexpr = BLOCK_D // 2
@@ -161,7 +161,7 @@ def store_gradient(
     BLOCK_D: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Gradient of queries or keys, turned back where the attention is rotary."""
+    """Gradient of queries or keys, by the inverse rotation if ROTARY."""
     if ROTARY:
         HALF: tl.constexpr = HEAD_DIM // 2
         BLOCK_HALF: tl.constexpr = BLOCK_D // 2

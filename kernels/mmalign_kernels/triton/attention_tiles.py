@@ -1,16 +1,16 @@
-"""Which tile of which sample an attention program owns, worked out on the device.
+"""Assigns a tile of a sample to each attention program, computed on the device.
 
 A sample of n tokens has ceil(n / BLOCK) tiles. The host does not know the lengths, so it launches
-num_tokens // BLOCK + num_samples slots, never fewer than there are tiles and at most num_samples
-more; what is left over has length 0 and returns at once. A grid of (longest / BLOCK) * num_samples
-would be mostly empty when lengths differ widely.
+num_tokens // BLOCK + num_samples slots, at least as many as tiles and at most num_samples more; a
+spare slot has length 0 and returns at once. A grid of (longest / BLOCK) * num_samples would be
+mostly empty when lengths differ widely.
 
-Tiles stand in the order of their work, most first, so that the last programs to finish are short:
-with a causal mask tile i does i + 1 shares of work, without one as many as its sample has tiles.
-The rank of a tile is the number of tiles before it, counted over all samples: no sort, no atomics.
-Ties keep the order of the samples.
+Tiles are ordered by work, most first, so that the last programs to finish are short: with a causal
+mask tile i has i + 1 units of work, without one as many as its sample has tiles. The rank of a tile
+is the number of tiles before it, counted over all samples: no sort, no atomics. Ties keep the order
+of the samples.
 
-Read: cu_seqlens, once for every sample. Written: 16 bytes a slot. One program owns one sample.
+Reads cu_seqlens once per sample, writes 16 bytes per slot. A program owns a sample.
 """
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @triton.jit
 def tile_at(tiles_ptr, num_slots, slot):
-    """Number of the sample, its first row, its length, and the tile's number in it."""
+    """Index of the sample, its first row, its length, and the index of the tile in it."""
     sample = tl.load(tiles_ptr + slot)
     first_row = tl.load(tiles_ptr + num_slots + slot).to(tl.int64)
     length = tl.load(tiles_ptr + 2 * num_slots + slot)
@@ -63,7 +63,7 @@ def _attention_tiles_kernel(
         tl.store(tiles_ptr + 2 * num_slots + slot, length, mask=owned)
         tl.store(tiles_ptr + 3 * num_slots + slot, tile, mask=owned)
 
-    spare = sample  # at most one slot too many for every sample
+    spare = sample  # at most one spare slot per sample
     for first_other in range(0, num_samples, SAMPLES):
         _, counts = _tiles_of(cu_seqlens_ptr, first_other, num_samples, BLOCK, SAMPLES)
         spare += tl.sum(counts, 0)

@@ -48,7 +48,7 @@ def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of partial rows, the second half of weight gradients: in a fixed order, without atomics.
 
     partial (num_rows, num_columns), fp32 or fp64, contiguous rows -> (num_columns,) of dtype. One
-    program owns a strip of columns and walks down its rows. Reads 4 bytes per partial element,
+    program owns a strip of columns and loops over its rows. Reads 4 bytes per partial element,
     mostly from L2, where the first half has just written them.
     """
     num_rows, columns = partial.shape

@@ -1,14 +1,14 @@
 """Flash attention over packed samples in Triton: softmax(q k^T / sqrt(head_dim)) v, forward.
 
-Dao 2023 (arXiv 2307.08691). A program owns BLOCK_M queries of one head and walks over the keys of
-its sample, keeping peak and sum of the softmax; attention_tiles.py tells it which queries.
-Programs of one head are neighbours: that head's keys and values stay in L2 (8 MiB at 16,384 tokens
-of 128 columns), so memory gives q, k and v about once: with 32 such heads in bf16 a token reads 24
-KiB and writes 8 KiB and 128 bytes of logsumexp. Keys that all queries of a tile see are taken in
-without masks, then the others. FLOPs: 4 * heads * head_dim for every pair of query and key.
+Dao 2023 (arXiv 2307.08691). A program owns BLOCK_M queries of one head and loops over the keys of
+its sample with a running maximum and sum of the softmax; attention_tiles.py assigns the queries.
+Programs of one head are neighbours, so the head's keys and values stay in L2 (8 MiB at 16,384
+tokens of 128 columns) and q, k and v are read from memory about once: with 32 such heads in bf16 a
+token reads 24 KiB and writes 8 KiB and 128 bytes of logsumexp. First the keys visible to all
+queries of a tile, without a mask, then the others. FLOPs: 4 * heads * head_dim per visible pair.
 
-Products of bf16 and fp16 have fp32 sums; p is rounded to the type of v for the second. The backward
-pass is in attention_backward.py, the rotary form in rotary.py.
+Products of bf16 and fp16 accumulate in fp32; p is rounded to the dtype of v for the second. The
+backward pass is in attention_backward.py, rotation in rotary_attention.py.
 """
 
 import triton
@@ -140,7 +140,7 @@ def attend(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (total_tokens, num_heads * head_dim) and logsumexp (total_tokens, num_heads)."""
-    if cu_seqlens.is_cpu:  # a GPU would have to be waited for; it reads the lengths itself
+    if cu_seqlens.is_cpu:  # on a GPU the check would synchronise
         check_offsets(cu_seqlens, max_seqlen, len(qkv))
     head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
     settings = launch_attention.forward(qkv, head_dim)
@@ -149,23 +149,10 @@ def attend(
     if tiles.numel():
         rotated_k, cos, sin, position_ids = rotation or (None,) * 4
         _attention_fwd_kernel[(tiles.shape[1], num_heads)](
-            out,
-            logsumexp,
-            qkv,
-            rotated_k,
-            cos,
-            sin,
-            position_ids,
-            tiles,
-            tiles.shape[1],
-            SCALE=LOG2_E * head_dim**-0.5,
-            HEADS=num_heads,
-            KV_HEADS=num_kv_heads,
-            HEAD_DIM=head_dim,
-            CAUSAL=causal,
-            ROTARY=rotation is not None,
-            **settings,
-        )
+            out, logsumexp, qkv, rotated_k, cos, sin, position_ids, tiles, tiles.shape[1],
+            SCALE=LOG2_E * head_dim**-0.5, HEADS=num_heads, KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim, CAUSAL=causal, ROTARY=rotation is not None, **settings,
+        )  # fmt: skip
     return out, logsumexp
 
 

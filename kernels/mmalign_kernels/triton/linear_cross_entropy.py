@@ -1,33 +1,32 @@
-"""lm_head and cross entropy of the supervised rows, and both gradients, in three products.
+"""Language-model head and cross entropy of the supervised rows with gradients, in three products.
 
 loss = sum over supervised rows of lse - logit[target], lse = log sum exp (h W^T)
 dlogits = softmax(logits) - onehot(target), dhidden = dlogits W, dweight = dlogits^T h
 
-In order: choose_rows and gather_rows (logits.py); then for chunks of some 4,000 rows
+First choose_rows and gather_rows (logits.py), then per chunk of about 4,000 rows
 
-1. row_statistics    exps = exp(logits - largest of the row's tile) in the type of the input, and
-                     the statistics of every tile, from fp32 logits in registers
+1. row_statistics    exps = exp(logits - largest of the row's tile) in the input's dtype, and the
+                     statistics of every tile, from fp32 logits in registers
 2. softmax_gradient  a program owns a row: over its tiles, top = max(largest) and
                      total = sum(sums * exp(largest - top)); then one read and one write in place,
                      exps -> dlogits = exps * exp(largest - top) / total - onehot
-3. hidden_gradient   dlogits W, scattered to the rows that the chosen ones came from
-4. weight_gradient   dlogits^T h, in fp32; chunks after the first add to it
+3. hidden_gradient   dlogits W, scattered to the original rows
+4. weight_gradient   dlogits^T h, in fp32; chunks after the first accumulate
 
-and once for all chunks loss = sum of log(total) + top - logit[target]; the target's logit is a dot
-product that gather_rows takes of the row that it holds.
+and once for all chunks loss = sum of log(total) + top - logit[target]; gather_rows computes the
+logit of the target as a dot product with the row that it holds.
 
-What is multiplied, and by what. The number of supervised rows N is on the device, and cuBLAS takes
-its sizes from the host: it would multiply all rows, 2.3 times (fine-tuning, 44% supervised) to 14
-times (pretraining, 7%) the work of these kernels, which stop at `count`. Kernels that wrote no
-logits at all would need a fourth product in the backward pass (+33%) to save two passes over them.
+Why not cuBLAS: the number of supervised rows N is on the device, and cuBLAS takes its sizes from
+the host. It would multiply all rows, 2.3 times (fine-tuning, 44% supervised) to 14 times
+(pretraining, 7%) the work of these kernels, which stop at `count`. Kernels that write no logits
+would need a fourth product in the backward pass (+33%) to save two passes over them.
 
-H = 4096, V = 32,000, bf16, N = 3,600 rows of 8,192: three products of 2 N H V = 0.94 TFLOP, 4.0 ms
-at 700 TFLOP/s. Beside them: logits 230 MB read and 230 MB written in step 2, 0.15 ms; rows gathered
-and ignored rows zeroed 130 MB, 0.04 ms; dweight 524 MB written during step 4. The backward pass
-scales: dweight 524 MB read and 262 MB written, 0.26 ms, dhidden 134 MB, 0.04 ms. The logits' buffer
-holds 4,096 x 32,000, 262 MB.
+H = 4096, V = 32,000, bf16, N = 3,600 rows of 8,192: three products of 2 N H V = 0.94 TFLOP. And:
+step 2 reads and writes 230 MB of logits each; gathering and zeroing rows moves 130 MB; step 4
+writes 524 MB of dweight. The backward pass scales: reads 524 MB and writes 262 MB of dweight, 134
+MB of dhidden. The buffer of logits holds 4,096 x 32,000, 262 MB.
 
-Sums have a fixed order: the same bits every time. Rows that are not supervised are never read.
+Sums have a fixed order, so results are deterministic. Unsupervised rows are never read.
 """
 
 from typing import NamedTuple
@@ -146,13 +145,13 @@ def _weight_gradient_kernel(
     grads,  # (num_rows, STRIDE): dlogits
     gathered,  # (total_rows, HIDDEN)
     count_ptr,  # (1,)
-    grad_weight_ptr,  # (VOCAB, HIDDEN), the wide type
+    grad_weight_ptr,  # (VOCAB, HIDDEN), in the compute dtype
     first_row,
     num_rows,
     HIDDEN: tl.constexpr,
     VOCAB: tl.constexpr,
     STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,  # writes, zeros too; later chunks add, and none that is empty
+    FIRST: tl.constexpr,  # writes, zeros too; later chunks accumulate, unless empty
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,7 +167,7 @@ def _weight_gradient_kernel(
     for tile in tl.range(tl.program_id(0), num_tiles, step, flatten=True):
         m, n = place_of_tile(tile, num_m, num_n)
         total = tl.zeros((BLOCK_M, BLOCK_N), grad_weight_ptr.dtype.element_ty)
-        for k in range(0, tl.maximum(count, 1), BLOCK_K):  # one step at least, over zeros
+        for k in range(0, tl.maximum(count, 1), BLOCK_K):  # at least one step, over zeros
             g = load_tile(
                 grads, k, m * BLOCK_M, num_rows, STRIDE, STRIDE, BLOCK_K, BLOCK_M, DESCRIPTORS
             )
@@ -208,7 +207,7 @@ def _add_tile(
     VOCAB: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """Write a tile of the weight's gradient at (row, column), or add it to what is there."""
+    """Write a tile of the weight's gradient at (row, column), or add to it."""
     rows = (row + tl.arange(0, tile.shape[0])).to(tl.int64)
     columns = column + tl.arange(0, tile.shape[1])
     inside = (rows < VOCAB)[:, None] & (columns < HIDDEN)[None, :]
@@ -284,7 +283,7 @@ def linear_cross_entropy_fwd(
 
 
 class Chosen(NamedTuple):
-    """The supervised rows: the first `count` of every tensor, the others hold anything."""
+    """The supervised rows: the first `count` of every tensor; the others hold anything."""
 
     hidden_states: Tensor
     rows: Tensor
@@ -296,7 +295,7 @@ class Chosen(NamedTuple):
 def _in_chunks(
     chosen: Chosen, weight: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> Tensor:
-    """Fills the gradients that there is room for; returns maxima and sums of all rows' tiles."""
+    """Writes the gradients that are not None; returns maxima and sums of all rows' tiles."""
     tile, total_rows = launch.tile_settings(weight), len(chosen.hidden_states)
     num_tiles, unit = launch.ceil_div(len(weight), tile.n), padded(1, tile)
     chunk_rows = min(max(launch.LOGITS_PER_CHUNK // len(weight) // unit, 1) * unit, total_rows)

@@ -1,16 +1,15 @@
-"""What the two operations of the language-model head share: choosing rows, and softmax statistics
-of logits that need not be written.
+"""The language-model head: gathers rows, and computes softmax statistics without writing logits.
 
 The number of chosen rows stays on the device (`count`): the host launches for all rows, persistent
-kernels loop over what `count` leaves, and nothing waits.
+kernels loop over the first `count`, and nothing synchronises.
 
 choose_rows    marks (num_rows,) -> indices of the chosen rows in order, count
-gather_rows    the chosen rows, dense: each read and written once, 1% of the products' time. Every
-               product then reads plain tiles; TMA cannot gather on sm_90.
-row_statistics one product, hidden W^T. A program owns a tile of logits while they are in registers
-               and leaves, per row and tile, the largest logit and the sum of exp(logit - largest):
-               8 bytes for 256 columns. On request it also writes exp(logit - largest), in (0, 1],
-               which has a smaller error in bf16 than a logit of size 10 to 20 has.
+gather_rows    the chosen rows, contiguous: each read and written once, 1% of the products' time.
+               Every product then reads plain tiles; TMA cannot gather on sm_90.
+row_statistics one product, hidden W^T. A program owns a tile of logits in registers and writes, per
+               row and tile, the largest logit and the sum of exp(logit - largest): 8 bytes per 256
+               columns. On request it also writes exp(logit - largest), in (0, 1], which has a
+               smaller error in bf16 than a logit of 10 to 20.
 """
 
 import torch
@@ -28,7 +27,7 @@ from .matmul import (
 )
 
 IGNORE_INDEX = -100
-PAD = 64  # rows beyond the last chosen one are zero up to a multiple: the longest step of a product
+PAD = 64  # rows after the last chosen one are zero up to a multiple of the longest k step
 _SCAN_BLOCK = 2048
 
 # kernels
@@ -44,7 +43,7 @@ def _choose_rows_kernel(
     IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every program counts the marks before its block again (from L2) instead of waiting."""
+    """Every program recounts the marks before its block (from L2) instead of waiting for others."""
     begin = tl.program_id(0) * BLOCK
     earlier = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, begin, BLOCK):
@@ -68,9 +67,9 @@ def _gather_rows_kernel(
     count_ptr,  # (1,)
     weight_ptr,  # (vocab_size, COLUMNS)
     gathered_ptr,  # (num_rows up to PAD, COLUMNS)
-    target_logits_ptr,  # (num_rows,), the wide type, or None
+    target_logits_ptr,  # (num_rows,), in the compute dtype, or None
     chosen_ids_ptr,  # (num_rows,) int32 or None: target ids of the chosen rows
-    unchosen_ptr,  # (num_rows, COLUMNS) or None: gets zeros where a row is not chosen
+    unchosen_ptr,  # (num_rows, COLUMNS) or None: zeros are written to rows that are not chosen
     num_rows,
     row_stride,
     IGNORED: tl.constexpr,
@@ -144,7 +143,7 @@ def _row_statistics_kernel(
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         if VOCAB % BLOCK_N != 0:
             logits = tl.where((column < VOCAB)[None, :], logits, float("-inf"))
-        # rows beyond count hold anything, and belong to us up to num_rows
+        # rows beyond count hold anything, and may be written up to num_rows
         row = (m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         largest = tl.max(logits, 1)
         exps = tl.exp(logits - largest[:, None])
@@ -164,7 +163,7 @@ def softmax_scale(
     NUM_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a row: its largest logit, and the sum of exp(logit - largest), from its tiles'."""
+    """The largest logit of a row and the sum of exp(logit - largest), from those of its tiles."""
     tile = tl.arange(0, BLOCK)
     maxima = tl.load(maxima_ptr + row * NUM_TILES + tile, tile < NUM_TILES, other=float("-inf"))
     sums = tl.load(sums_ptr + row * NUM_TILES + tile, tile < NUM_TILES, other=0.0)
@@ -176,7 +175,7 @@ def softmax_scale(
 
 
 def padded(num_rows: int, tile: launch.Tile) -> int:
-    """Rows of a buffer that whole tiles and whole PADs fit in."""
+    """Rows of a buffer of whole tiles and whole PADs."""
     unit = max(tile.m, PAD)
     return max(launch.ceil_div(num_rows, unit), 1) * unit
 
@@ -226,7 +225,7 @@ def row_statistics(
     first_row: int,
     num_rows: int,
 ) -> None:
-    """Of rows first_row to first_row + num_rows of gathered, as far as there are chosen ones."""
+    """Statistics of the chosen ones among rows first_row to first_row + num_rows of gathered."""
     tile, descriptors = launch.tile_settings(gathered), takes_descriptors(gathered, weight)
     vocab_size, hidden_size = weight.shape
     tiles = launch.ceil_div(num_rows, tile.m) * launch.ceil_div(vocab_size, tile.n)

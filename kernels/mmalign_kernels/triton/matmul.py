@@ -1,8 +1,8 @@
 """Tiled matrix products: how tiles are loaded and in what order. launch.py has their sizes.
 
-On sm_90 tiles arrive by TMA (host-made tensor descriptors) and are multiplied by HGMMA. Where rows
-are not 16-byte aligned, and on sm_80, they arrive through pointers (cp.async) into HGMMA or HMMA.
-Both ways give zeros outside the matrix. fp32 and fp64 are multiplied as they are, not in TF32.
+On sm_90 tiles are loaded by TMA (tensor descriptors made on the host) and multiplied by HGMMA. If
+rows are not 16-byte aligned, and on sm_80, they are loaded through pointers (cp.async) for HGMMA or
+HMMA. Both ways read zeros outside the matrix. fp32 and fp64 are multiplied as such, not in TF32.
 """
 
 import triton
@@ -14,7 +14,7 @@ from . import launch
 
 
 def takes_descriptors(*matrices: Tensor) -> bool:
-    """Whether TMA reads all of them: sm_90, half precision, contiguous rows on 16 bytes."""
+    """Whether TMA can read all of them: sm_90, 16-bit, contiguous rows aligned to 16 bytes."""
     return launch.gpu(matrices[0]).capability >= 90 and all(
         x.element_size() == 2
         and x.stride(1) == 1

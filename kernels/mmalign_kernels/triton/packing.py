@@ -1,14 +1,14 @@
-"""Rows between layouts in Triton: every row of the result is written once, zeros included.
+"""Packing and unpacking of rows in Triton: every row of the result is written once, zeros too.
 
     gather:  out[i] = source[index[i]], or zeros where index[i] < 0
     sum:     out[r] = sum of grad[order[j]] for begins[r] <= j < begins[r + 1]
 
 A program owns a few rows of the result by a part of their columns. unpack_rows gathers through the
-inverse of its positions, so no pass fills zeros that another overwrites. The gradient of pack_rows
-adds a row's copies in the order they were taken (a stable sort of the positions on the device), so
-nothing is atomic and nothing waits.
+inverse of its positions, so no pass writes zeros that another overwrites. The gradient of pack_rows
+sums a row's copies in order (a stable sort of the positions on the device), without atomics or
+synchronisation.
 
-Bytes of a row of b bytes: 2b; a row of zeros b.
+Bytes per row of b bytes: 2b; per row of zeros b.
 """
 
 import torch

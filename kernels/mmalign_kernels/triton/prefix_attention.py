@@ -1,15 +1,15 @@
 """Prefix attention in Triton: new keys and values into the cache, then attention over spans of it.
 
-First kernel: a program owns BLOCK_M new rows and SHARE key heads, turns the keys and writes both at
-the end of the segment's last span. Second kernel: a program owns BLOCK_M queries of one segment and
-one head, turns them as it loads them, and walks over the keys of the segment's spans one after the
-other with one softmax; attention_tiles.py tells both which rows. A query sees the keys below
-its limit in each span: all of a full one, up to itself of the last. Key tiles below every limit are
-taken in without a mask.
+First kernel: a program owns BLOCK_M new rows and SHARE key heads, rotates the keys and writes keys
+and values at the end of the segment's last span. Second kernel: a program owns BLOCK_M queries of
+one segment and one head, rotates them on load, and loops over the keys of the segment's spans with
+one softmax; attention_tiles.py assigns the rows of both. In each span a query attends to the keys
+below its limit: all of a full span, those up to itself in the last. Key tiles below every limit
+need no mask.
 
-Read: the projection once for q and once for k and v, spans (8 bytes each), and by each program the
-keys and values of its spans, which its neighbours of the same head have left in L2. Written: one
-row of output, keys and values a token. FLOPs: 4 * heads * head_dim for every pair that is seen.
+Reads the projection once for q and once for k and v, spans (8 bytes each), and per program the keys
+and values of its spans, which neighbours of the same head have left in L2. Writes one row of
+output, keys and values per token. FLOPs: 4 * heads * head_dim per visible pair.
 """
 
 import triton
@@ -83,7 +83,7 @@ def _rotated_query(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_D) with its columns as keys have them in the cache: halves side by side."""
+    """(BLOCK_M, BLOCK_D) with the columns of keys in the cache: adjacent halves, no padding."""
     HALF: tl.constexpr = HEAD_DIM // 2
     row = first + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)[None, :]
@@ -119,7 +119,7 @@ def _attend_to(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Take in the keys begin to end - 1 of a span; MASKED: each query those below its limit."""
+    """Attend to the keys begin to end - 1 of a span; MASKED: only to those below each limit."""
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, num_keys, STRIDE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -178,7 +178,7 @@ def _prefix_attention_kernel(
     for span in range(tl.load(cu_spans_ptr + segment).to(tl.int32), last + 1):
         begin = tl.load(span_begins_ptr + span).to(tl.int64)
         num_keys = (tl.load(span_ends_ptr + span).to(tl.int64) - begin).to(tl.int32)
-        # keys that the tile's first query sees, and how many more each query after it
+        # keys visible to the tile's first query, and how many more to each query after it
         seen, step = num_keys, 0
         if span == last:
             seen, step = num_keys - length + first + 1, 1
@@ -212,7 +212,7 @@ def prefix_attention_update(
     values: Tensor,
     num_attention_heads: int,
 ) -> Tensor:
-    if cu_seqlens.is_cpu:  # a GPU would have to be waited for; it reads the lengths itself
+    if cu_seqlens.is_cpu:  # on a GPU the check would synchronise
         check_offsets(cu_seqlens, max_seqlen, len(qkv))
     _, num_kv_heads, head_dim = keys.shape
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
@@ -226,37 +226,11 @@ def prefix_attention_update(
     shape = dict(HEADS=num_attention_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim)
     num_slots, share = tiles.shape[1], 8
     _cache_rows_kernel[(num_slots, ceil_div(num_kv_heads, share))](
-        keys,
-        values,
-        qkv,
-        cos,
-        sin,
-        position_ids,
-        span_ends,
-        cu_spans,
-        tiles,
-        num_slots,
-        **shape,
-        BLOCK_M=settings["BLOCK_M"],
-        BLOCK_D=settings["BLOCK_D"],
-        SHARE=share,
-        num_warps=8,
-    )
+        keys, values, qkv, cos, sin, position_ids, span_ends, cu_spans, tiles, num_slots, **shape,
+        BLOCK_M=settings["BLOCK_M"], BLOCK_D=settings["BLOCK_D"], SHARE=share, num_warps=8,
+    )  # fmt: skip
     _prefix_attention_kernel[(num_slots, num_attention_heads)](
-        out,
-        qkv,
-        keys,
-        values,
-        cos,
-        sin,
-        position_ids,
-        span_begins,
-        span_ends,
-        cu_spans,
-        tiles,
-        num_slots,
-        SCALE=LOG2_E * head_dim**-0.5,
-        **shape,
-        **settings,
-    )
+        out, qkv, keys, values, cos, sin, position_ids, span_begins, span_ends, cu_spans,
+        tiles, num_slots, SCALE=LOG2_E * head_dim**-0.5, **shape, **settings,
+    )  # fmt: skip
     return out

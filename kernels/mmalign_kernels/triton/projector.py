@@ -3,28 +3,28 @@
     new_hidden[position of i] = image_features[i] @ weight^T + bias; other rows as they come in
     normed = new_hidden * rstd * norm_weight, rstd = 1 / sqrt(mean(new_hidden^2) + eps)
 
-1. project  a program owns a tile of 128 x 256 of the product; its epilogue adds the bias and writes
+1. project  a program owns a 128 x 256 tile of the product; its epilogue adds the bias and writes
             each row at its packed position. A tile holds 256 of a row's 4,096 columns.
-2. norm     a program owns a row: it takes text rows from hidden_states (and copies them), image
-            rows from what step 1 wrote, and writes the normalised row and rstd.
+2. norm     a program owns a row: it reads text rows from hidden_states (and copies them), image
+            rows from the output of step 1, and writes the normalised row and rstd.
 
-So the row statistics meet in a second phase. To normalise in step 1, 16 programs would have to meet
-over 128 rows: by a counter in memory, the last one reading the other 15 tiles again (from L2; step
-2 does that with more programs), or over the shared memory of a cluster, which Triton cannot do.
-Step 2 must run over the text rows anyway, reads each row once, and starts with the rows written
-last, which L2 still holds. What it costs beside one phase is reading the image rows, from HBM at
-worst: 27 images of 256 rows, 57 MB, 0.019 ms of a micro-batch of 360 ms.
+The row statistics need the second step. To normalise in step 1, 16 programs would have to combine
+128 rows: through a counter in memory, the last one reading the other 15 tiles again (from L2; step
+2 does that with more programs), or through the shared memory of a cluster, which Triton cannot do.
+Step 2 must process the text rows anyway, reads each row once, and starts with the rows written
+last, which L2 still holds. Its extra cost is reading the image rows, from HBM at worst: 57 MB for
+27 images of 256 rows.
 
-Bytes, T rows of H, M of them images' of D features, bf16: step 1 reads 2MD + 2DH, writes 2MH;
-step 2 reads 2TH, writes 2TH and 2(T - M)H. H = 4096, D = 1024, M = 6,912, T = 8,192: 58 GFLOP,
-0.09 ms at 650 TFLOP/s, with 79 MB inside; then 145 MB, 0.05 ms at 3 TB/s.
+Bytes, T rows of H, M of them image rows of D features, bf16: step 1 reads 2MD + 2DH, writes 2MH;
+step 2 reads 2TH, writes 2TH and 2(T - M)H. H = 4096, D = 1024, M = 6,912, T = 8,192: 58 GFLOP with
+79 MB, then 145 MB.
 
-Backward: a fixed number of programs walks over the rows (over image rows alone where nothing else
-is trained), forms dx as RMSNorm's backward does, writes text rows to the gradient of hidden_states
-and image rows one after the other to a buffer of exactly M rows, and adds up dbias and dnorm_weight
-in registers: one partial row a program, summed in a fixed order. dweight is cuBLAS's product of
-that buffer with image_features: M is known to the host. Reads 6TH and writes 2TH + 2MH bytes; where
-only weight and bias are trained 6MH and 2MH: 226 MB, 0.08 ms.
+Backward: persistent programs loop over the rows (only image rows if nothing else is trained),
+compute dx as RMSNorm's backward does, write text rows to the gradient of hidden_states and image
+rows to a contiguous buffer of M rows, and accumulate dbias and dnorm_weight in registers: one
+partial row per program, summed in a fixed order. dweight is cuBLAS's product of that buffer with
+image_features, since the host knows M. Reads 6TH and writes 2TH + 2MH bytes; if only weight and
+bias are trained, 6MH and 2MH.
 """
 
 import torch
@@ -50,7 +50,7 @@ def _project_kernel(
     bias_ptr,  # (COLUMNS,)
     positions_ptr,  # (num_rows,)
     hidden_ptr,  # (total_tokens, COLUMNS)
-    is_image_ptr,  # (total_tokens,) zeros; ones where a row is written
+    is_image_ptr,  # (total_tokens,) zeros; set to 1 for the rows written
     num_rows,
     COLUMNS: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -94,8 +94,8 @@ def _project_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
-    text_ptr,  # (num_rows, COLUMNS): rows that are not images' are read
-    hidden_ptr,  # (num_rows, COLUMNS): images' rows are read, others written
+    text_ptr,  # (num_rows, COLUMNS): its text rows are read
+    hidden_ptr,  # (num_rows, COLUMNS): image rows are read, others written
     is_image_ptr,  # (num_rows,)
     weight_ptr,  # (COLUMNS,)
     normed_ptr,  # (num_rows, COLUMNS)
@@ -106,7 +106,9 @@ def _norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the last written are still in L2
+    first = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    ) * ROWS  # the last rows written are still in L2
     rows = first + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None]
     inside = (rows < num_rows)[:, None] & (columns < COLUMNS)
@@ -129,7 +131,7 @@ def _image_of_row_kernel(
     num_rows,
     BLOCK: tl.constexpr,
 ):
-    """Its place among the image rows for every row that is one; others stay as they are."""
+    """The index among the image rows for every image row; others are left unchanged."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     to = tl.load(positions_ptr + i, i < num_rows, other=0)
     tl.store(image_of_row_ptr + to, i, i < num_rows)
@@ -142,10 +144,10 @@ def _rows_gradient_kernel(
     hidden_ptr,  # (total_tokens, COLUMNS)
     weight_ptr,  # (COLUMNS,): of the norm
     rstd_ptr,  # (total_tokens,)
-    positions_ptr,  # (num_rows,) or None: rows to walk over; None: all
+    positions_ptr,  # (num_rows,) or None: rows to process; None: all
     image_of_row_ptr,  # (total_tokens,) or None: row i of positions is image row i
     grad_image_ptr,  # (number of image rows, COLUMNS) or None
-    grad_hidden_ptr,  # (total_tokens, COLUMNS) or None: zeros at images' rows
+    grad_hidden_ptr,  # (total_tokens, COLUMNS) or None: zeros at image rows
     partial_bias_ptr,  # (num_programs, COLUMNS) or None
     partial_norm_ptr,  # (num_programs, COLUMNS) or None
     num_rows,
@@ -283,8 +285,8 @@ def _rows_gradient(
     needs_bias: bool,
     needs_norm: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fills grad_image and grad_text; partial sums of the gradients of bias and norm_weight."""
-    everywhere = grad_text is not None or needs_norm  # otherwise only image rows matter
+    """Writes grad_image and grad_text; returns partial sums of the gradients of bias and norm."""
+    everywhere = grad_text is not None or needs_norm  # otherwise only image rows are needed
     num_rows, columns = len(hidden_states) if everywhere else len(positions), hidden_states.shape[1]
     rows, block, num_warps = launch.row_tile(hidden_states)
     programs = launch.persistent(hidden_states, launch.ceil_div(num_rows, rows), num_warps)

@@ -4,13 +4,13 @@
     dx = rstd * (w*dy - xhat * mean(w*dy*xhat)) + grad_residual,  xhat = x * rstd
     dweight = sum over rows of dy * xhat
 
-Forward: one program owns a row (several narrow ones) and keeps it in registers, so a row is read
-once and written once. Backward: two programs a multiprocessor own every num_programs-th row; the
-next rows travel to shared memory while one is worked on. Each adds up its dweight in registers and
-writes one partial row; a second kernel adds the partial rows in a fixed order. A frozen weight
-compiles all of that out.
+Forward: a program owns a row (or several narrow ones) and holds it in registers, so a row is read
+once and written once. Backward: two programs per multiprocessor own every num_programs-th row; the
+next rows are copied to shared memory meanwhile. Each accumulates its dweight in registers and
+writes one partial row; a second kernel sums the partial rows in a fixed order. With a frozen weight
+none of that is compiled.
 
-Bytes of a row of H columns of b bytes: forward 2bH, with the addition 4bH, rstd 4; backward 3bH,
+Bytes per row of H columns of b bytes: forward 2bH, with the addition 4bH, rstd 4; backward 3bH,
 with a residual gradient 4bH. Partial rows: 4H bytes per program, written once and read once.
 """
 
@@ -62,7 +62,7 @@ def _rms_norm_bwd_kernel(
     weight_ptr,  # (COLUMNS,)
     rstd_ptr,  # (num_rows,)
     grad_x_ptr,
-    partial_ptr,  # (num_programs, COLUMNS), the wide type
+    partial_ptr,  # (num_programs, COLUMNS), in the compute dtype
     num_rows,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,

@@ -1,23 +1,23 @@
-"""Rotary attention in Triton: keys are turned once, queries as they are loaded.
+"""Rotary attention in Triton: keys are rotated once, queries on load.
 
-Column i of a head turns together with column i + head_dim / 2, in fp32. Where that happens is a
-question of bytes. With 32 heads of 128 columns in bf16, q and k have 8 KiB a token each, and
+Columns i and i + head_dim / 2 of a head are rotated together, in fp32. Where to rotate is a
+question of bytes. With 32 heads of 128 columns in bf16, q and k have 8 KiB per token each, and
 attention itself must read 24 KiB and write 8 KiB:
 
                                          forward      backward
-    q and k, one pass of their own       + 32 KiB     + 32 KiB  read and written
-    k in a pass, q as it is loaded       + 16 KiB     + 24 KiB  q turned is left for dk
-    both as they are loaded              +  0         +  0
+    q and k in a separate pass           + 32 KiB     + 32 KiB  read and written
+    k in a separate pass, q on load      + 16 KiB     + 24 KiB  rotated q is written for dk
+    both on load                         +  0         +  0
 
-The last costs no bytes but the loop: each of the ~ length / 256 programs of a head that see a key
-would turn it again, in registers between the copy and the product, where a matrix unit wants it
-straight from shared memory: about as many instructions as the softmax, and no asynchronous copy.
-A query belongs to one program, so it turns for free. Hence the middle way. Grouped-query attention
-pays by key heads: 4 KiB a token with 8 of them. Gradients of q and k turn back in registers before
-they are written, at no cost in bytes.
+The last costs no bytes, but time in the loop: each of the ~ length / 256 programs of a head that
+use a key would rotate it again, in registers between the copy and the product, while a matrix unit
+reads its operand from shared memory: about as many instructions as the softmax, and no asynchronous
+copy. A query belongs to one program, so rotating it on load is free. Hence the second option. With
+grouped queries the cost is per key head: 4 KiB per token with 8 of them. Gradients of q and k get
+the inverse rotation in registers before they are written.
 
-Turned keys lie in tiles of BLOCK_D columns (attention_parts.py), zeros between and after the
-halves, so a head_dim of 100 is copied 16 bytes at a time from here and 4 or 8 from the projection.
+Rotated keys are stored in tiles of BLOCK_D columns (attention_parts.py) with zeros between and
+after the halves, so a head_dim of 100 is copied 16 bytes at a time, 4 or 8 from the projection.
 """
 
 import triton
@@ -72,7 +72,7 @@ def _rotate_keys_kernel(
 def _rotation(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, num_heads: int, num_kv_heads: int
 ) -> Rotation:
-    """The tables, and a copy of the keys, rotated."""
+    """The tables, and a rotated copy of the keys."""
     num_tokens, columns = qkv.shape
     head_dim = columns // (num_heads + 2 * num_kv_heads)
     block_d = launch_attention.block_columns(head_dim)
@@ -81,19 +81,10 @@ def _rotation(
     if num_tokens:
         rows, share = launch_attention.rotate_keys(qkv, head_dim)
         _rotate_keys_kernel[(ceil_div(num_tokens, rows), ceil_div(num_kv_heads, share))](
-            rotated_k,
-            qkv,
-            cos,
-            sin,
-            position_ids,
-            num_tokens,
-            HEADS=num_heads,
-            KV_HEADS=num_kv_heads,
-            HEAD_DIM=head_dim,
-            ROWS=rows,
-            SHARE=share,
+            rotated_k, qkv, cos, sin, position_ids, num_tokens, HEADS=num_heads,
+            KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROWS=rows, SHARE=share,
             BLOCK_HALF=block_d // 2,
-        )
+        )  # fmt: skip
     return Rotation(rotated_k, cos, sin, position_ids)
 
 

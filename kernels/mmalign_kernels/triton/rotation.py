@@ -1,8 +1,8 @@
-"""Rotary position embedding of separate heads in Triton, for libraries that have none.
+"""Rotary position embedding of separate heads in Triton, for the attention libraries.
 
-One read and one write of what turns, in place where out is x; a program owns ROWS tokens and SHARE
-heads, and loads the angles of its tokens once. Our own attention turns queries as it loads them
-(rotary.py).
+Reads and writes each head once, in place if out is x; a program owns ROWS tokens and SHARE heads,
+and loads the angles of its tokens once. Our own attention rotates queries on load
+(rotary_attention.py).
 """
 
 import triton
@@ -18,7 +18,7 @@ from .launch import ceil_div
 @triton.jit(do_not_specialize=["num_tokens"])
 def _rotate_heads_kernel(
     out_ptr,  # (num_tokens, HEADS, 2 * HALF) with strides OUT_ROW, OUT_HEAD, 1
-    x_ptr,  # likewise
+    x_ptr,  # the same with strides X_ROW, X_HEAD, 1
     cos_ptr,
     sin_ptr,
     position_ids_ptr,
@@ -60,20 +60,8 @@ def rotate_heads(
     assert x.stride(2) == out.stride(2) == 1
     rows, share = launch_attention.rotate_keys(x, head_dim)
     _rotate_heads_kernel[(ceil_div(num_tokens, rows), ceil_div(heads, share))](
-        out,
-        x,
-        cos.contiguous(),
-        sin.contiguous(),
-        position_ids.contiguous(),
-        num_tokens,
-        OUT_ROW=out.stride(0),
-        OUT_HEAD=out.stride(1),
-        X_ROW=x.stride(0),
-        X_HEAD=x.stride(1),
-        HEADS=heads,
-        HALF=head_dim // 2,
-        INVERSE=inverse,
-        ROWS=rows,
-        SHARE=share,
+        out, x, cos.contiguous(), sin.contiguous(), position_ids.contiguous(), num_tokens,
+        OUT_ROW=out.stride(0), OUT_HEAD=out.stride(1), X_ROW=x.stride(0), X_HEAD=x.stride(1),
+        HEADS=heads, HALF=head_dim // 2, INVERSE=inverse, ROWS=rows, SHARE=share,
         BLOCK_HALF=launch_attention.block_columns(head_dim) // 2,
-    )
+    )  # fmt: skip

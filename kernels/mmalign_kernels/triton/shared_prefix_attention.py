@@ -1,14 +1,14 @@
-"""Attention after a shared prefix in Triton: the prefix is joined to rotary attention's output.
+"""Attention after a shared prefix in Triton: the prefix is merged into rotary attention's output.
 
-Rotary attention runs on the samples' own keys, by whichever backend serves it. Then a program owns
-BLOCK_M rows and one head. Forward, it takes up the softmax where rotary attention left it (output,
-logsumexp), walks over the prefix's keys and writes both back. Backward, rotary attention has been
-given the joint output and logsumexp; here the prefix's part is added to the queries' gradient.
-Queries turn as they are loaded, their gradient before it is added.
+Any backend of rotary attention runs on the samples' own keys. Then a program owns BLOCK_M rows of
+one head. Forward, it continues the softmax from rotary attention's output and logsumexp over the
+prefix's keys and writes both back. Backward, rotary attention runs with the merged output and
+logsumexp; this kernel adds the prefix's part to the queries' gradient. Queries are rotated on load,
+their gradient by the inverse before it is added.
 
-Bytes of a token with 32 heads of 128 columns in bf16: forward reads q and out, writes out, 24 KiB;
-backward reads q, out, grad_out and dq, writes dq, 40 KiB. The prefix stays in L2. FLOPs: 4 forward,
-6 backward, times heads * head_dim * prefix_length for each token.
+Bytes per token with 32 heads of 128 columns in bf16: forward reads q and out, writes out, 24 KiB;
+backward reads q, out, grad_out and dq, writes dq, 40 KiB. The prefix stays in L2. FLOPs per token:
+4 forward, 6 backward, times heads * head_dim * prefix_length.
 """
 
 import triton
@@ -38,8 +38,8 @@ _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def _join_prefix_kernel(
-    out_ptr,  # (num_tokens, HEADS * HEAD_DIM), over the own keys; over all, written
-    logsumexp_ptr,  # (num_tokens, HEADS), likewise
+    out_ptr,  # (num_tokens, HEADS * HEAD_DIM): in, over the own keys; out, over all
+    logsumexp_ptr,  # (num_tokens, HEADS), in and out as out_ptr
     qkv_ptr,  # (num_tokens, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     keys_ptr,  # (num_keys, KV_HEADS, BLOCK_D), halves as in a tile
     values_ptr,  # (num_keys, KV_HEADS, HEAD_DIM)
@@ -157,19 +157,10 @@ def _launch(kernel, written: tuple, qkv: Tensor, keys: Tensor, values: Tensor, r
         keys = F.pad(keys.unflatten(2, (2, -1)), (0, missing)).flatten(2)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     kernel[(ceil_div(len(qkv), settings["BLOCK_M"]), num_heads)](
-        *written,
-        qkv,
-        keys.contiguous(),
-        values.contiguous(),
-        *(x.contiguous() for x in rotation),
-        len(qkv),
-        num_keys,
-        SCALE=LOG2_E * head_dim**-0.5,
-        HEADS=num_heads,
-        KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        **settings,
-    )
+        *written, qkv, keys.contiguous(), values.contiguous(), *(x.contiguous() for x in rotation),
+        len(qkv), num_keys, SCALE=LOG2_E * head_dim**-0.5, HEADS=num_heads, KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim, **settings,
+    )  # fmt: skip
 
 
 def shared_prefix_attention_fwd(

@@ -3,11 +3,11 @@
     dgate = dy * up * s * (1 + gate * (1 - s));  dup = dy * silu(gate)
 
 A program owns a tile of the result, a few rows by a part of their columns, and reads both halves of
-the input there. Kept for the backward pass: the input, whose sigmoid is formed again. A program
-reads all that it needs before it writes the same places, so the gradient may lie where the input
-does: swiglu_bwd leaves gate_up alone, swiglu_bwd_in_place writes over it and allocates nothing.
+the input there. Saved for the backward pass: the input, whose sigmoid is recomputed. A program
+reads all its inputs before it writes, so the gradient may overwrite the input: swiglu_bwd keeps
+gate_up, swiglu_bwd_in_place overwrites it and allocates nothing.
 
-Bytes of a row of I columns of b bytes: forward 3bI, backward 5bI.
+Bytes per row of I columns of b bytes: forward 3bI, backward 5bI.
 """
 
 import triton

@@ -1,9 +1,9 @@
-"""One launch for many tensors: their addresses in a table, where each program finds its tensor.
+"""One launch for many tensors: a table of their addresses, where each program finds its tensor.
 
-The table, int64, has a column for each tensor, padded to a power of two, and these rows:
+The table, int64, has one column per tensor, padded to a power of two, and these rows:
 
-    the first of the launch's tiles that is the tensor's     elements     place in the caller's list
-    address in the first of the caller's lists               in the second                       ...
+    first tile of the tensor                  number of elements     index in the caller's list
+    address in the first of the lists         in the second                                 ...
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import launch
 
-_ALIGNMENT = 16  # bytes of an address, elements of a tensor: what 128-bit accesses ask for
-_FEWEST = 32  # columns; each number of them is another kernel
-_ADDRESSES = tl.constexpr(3)  # the row where they begin
+_ALIGNMENT = 16  # of addresses in bytes and of sizes in elements, for 128-bit accesses
+_FEWEST = 32  # columns; each number of columns compiles another kernel
+_ADDRESSES = tl.constexpr(3)  # first row of addresses
 
 
 class TensorTable(NamedTuple):
@@ -29,10 +29,10 @@ class TensorTable(NamedTuple):
 
 
 def tensor_tables(lists: list[list[Tensor]], tile: int) -> Iterator[TensorTable]:
-    """One of tensors whose addresses and sizes allow wide accesses, one of the others, if any.
+    """One table of the tensors whose addresses and sizes allow 128-bit accesses, one of the rest.
 
-    lists: each with one contiguous tensor for each place; those of a place are worked on together,
-    `tile` elements of the first a program. The lists must outlive the launch.
+    lists: each has one contiguous tensor per index; the tensors of an index are updated together,
+    `tile` elements per program. The lists must outlive the launch.
     """
     columns = {True: [], False: []}
     for place, (first, *others) in enumerate(zip(*lists, strict=True)):
@@ -54,16 +54,16 @@ def _table(
         num_tiles += launch.ceil_div(numel, tile)
     num = max(launch.next_power_of_2(len(columns)), _FEWEST)
     padding = num - len(columns)
-    rows = [begins + [num_tiles] * padding]  # a tile that no program has
+    rows = [begins + [num_tiles] * padding]  # a tile of no program
     rows += [[*row] + [0] * padding for row in zip(*columns, strict=True)]
-    # from pinned memory the copy waits for nothing
+    # from pinned memory the copy does not synchronise
     table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return TensorTable(table.to(device, non_blocking=True), num, num_tiles, aligned)
 
 
 @triton.jit
 def find_tensor(table_ptr, NUM: tl.constexpr, ALIGNED: tl.constexpr):
-    """(column of this program's tensor, its tile there, the tensor's elements, its place)."""
+    """Column of this program's tensor, its tile there, the tensor's size, its index."""
     begins = tl.load(table_ptr + tl.arange(0, NUM))
     column = tl.sum((begins <= tl.program_id(0)).to(tl.int32), 0) - 1
     tile = tl.program_id(0) - tl.load(table_ptr + column).to(tl.int32)
