@@ -1,6 +1,6 @@
-// Four neighbouring elements of AdamW's tensors: how each kind of storage is read and written.
+// Four neighbouring elements of AdamW's tensors: how each format is read and written.
 //
-// Weights: fp32; bf16 with stochastic rounding; bf16 with the low half of an exact fp32 master.
+// Weights: fp32; bf16 with stochastic rounding; bf16 with the low 16 bits of an exact fp32 master.
 // Moments: fp32; bf16 with stochastic rounding; 8-bit codes in blocks that share a scale.
 #pragma once
 

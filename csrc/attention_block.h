@@ -1,10 +1,11 @@
-// What the threads of an attention block do: one loads, three warps rotate queries
-// (attention_feed.h), two warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the
-// host program that stands for it (host/attention_machine.h).
+// The threads of an attention block: one loads, three warps rotate queries (attention_feed.h), two
+// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the emulator on the host
+// (host/attention_machine.h).
 //
-// Both warpgroups walk through the same tiles of keys, from the last, the only one with hidden
-// keys, to the first. Each issues its next product with keys and its last one with values together,
-// and takes the softmax of the former while the latter is in flight and the other has its turn.
+// Both warpgroups loop over the same tiles of keys, from the last, the only one with hidden keys,
+// to the first. Each issues its next product with keys and its last product with values together,
+// and computes the softmax of the former while the latter is in flight and the other warpgroup
+// multiplies.
 #pragma once
 
 #include "attention_feed.h"

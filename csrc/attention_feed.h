@@ -1,7 +1,7 @@
-// What an attention block's first warpgroup does: one thread loads, three warps rotate queries.
+// The first warpgroup of an attention block: one thread loads, three warps rotate queries.
 //
-// A query slot goes round as full (fetched, with the work it belongs to), rotated, empty; a stage
-// of keys or of values as full, empty. `Machine`: attention_block.h.
+// The states of a query slot are full (loaded, with its work item), rotated, empty; those of a
+// stage of keys or of values full, empty. `Machine`: attention_block.h.
 #pragma once
 
 #include "attention_tiles.h"

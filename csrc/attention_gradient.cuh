@@ -1,4 +1,4 @@
-// The kernels of the backward pass on a Hopper GPU: what both need, then gradients.
+// The kernels of the backward pass on a Hopper GPU: preparation, then gradients.
 #pragma once
 
 #include "attention_gradient_block.h"

@@ -1,10 +1,10 @@
-// What the threads of a block do in the backward pass (formulas: rotary_attention_backward.cu). One
-// thread fetches; where keys are owned, one warp brings the statistics of passing queries; two
-// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the host's stand-in.
+// The threads of a block in the backward pass (formulas: rotary_attention_backward.cu). One thread
+// loads; where keys are owned, one warp loads the statistics of the streamed queries; two
+// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the emulator on the host.
 //
-// With rows owned and columns passing by, both kernels are one: scores of the first of each pair,
-// slopes of the second, and the gradient of the first takes in slopes * (the passing first). Where
-// keys are owned, values take in powers * (the gradient of the output), too.
+// A block owns rows and streams columns, so both kernels are one: scores of the first tensors of
+// each pair, slopes of the second, and the gradient of the first accumulates slopes * (the streamed
+// first). Where keys are owned, values also accumulate powers * (the gradient of the output).
 #pragma once
 
 #include "attention_gradient_tiles.h"

@@ -1,17 +1,17 @@
-// Tiles of the attention kernels' backward pass: where they lie in shared memory, who meets whom.
+// Tiles of the attention backward pass: their places in shared memory, and which pairs are visible.
 //
-// A block owns 128 queries or 128 keys, 64 for each of its two warpgroups; tiles of 64 of the
-// others pass by. Both come in pairs: queries with the gradient of the output, keys with values.
+// A block owns 128 queries or 128 keys, 64 for each of its two warpgroups, and streams tiles of 64
+// of the other side. Both come in pairs: queries with the gradient of the output, keys with values.
 #pragma once
 
 #include "attention_tiles.h"
 
 namespace mmalign {
 
-enum class Gradient { kQueries, kKeys };  // whose gradient a kernel computes: who owns
+enum class Gradient { kQueries, kKeys };  // what a block owns: whose gradient a kernel computes
 
 constexpr int kGradientRows = kWarpgroupRows;  // of a tile
-constexpr int kGradientSlots = 2;              // owned tiles: at work, and in flight
+constexpr int kGradientSlots = 2;              // owned tiles: in use, and in flight
 constexpr int kStatisticBytes = 2 * kGradientRows * 4;  // of passing queries: logsumexp, delta
 
 // Shared memory of a block, from a multiple of 1024 bytes. A tile of 128 columns is two boxes.

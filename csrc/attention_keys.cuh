@@ -1,4 +1,4 @@
-// Keys of all samples, rotated by their positions into a copy of their own, and the table of work.
+// A copy of the keys of all samples, rotated by their positions, and the table of work.
 #pragma once
 
 #include "attention_feed.h"

@@ -1,12 +1,12 @@
-// A sum down the columns of a matrix, finished by the launch that made its partial rows.
+// Column sums of a matrix, finished by the launch that wrote their partial rows.
 //
-// Every block leaves partial rows in global memory. The last block of a team to arrive adds up the
-// rows of its team, the last team to arrive adds up those of the teams: two short chains instead of
-// one block that reads everything. Who arrives last varies, the order of addition does not: the
-// same input gives the same bits.
+// Every block writes partial rows to global memory. The last block of a team to arrive sums the
+// rows of its team, the last team to arrive sums those of the teams: two short chains instead of
+// one block that reads everything. The last to arrive varies, the order of addition does not:
+// deterministic.
 //
-// Counters start at zero and are back at zero when the launch ends (atomicInc wraps), so launches
-// that follow each other on a stream share them.
+// Counters are zero before and after a launch (atomicInc wraps), so consecutive launches on a
+// stream share them.
 #pragma once
 
 #include "common.cuh"

@@ -1,4 +1,4 @@
-// What a launcher needs of the device: its stream, its properties, its errors.
+// The device for launchers: stream, properties, errors.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,5 +1,5 @@
-// Rows of the packed sequence in the projector's kernel: its arguments, where image rows lie, and
-// the norm of text rows, warp by warp.
+// Rows of the packed sequence in the projector's kernel: arguments, positions of image rows, and
+// the norm of text rows, one warp each.
 #pragma once
 
 #include "hopper.cuh"

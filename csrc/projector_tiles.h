@@ -1,7 +1,7 @@
-// How the projector's product is cut, and who holds what: plan, shared memory, transposition.
+// The tiling of the projector's product: plan, shared memory, transposition.
 //
 // A cluster owns row blocks of 128 image rows and all their columns: tile pass * cluster + rank of
-// a row block is its block rank's, in the order of passes. Two warpgroups own 64 rows each.
+// a row block belongs to its block rank, in the order of passes. Two warpgroups own 64 rows each.
 #pragma once
 
 #include <initializer_list>

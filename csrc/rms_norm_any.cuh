@@ -1,6 +1,6 @@
 // RMSNorm of rows that rms_norm.cu and rms_norm_backward.cu do not hold in registers: odd numbers
-// of columns, rows that start anywhere, very wide ones, fp64. A block loops over a row twice, one
-// element per thread; the second pass finds the row in L2.
+// of columns, unaligned rows, very long ones, fp64. A block loops over a row twice, one element per
+// thread; the second pass reads the row from L2.
 #pragma once
 
 #include "column_partials.cuh"

@@ -1,16 +1,16 @@
-// RMSNorm backward, with the gradient of the residual stream added in.
+// RMSNorm backward, plus the gradient of the residual stream.
 //
 //   dx = rstd * (w*dy - xhat * mean(w*dy*xhat)) + grad_residual,  xhat = x * rstd
 //   dweight = sum over rows of dy * xhat
 //
 // Persistent blocks: each owns every num_blocks-th tile of rows. A thread copies its own vectors of
-// the next tiles to shared memory (cp.async) while it works on one, and reads back what it copied
-// itself, so no barrier guards them; one barrier per tile joins the row's sum. dweight stays in
-// registers until the block is done; column_partials.cuh finishes it in the same launch. A frozen
-// weight compiles all of that out.
+// the next tiles to shared memory (cp.async) while it processes one, and reads back only what it
+// copied itself, so no barrier guards them; one barrier per tile completes the row sums. dweight
+// stays in registers until the block ends; column_partials.cuh finishes it in the same launch. With
+// a frozen weight none of that is compiled.
 //
-// Bytes per row of H columns of b bytes: 3bH, with grad_residual 4bH; rstd 4. dweight: 4H for
-// every block and row of its tile, written once and read once.
+// Bytes per row of H columns of b bytes: 3bH, with grad_residual 4bH; rstd 4. dweight: 4H per block
+// and row of its tile, written once and read once.
 // Not measured on a GPU yet.
 #include "arguments.h"
 #include "device.h"
@@ -22,7 +22,7 @@
 namespace mmalign {
 namespace {
 
-constexpr int kMaxStages = 3;  // tiles in shared memory: one worked on, two in flight
+constexpr int kMaxStages = 3;  // tiles in shared memory: one in use, two in flight
 
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == 3) copy_async_wait<2>();
@@ -46,7 +46,7 @@ struct Tiles {
     return memory + ((stage * kTensors + tensor) * kVectors + i) * num_threads + thread;
   }
 
-  // Sends this thread's vectors of a tile in flight; a tile past the end sends nothing, but
+  // Starts the copies of this thread's vectors of a tile; a tile past the end copies nothing, but
   // counts as a group.
   __device__ __forceinline__ void send(const RmsNormBackward<T>& call, int64_t tile,
                                        int stage) const {

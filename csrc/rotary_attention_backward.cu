@@ -1,28 +1,29 @@
 // Rotary attention within each packed sample, backward, for Hopper.
 //
 //   p = exp(q k^T / sqrt(head_dim) - logsumexp)       delta = sum(grad_out * out) of a row and head
-//   ds = p * (grad_out v^T - delta)                   dq = ds k / sqrt(head_dim), unrotated
-//   dv = p^T grad_out                                 dk = ds^T q / sqrt(head_dim), unrotated
+//   ds = p * (grad_out v^T - delta)                   dq = ds k / sqrt(head_dim)
+//   dv = p^T grad_out                                 dk = ds^T q / sqrt(head_dim)
 //
-// q and k rotated; fp32 scores and sums; p and ds are rounded to the dtype of qkv for their
-// products. No atomics and no order that depends on the schedule: deterministic.
+// q and k rotated, dq and dk by the inverse rotation; fp32 scores and sums; p and ds are rounded to
+// the dtype of qkv for their products. No atomics, no order that depends on the schedule:
+// deterministic.
 //
-// Three launches. The first rotates queries and keys into a copy, makes logsumexp (in powers of
-// two) and delta by heads, and two tables of work (attention_schedule.h). Then two persistent
-// kernels of one make (attention_gradient_block.h): one owns queries and writes dq, one owns keys,
-// meets the queries of all heads of its group in a fixed order, and writes dk and dv. A thread
-// loads pairs of tiles by TMA, two warpgroups own 64 rows each. Scores stand with the owned rows
-// first: p and ds go straight from accumulators into the next product, as its left operand in
-// registers. Each warpgroup passes over pairs of tiles that the causal mask hides whole.
+// Three launches. The first writes a rotated copy of queries and keys, logsumexp (base 2) and delta
+// by heads, and two tables of work (attention_schedule.h). Then two persistent kernels of the same
+// design (attention_gradient_block.h): one owns queries and writes dq; one owns keys, loops over
+// the queries of all heads of its group in a fixed order, and writes dk and dv. A thread loads
+// pairs of tiles by TMA, two warpgroups own 64 rows each. The owned rows come first in the scores,
+// so p and ds go directly from accumulators into the next product, as its left operand in
+// registers. Each warpgroup skips pairs of tiles that the causal mask hides entirely.
 //
-// Why two kernels: one with both has 5 products instead of 7, but dq then comes in parts from all
-// blocks of keys, in fp32: 8HD bytes per token added in memory for each of them, in an order that
-// has to be kept for the same bits. At 512 to 1,024 tokens that is the larger cost.
+// Why two kernels: one kernel would have 5 products instead of 7, but dq would come in parts from
+// all blocks of keys, in fp32: 8HD bytes per token added in memory for each of them, in an order
+// that must be fixed for determinism. At 512 to 1,024 tokens that costs more.
 //
 // T tokens in samples of S, H heads of D = 128, bf16: 14 HDT(S + 1) / 2 FLOPs when causal. Bytes,
-// with H key heads: 8 HDT read and 4 HDT written first, 8 HDT read and 2 HDT written for dq, 8 HDT
-// read and 4 HDT written for dk and dv. T = 8192, H = 32: 1.14 GB, 0.38 ms at 3 TB/s; S = 512: 120
-// GFLOP, 0.24 ms at 500 TFLOP/s; S = 1024: 241 GFLOP, 0.48 ms.
+// with H key heads: first 8 HDT read and 4 HDT written, then 8 HDT read and 2 HDT written for dq, 8
+// HDT read and 4 HDT written for dk and dv. T = 8192, H = 32: 1.14 GB; S = 512: 120 GFLOP; S =
+// 1024: 241 GFLOP.
 //
 // bf16 and fp16, head_dim 64 and 128; Triton computes others.
 //

@@ -1,6 +1,6 @@
 // How threads share the rows of a matrix: a row belongs to blockDim.x neighbours (whole warps),
 // each of which holds up to kVectors of its vectors in registers: i * blockDim.x + threadIdx.x.
-// Narrow rows leave room for several in a block (blockDim.y).
+// Several narrow rows share a block (blockDim.y).
 #pragma once
 
 #include "common.cuh"

@@ -39,6 +39,16 @@ def test_named_architectures_need_no_gpu(run_setup, monkeypatch):
     assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"
 
 
+def test_every_package_is_installed(run_setup):
+    files = [
+        *REPOSITORY.glob("mmalign/**/*.py"),
+        *REPOSITORY.glob("kernels/mmalign_kernels/**/*.py"),
+    ]
+    folders = {file.parent.relative_to(REPOSITORY).as_posix() for file in files}
+    expected = {x.removeprefix("kernels/").replace("/", ".") for x in folders}
+    assert set(run_setup()["packages"]) == expected
+
+
 def test_the_library_lands_where_the_loader_looks(run_setup, monkeypatch):
     from mmalign_kernels.cuda import library as cuda_library
 
