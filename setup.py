@@ -1,9 +1,8 @@
 """Builds csrc/ beside the Python packages; everything else about them is in pyproject.toml.
 
-CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, and either there is a GPU or
-MMALIGN_CUDA_ARCHS says what to build for, e.g. "90a" or "80;90a;100a". Elsewhere the installation
-succeeds without them: Triton and plain PyTorch remain. `python -m mmalign_kernels` shows what is
-here.
+CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, if there is a GPU or
+MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or "80;90a;100a". Otherwise the installation
+has no CUDA kernels: Triton and plain PyTorch remain. `python -m mmalign_kernels` lists backends.
 """
 
 import os
@@ -38,12 +37,12 @@ def cuda_extensions() -> list[Extension]:
     elif not has_gpu() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
         print("mmalign: no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built")
     else:
-        return [Extension("mmalign_kernels.libmmalign_cuda", sources=[])]
+        return [Extension("mmalign_kernels.cuda.libmmalign_cuda", sources=[])]
     return []
 
 
 class CMakeBuild(build_ext):
-    """The library, beside the package's Python files; not a Python module."""
+    """The library in mmalign_kernels/cuda; it is not a Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"

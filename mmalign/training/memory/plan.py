@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from mmalign_kernels.block_quantization import BLOCK, num_blocks
+from mmalign_kernels.adamw import BLOCK, num_blocks
 
 from mmalign.config import TrainConfig
 from mmalign.flops import Workload, adapted_projections
