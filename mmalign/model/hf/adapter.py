@@ -1,4 +1,4 @@
-"""LoRA adapters as a folder that PEFT loads beside the model that they were trained on."""
+"""LoRA adapters as a folder that PEFT loads on top of the model they were trained on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.config import LoraConfig
+from mmalign.files import write_json
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf.export import complete_or_absent, write_json
+from mmalign.model.hf.export import replacing_folder
 from mmalign.model.lora import LoraLinear
 from mmalign.model.shards import whole
 
-PREFIX = "base_model.model."  # PeftModel's around LlamaForCausalLM
+PREFIX = "base_model.model."  # of PeftModel around LlamaForCausalLM
 
 
 def export_adapter(
@@ -46,7 +47,7 @@ def export_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with complete_or_absent(Path(folder)) as partial:
+    with replacing_folder(Path(folder)) as partial:
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -75,5 +76,5 @@ def _embeddings(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Of its own memory: what a sharded layer has gathered is given up afterwards."""
+    """In its own memory: what a sharded layer has gathered is freed afterwards."""
     return tensor.detach().to("cpu", copy=True).contiguous()
