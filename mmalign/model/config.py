@@ -191,7 +191,7 @@ class VisionConfig:
         _require(path, hf, "model_type", "clip_vision_model", "clip", "llava")
         if hf["model_type"] != "clip_vision_model":
             if "vision_config" not in hf:
-                raise UserError(f"{path}: no vision_config, so there is no vision tower in it")
+                raise UserError(f"{path}: no vision_config. Give a folder with a vision tower")
             # CLIP's first releases repeat the values in vision_config_dict, which has precedence
             hf = hf["vision_config"] | (hf.get("vision_config_dict") or {})
             _require(path, hf, "model_type", None, "clip_vision_model")
@@ -214,12 +214,12 @@ class VisionConfig:
 
 def read_hf_config(folder: str | Path) -> dict:
     """config.json of a Hugging Face folder; UserError where it is missing or malformed."""
-    hint = "Give the folder of a Hugging Face checkpoint, which has config.json beside the weights."
+    hint = "Give the folder of a Hugging Face checkpoint: config.json and the weights"
     return read_json(Path(folder) / "config.json", hint)
 
 
 def _require(path: Path, hf: dict, name: str, *allowed) -> None:
-    """`allowed` holds None where the key may be absent."""
+    """allowed: None among them where the key may be absent."""
     if hf.get(name) not in allowed:
         expected = " or ".join(repr(value) for value in allowed if value is not None)
         raise UserError(f"{path}: {name} is {hf.get(name)!r}; supported: {expected}")

@@ -77,11 +77,14 @@ class LoraLinear(Linear):
 def add_lora(decoder: Decoder, config: LoraConfig) -> None:
     """Replaces the projections of every layer that config.targets names by adapted ones, in place.
 
-    The draw of the adapters comes from torch's CPU generator: seed it first. Raises UserError for
-    a rank without a target.
+    The adapters are drawn from torch's CPU generator: seed it first. Raises UserError for a rank
+    without a target.
     """
     if not config.targets:
-        raise UserError(f"--lora.rank {config.rank}, but --lora.targets names no projection")
+        raise UserError(
+            f"--lora.rank {config.rank}, but --lora.targets names no projection. Name one or more, "
+            "or give --lora.rank 0"
+        )
     hidden, intermediate = decoder.config.hidden_size, decoder.config.intermediate_size
     fused = {
         "qkv_proj": dict(

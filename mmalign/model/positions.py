@@ -1,4 +1,4 @@
-"""Where the tokens of a packed row stand, and attention of them to each other and to cached tokens.
+"""Positions of packed tokens, and attention of these tokens to each other and to cached ones.
 
 Positions is all that a decoder layer knows of its attention; each class here is a way to attend:
 
@@ -28,7 +28,7 @@ class Positions(Protocol):
 
 @dataclass(frozen=True)
 class PackedPositions:
-    """Where each token of a packed row stands in its sample, and the rotary tables for it."""
+    """The position of each token in its sample, and the rotary tables."""
 
     cos: Tensor  # (max_positions, head_dim // 2) fp32
     sin: Tensor  # (max_positions, head_dim // 2) fp32

@@ -14,8 +14,8 @@ from mmalign.training.shortcuts import needed_flops
 from mmalign.training.trainer import train
 from tests.model import tiny
 from tests.model.tiny import HEADER, following, without_prefix
+from tests.test_flops import CLIP_VIT_L, LLAMA2_7B
 from tests.training.runs import exported_weights, losses, small_config
-from tests.training.test_flops import CLIP_VIT_L, LLAMA2_7B
 
 PLAIN = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
 

@@ -11,7 +11,7 @@ from mmalign.files import write_json
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.export import replacing_folder
 from mmalign.model.lora import LoraLinear
-from mmalign.model.shards import whole
+from mmalign.model.shards import unsharded
 
 PREFIX = "base_model.model."  # of PeftModel around LlamaForCausalLM
 
@@ -22,9 +22,9 @@ def export_adapter(
     """adapter_config.json and adapter_model.safetensors, in PEFT's names.
 
     base: folder of the model that the adapters belong to. With train_embeddings the file holds
-    embed_tokens and lm_head whole; where they have rows for image tokens that base lacks, resize
-    base's embeddings to them first. A sharded decoder is gathered layer by layer, by all processes;
-    with folder None a process only takes part in that.
+    embed_tokens and lm_head in full; where they have rows for image tokens that base lacks, resize
+    base's embeddings first. All processes gather a sharded decoder layer by layer; with folder None
+    a process only takes part in that.
     """
     tensors = dict(_adapters(decoder))
     if lora.train_embeddings:
@@ -54,7 +54,7 @@ def export_adapter(
 
 def _adapters(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(decoder.layers):
-        with whole(layer):
+        with unsharded(layer):
             for module in layer.children():
                 if not isinstance(module, LoraLinear):
                     continue

@@ -1,7 +1,7 @@
 """Our modules as folders that transformers loads, in the layout of published checkpoints.
 
-Each export is written beside its place and renamed, so a folder is complete or not there. Adapters
-and the two trained token rows are merged into the written weights; the model itself stays as it is.
+Each export is written to a temporary folder and renamed, so a folder is complete or absent.
+Adapters and the two trained token rows are merged into the written weights, not into the model.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
-from mmalign.model.shards import unit_of, whole
+from mmalign.model.shards import fsdp_unit_of, unsharded
 from mmalign.model.vision_tower import VisionTower
 from mmalign.tokenizer import Tokenizer
 
@@ -31,8 +31,8 @@ def export_llama(
 ) -> None:
     """A LlamaForCausalLM folder of the decoder alone.
 
-    A sharded model is exported by all processes together; with folder None a process only takes
-    part in gathering its weights.
+    All processes export a sharded model together; with folder None a process only takes part in
+    gathering its weights.
     """
     decoder = model.decoder if isinstance(model, Llava) else model
     if folder is None:
@@ -104,16 +104,16 @@ _Tensors = Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "") -> _Tensors:
-    """Parts of a fused weight follow each other, so a merged weight is computed once.
+    """Parts of a fused weight are consecutive, so a merged weight is computed once.
 
-    Of a sharded module the parts of a unit follow each other too: one unit is whole at a time.
+    So are the parts of an FSDP unit: one unit is unsharded at a time.
     """
     name, weight, unit = None, None, None
     with ExitStack() as gathered:
         for key, part in parts.items():
-            if unit is not (unit := unit_of(module, part.parameter)):
+            if unit is not (unit := fsdp_unit_of(module, part.parameter)):
                 gathered.close()
-                gathered.enter_context(whole(unit))
+                gathered.enter_context(unsharded(unit))
             if part.parameter != name:
                 name, weight = part.parameter, _merged(module, part.parameter)
             tensor = weight[part.rows].reshape(part.shape)

@@ -37,14 +37,14 @@ _SHOWN = 10  # keys in a message
 
 
 def is_llava(folder: str | Path) -> bool:
-    """Whether a Hugging Face folder holds a vision tower beside its language model."""
+    """Whether a Hugging Face folder holds a vision tower as well as a language model."""
     return "vision_config" in read_hf_config(folder)
 
 
 def load_llava(
     folder: str | Path, tokenizer: ImageTokens, dtype: torch.dtype = torch.float32
 ) -> Llava:
-    """All of a LlavaForConditionalGeneration folder; of a LlamaForCausalLM folder its decoder."""
+    """A whole LlavaForConditionalGeneration folder, or a LlamaForCausalLM folder without images."""
     decoder = load_decoder(folder, dtype)
     if not is_llava(folder):
         return Llava(decoder, None, None, tokenizer)
@@ -162,14 +162,14 @@ def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
 def _check_tied_head(
     folder: Path, config: DecoderConfig, files: WeightFiles, keys: dict[str, str]
 ) -> None:
-    """A tied checkpoint may hold lm_head a second time, if it is the same matrix."""
+    """A tied checkpoint may repeat embed_tokens as lm_head."""
     if not config.tie_word_embeddings or "lm_head.weight" not in keys:
         return
     head = files.read(keys.pop("lm_head.weight"))
     if not torch.equal(head, files.read(keys["model.embed_tokens.weight"])):
         raise UserError(
             f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
-            "files hold different values for them. Set it to false if lm_head was trained."
+            "files hold different values for them. Set it to false if lm_head was trained"
         )
 
 
