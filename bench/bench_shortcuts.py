@@ -1,4 +1,4 @@
-"""A training step with and without the exact shortcuts (mmalign/model/shortcuts.py).
+"""A training step with and without the exact shortcuts (mmalign/model/llava.py).
 
 Stage 1 with the header that template v0 writes before the image; both stages with many rows that
 have no target. The losses with and without are compared first.
@@ -92,8 +92,8 @@ class Shortcuts:
         return HEADER_TOKENS if shortcuts.frozen_prefix and self.stage == "pretrain" else 0
 
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        model = random_llava(self.size, self.stage, device, DTYPES[self.precision])
-        model.follow_prefix(self.header.tolist())
+        dtype, header = DTYPES[self.precision], self.header.tolist()
+        model = random_llava(self.size, self.stage, device, dtype, header)
         steps = {name: self._step(name, model, device) for name in variants}
         losses = {}
         for name, step in steps.items():

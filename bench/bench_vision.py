@@ -56,7 +56,7 @@ QUICK_GELU = Operation(
 
 
 def norm_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.hidden_size
+    rows, size = images * config.seqlen, config.hidden_size
 
     def make(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
         return SimpleNamespace(
@@ -78,7 +78,7 @@ def norm_case(config: VisionConfig, images: int) -> Case:
 
 
 def gelu_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.intermediate_size
+    rows, size = images * config.seqlen, config.intermediate_size
     return Case(
         f"{NAMES[config]}, {images} images, {TYPE_NAME}",
         lambda device, dtype: SimpleNamespace(x=activations(rows, size, device, dtype)),

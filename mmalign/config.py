@@ -204,3 +204,9 @@ class TrainConfig:
     """Steps to profile, FIRST:END as in metrics.jsonl, END not included: 10:13 is 10, 11, 12."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration of this command as JSON and stop."""
+
+    @property
+    def trains_image_tokens(self) -> bool:
+        """Whether stage 1 trains the embeddings of <im_start> and <im_end>."""
+        data = self.data
+        return self.stage == "pretrain" and data.use_im_start_end and data.template != "plain"

@@ -81,7 +81,8 @@ def train_decoder(
     def loss() -> Tensor:
         input_ids = torch.from_numpy(rows[[next(order) for _ in range(PAGES_PER_STEP)]])
         target_ids = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        hidden_states = decoder(input_ids.flatten(), position_ids, cu_seqlens, PAGE_TOKENS)
+        positions = decoder.packed_positions(position_ids, cu_seqlens, PAGE_TOKENS)
+        hidden_states = decoder(input_ids.flatten(), positions)
         loss_sum = linear_cross_entropy(hidden_states, decoder.lm_head.weight, target_ids)
         return loss_sum / (PAGES_PER_STEP * (PAGE_TOKENS - 1))
 
@@ -128,7 +129,8 @@ def train_vision_tower(
         scores = words(patches).unflatten(0, (len(chosen), config.num_patches)).amax(1)
         return F.binary_cross_entropy_with_logits(scores, labels[chosen])
 
-    unused = {id(p) for part in (tower.layers[-1], tower.post_layernorm) for p in part.parameters()}
+    never_computed = (*tower.layers[config.num_layers_used :], tower.post_layernorm)
+    unused = {id(p) for part in never_computed for p in part.parameters()}
     used = [p for p in tower.parameters() if id(p) not in unused]
     _optimize([*used, *words.parameters()], loss, steps, 2e-3, "vision tower")
     _centre(tower, pictures[:200])
@@ -143,7 +145,7 @@ def _centre(tower: VisionTower, pictures: Tensor) -> None:
     layers before normalise what they read, so the stream between them can be scaled as a whole.
     """
     scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
-    read = tower.layers[:-1]
+    read = tower.layers[: tower.config.num_layers_used]
     for part in (
         tower.pre_layrnorm,
         *(part for layer in read for part in (layer.out_proj, layer.fc2)),

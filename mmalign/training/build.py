@@ -1,7 +1,7 @@
 """From a configuration to what the loop needs: paths filled in, dataset, model."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
-from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.shortcuts import needed_flops
@@ -92,25 +91,25 @@ def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, 
     return cost
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
+def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: Sequence[int] = ()) -> Llava:
     """The model with its pre-trained weights and with what the stage trains marked."""
-    dtype = DTYPES[config.precision]
+    dtype, options = DTYPES[config.precision], (tokenizer, config.shortcuts, prefix_ids)
     if config.data.text_only:
         decoder = load_decoder(config.model.decoder, dtype)
-        model = Llava(decoder, None, None, tokenizer)
+        model = Llava(decoder, None, None, *options)
     else:
         decoder = load_decoder(
             config.model.decoder, dtype, num_added_tokens=_num_missing_rows(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
         projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
-        model = Llava(decoder, tower, projector, tokenizer)
+        model = Llava(decoder, tower, projector, *options)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))
         elif config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
-    model.set_stage(config)
-    set_recompute(model.decoder, config.recompute, config.recompute_layers)
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.decoder.set_recompute(config.recompute, config.recompute_layers)
     return model
 
 

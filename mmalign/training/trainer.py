@@ -75,8 +75,7 @@ class Trainer:
         self.prefix_ids = frozen_prefix(config, self.report)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
         self.evaluation = RunEvaluation(config, ranks, self.tokenizer, self.report, self.num_steps)
-        self.model = build_model(config, self.tokenizer)
-        self.model.follow_prefix(self.prefix_ids)
+        self.model = build_model(config, self.tokenizer, self.prefix_ids)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
         self.parallel = ParallelModel(self.model, config, ranks)

@@ -56,7 +56,8 @@ def llava(world, tokenizer, data) -> Llava:
     tower = load_vision_tower(world.vision_tower)
     projector = Projector(tower.config.hidden_size, decoder.config.hidden_size)
     model = Llava(decoder, tower, projector, tokenizer)
-    model.set_stage(RECIPES["tiny-finetune"][1])
+    config = RECIPES["tiny-finetune"][1]
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
     dataset = open_dataset(data, tokenizer, model)
     batch = pack(dataset, range(len(dataset)), tokenizer)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=3e-3)

@@ -19,7 +19,7 @@ def tiny_llava(tokenizer: ImageTokens, config: TrainConfig) -> Llava:
     model = Llava(decoder, tower, Projector(48, 64), tokenizer)
     init_weights(model, seed=0)
     torch.manual_seed(0)  # the adapters' draw
-    model.set_stage(config)
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
     return model
 
 

@@ -35,6 +35,7 @@ from tests.model.tiny import (
     mixed_samples,
     ours,
     pack,
+    set_trainable,
     stage,
 )
 
@@ -122,7 +123,7 @@ def test_trained_token_rows_are_in_every_export(tmp_path):
     model = ours(hf_llava(**GROUPED_QUERY), tmp_path / "theirs")
     save_projector(model, tmp_path / "run/export/projector.safetensors")
     assert load_projector(tmp_path / "run").keys() == {"weight", "bias"}
-    model.set_stage(stage("pretrain"))
+    set_trainable(model, stage("pretrain"))
     rows = torch.randn(2, 128)
     model.image_token_embeddings.data.copy_(rows)
     frozen = model.decoder.embed_tokens.weight.clone()

@@ -9,11 +9,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from mmalign.config import LoraConfig
-from mmalign.model.hf import load_decoder
-from mmalign.model.hf.adapter import export_adapter
+from mmalign.model.hf import export_adapter, load_decoder
 from mmalign.model.lora import add_lora
-from tests.model.test_decoder import run
-from tests.model.tiny import SHAPES, assert_same, hf_llama, random_sample
+from tests.model.tiny import SHAPES, assert_same, hf_llama, hidden_states_of, random_sample
 
 LORA = LoraConfig(rank=4, alpha=12.0, dropout=0.1)
 CASES = {
@@ -50,7 +48,7 @@ def test_peft_computes_the_same(tmp_path, case, shape):
     sample = random_sample(30, seed=1)
     with torch.no_grad():
         expected = theirs(input_ids=sample.input_ids[None]).logits[0]
-        found = run(decoder, [sample]) @ decoder.lm_head.weight.T
+        found = hidden_states_of(decoder, [sample]) @ decoder.lm_head.weight.T
         plain = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
         unadapted = plain(input_ids=sample.input_ids[None]).logits[0]
     assert_same(found, expected)

@@ -5,7 +5,7 @@ import torch
 from torch import multiprocessing
 
 from tests.model.tiny import TOKENIZER, assert_same, mixed_samples, pack, stage, text_samples
-from tests.model.two_ranks import backward, tiny_llava
+from tests.model.two_rank_backward import backward, tiny_llava
 
 
 @pytest.mark.parametrize(
