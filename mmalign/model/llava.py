@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmalign.batch import PackedBatch
 from mmalign.config import ShortcutConfig, TrainConfig
+from mmalign.data.templates import writes_image_tokens
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
@@ -130,7 +131,7 @@ class Llava(nn.Module):
         if config.stage == "pretrain":
             if self.projector is None:
                 raise UserError("stage pretrain trains the projector, but this model has none")
-            if config.data.use_im_start_end and config.data.template != "plain":
+            if writes_image_tokens(config.data):
                 self._split_image_token_embeddings()
         elif config.lora.rank == 0:
             self.decoder.requires_grad_(True)
