@@ -4,6 +4,8 @@ import csv
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,11 @@ def test_same_bytes_twice_and_nothing_else_left(world, tmp_path):
 def test_made_once(world, monkeypatch):
     monkeypatch.setattr("mmalign.toy_world.making.make", None)
     assert toy_world(world.root.parent) == world
+
+
+def test_the_paths_are_there_without_loading_what_makes_the_world():
+    command = "import sys, mmalign.toy_world; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):

@@ -106,16 +106,16 @@ class ConversationDataset:
                 f"Write {IMAGE} at the image's place",
             )
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        image = None if data.text_only else self._image_path(sample)
-        if image is not None:
-            ids, labels = self._expand(ids, labels)
+        image = self._image_path(sample)
+        if image and self.vision:
+            ids, labels = self._expand(ids, labels, self.vision.num_patches)
         return EncodedSample(sample.id, ids, labels, image)
 
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's image, uint8 (3, crop_size, crop_size); None without an image."""
         sample = self.samples[index]
-        image = None if self.data.text_only else self._image_path(sample)
-        if image is None:
+        image = self._image_path(sample)
+        if not image or not self.vision:
             return None
         return _naming_sample(sample.id, load_image, image, self.vision.preprocessing)
 
@@ -131,13 +131,15 @@ class ConversationDataset:
         elif not sample.image.is_file():
             raise _image_error(sample.id, f"no file {sample.image}")
 
-    def _expand(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        repeats = np.where(ids == IMAGE_SENTINEL, self.vision.num_patches, 1)
+    def _expand(
+        self, ids: np.ndarray, labels: np.ndarray, num_patches: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        repeats = np.where(ids == IMAGE_SENTINEL, num_patches, 1)
         ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
         return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
 
     def _image_path(self, sample: Sample) -> Path | None:
-        if sample.image is None:
+        if sample.image is None or self.data.text_only:
             return None
         path = os.path.realpath(os.path.join(self._root, sample.image))
         if os.path.commonpath([path, self._root]) != self._root:

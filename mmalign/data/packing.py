@@ -93,8 +93,7 @@ def pack_samples(
         encoded: ids and unshifted labels, the image already expanded to its patches.
         pixels: for each sample its image, uint8 (3, crop_size, crop_size), or None.
         image_token_id: marks the rows of image patches.
-        prefix_length: tokens of the shared prompt header, which every sample starts with and which
-            get no rows; none of them may have a target.
+        prefix_length: tokens of the shared prompt header, which get no rows and have no targets.
     """
     lengths = np.array([len(sample.input_ids) - prefix_length for sample in encoded])
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])  # (num_samples + 1,)
