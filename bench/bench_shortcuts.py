@@ -18,8 +18,7 @@ from bench.samples import Samples, samples_of, typical_step
 from bench.train_sides import MmalignStep
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.flops import Workload
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES

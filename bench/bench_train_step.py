@@ -31,7 +31,7 @@ from bench.train_sides import (
     step_flops,
 )
 from mmalign.config import TrainConfig
-from mmalign.data.loader import micro_batches
+from mmalign.data.packing import micro_batches
 from mmalign.flops import Workload, peak_bf16_flops
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES

@@ -28,8 +28,7 @@ from bench.record import Record, write_part
 from bench.samples import draw_samples
 from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.flops import Workload, batch_flops

@@ -51,8 +51,8 @@ class DataConfig:
     """JSON (or JSON lines) file in LLaVA's format."""
     image_root: str = ""
     """Folder that the samples' image paths are relative to."""
-    template: Literal["plain", "v0", "v1", "llama_2", "llava_llama_2"] = "v1"
-    """Conversation template."""
+    template: str = "v1"
+    """Conversation template by its name in mmalign/data/templates.py, such as v1."""
     use_im_start_end: Switch = True
     """Write <im_start> and <im_end> around the image (plain ignores it)."""
     types: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world import toy_world
 from mmalign.training.shortcuts import needed_flops
 
 log = logging.getLogger("mmalign")
@@ -32,8 +33,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         data = replace(data, image_root="")
     paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
     if TOY_WORLD in paths:
-        from mmalign.toy_world import toy_world  # its making needs much that others do not
-
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
         model = replace(
@@ -66,13 +65,9 @@ def _fill(value: str, toy_path: Path) -> str:
 
 
 def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
-    samples = read_samples(config.data.path, config.data)
-    if config.data.text_only:
-        return ConversationDataset(samples, tokenizer, config.data, num_patches=0, image_size=0)
-    vision = VisionConfig.from_hf(config.model.vision_tower)
-    return ConversationDataset(
-        samples, tokenizer, config.data, vision.num_patches, vision.image_size
-    )
+    samples, text_only = read_samples(config.data.path, config.data), config.data.text_only
+    vision = None if text_only else VisionConfig.from_hf(config.model.vision_tower)
+    return ConversationDataset(samples, tokenizer, config.data, vision)
 
 
 def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, int], int]:

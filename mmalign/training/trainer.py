@@ -13,8 +13,7 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, timed
-from mmalign.data.step_plan import num_steps_of
+from mmalign.data.loader import Step, StepLoader, num_steps_of, timed
 from mmalign.distributed import Ranks, start_ranks
 from mmalign.errors import UserError
 from mmalign.evaluation.during_training import RunEvaluation

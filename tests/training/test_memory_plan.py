@@ -275,4 +275,4 @@ def test_command_line(small_world, plan_memory):
     assert "recommended: --recompute none" in printed
     assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
     assert "not one of a100-40g" in plan_memory("finetune-7b", "--gpu", "abacus")
-    assert "a card of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
+    assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mmalign.config import LoraTarget, TrainConfig
+from mmalign.data.templates import writes_image_tokens
 from mmalign.flops import Workload
 from mmalign.model.projector import Projector
 from mmalign.model.recompute import Recompute, policy_by_layer
@@ -54,15 +55,12 @@ class Activations:
     @classmethod
     def of(cls, workload: Workload, config: TrainConfig, device_type: str) -> "Activations":
         itemsize = {"fp32": 4, "bf16": 2}[config.precision]
-        data = config.data
         return cls(
             workload,
             itemsize,
             mask_itemsize=itemsize if device_type == "cpu" else 1,
             prunes_rows=config.shortcuts.last_layer_rows,
-            splits_token_rows=config.stage == "pretrain"
-            and data.use_im_start_end
-            and data.template != "plain",
+            splits_token_rows=config.stage == "pretrain" and writes_image_tokens(config.data),
         )
 
     def kept(
