@@ -85,7 +85,6 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[
         "torch>=2.11",
-        "docstring-parser",
         "numpy",
         "matplotlib",
         "pillow",

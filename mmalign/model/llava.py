@@ -41,6 +41,8 @@ class Llava(nn.Module):
         vision_tower: VisionTower | None,
         projector: Projector | None,
         tokenizer: ImageTokens,
+        shortcuts: ShortcutConfig = ShortcutConfig(),  # noqa: B008 (frozen)
+        prefix_ids: Sequence[int] = (),
     ):
         super().__init__()
         assert (vision_tower is None) == (projector is None)
@@ -49,8 +51,8 @@ class Llava(nn.Module):
         self.projector = projector
         self.image_token_id = tokenizer.image_token_id
         self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
-        self.shortcuts = ShortcutConfig()
-        self.follow_prefix(())
+        self.shortcuts = shortcuts
+        self.follow_prefix(prefix_ids)
         self.register_parameter("image_token_embeddings", None)
         if vision_tower is not None:
             self._check_vocabulary(self.image_token_id)
