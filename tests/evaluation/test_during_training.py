@@ -21,9 +21,9 @@ from mmalign.model.hf import export_llama, load_decoder
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.loop import train
 from tests.training.conftest import WORDS
-from tests.training.train_processes import start
 from tests.training.helpers import exported_weights, losses, small_config
 from tests.training.test_trainer import train_interrupted
+from tests.training.train_processes import start
 
 TASKS = ("truthfulqa", "ethics_virtue")
 NUM_DOCUMENTS = 15
