@@ -10,10 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Distribution, Extension, find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -38,17 +37,6 @@ def cuda_extensions() -> list[Extension]:
     else:
         return [Extension("mmalign_kernels.libmmalign_cuda", sources=[])]
     return []
-
-
-def site_packages() -> str:
-    return os.path.relpath(sysconfig.get_path("purelib"), sysconfig.get_path("data"))
-
-
-class DistributionWithData(Distribution):
-    """Editable installations take data_files, too: setuptools looks for them by this name."""
-
-    def has_data(self) -> bool:
-        return self.has_data_files()
 
 
 class CMakeBuild(build_ext):
@@ -78,9 +66,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
-    # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py
-    data_files=[(site_packages(), ["mmalign/evaluation/mmalign_lm_eval.pth"])],
-    distclass=DistributionWithData,
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},
     install_requires=[
@@ -101,9 +86,9 @@ setup(
         "triton": ["triton"],
         # power, clocks and temperature of an NVIDIA card in metrics.jsonl
         "nvidia": ["nvidia-ml-py"],
-        # BLEU and ROUGE of TruthfulQA's written answers
+        # BLEU and ROUGE of truthfulqa_gen
         "generation": ["rouge-score", "sacrebleu"],
-        # lm_eval --model mmalign; lm_eval asks for the version of transformers when it has finished
+        # python -m mmalign.lm_eval; lm_eval asks for the version of transformers at its end
         "harness": ["lm_eval", "transformers"],
         # the oracles that the tests compare with
         "test": [

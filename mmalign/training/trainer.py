@@ -17,7 +17,7 @@ from mmalign.data.loader import Step, StepLoader, timed
 from mmalign.data.step_plan import num_steps_of
 from mmalign.distributed import Ranks, start_ranks
 from mmalign.errors import UserError
-from mmalign.evaluation.during_training import RunEvaluation
+from mmalign.evaluation.during_training import EvaluationDuringTraining
 from mmalign.flops import Workload
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, build_model, resolve, sample_cost
@@ -74,7 +74,11 @@ class Trainer:
         self.profiler = StepProfiler(config, self.num_steps, self.first_step, ranks)
         self.prefix_ids = frozen_prefix(config, self.report)
         self.loader = self._loader()  # refuses what does not fit before any weight is read
-        self.evaluation = RunEvaluation(config, ranks, self.tokenizer, self.report, self.num_steps)
+        self.evaluation = None
+        if config.evaluation.every:
+            self.evaluation = EvaluationDuringTraining(
+                config, ranks, self.tokenizer, self.report, self.num_steps
+            )
         self.model = build_model(config, self.tokenizer)
         self.model.follow_prefix(self.prefix_ids)
         self.workload = Workload.of(self.model, config)
@@ -122,7 +126,8 @@ class Trainer:
         self.watch = LossWatch(self.config.loss_spike_factor, earlier)
         try:
             with self.heartbeat, self.telemetry, self.profiler:
-                self.evaluation.catch_up(self.first_step, self.model)
+                if self.evaluation:
+                    self.evaluation.catch_up(self.first_step, self.model)
                 self._run_steps()
                 self._save()
                 self.checkpoints.finish()
@@ -146,7 +151,7 @@ class Trainer:
                 launched = self.train_step(step, data_seconds)
             before, self.in_flight = self.in_flight, launched
             self._read(before)
-            if self.evaluation.is_due(launched.number):
+            if self.evaluation and self.evaluation.is_due(launched.number):
                 self._evaluate(launched)
             if every and launched.number % every == 0:
                 self._save()
@@ -244,7 +249,9 @@ class Trainer:
             record["skipped"] = True
         elif self.watch.see(launched.number, loss, launched.step.sample_ids):
             record["loss_spike"] = True
-        self.metrics.log(record | self.evaluation.fields(launched.number))
+        if self.evaluation:
+            record |= self.evaluation.fields(launched.number)
+        self.metrics.log(record)
 
     def _save(self) -> None:
         """Begins to save the state after the last step; it is written while the loop goes on."""

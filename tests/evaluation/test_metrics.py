@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-
 from mmalign.evaluation.documents import Document
+
 from mmalign.evaluation.metrics import ethics_mean, make_item, summarize, true_share
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, load_documents

@@ -4,13 +4,13 @@ import csv
 import json
 
 import pytest
+from mmalign.evaluation.caveats import remarks
+from mmalign.evaluation.report.markdown import abridged, cell
 from PIL import Image
 
 from mmalign.errors import UserError
-from mmalign.evaluation.caveats import remarks
 from mmalign.evaluation.items import read_results
 from mmalign.evaluation.report import write_report
-from mmalign.evaluation.report.markdown import abridged, cell
 
 from .made_up import make_evaluation, make_run
 

@@ -5,9 +5,9 @@ import json
 import shutil
 
 import pytest
+from mmalign.evaluation.documents import request_bytes
 
 from mmalign.errors import UserError
-from mmalign.evaluation.documents import request_bytes
 from mmalign.evaluation.tasks import describe_data, ethics, load_documents, resolve_tasks
 from mmalign.evaluation.tasks.ethics import load_ethics
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa

@@ -15,16 +15,16 @@ import torch
 import yaml
 from lm_eval.tasks.truthfulqa.utils import preprocess_function, process_results_gen
 from lm_eval.utils import apply_template
+from mmalign.evaluation.report.written import written_answers
+from mmalign.evaluation.written_answers import evaluate_written_answers
 from transformers import LlamaForCausalLM
 
 from mmalign.errors import UserError
-from mmalign.evaluation.report.written import written_answers
 from mmalign.evaluation.tasks.truthfulqa_gen import (
     load_questions,
     load_similarity,
     score_answer,
 )
-from mmalign.evaluation.written_answers import evaluate_written_answers
 
 from .conftest import save_llama
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmalign.evaluation.documents import Document
+
 from mmalign.evaluation.items import PROTOCOL, summarize_tasks, write_evaluation
 from mmalign.evaluation.metrics import make_item
 from mmalign.evaluation.scoring import Score
