@@ -14,7 +14,9 @@ def wilson_interval(mean: float, n: float) -> tuple[float, float]:
     """95% interval of a proportion seen in n independent trials (Wilson 1927)."""
     spread = Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
     center, scale = mean + Z95**2 / (2 * n), 1 + Z95**2 / n
-    return (max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale))
+    low, high = (center - spread) / scale, (center + spread) / scale
+    # rounding must not exclude a mean of exactly 0 or 1
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))
 
 
 def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:

@@ -111,8 +111,9 @@ class EthicsSubset(MultipleChoice):
             rate, answer = 1 - rate, self.answer_of_label_0
         if rate >= _NEARLY_ALWAYS:
             said = self.answer_name(answer)
-            share = percent(rate)
-            sentences.append(f'{self.name}: the model answers "{said}" in {share}% of documents.')
+            sentences.append(
+                f'{self.name}: the model answers "{said}" to {percent(rate)}% of the documents.'
+            )
         return sentences
 
 
