@@ -59,8 +59,10 @@ LIGER = Variant(
     missing("liger-kernel"),
     peers.PADDED,
 )
-ROTARY = Operation("rotary_attention", [*ours("rotary", our_rotary), *OTHERS, LIGER], EAGER, MATRIX)
-FULL = Operation("full_attention", [*ours("attention", our_full), *OTHERS], EAGER, MATRIX)
+ROTARY = Operation(
+    "rotary_attention", [*ours("rotary_attention", our_rotary), *OTHERS, LIGER], EAGER, MATRIX
+)
+FULL = Operation("full_attention", [*ours("full_attention", our_full), *OTHERS], EAGER, MATRIX)
 
 
 def _table(config: DecoderConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +108,7 @@ def rotary_case(config: DecoderConfig, tokens: int, mix: str) -> Case:
 
 
 def full_case(config: VisionConfig, images: int) -> Case:
-    lengths, heads = [config.num_patches + 1] * images, config.num_attention_heads
+    lengths, heads = [config.seqlen] * images, config.num_attention_heads
     head_dim = config.hidden_size // heads
     shape = (offsets(lengths, "cpu").tolist(), heads, head_dim, DTYPE.itemsize)
     return Case(

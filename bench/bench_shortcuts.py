@@ -1,4 +1,4 @@
-"""A training step with and without the exact shortcuts (mmalign/model/shortcuts.py).
+"""A training step with and without the exact shortcuts (mmalign/model/llava.py).
 
 Stage 1 with the header that template v0 writes before the image; both stages with many rows that
 have no target. The losses with and without are compared first.
@@ -18,8 +18,7 @@ from bench.samples import Samples, samples_of, typical_step
 from bench.train_sides import MmalignStep
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.flops import Workload
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
@@ -92,8 +91,8 @@ class Shortcuts:
         return HEADER_TOKENS if shortcuts.frozen_prefix and self.stage == "pretrain" else 0
 
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        model = random_llava(self.size, self.stage, device, DTYPES[self.precision])
-        model.follow_prefix(self.header.tolist())
+        dtype, header = DTYPES[self.precision], self.header.tolist()
+        model = random_llava(self.size, self.stage, device, dtype, header)
         steps = {name: self._step(name, model, device) for name in variants}
         losses = {}
         for name, step in steps.items():

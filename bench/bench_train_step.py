@@ -31,10 +31,9 @@ from bench.train_sides import (
     step_flops,
 )
 from mmalign.config import TrainConfig
-from mmalign.data.loader import micro_batches
+from mmalign.data.packing import micro_batches
 from mmalign.flops import Workload, peak_bf16_flops
 from mmalign.model.llava import Llava
-from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.training.memory.plan import MemoryPlan
 from mmalign.training.memory.table import flags_of
@@ -150,7 +149,7 @@ class TrainStep:
         )
         plan = MemoryPlan(config, Workload.of(model, config), capacity, "cuda")
         chosen = plan.recommend()
-        set_recompute(model.decoder, chosen.recompute, chosen.recompute_layers)
+        model.decoder.set_recompute(chosen.recompute, chosen.recompute_layers)
         self.recompute = flags_of(chosen)
 
     def _models(

@@ -35,7 +35,7 @@ EAGER_NORM, EAGER_GELU = torch_variants(eager_norm), torch_variants(eager_gelu)
 LAYER_NORM = Operation(
     "layer_norm",
     [
-        *ours("vision", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
+        *ours("layer_norm", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
         *EAGER_NORM,  # transformers' CLIP calls the same module
         Variant("liger-kernel", peers.liger_layer_norm, peers.missing("liger-kernel")),
         Variant("apex", peers.apex_layer_norm, peers.missing("apex normalization")),
@@ -46,7 +46,7 @@ LAYER_NORM = Operation(
 QUICK_GELU = Operation(
     "quick_gelu",
     [
-        *ours("vision", lambda inputs: quick_gelu(inputs.x)),
+        *ours("quick_gelu", lambda inputs: quick_gelu(inputs.x)),
         *EAGER_GELU,
         Variant("transformers", peers.clip_activation, peers.missing("transformers")),
     ],
@@ -56,7 +56,7 @@ QUICK_GELU = Operation(
 
 
 def norm_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.hidden_size
+    rows, size = images * config.seqlen, config.hidden_size
 
     def make(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
         return SimpleNamespace(
@@ -78,7 +78,7 @@ def norm_case(config: VisionConfig, images: int) -> Case:
 
 
 def gelu_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.intermediate_size
+    rows, size = images * config.seqlen, config.intermediate_size
     return Case(
         f"{NAMES[config]}, {images} images, {TYPE_NAME}",
         lambda device, dtype: SimpleNamespace(x=activations(rows, size, device, dtype)),

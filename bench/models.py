@@ -4,6 +4,7 @@ Ours is drawn on its device, without files; Hugging Face's parameters are views 
 models of 7B need the memory of one and nothing has to be compared or copied.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bench import shapes
-from mmalign.config import DataConfig, TrainConfig
+from mmalign.config import LoraConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
@@ -71,7 +72,13 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
     return _drawn(Decoder, config, device, dtype)
 
 
-def random_llava(size: Size, stage: str, device: torch.device, dtype: torch.dtype) -> Llava:
+def random_llava(
+    size: Size,
+    stage: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    prefix_ids: Sequence[int] = (),
+) -> Llava:
     """Ours, with the parameters of `stage` marked for training."""
     vocab_size = size.decoder.vocab_size + NUM_IMAGE_TOKENS
     decoder = random_decoder(replace(size.decoder, vocab_size=vocab_size), device, dtype)
@@ -79,14 +86,14 @@ def random_llava(size: Size, stage: str, device: torch.device, dtype: torch.dtyp
     projector = Projector(size.vision.hidden_size, size.decoder.hidden_size).to(device, dtype)
     first = size.image_token_id
     tokens = SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
-    model = Llava(decoder, tower, projector, tokens)
+    model = Llava(decoder, tower, projector, tokens, prefix_ids=prefix_ids)
     set_stage(model, stage)
     return model.train()
 
 
 def set_stage(model: Llava, stage: str) -> None:
     """pretrain trains the projector alone (template plain writes no <im_start>)."""
-    model.set_stage(TrainConfig(stage=stage, data=DataConfig(template="plain")))
+    model.set_trainable(stage, LoraConfig(), train_image_tokens=False)
 
 
 def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dtype) -> nn.Module:

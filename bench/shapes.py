@@ -5,8 +5,13 @@ import random
 import torch
 from torch import Tensor
 
-from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.published import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
+from mmalign.model.config import (
+    CLIP_VIT_L_14,
+    LLAMA2_7B,
+    OPENLLAMA_3B,
+    DecoderConfig,
+    VisionConfig,
+)
 
 SMALL_DECODER = DecoderConfig(  # for a CPU
     vocab_size=8000,

@@ -28,13 +28,11 @@ from bench.record import Record, write_part
 from bench.samples import draw_samples
 from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.flops import Workload, batch_flops
 from mmalign.model.llava import Llava
-from mmalign.model.recompute import set_recompute
 from mmalign.recipes import RECIPES
 from mmalign.system import DTYPES
 from mmalign.training.memory.plan import MemoryPlan
@@ -137,7 +135,8 @@ def why_it_cannot_fit(plan: MemoryPlan) -> str | None:
 def build_model(case: Case, device: torch.device) -> Llava:
     """Random weights on `device`, with what the recipe trains marked."""
     model = random_llava(case.size, case.config.stage, device, DTYPES[case.config.precision])
-    model.set_stage(case.config)
+    config = case.config
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
     return model.to(device).train()
 
 
@@ -153,7 +152,7 @@ def measure_steps(
     device = next(model.parameters()).device
     plan = case.plan(micro_batch_tokens, device)
     chosen = plan.recommend()
-    set_recompute(model.decoder, chosen.recompute, chosen.recompute_layers)
+    model.decoder.set_recompute(chosen.recompute, chosen.recompute_layers)
     planned = plan.at(micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
     batches = step_batches(case, micro_batch_tokens, num_samples)
     optimizer = AdamW(model.trainable_parameters(), case.config.optimizer)

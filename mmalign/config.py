@@ -51,8 +51,8 @@ class DataConfig:
     """JSON (or JSON lines) file in LLaVA's format."""
     image_root: str = ""
     """Folder that the samples' image paths are relative to."""
-    template: Literal["plain", "v0", "v1", "llama_2", "llava_llama_2"] = "v1"
-    """Conversation template."""
+    template: str = "v1"
+    """Conversation template by its name in mmalign/data/templates.py, such as v1."""
     use_im_start_end: Switch = True
     """Write <im_start> and <im_end> around the image (plain ignores it)."""
     types: tuple[str, ...] = ()
@@ -204,3 +204,9 @@ class TrainConfig:
     """Steps to profile, FIRST:END as in metrics.jsonl, END not included: 10:13 is 10, 11, 12."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration of this command as JSON and stop."""
+
+    @property
+    def trains_image_tokens(self) -> bool:
+        """Whether stage 1 trains the embeddings of <im_start> and <im_end>."""
+        data = self.data
+        return self.stage == "pretrain" and data.use_im_start_end and data.template != "plain"

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, get_args
 
 from mmalign.config import LoraConfig, LoraTarget, Stage, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.projector import Projector
 
 if TYPE_CHECKING:
     from mmalign.batch import PackedBatch
@@ -106,7 +107,7 @@ def model_flops(
         adapters=3 * forward.adapters - skipped.adapters,
         attention=forward.attention * 7 // 2,
         lm_head=forward.lm_head * (3 if workload.trains_embeddings else 2),
-        projector=2 * forward.projector,
+        projector=_projector_flops(workload, num_images, backward=True),
         tower=forward.tower,
         tower_attention=forward.tower_attention,
     )
@@ -126,7 +127,7 @@ def forward_flops(
         adapters=2 * tokens * layers * _adapter_weights(workload),
         attention=4 * heads_size * layers * pairs,
         lm_head=2 * num_loss_tokens * decoder.hidden_size * decoder.vocab_size,
-        projector=_projector_flops(workload, num_images),
+        projector=_projector_flops(workload, num_images, backward=False),
     )
 
 
@@ -178,17 +179,16 @@ def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
     )
 
 
-def _projector_flops(workload: Workload, num_images: int) -> int:
+def _projector_flops(workload: Workload, num_images: int, backward: bool) -> int:
     if workload.vision is None:
         return 0
-    rows = num_images * workload.vision.num_patches
-    return 2 * rows * workload.vision.hidden_size * workload.decoder.hidden_size
+    sizes = workload.vision.hidden_size, workload.decoder.hidden_size
+    return Projector.flops(*sizes, num_images * workload.vision.num_patches, backward)
 
 
 def tower_flops(vision: VisionConfig, num_images: int) -> Flops:
     """CLIP up to the second-to-last layer's output: the last layer is never computed."""
-    hidden, seqlen = vision.hidden_size, vision.num_patches + 1
-    layers = vision.num_hidden_layers - 1
+    hidden, seqlen, layers = vision.hidden_size, vision.seqlen, vision.num_layers_used
     weights = layers * (4 * hidden**2 + 2 * hidden * vision.intermediate_size)
     patches = vision.num_patches * 3 * vision.patch_size**2 * hidden
     return Flops(

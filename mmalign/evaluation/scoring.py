@@ -23,7 +23,13 @@ from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cu
 from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
-from mmalign.model.positions import CachedPositions, PathCache, PathPositions, cache_bytes
+from mmalign.model.positions import (
+    CachedPositions,
+    PackedPositions,
+    PathCache,
+    PathPositions,
+    cache_bytes,
+)
 from mmalign.tokenizer import Tokenizer
 
 _ROWS_OF_LOGITS = 1024  # at most in memory at once for the argmax
@@ -225,10 +231,10 @@ def _read_targets(
     """The arguments of target_logprobs, except lm_head's weight, for the batch's targets."""
     # each row goes through lm_head once, for all of its targets
     read, row_of_target = np.unique(plan.targets.tokens[wanted] - batch.begin, return_inverse=True)
-    hidden_states = decoder.extend(
+    hidden_states = decoder(
         torch.from_numpy(plan.tree.tokens[batch.begin : batch.end]).long().to(device),
         _positions(decoder, plan.tree, batch, cache, device),
-        torch.from_numpy(read).to(device),
+        rows=torch.from_numpy(read).to(device),
     )  # (num_read, hidden_size)
     target_ids = torch.from_numpy(plan.targets.target_ids[wanted]).to(device)
     return hidden_states, target_ids, torch.from_numpy(row_of_target).to(device)
@@ -252,14 +258,13 @@ def _positions(
     position_ids = tree.depths[batch.begin : batch.end]
     numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
     position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
-    positions = CachedPositions(
+    tokens = PackedPositions(
         *decoder.rotary.up_to(int(tree.depths[batch.begin : batch.end].max()) + 1),
         position_ids,
         cu_seqlens,
         int(np.diff(batch.cu_seqlens).max()),
-        *spans,
-        cache.workspace,
     )
+    positions = CachedPositions(tokens, *spans, cache.workspace)
     next_rows = torch.from_numpy(batch.next_rows).to(device)
     return [
         PathPositions(positions, path, batch.num_kept, next_rows, batch.next_depth)

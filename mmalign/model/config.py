@@ -1,6 +1,5 @@
 """Shapes of the decoder and of the vision tower, read from and written to Hugging Face configs."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 import torch
 
 from mmalign.errors import UserError
+from mmalign.files import read_json
 
 # What transformers leaves out of config.json because it is the default of its config class.
 _LLAMA_DEFAULTS = {
@@ -73,8 +73,7 @@ class DecoderConfig:
         Takes the spelling of published checkpoints (rope_theta, rope_scaling) and of transformers
         5 (rope_parameters). Raises UserError for anything that the decoder does not compute.
         """
-        path = Path(folder) / "config.json"
-        hf = read_json(path)
+        path, hf = Path(folder) / "config.json", read_hf_config(folder)
         if "text_config" in hf:
             _require(path, hf, "model_type", "llava")
             tied = hf.get("tie_word_embeddings") or hf["text_config"].get("tie_word_embeddings")
@@ -119,6 +118,23 @@ class Preprocessing:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    def to_hf(self) -> dict:
+        """preprocessor_config.json, as CLIPImageProcessor reads it."""
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self.size},
+            "resample": {"bicubic": 3}[self.resample],  # PIL.Image.Resampling
+            "do_center_crop": True,
+            "crop_size": {"height": self.crop_size, "width": self.crop_size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -145,14 +161,24 @@ class VisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def num_class_tokens(self) -> int:
+        """Rows before an image's patches, which the projector does not read."""
+        return 1
+
+    @property
     def seqlen(self) -> int:
         """Rows of one image inside the tower: the class token and its patches."""
-        return self.num_patches + 1
+        return self.num_class_tokens + self.num_patches
 
     @property
     def num_layers_used(self) -> int:
         """Layers that compute what the projector reads: hidden_states[-2]."""
         return self.num_hidden_layers - 1
+
+    @property
+    def llava_fields(self) -> dict:
+        """What LlavaForConditionalGeneration's config.json says of the features it reads."""
+        return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -161,12 +187,11 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, folder: str | Path) -> "VisionConfig":
         """Reads config.json of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration."""
-        path = Path(folder) / "config.json"
-        hf = read_json(path)
+        path, hf = Path(folder) / "config.json", read_hf_config(folder)
         _require(path, hf, "model_type", "clip_vision_model", "clip", "llava")
         if hf["model_type"] != "clip_vision_model":
             if "vision_config" not in hf:
-                raise UserError(f"{path}: no vision_config, so there is no vision tower in it")
+                raise UserError(f"{path}: no vision_config. Give a folder with a vision tower")
             # CLIP's first releases repeat the values in vision_config_dict, which has precedence
             hf = hf["vision_config"] | (hf.get("vision_config_dict") or {})
             _require(path, hf, "model_type", None, "clip_vision_model")
@@ -187,21 +212,14 @@ class VisionConfig:
         }
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError with the path where it is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist. Give the folder of a Hugging Face checkpoint "
-            "(config.json beside the weights)."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+def read_hf_config(folder: str | Path) -> dict:
+    """config.json of a Hugging Face folder; UserError where it is missing or malformed."""
+    hint = "Give the folder of a Hugging Face checkpoint: config.json and the weights"
+    return read_json(Path(folder) / "config.json", hint)
 
 
 def _require(path: Path, hf: dict, name: str, *allowed) -> None:
-    """`allowed` holds None where the key may be absent."""
+    """allowed: None among them where the key may be absent."""
     if hf.get(name) not in allowed:
         expected = " or ".join(repr(value) for value in allowed if value is not None)
         raise UserError(f"{path}: {name} is {hf.get(name)!r}; supported: {expected}")
@@ -213,3 +231,37 @@ def _rope_theta(path: Path, hf: dict) -> float:
     if kind != "default":
         raise UserError(f"{path}: rope scaling of type {kind!r} is not supported; only plain RoPE")
     return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+
+
+# ---- shapes of the published models that the recipes are made for ----
+
+LLAMA2_7B = DecoderConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+)
+OPENLLAMA_3B = DecoderConfig(
+    vocab_size=32000,
+    hidden_size=3200,
+    intermediate_size=8640,
+    num_hidden_layers=26,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=100,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+)
+CLIP_VIT_L_14 = VisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+)

@@ -1,23 +1,15 @@
-"""The LLaMA decoder on packed tokens: one row of samples, told apart by cu_seqlens."""
+"""The LLaMA decoder on packed tokens: samples of any length in one row, without padding."""
 
 from collections.abc import Sequence
 
 import torch
-from mmalign_kernels import rms_norm
 from torch import Tensor, nn
 
 from mmalign.model.config import DecoderConfig
-from mmalign.model.layers import (
-    DecoderLayer,
-    Embedding,
-    Linear,
-    PackedPositions,
-    Positions,
-    RMSNorm,
-    RotaryTables,
-)
-from mmalign.model.positions import KeyValues, PrefixedPositions
-from mmalign.model.projector import Projector
+from mmalign.model.layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryTables
+from mmalign.model.positions import KeyValues, PackedPositions, Positions, PrefixedPositions
+from mmalign.model.projector import ImageInputs
+from mmalign.model.recompute import POLICIES, Recompute, policy_by_layer
 
 
 class Decoder(nn.Module):
@@ -40,79 +32,59 @@ class Decoder(nn.Module):
             config.head_dim, config.rope_theta, config.max_position_embeddings
         )
 
-    def forward(
+    def set_recompute(self, policy: Recompute, num_layers: int | None = None) -> None:
+        """The policy (recompute.py) of the first num_layers layers, None: of all."""
+        assert policy in POLICIES, policy  # "auto" is decided by the memory plan
+        policies = policy_by_layer(policy, num_layers, len(self.layers))
+        for layer, chosen in zip(self.layers, policies, strict=True):
+            layer.recompute = chosen
+
+    def packed_positions(
         self,
-        input_ids: Tensor,
         position_ids: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        image_features: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        projector: Projector | None = None,
-        token_rows: dict[int, Tensor] | None = None,
-        rows: Tensor | None = None,
         prefix: Sequence[KeyValues] = (),
-    ) -> Tensor:
-        """Final hidden states of a packed row, normed: ready for linear_cross_entropy.
+    ) -> Sequence[Positions]:
+        """Positions of each layer, for samples as in PackedBatch.
 
-        input_ids (total_tokens,); position_ids and cu_seqlens as in PackedBatch. With a projector,
-        rows image_positions of the embeddings are the projected image_features
-        (num_images * num_patches, vision_hidden_size). token_rows gives single tokens another
-        embedding, (hidden_size,) each. prefix: of each layer, of constant tokens that every sample
-        follows, though they are not among its rows. Returns (total_tokens, hidden_size), or of
-        these rows only, (num_rows,), which is exact and spares the others most of the last layer.
+        prefix: of each layer, keys and values of constant tokens before every sample, which have no
+        rows of their own; position_ids count them.
         """
-        residual = self.embed_tokens(input_ids)  # (total_tokens, hidden_size)
-        for token_id, row in (token_rows or {}).items():
-            residual = torch.where((input_ids == token_id)[:, None], row, residual)
-        normed, residual = self._enter(residual, image_features, image_positions, projector)
         prefix_length = len(prefix[0].keys) if prefix else 0
         cos, sin = self.rotary.up_to(prefix_length + max_seqlen)
-        own = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
-        positions = [PrefixedPositions(own, x) for x in prefix] or [own] * len(self.layers)
-        return self._run_layers(normed, residual, positions, rows)
+        samples = PackedPositions(cos, sin, position_ids, cu_seqlens, max_seqlen)
+        return [PrefixedPositions(samples, x) for x in prefix] or [samples] * len(self.layers)
 
-    def extend(
+    def forward(
         self,
         input_ids: Tensor,
         positions: Sequence[Positions],
+        images: ImageInputs | None = None,
         rows: Tensor | None = None,
-        image_features: Tensor | None = None,
-        image_positions: Tensor | None = None,
-        projector: Projector | None = None,
     ) -> Tensor:
-        """Final hidden states, normed, of tokens that follow cached ones (kv_cache.py).
+        """Final hidden states of a packed row, normed: ready for linear_cross_entropy.
 
-        input_ids (total_tokens,); positions: one of each layer; images and rows as in forward ->
-        (total_tokens, hidden_size), or of these rows only, (num_rows,).
+        input_ids (total_tokens,); positions: of each layer, from packed_positions or with a cache.
+        Returns (total_tokens, hidden_size); with rows (num_rows,) these rows alone, which is exact
+        and saves most of the last layer's work for the others.
         """
-        residual = self.embed_tokens(input_ids)
-        normed, residual = self._enter(residual, image_features, image_positions, projector)
-        return self._run_layers(normed, residual, positions, rows)
-
-    def _enter(
-        self,
-        embedded: Tensor,
-        image_features: Tensor | None,
-        image_positions: Tensor | None,
-        projector: Projector | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(the stream after the first norm, the stream), images in their rows."""
-        norm = self.layers[0].input_layernorm
-        if projector is None:
-            return rms_norm(embedded, norm.weight, norm.eps), embedded
-        residual, normed = projector(image_features, embedded, image_positions, norm)
-        return normed, residual
-
-    def _run_layers(
-        self,
-        normed: Tensor,
-        residual: Tensor,
-        positions: Sequence[Positions],
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        norms = [layer.input_layernorm for layer in self.layers[1:]] + [self.norm]
-        for layer, next_norm, where in zip(self.layers, norms, positions, strict=True):
-            wanted = rows if next_norm is self.norm else None
-            normed, residual = layer(normed, residual, next_norm, where, wanted)
+        norms = [layer.input_layernorm for layer in self.layers] + [self.norm]
+        normed, residual = self._embed(input_ids, images, norms[0])
+        last = self.layers[-1]
+        for layer, next_norm, where in zip(self.layers, norms[1:], positions, strict=True):
+            layer_rows = rows if layer is last else None
+            normed, residual = layer(normed, residual, next_norm, where, layer_rows)
         return normed
+
+    def _embed(
+        self, input_ids: Tensor, images: ImageInputs | None, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(embeddings), embeddings), each (total_tokens, hidden_size), images included."""
+        embeddings = self.embed_tokens(input_ids)
+        if images is None:
+            return norm(embeddings), embeddings
+        for token_id, embedding in images.token_embeddings.items():
+            embeddings = torch.where((input_ids == token_id)[:, None], embedding, embeddings)
+        embeddings, normed = images.projector(images.features, embeddings, images.positions, norm)
+        return normed, embeddings

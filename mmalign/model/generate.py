@@ -1,10 +1,10 @@
 """Generation with a KV cache: prompts of any lengths together, greedy or sampled, with images.
 
-prompts -> batches that fit the cache -> prompt pass -> steps of one token for all that still run
+prompts -> batches that fit the cache -> prefill -> decoding steps of one token per running sequence
 
-The cache is one run of rows a layer: the prefix that all prompts of a batch share, computed once,
-then each sequence's own rows. Nothing is padded. A step is one product a layer over the sequences
-that still run; a sequence that ended is in none of them.
+The cache has one block of rows per layer: the prefix that all prompts of a batch share, computed
+once, then each sequence's own rows. Nothing is padded. A decoding step packs the last tokens of the
+sequences that have not ended.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,7 @@ from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
 from mmalign.model.generation_cache import BatchCache
 from mmalign.model.llava import Llava
-from mmalign.model.positions import cache_bytes
-from mmalign.model.sampling import draw, sampling_probabilities
-from mmalign.model.text_stream import TextStream
+from mmalign.model.sampling import TextStream, draw, sampling_probabilities
 from mmalign.tokenizer import Tokenizer
 
 
@@ -38,7 +36,7 @@ class GenerationOptions:
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # 1: all
-    seed: int = 0  # with a prompt's place in the list it decides that prompt's draws
+    seed: int = 0  # of a prompt's draws, together with its place in the list
     stop: tuple[str, ...] = ()  # texts that end a generation
 
     def __post_init__(self):
@@ -61,11 +59,6 @@ class Generation:
     reason: Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
 
 
-def generation_cache_bytes(config: DecoderConfig, num_rows: int, dtype: torch.dtype) -> int:
-    """Memory of a cache of num_rows tokens: at most cache_tokens, or one longer sequence."""
-    return config.num_hidden_layers * cache_bytes(config, num_rows, dtype)
-
-
 @torch.no_grad()
 def generate(
     llava: Llava,
@@ -78,12 +71,11 @@ def generate(
 ) -> list[Generation]:
     """Continues every prompt, in order.
 
-    cache_tokens: most tokens whose keys and values are held (generation_cache_bytes); a sequence
-    that is longer goes alone. What a prompt becomes depends on the prompts beside it by rounding
-    only. on_text(index of the prompt, new text) is called as text becomes certain. progress: a bar
-    that counts prompts. Positions past max_position_embeddings extrapolate: limiting lengths is the
-    caller's business. UserError for an empty prompt, for images that do not fit their prompt, and
-    for logits that are not finite.
+    cache_tokens: most tokens whose keys and values are held; a longer sequence runs alone. The
+    other prompts of a batch change a generation by rounding alone. on_text(index of the prompt,
+    new text) is called as text becomes final. progress: show a bar that counts prompts. Positions
+    past max_position_embeddings extrapolate: the caller limits lengths. Raises UserError for an
+    empty prompt, for images that do not match their prompt, and for logits that are not finite.
     """
     sequences = [_Sequence(i, prompt, options, tokenizer) for i, prompt in enumerate(prompts)]
     for sequence in sequences:
@@ -109,7 +101,7 @@ class _Sequence:
         self.random = np.random.default_rng((options.seed, index))
 
     def add(self, token_id: int, ends: set[int], max_new_tokens: int) -> str:
-        """Takes the next token; returns the text that became certain."""
+        """Appends the next token; returns the text that became final."""
         if token_id in ends:
             self.reason = "end"
             return self.stream.finish()
@@ -134,7 +126,7 @@ def _check(sequence: _Sequence, llava: Llava) -> None:
     if ids.max() >= vocab_size:
         raise UserError(
             f"{name} holds the token {ids.max()}, but the model's vocabulary has {vocab_size}; "
-            "tokenizer and model do not belong together"
+            "tokenizer and model do not belong together. Give the tokenizer of this model"
         )
     if sequence.pixels is None:
         return
@@ -214,20 +206,22 @@ def _run(
         if not running:
             return
         last_ids = [x.token_ids[-1] for x in running]
-        depths = [len(x.prompt) + len(x.token_ids) - 1 for x in running]
-        logits = cache.step(running, last_ids, depths)
+        positions = [len(x.prompt) + len(x.token_ids) - 1 for x in running]
+        logits = cache.step(running, last_ids, positions)
 
 
 def _choose(logits: Tensor, running: list[_Sequence], options: GenerationOptions) -> list[int]:
     """The next token of every sequence."""
-    largest, likeliest = logits.max(1)
+    largest, greedy = logits.max(1)
     if not largest.isfinite().all():
         raise UserError(
             "the model gives logits that are not finite; its weights or its precision are broken "
             "(try fp32, or look for NaN in the weights)"
         )
     if options.temperature == 0:
-        return likeliest.tolist()
+        return greedy.tolist()
     uniforms = torch.tensor([x.random.random() for x in running], dtype=torch.float64)
-    cut = (options.temperature, options.top_k, options.top_p)
-    return draw(sampling_probabilities(logits, *cut), uniforms).tolist()
+    probabilities = sampling_probabilities(
+        logits, options.temperature, options.top_k, options.top_p
+    )
+    return draw(probabilities, uniforms).tolist()

@@ -14,7 +14,8 @@ from mmalign_kernels import linear
 from torch import Tensor
 
 from mmalign.model.llava import Llava
-from mmalign.model.positions import CachedPositions, KeyValues
+from mmalign.model.positions import CachedPositions, KeyValues, PackedPositions
+from mmalign.model.projector import ImageInputs
 
 _PROMPT_PASS = 8192  # most tokens in one forward pass over prompts, unless one is longer
 
@@ -33,7 +34,7 @@ class Segment:
 
     input_ids: np.ndarray
     first_position: int
-    spans: list[tuple[int, int]]  # cache rows that they see, their own at the end of the last
+    spans: list[tuple[int, int]]  # cache rows that they see; the last one ends with their own
 
 
 class BatchCache:
@@ -61,15 +62,20 @@ class BatchCache:
             shared, prompts = [], prompts[num_chosen:]
         return torch.cat(logits)
 
-    def step(self, prompts: Sequence[RowsOfPrompt], token_ids: list[int], depth: list[int]):
-        """Logits after one more token of each, which stands at this depth: (num_prompts, vocab)."""
-        triples = zip(prompts, token_ids, depth, strict=True)
+    def step(
+        self, prompts: Sequence[RowsOfPrompt], token_ids: list[int], positions: list[int]
+    ) -> Tensor:
+        """Logits after one more token of each, at this position: (num_prompts, vocab_size)."""
+        triples = zip(prompts, token_ids, positions, strict=True)
         return self._extend([self._segment(x, np.array([i]), at) for x, i, at in triples])
 
     def _extend(
-        self, segments: list[Segment], rows: Tensor | None = None, images: dict | None = None
+        self,
+        segments: list[Segment],
+        rows: Tensor | None = None,
+        images: ImageInputs | None = None,
     ) -> Tensor:
-        """Logits of these rows of the packed segments, or of all: (num_rows, vocab_size)."""
+        """Logits of these rows of the packed segments, None: of all: (num_rows, vocab_size)."""
         decoder = self.llava.decoder
         device = decoder.embed_tokens.weight.device
         lengths = [len(x.input_ids) for x in segments]
@@ -87,10 +93,10 @@ class BatchCache:
             np.cumsum([0, *(len(x.spans) for x in segments)]),
         )
         position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
-        where = (position_ids, cu_seqlens, max(lengths), *spans)
-        positions = [CachedPositions(*tables, *where, layer) for layer in self.layers]
+        tokens = PackedPositions(*tables, position_ids, cu_seqlens, max(lengths))
+        positions = [CachedPositions(tokens, *spans, layer) for layer in self.layers]
         ids = torch.from_numpy(np.concatenate([x.input_ids for x in segments])).to(device)
-        hidden_states = decoder.extend(ids, positions, rows, **images or {})
+        hidden_states = decoder(ids, positions, images, rows)
         return linear(hidden_states, decoder.lm_head.weight)
 
     def _segment(self, prompt: RowsOfPrompt, input_ids: np.ndarray, position: int) -> Segment:
@@ -98,16 +104,14 @@ class BatchCache:
         end = prompt.first_row + position - self.num_shared + len(input_ids)
         return Segment(input_ids, position, [*shared, (prompt.first_row, end)])
 
-    def _images(self, segments: list[Segment], prompts: Sequence[RowsOfPrompt]) -> dict:
-        """What Decoder.extend takes for the images of these prompts."""
+    def _images(
+        self, segments: list[Segment], prompts: Sequence[RowsOfPrompt]
+    ) -> ImageInputs | None:
         pixels = [x.pixels for x in prompts if x.pixels is not None]
         if not pixels:
-            return {}
+            return None
         device = self.llava.decoder.embed_tokens.weight.device
         ids = np.concatenate([x.input_ids for x in segments])
         image_positions = torch.from_numpy(np.flatnonzero(ids == self.llava.image_token_id))
-        return {
-            "image_features": self.llava.vision_tower(torch.cat(pixels).to(device)),
-            "image_positions": image_positions.to(device),
-            "projector": self.llava.projector,
-        }
+        features = self.llava.vision_tower(torch.cat(pixels).to(device))
+        return ImageInputs(features, image_positions.to(device), self.llava.projector)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from mmalign_kernels import (
@@ -11,7 +9,6 @@ from mmalign_kernels import (
     linear,
     pack_rows,
     rms_norm,
-    rotary_attention,
     swiglu,
     unpack_rows,
 )
@@ -19,37 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.model.config import DecoderConfig
-from mmalign.model.recompute import Recompute, kept_as, run_again
-
-
-@dataclass(frozen=True)
-class PackedPositions:
-    """Where each token of a packed row stands, and the rotary tables for it."""
-
-    cos: Tensor  # (max_positions, head_dim // 2) fp32
-    sin: Tensor  # (max_positions, head_dim // 2) fp32
-    position_ids: Tensor  # (total_tokens,) int32
-    cu_seqlens: Tensor  # (num_samples + 1,) int32
-    max_seqlen: int
-
-    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
-        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
-        return rotary_attention(
-            qkv,
-            self.cos,
-            self.sin,
-            self.position_ids,
-            self.cu_seqlens,
-            self.max_seqlen,
-            num_attention_heads,
-            num_key_value_heads,
-        )
-
-
-class Positions(Protocol):
-    """Which tokens a token of the packed row sees: PackedPositions, or those of kv_cache.py."""
-
-    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor: ...
+from mmalign.model.positions import Positions
+from mmalign.model.recompute import Recompute, checkpoint_from_residual, save_source_instead
 
 
 class Linear(nn.Module):
@@ -63,15 +31,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def pruned(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
-        """forward(x) without a bias; its first columns are zero but for these rows.
+    def forward_rows(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
+        """forward(x) without a bias, whose first num_columns columns are computed for `rows` alone.
 
-        x (num_rows, in_features), rows (num_kept,) -> (num_rows, out_features). The first
-        num_columns columns cost num_kept rows of work.
+        x (num_tokens, in_features), rows (num_rows,) -> (num_tokens, out_features), with zeros in
+        these columns of the other rows.
         """
         first, others = self.weight.split((num_columns, len(self.weight) - num_columns))
-        kept = linear(pack_rows(x, rows), first)
-        return torch.cat((unpack_rows(kept, rows, len(x)), linear(x, others)), 1)
+        computed = linear(pack_rows(x, rows), first)  # (num_rows, num_columns)
+        return torch.cat((unpack_rows(computed, rows, len(x)), linear(x, others)), 1)
 
 
 class Embedding(nn.Module):
@@ -84,7 +52,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Mostly only holds the weight: the norms are fused with what comes before them."""
+    """Mostly just holds the weight: most norms are fused with the addition before them."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -152,7 +120,7 @@ class RotaryTables(Constants):
 
 
 class DecoderLayer(nn.Module):
-    """One LLaMA layer; ends with the norm of what follows it, so each add is fused with a norm."""
+    """One LLaMA layer; ends with the next layer's norm, so that each addition is fused with one."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -175,20 +143,26 @@ class DecoderLayer(nn.Module):
         positions: Positions,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """normed: the residual stream after this layer's input_layernorm.
+        """One layer, on (total_tokens, hidden_size): normed is input_layernorm(residual).
 
-        Returns (the stream after next_norm, the stream), each (total_tokens, hidden_size); of
-        these rows only, each at most once, where they are given: nothing reads the others after
-        the last layer, so all that they need are their keys and values.
+        Returns (next_norm(new residual), new residual). With rows (num_rows,), each at most once,
+        it returns these rows alone: after the last layer nothing reads the others, so of them only
+        keys and values are computed.
         """
 
         def compute(normed: Tensor) -> tuple[Tensor, Tensor]:
             return self._compute(normed, residual, next_norm, positions, rows)
 
-        if self.recompute == "full" and torch.is_grad_enabled():
-            return run_again(compute, normed, residual, self.input_layernorm, self._draws)
+        if self._recomputes("full"):
+            norm, has_dropout = self.input_layernorm, self._has_dropout
+            return checkpoint_from_residual(compute, normed, residual, norm, has_dropout)
         return compute(normed)
 
+    # With x the residual stream:
+    #   qkv = qkv_proj(input_layernorm(x))
+    #   x = x + o_proj(attention(qkv))
+    #   gate, up = gate_up_proj(post_attention_layernorm(x))
+    #   x = x + down_proj(silu(gate) * up)
     def _compute(
         self,
         normed: Tensor,
@@ -197,43 +171,48 @@ class DecoderLayer(nn.Module):
         positions: Positions,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        with self._kept_as(normed, residual, self.input_layernorm, "elementwise", "mlp"):
+        with self._saving_source(normed, residual, self.input_layernorm, "elementwise", "mlp"):
             if rows is None:
-                qkv = self.qkv_proj(normed)
+                qkv = self.qkv_proj(normed)  # (total_tokens, sum of qkv_sizes)
             else:
-                qkv = self.qkv_proj.pruned(normed, rows, self.o_proj.weight.shape[1])
+                qkv = self.qkv_proj.forward_rows(normed, rows, self.o_proj.weight.shape[1])
         attended = positions.attend(qkv, self.num_attention_heads, self.num_key_value_heads)
-        if rows is not None:  # attention of all rows: see mmalign/model/shortcuts.py
+        if rows is not None:  # attention itself takes all rows: it is 0.03% of a step's FLOPs
             attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
         norm = self.post_attention_layernorm
         normed, residual = add_rms_norm(self.o_proj(attended), residual, norm.weight, norm.eps)
-        if self.recompute == "mlp" and torch.is_grad_enabled():
-            output = run_again(self._mlp, normed, residual, norm, self._draws)
+        if self._recomputes("mlp"):
+            args = normed, residual, norm, self._has_dropout
+            output = checkpoint_from_residual(self._mlp, *args)
         else:
-            with self._kept_as(normed, residual, norm, "elementwise"):
+            with self._saving_source(normed, residual, norm, "elementwise"):
                 output = self._mlp(normed)
         return add_rms_norm(output, residual, next_norm.weight, next_norm.eps)
 
     def _mlp(self, normed: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(normed)  # (total_tokens, 2 * intermediate_size)
-        # no backward pass reads the result of gate_up_proj, so its gradient may lie there
-        expanded = swiglu(gate_up, overwrite=True)  # (total_tokens, intermediate_size)
-        with self._kept_as(expanded, gate_up, swiglu, "elementwise"):
-            return self.down_proj(expanded)
+        # no backward pass reads the result of gate_up_proj, so its gradient may overwrite it
+        activated = swiglu(gate_up, overwrite=True)  # (total_tokens, intermediate_size)
+        with self._saving_source(activated, gate_up, swiglu, "elementwise"):
+            return self.down_proj(activated)
 
-    def _kept_as(
+    def _recomputes(self, *policies: Recompute) -> bool:
+        return self.recompute in policies and torch.is_grad_enabled()
+
+    def _saving_source(
         self,
         result: Tensor,
         source: Tensor,
         compute: Callable[[Tensor], Tensor],
         *policies: Recompute,
     ) -> AbstractContextManager:
-        if self.recompute in policies and torch.is_grad_enabled():
-            return kept_as(result, source, compute)
+        """save_source_instead under these policies, else nothing."""
+        if self._recomputes(*policies):
+            return save_source_instead(result, source, compute)
         return nullcontext()
 
     @property
-    def _draws(self) -> bool:
+    def _has_dropout(self) -> bool:
         return self.training and any(getattr(x, "dropout", 0) for x in self.children())
 
 

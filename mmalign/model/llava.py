@@ -8,16 +8,16 @@ from mmalign_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
 from mmalign.batch import PackedBatch
-from mmalign.config import ShortcutConfig, TrainConfig
+from mmalign.config import LoraConfig, ShortcutConfig, Stage
 from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
-from mmalign.model.positions import KeyValues
-from mmalign.model.projector import Projector
-from mmalign.model.shortcuts import loss_rows, prefix_key_values
+from mmalign.model.positions import CachedPositions, KeyValues, PackedPositions
+from mmalign.model.projector import ImageInputs, Projector
 from mmalign.model.vision_tower import VisionTower
 
 T = TypeVar("T")
+ALL_SHORTCUTS = ShortcutConfig()
 
 
 class ImageTokens(Protocol):
@@ -32,7 +32,7 @@ class Llava(nn.Module):
     """Without tower and projector it is the decoder alone, for text-only training.
 
     image_token_embeddings (2, hidden_size) exists while stage 1 trains the rows of <im_start> and
-    <im_end>: it stands in for these two rows of the frozen embed_tokens. The export merges it.
+    <im_end>: it replaces these two rows of the frozen embed_tokens. The export merges it.
     """
 
     def __init__(
@@ -41,7 +41,14 @@ class Llava(nn.Module):
         vision_tower: VisionTower | None,
         projector: Projector | None,
         tokenizer: ImageTokens,
+        shortcuts: ShortcutConfig = ALL_SHORTCUTS,
+        prefix_ids: Sequence[int] = (),
     ):
+        """prefix_ids: tokens that every sample of a batch with a prefix_length follows.
+
+        Nothing that learns may reach them: they have no rows in the batch, and their keys and
+        values are computed once, in the first forward pass after set_trainable.
+        """
         super().__init__()
         assert (vision_tower is None) == (projector is None)
         self.decoder = decoder
@@ -49,8 +56,9 @@ class Llava(nn.Module):
         self.projector = projector
         self.image_token_id = tokenizer.image_token_id
         self.im_start_end_ids = (tokenizer.im_start_id, tokenizer.im_end_id)
-        self.shortcuts = ShortcutConfig()
-        self.follow_prefix(())
+        self.shortcuts = shortcuts
+        self.prefix_ids = tuple(prefix_ids)
+        self._prefix_cache: tuple[KeyValues, ...] = ()
         self.register_parameter("image_token_embeddings", None)
         if vision_tower is not None:
             self._check_vocabulary(self.image_token_id)
@@ -66,98 +74,77 @@ class Llava(nn.Module):
         return linear_cross_entropy(hidden_states, self.decoder.lm_head.weight, target_ids)
 
     def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-        """The decoder's normed output, (total_tokens, hidden_size), or of these rows only."""
-        return self.decoder(
-            batch.input_ids,
+        """The decoder's normed output, (total_tokens, hidden_size), or these rows of it alone."""
+        positions = self.decoder.packed_positions(
             batch.position_ids,
             batch.cu_seqlens,
             batch.max_seqlen,
-            image_features=self._image_features(batch),
-            image_positions=batch.image_positions,
-            projector=self.projector,
-            token_rows=self._token_rows(),
-            rows=rows,
             prefix=self._prefix(batch.prefix_length),
         )
+        return self.decoder(batch.input_ids, positions, self._image_inputs(batch), rows)
 
-    def _image_features(self, batch: PackedBatch) -> Tensor | None:
-        pixel_values = batch.pixel_values
+    def _image_inputs(self, batch: PackedBatch) -> ImageInputs | None:
+        num_images = len(batch.pixel_values)
         if self.vision_tower is None:
-            assert len(pixel_values) == 0, "a batch with images needs a vision tower"
+            assert num_images == 0, "a batch with images needs a vision tower"
             return None
-        if len(pixel_values) == 0:  # the tower has nothing to do, the projector stays in the graph
-            return self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
-        return self.vision_tower(pixel_values)
-
-    def follow_prefix(self, token_ids: Sequence[int]) -> None:
-        """From now on the rows of a batch with this prefix_length follow these tokens.
-
-        Nothing that learns may reach them (PackedBatch.prefix_length). Their keys and values are
-        computed in the next forward pass, and again after set_stage.
-        """
-        self.prefix_ids, self.prefix = tuple(token_ids), ()
+        if num_images:
+            features = self.vision_tower(batch.pixel_values)
+        else:  # keeps the projector in the graph
+            features = self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
+        embeddings = {}
+        if self.image_token_embeddings is not None:
+            embeddings = dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
+        return ImageInputs(features, batch.image_positions, self.projector, embeddings)
 
     def _prefix(self, length: int) -> tuple[KeyValues, ...]:
         if length == 0:
             return ()
         assert length == len(self.prefix_ids), "the batch follows another prefix than the model"
         weight = self.decoder.embed_tokens.weight
-        if not self.prefix or self.prefix[0].keys.dtype != weight.dtype:
-            self.prefix = prefix_key_values(self.decoder, self.prefix_ids)
-        return self.prefix
-
-    def _token_rows(self) -> dict[int, Tensor]:
-        if self.image_token_embeddings is None:
-            return {}
-        return dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
+        if not self._prefix_cache or self._prefix_cache[0].keys.dtype != weight.dtype:
+            self._prefix_cache = prefix_key_values(self.decoder, self.prefix_ids)
+        return self._prefix_cache
 
     def with_decoder(self, function: Callable[[Decoder], T]) -> T:
-        """function(decoder); where the weights are sharded, as a forward pass that gathers them."""
+        """function(decoder); sharded weights are gathered for it as for a forward pass."""
         return function(self.decoder)
 
-    def set_stage(self, config: TrainConfig) -> None:
-        """Marks what config.stage trains (requires_grad); the vision tower never learns.
+    def set_trainable(self, stage: Stage, lora: LoraConfig, train_image_tokens: bool) -> None:
+        """Marks what the stage trains (requires_grad); the vision tower never learns.
 
-        pretrain: the projector, and where the template writes <im_start> and <im_end> their two
-        rows. finetune: the projector and the decoder, or with config.lora.rank its adapters.
+        pretrain: the projector, and with train_image_tokens the rows of <im_start> and <im_end>.
+        finetune: the projector and the decoder, or with lora.rank its adapters.
         """
-        self.shortcuts, self.prefix = config.shortcuts, ()
+        self._prefix_cache = ()  # the weights may have changed
         merge_lora(self.decoder)
         self.requires_grad_(False)
         self.merge_image_token_embeddings()
         if self.projector is not None:
             self.projector.requires_grad_(True)
-        if config.stage == "pretrain":
+        if stage == "pretrain":
             if self.projector is None:
                 raise UserError("stage pretrain trains the projector, but this model has none")
-            if config.data.use_im_start_end and config.data.template != "plain":
+            if train_image_tokens:
                 self._split_image_token_embeddings()
-        elif config.lora.rank == 0:
+        elif lora.rank == 0:
             self.decoder.requires_grad_(True)
         else:
-            add_lora(self.decoder, config.lora)
+            add_lora(self.decoder, lora)
             for module in self.decoder.modules():
                 if isinstance(module, LoraLinear):
                     module.lora_a.requires_grad_(True)
                     module.lora_b.requires_grad_(True)
-            if config.lora.train_embeddings:
+            if lora.train_embeddings:
                 self.decoder.embed_tokens.requires_grad_(True)
                 self.decoder.lm_head.requires_grad_(True)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    @torch.no_grad()
     def load_projector(self, state: dict[str, Tensor]) -> None:
-        """Takes what hf_read.load_projector returns; the two token rows go to embed_tokens."""
-        for name in ("weight", "bias"):
-            parameter = getattr(self.projector, name)
-            if parameter.shape != state[name].shape:
-                raise UserError(
-                    f"projector {name}: expected shape {tuple(parameter.shape)} for this vision "
-                    f"tower and decoder, found {tuple(state[name].shape)}"
-                )
-            parameter.copy_(state[name])
+        """Takes what hf.load_projector returns; the two token rows go to embed_tokens."""
+        self.projector.load_tensors(state)
         if "image_token_embeddings" in state:
             self._write_image_token_rows(state["image_token_embeddings"])
 
@@ -181,7 +168,7 @@ class Llava(nn.Module):
         self.image_token_embeddings = nn.Parameter(rows)
 
     def merge_image_token_embeddings(self) -> None:
-        """Writes the two trained rows, if there are any, into embed_tokens."""
+        """Writes the two trained rows, if there are any, to embed_tokens."""
         if self.image_token_embeddings is not None:
             self._write_image_token_rows(self.image_token_embeddings)
             self.image_token_embeddings = None
@@ -190,4 +177,34 @@ class Llava(nn.Module):
     def _write_image_token_rows(self, rows: Tensor) -> None:
         self._check_vocabulary(*self.im_start_end_ids)
         weight = self.decoder.embed_tokens.weight
+        expected = (2, weight.shape[1])
+        if rows.shape != expected:
+            raise UserError(
+                f"rows of <im_start> and <im_end>: expected shape {expected} for this decoder, "
+                f"found {tuple(rows.shape)}"
+            )
         weight[list(self.im_start_end_ids)] = rows.to(weight)
+
+
+def loss_rows(batch: PackedBatch) -> Tensor:
+    """The rows with a target, ascending: (num_loss_tokens,) int64, without a device sync."""
+    return torch.nonzero_static(batch.target_ids >= 0, size=batch.num_loss_tokens).squeeze(1)
+
+
+@torch.no_grad()
+def prefix_key_values(decoder: Decoder, token_ids: Sequence[int]) -> tuple[KeyValues, ...]:
+    """Keys (rotated) and values, of each layer, of tokens at the start of a sample.
+
+    In stage 1 the tokens before the image meet nothing but frozen weights and each other: these
+    values are the same in every sample and step, and none of their gradient reaches the projector.
+    """
+    weight, length = decoder.embed_tokens.weight, len(token_ids)
+    input_ids = torch.tensor(token_ids, device=weight.device)
+    position_ids = torch.arange(length, dtype=torch.int32, device=weight.device)
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=weight.device)
+    span = bounds[:1], bounds[1:], torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
+    tables = decoder.rotary.up_to(length)
+    tokens = PackedPositions(*tables, position_ids, cu_seqlens=bounds, max_seqlen=length)
+    layers = tuple(KeyValues(decoder.config, length, like=weight) for _ in decoder.layers)
+    decoder(input_ids, [CachedPositions(tokens, *span, cache) for cache in layers])
+    return layers

@@ -6,7 +6,6 @@ own dropout mask, so the result is that of seven separate adapters.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from mmalign_kernels import linear, pack_rows, unpack_rows
@@ -15,10 +14,8 @@ from torch.nn import functional as F
 
 from mmalign.config import LoraConfig
 from mmalign.errors import UserError
+from mmalign.model.decoder import Decoder
 from mmalign.model.layers import Linear
-
-if TYPE_CHECKING:
-    from mmalign.model.decoder import Decoder
 
 
 class LoraLinear(Linear):
@@ -46,12 +43,12 @@ class LoraLinear(Linear):
         updates = [self._update(x, part) for part in range(len(self.part_sizes))]
         return torch.add(linear(x, self.weight), torch.cat(updates, 1), alpha=self.scaling)
 
-    def pruned(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
-        """As of Linear; the first part is the columns of these rows."""
+    def forward_rows(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
+        """As Linear.forward_rows; the num_columns columns have to be the first part."""
         assert num_columns == self.part_sizes[0]
         weight, others = self.weight.split((num_columns, len(self.weight) - num_columns))
-        kept = pack_rows(x, rows)
-        first = torch.add(linear(kept, weight), self._update(kept, 0), alpha=self.scaling)
+        packed = pack_rows(x, rows)
+        first = torch.add(linear(packed, weight), self._update(packed, 0), alpha=self.scaling)
         updates = [self._update(x, part) for part in range(1, len(self.part_sizes))]
         rest = torch.add(linear(x, others), torch.cat(updates, 1), alpha=self.scaling)
         return torch.cat((unpack_rows(first, rows, len(x)), rest), 1)
@@ -77,14 +74,17 @@ class LoraLinear(Linear):
         return self.lora_b[adapter].float() @ self.lora_a[adapter].float()
 
 
-def add_lora(decoder: "Decoder", config: LoraConfig) -> None:
+def add_lora(decoder: Decoder, config: LoraConfig) -> None:
     """Replaces the projections of every layer that config.targets names by adapted ones, in place.
 
-    The draw of the adapters comes from torch's CPU generator: seed it first. Raises UserError for
-    a rank without a target.
+    The adapters are drawn from torch's CPU generator: seed it first. Raises UserError for a rank
+    without a target.
     """
     if not config.targets:
-        raise UserError(f"--lora.rank {config.rank}, but --lora.targets names no projection")
+        raise UserError(
+            f"--lora.rank {config.rank}, but --lora.targets names no projection. Name one or more, "
+            "or give --lora.rank 0"
+        )
     hidden, intermediate = decoder.config.hidden_size, decoder.config.intermediate_size
     fused = {
         "qkv_proj": dict(
@@ -101,7 +101,7 @@ def add_lora(decoder: "Decoder", config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def merge_lora(decoder: "Decoder") -> None:
+def merge_lora(decoder: Decoder) -> None:
     """Adds every adapter to its weight and removes it, in place."""
     for layer in decoder.layers:
         for name, module in list(layer.named_children()):

@@ -1,19 +1,52 @@
-"""Keys and values that later tokens attend to, and attention of new tokens through them.
+"""Positions of packed tokens, and attention of these tokens to each other and to cached ones.
 
-PrefixedPositions is one layer's attention in training, after a prefix that does not learn: the only
-one with a gradient. CachedPositions is one layer's attention in its own cache: what generation
-needs. PathCache keeps the path to the next batch of a prefix tree for every layer, and gives all
-layers one workspace for the rows of a batch, which nobody needs after the layer.
+Positions is all that a decoder layer knows of its attention; each class here is a way to attend:
+
+    PackedPositions    samples of a training batch, each to itself
+    PrefixedPositions  the same after a prefix that does not learn, with a gradient for the samples
+    CachedPositions    new tokens after cached ones: generation
+    PathPositions      batches of a prefix tree one after the other: scoring
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from mmalign_kernels import prefix_attention, shared_prefix_attention
+from mmalign_kernels import prefix_attention, rotary_attention, shared_prefix_attention
 from torch import Tensor
 
 from mmalign.model.config import DecoderConfig
-from mmalign.model.layers import PackedPositions
+
+
+class Positions(Protocol):
+    """One layer's attention: which tokens each token of the packed row sees."""
+
+    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
+        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedPositions:
+    """The position of each token in its sample, and the rotary tables."""
+
+    cos: Tensor  # (max_positions, head_dim // 2) fp32
+    sin: Tensor  # (max_positions, head_dim // 2) fp32
+    position_ids: Tensor  # (total_tokens,) int32
+    cu_seqlens: Tensor  # (num_samples + 1,) int32
+    max_seqlen: int
+
+    def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
+        return rotary_attention(
+            qkv,
+            self.cos,
+            self.sin,
+            self.position_ids,
+            self.cu_seqlens,
+            self.max_seqlen,
+            num_attention_heads,
+            num_key_value_heads,
+        )
 
 
 def cache_bytes(config: DecoderConfig, num_rows: int, dtype: torch.dtype) -> int:
@@ -24,9 +57,10 @@ def cache_bytes(config: DecoderConfig, num_rows: int, dtype: torch.dtype) -> int
 class KeyValues:
     """The rows of one layer: keys (rotated) and values (num_rows, key_value_heads, head_dim)."""
 
-    def __init__(self, config: DecoderConfig, num_rows: int, beside: Tensor):
+    def __init__(self, config: DecoderConfig, num_rows: int, like: Tensor):
+        """Uninitialised; dtype and device are those of `like`."""
         shape = (num_rows, config.num_key_value_heads, config.head_dim)
-        self.keys, self.values = beside.new_empty(shape), beside.new_empty(shape)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
 
 
 @dataclass(frozen=True)
@@ -37,7 +71,6 @@ class PrefixedPositions:
     prefix: KeyValues
 
     def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
-        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
         return shared_prefix_attention(
             qkv,
             self.samples.cos,
@@ -53,27 +86,22 @@ class PrefixedPositions:
 
 @dataclass(frozen=True)
 class CachedPositions:
-    """Where each token of a packed row of segments stands, and the cache rows that it sees."""
+    """Segments of new tokens, and the cache rows that each segment sees, its own at the end."""
 
-    cos: Tensor  # (max_positions, head_dim // 2) fp32
-    sin: Tensor  # (max_positions, head_dim // 2) fp32
-    position_ids: Tensor  # (total_tokens,) int32
-    cu_seqlens: Tensor  # (num_segments + 1,) int32
-    max_seqlen: int
+    samples: PackedPositions  # a segment is a sample
     span_begins: Tensor  # (num_spans,) int32; spans as prefix_attention takes them
     span_ends: Tensor  # (num_spans,) int32
     cu_spans: Tensor  # (num_segments + 1,) int32
     cache: KeyValues
 
     def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
-        """(total_tokens, qkv columns) -> (total_tokens, num_attention_heads * head_dim)."""
         return prefix_attention(
             qkv,
-            self.cos,
-            self.sin,
-            self.position_ids,
-            self.cu_seqlens,
-            self.max_seqlen,
+            self.samples.cos,
+            self.samples.sin,
+            self.samples.position_ids,
+            self.samples.cu_seqlens,
+            self.samples.max_seqlen,
             self.span_begins,
             self.span_ends,
             self.cu_spans,
@@ -84,16 +112,17 @@ class CachedPositions:
 
 
 class PathCache:
-    """Keys and values on the path to the next batch, for every layer.
+    """Keys and values on the path to the next batch of a prefix tree, for every layer.
 
+    All layers share one workspace for the rows of a batch, which nothing reads after the layer.
     Bytes: cache_bytes of path_rows for each layer, and once of workspace_rows, which must hold a
     path and the batch that follows it.
     """
 
-    def __init__(self, config: DecoderConfig, path_rows: int, workspace_rows: int, beside: Tensor):
+    def __init__(self, config: DecoderConfig, path_rows: int, workspace_rows: int, like: Tensor):
         layers = range(config.num_hidden_layers)
-        self.paths = [KeyValues(config, path_rows, beside) for _ in layers]
-        self.workspace = KeyValues(config, workspace_rows, beside)
+        self.paths = [KeyValues(config, path_rows, like) for _ in layers]
+        self.workspace = KeyValues(config, workspace_rows, like)
 
 
 @dataclass(frozen=True)
@@ -107,12 +136,12 @@ class PathPositions:
     next_depth: int  # ... from this row of it on
 
     def attend(self, qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -> Tensor:
-        room = self.positions.cache
-        pairs = ((room.keys, self.path.keys), (room.values, self.path.values))
-        for inside, kept in pairs:
-            inside[: self.num_kept] = kept[: self.num_kept]
+        cache = self.positions.cache
+        pairs = ((cache.keys, self.path.keys), (cache.values, self.path.values))
+        for workspace, path in pairs:
+            workspace[: self.num_kept] = path[: self.num_kept]
         attended = self.positions.attend(qkv, num_attention_heads, num_key_value_heads)
-        for inside, kept in pairs:
+        for workspace, path in pairs:
             moved = slice(self.next_depth, self.next_depth + len(self.next_rows))
-            kept[moved] = inside.index_select(0, self.next_rows)
+            path[moved] = workspace.index_select(0, self.next_rows)
         return attended

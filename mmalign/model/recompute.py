@@ -1,18 +1,18 @@
-"""Activations that the backward pass computes again instead of keeping them.
+"""Activation checkpointing: what the backward pass computes again instead of keeping it.
 
     none         every operation keeps what it needs
     elementwise  the results of RMSNorm and SwiGLU: no matrix product runs twice
     mlp          these, and gate_up_proj: a sixth more work in the layer, about half its memory
-    full         the whole layer but its input: a third more work
+    full         the whole layer except its input: a third more work
 
-Frozen weights keep no inputs of their products and adapters keep copies with dropout, so
-elementwise saves memory where the decoder's own weights learn, and where LoRA has no dropout. What
-is computed again are the same numbers, LoRA's dropout included.
+Products with frozen weights keep no inputs, and adapters with dropout keep copies, so elementwise
+saves memory where the decoder's own weights learn, or where LoRA has no dropout. Recomputed values
+are the same bits, LoRA's dropout included.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,26 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from mmalign.errors import UserError
 
-if TYPE_CHECKING:
-    from mmalign.model.decoder import Decoder
-
 Recompute = Literal["none", "elementwise", "mlp", "full"]
 POLICIES: tuple[Recompute, ...] = get_args(Recompute)  # in the order of what they compute again
-
-
-def set_recompute(decoder: "Decoder", policy: Recompute, num_layers: int | None = None) -> None:
-    """The policy of the first num_layers layers, None: of all; the others keep everything."""
-    assert policy in POLICIES, policy  # "auto" is decided by the memory plan
-    for layer, chosen in zip(
-        decoder.layers, policy_by_layer(policy, num_layers, len(decoder.layers)), strict=True
-    ):
-        layer.recompute = chosen
 
 
 def policy_by_layer(
     policy: Recompute, num_layers: int | None, total_layers: int
 ) -> list[Recompute]:
-    """One of each layer. Raises UserError for more layers than there are."""
+    """The policy of each layer: the first num_layers (None: all) recompute, the others do not.
+
+    Raises UserError for more layers than there are.
+    """
     if num_layers is None:
         num_layers = total_layers
     if not 0 <= num_layers <= total_layers:
@@ -52,8 +43,10 @@ def policy_by_layer(
 
 
 @contextmanager
-def kept_as(result: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, an operation that keeps `result` keeps `source` instead.
+def save_source_instead(
+    result: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside, an operation that saves `result` for its backward pass saves `source` instead.
 
     compute(source) gives the result's values again. Raises RuntimeError in the backward pass where
     source has been overwritten in between.
@@ -65,9 +58,9 @@ def kept_as(result: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor])
         same = x.data_ptr() == result.data_ptr() and x.shape == result.shape
         return compute if same and x.stride() == result.stride() else x
 
-    def unpack(kept: Any) -> Tensor:
-        if kept is not compute:
-            return kept
+    def unpack(saved: Any) -> Tensor:
+        if saved is not compute:
+            return saved
         if source._version != version:
             raise RuntimeError(
                 "an activation is computed again from one that has been overwritten since: a "
@@ -80,26 +73,26 @@ def kept_as(result: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor])
         yield
 
 
-def run_again(
+def checkpoint_from_residual(
     run: Callable[[Tensor], Any],
     normed: Tensor,
     residual: Tensor,
     norm: Callable[[Tensor], Tensor],
-    draws: bool,
+    preserve_rng_state: bool,
 ) -> Any:
-    """run(normed), of which the backward pass keeps residual alone, where normed = norm(residual).
+    """run(normed) as torch.utils.checkpoint does it, saving residual; normed = norm(residual).
 
-    Everything else that run keeps is computed again when the backward pass reaches it. draws:
-    whether run draws random numbers, which then are the same again.
+    The backward pass computes the norm and everything inside run again. preserve_rng_state: run
+    draws random numbers, which are then the same again.
     """
-    given = [normed]  # let go of after the first call
+    first_input = [normed]  # released after the first call
     needs_gradient = normed.requires_grad
 
     def region(residual: Tensor) -> Any:
-        if given:
-            return run(given.pop())
+        if first_input:
+            return run(first_input.pop())
         with torch.no_grad():
             again = norm(residual)
         return run(again.requires_grad_(needs_gradient))
 
-    return checkpoint(region, residual, use_reentrant=False, preserve_rng_state=draws)
+    return checkpoint(region, residual, use_reentrant=False, preserve_rng_state=preserve_rng_state)

@@ -1,4 +1,4 @@
-"""Parameters that fully_shard has cut over processes, seen as the part here or as the whole."""
+"""Parameters sharded by FSDP2: the local shard, or the gathered (unsharded) parameter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def whole(*modules: nn.Module) -> Iterator[None]:
+def unsharded(*modules: nn.Module) -> Iterator[None]:
     """Inside, these modules' own shards are gathered into plain parameters, on every process.
 
-    All processes have to enter together. The gathered memory is given up afterwards: copy first.
+    All processes have to enter together. The gathered memory is freed afterwards: copy first.
     """
     sharded = [module for module in modules if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -29,8 +29,8 @@ def whole(*modules: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def unit_of(module: nn.Module, parameter: str) -> nn.Module:
-    """The innermost module that is sharded as a whole and holds this parameter; or the outermost.
+def fsdp_unit_of(module: nn.Module, parameter: str) -> nn.Module:
+    """The FSDP unit that holds this parameter: the innermost such module, else `module` itself.
 
     parameter: a dotted name, as named_parameters of `module` gives it.
     """

@@ -7,9 +7,6 @@ from torch import Tensor, nn
 from mmalign.model.config import VisionConfig
 from mmalign.model.layers import Constants, Embedding, LayerNorm, Linear
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
@@ -44,11 +41,14 @@ class VisionTower(nn.Module):
         hidden_size, patch_size = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(hidden_size))
         self.patch_embedding = Linear(3 * patch_size**2, hidden_size)
-        self.position_embedding = Embedding(config.num_patches + 1, hidden_size)
+        self.position_embedding = Embedding(config.seqlen, hidden_size)
         self.pre_layrnorm = LayerNorm(hidden_size, config.layer_norm_eps)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = LayerNorm(hidden_size, config.layer_norm_eps)
-        self.pixels = Constants(mean=_per_channel(CLIP_MEAN), std=_per_channel(CLIP_STD))
+        preprocessing = config.preprocessing
+        self.pixels = Constants(
+            mean=_per_channel(preprocessing.image_mean), std=_per_channel(preprocessing.image_std)
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (num_images, 3, image_size, image_size) uint8, not normalised.
@@ -57,27 +57,28 @@ class VisionTower(nn.Module):
         """
         trains = torch.is_grad_enabled() and self.class_embedding.requires_grad
         with torch.set_grad_enabled(trains):
-            num_images, seqlen = len(pixel_values), self.config.num_patches + 1
+            num_images, seqlen = len(pixel_values), self.config.seqlen
             hidden_states = _normed(self._embed(pixel_values), self.pre_layrnorm)
             cu_seqlens = torch.arange(
                 0, (num_images + 1) * seqlen, seqlen, dtype=torch.int32, device=pixel_values.device
             )
-            for layer in self.layers[:-1]:
+            for layer in self.layers[: self.config.num_layers_used]:
                 hidden_states = layer(hidden_states, cu_seqlens, seqlen)
-            return hidden_states.unflatten(0, (num_images, seqlen))[:, 1:].flatten(0, 1)
+            per_image = hidden_states.unflatten(0, (num_images, seqlen))
+            return per_image[:, self.config.num_class_tokens :].flatten(0, 1)
 
     def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
-        """uint8 levels to CLIP's zero mean and unit deviation, in the parameters' dtype."""
+        """uint8 levels to zero mean and unit deviation, in the parameters' dtype."""
         pixels = (pixel_values.float() / 255 - self.pixels.mean) / self.pixels.std
         return pixels.to(self.class_embedding.dtype)
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        """Class token and patches of every image, (num_images * (num_patches + 1), hidden_size)."""
+        """Class token and patches of every image, (num_images * seqlen, hidden_size)."""
         size, num_images = self.config.patch_size, len(pixel_values)
         side = self.config.image_size // size
         pixels = self.normalize_pixels(pixel_values)[:, :, : side * size, : side * size]
         patches = pixels.unflatten(3, (side, size)).unflatten(2, (side, size))
-        # (num_images, 3, rows, size, columns, size) -> one row of 3 * size * size values a patch
+        # (num_images, 3, rows, size, columns, size) -> one row of 3 * size * size values per patch
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_images, side * side, -1)
         embedded = self.patch_embedding(patches)  # (num_images, num_patches, hidden_size)
         class_token = self.class_embedding.expand(num_images, 1, -1)

@@ -1,7 +1,7 @@
 """From a configuration to what the loop needs: paths filled in, dataset, model."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
-from mmalign.model.recompute import set_recompute
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world import toy_world
 from mmalign.training.shortcuts import needed_flops
 
 log = logging.getLogger("mmalign")
@@ -33,8 +33,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         data = replace(data, image_root="")
     paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
     if TOY_WORLD in paths:
-        from mmalign.toy_world import toy_world  # its making needs much that others do not
-
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
         model = replace(
@@ -67,13 +65,9 @@ def _fill(value: str, toy_path: Path) -> str:
 
 
 def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
-    samples = read_samples(config.data.path, config.data)
-    if config.data.text_only:
-        return ConversationDataset(samples, tokenizer, config.data, num_patches=0, image_size=0)
-    vision = VisionConfig.from_hf(config.model.vision_tower)
-    return ConversationDataset(
-        samples, tokenizer, config.data, vision.num_patches, vision.image_size
-    )
+    samples, text_only = read_samples(config.data.path, config.data), config.data.text_only
+    vision = None if text_only else VisionConfig.from_hf(config.model.vision_tower)
+    return ConversationDataset(samples, tokenizer, config.data, vision)
 
 
 def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, int], int]:
@@ -92,25 +86,25 @@ def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, 
     return cost
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer) -> Llava:
+def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: Sequence[int] = ()) -> Llava:
     """The model with its pre-trained weights and with what the stage trains marked."""
-    dtype = DTYPES[config.precision]
+    dtype, options = DTYPES[config.precision], (tokenizer, config.shortcuts, prefix_ids)
     if config.data.text_only:
         decoder = load_decoder(config.model.decoder, dtype)
-        model = Llava(decoder, None, None, tokenizer)
+        model = Llava(decoder, None, None, *options)
     else:
         decoder = load_decoder(
             config.model.decoder, dtype, num_added_tokens=_num_missing_rows(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
         projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
-        model = Llava(decoder, tower, projector, tokenizer)
+        model = Llava(decoder, tower, projector, *options)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))
         elif config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
-    model.set_stage(config)
-    set_recompute(model.decoder, config.recompute, config.recompute_layers)
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.decoder.set_recompute(config.recompute, config.recompute_layers)
     return model
 
 

@@ -8,7 +8,7 @@ from mmalign.errors import UserError
 from mmalign.model.hf import export_llama, export_llava, save_projector
 from mmalign.model.hf.adapter import export_adapter
 from mmalign.model.llava import Llava
-from mmalign.model.shards import whole
+from mmalign.model.shards import unsharded
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
@@ -18,7 +18,7 @@ def export(model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: Ranks
     """The main process writes. Of a sharded model one unit at a time is gathered, by all."""
     folder = config.run_dir / "export"
     try:
-        with whole(model):
+        with unsharded(model):
             _write(model, config, tokenizer, ranks)
     except OSError as error:
         raise UserError(

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from mmalign_kernels import adamw_step
-from mmalign_kernels.block_quantization import BLOCK, num_blocks
+from mmalign_kernels.adamw import BLOCK, num_blocks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, zeros
 from torch.nn import Parameter

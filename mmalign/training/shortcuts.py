@@ -1,4 +1,4 @@
-"""Which shortcuts a run takes (mmalign/model/shortcuts.py says what they are), and what they spare.
+"""Which shortcuts a run takes (mmalign/model/llava.py computes them), and what they spare.
 
 Of a step's FLOPs with LLaMA2-7B and CLIP ViT-L/14 at 224 px, of samples as in tests/training/
 test_shortcuts.py: stage 1 with template v0 (330 tokens, 37 of them before the image, 22 with a

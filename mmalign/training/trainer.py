@@ -13,8 +13,7 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, timed
-from mmalign.data.step_plan import num_steps_of
+from mmalign.data.loader import Step, StepLoader, num_steps_of, timed
 from mmalign.distributed import Ranks, start_ranks
 from mmalign.errors import UserError
 from mmalign.evaluation.during_training import EvaluationDuringTraining
@@ -79,8 +78,7 @@ class Trainer:
             self.evaluation = EvaluationDuringTraining(
                 config, ranks, self.tokenizer, self.report, self.num_steps
             )
-        self.model = build_model(config, self.tokenizer)
-        self.model.follow_prefix(self.prefix_ids)
+        self.model = build_model(config, self.tokenizer, self.prefix_ids)
         self.workload = Workload.of(self.model, config)
         self.telemetry = Telemetry(config, ranks)
         self.parallel = ParallelModel(self.model, config, ranks)

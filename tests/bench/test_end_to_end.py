@@ -168,7 +168,8 @@ def test_a_hugging_face_llama_has_the_same_weights():
     theirs = hugging_face_llama(decoder)
     ids, length = torch.arange(10, 30), 20
     offsets = torch.tensor([0, length], dtype=torch.int32)
-    hidden = decoder(ids, torch.arange(length, dtype=torch.int32), offsets, length)
+    position_ids = torch.arange(length, dtype=torch.int32)
+    hidden = decoder(ids, decoder.packed_positions(position_ids, offsets, length))
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
         torch.testing.assert_close(decoder.lm_head(hidden), expected, atol=1e-5, rtol=1e-4)

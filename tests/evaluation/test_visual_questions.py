@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from mmalign.config import DataConfig
-from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import pack_samples
+from mmalign.data.samples import read_samples
 from mmalign.errors import UserError
 from mmalign.evaluation.visual_questions import score_run, score_visual_questions
 from mmalign.model.hf import load_decoder, load_vision_tower
@@ -56,7 +57,8 @@ def llava(world, tokenizer, data) -> Llava:
     tower = load_vision_tower(world.vision_tower)
     projector = Projector(tower.config.hidden_size, decoder.config.hidden_size)
     model = Llava(decoder, tower, projector, tokenizer)
-    model.set_stage(RECIPES["tiny-finetune"][1])
+    config = RECIPES["tiny-finetune"][1]
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
     dataset = open_dataset(data, tokenizer, model)
     batch = pack(dataset, range(len(dataset)), tokenizer)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=3e-3)
@@ -68,9 +70,8 @@ def llava(world, tokenizer, data) -> Llava:
 
 
 def open_dataset(data: DataConfig, tokenizer: Tokenizer, llava: Llava) -> ConversationDataset:
-    config = llava.vision_tower.config
     samples = read_samples(data.path, data)
-    return ConversationDataset(samples, tokenizer, data, config.num_patches, config.image_size)
+    return ConversationDataset(samples, tokenizer, data, llava.vision_tower.config)
 
 
 def pack(dataset, indices, tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmalign_kernels import linear_cross_entropy, target_logprobs
+from mmalign_kernels import target_logprobs
 
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf import load_decoder
@@ -16,20 +16,10 @@ from tests.model.tiny import (
     hf_logits,
     hf_loss_sum,
     hf_parameter,
-    pack,
+    hidden_states_of,
+    loss_of,
     text_samples,
 )
-
-
-def run(decoder: Decoder, samples) -> torch.Tensor:
-    batch = pack(samples)
-    return decoder(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
-
-
-def loss_of(decoder: Decoder, samples) -> torch.Tensor:
-    return linear_cross_entropy(
-        run(decoder, samples), decoder.lm_head.weight, pack(samples).target_ids
-    )
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -43,7 +33,7 @@ def test_logits_equal_transformers(models):
     theirs, decoder = models
     samples = text_samples()
     with torch.no_grad():
-        logits = run(decoder, samples) @ decoder.lm_head.weight.T
+        logits = hidden_states_of(decoder, samples) @ decoder.lm_head.weight.T
         expected = torch.cat([hf_logits(theirs, sample) for sample in samples])
     assert expected.std() > 0.5  # not a model that says nothing
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
@@ -77,7 +67,10 @@ def test_samples_do_not_see_each_other(models):
     _, decoder = models
     first, _, last = text_samples()
     with torch.no_grad():
-        forward, swapped = run(decoder, [first, last]), run(decoder, [last, first])
+        forward, swapped = (
+            hidden_states_of(decoder, [first, last]),
+            hidden_states_of(decoder, [last, first]),
+        )
     n = len(first.input_ids)
     torch.testing.assert_close(forward[:n], swapped[-n:], rtol=1e-5, atol=1e-5)
 
@@ -87,7 +80,9 @@ def test_target_logprobs_of_the_hidden_states(models):
     sample = text_samples()[0]
     targets = sample.input_ids[1:]
     with torch.no_grad():
-        logprobs = target_logprobs(run(decoder, [sample])[:-1], decoder.lm_head.weight, targets)
+        logprobs = target_logprobs(
+            hidden_states_of(decoder, [sample])[:-1], decoder.lm_head.weight, targets
+        )
         expected = hf_logits(theirs, sample)[:-1].log_softmax(-1)
     expected = expected.gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
@@ -101,7 +96,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers_bf16(tmp_path):
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         exact = torch.cat([hf_logits(theirs, sample) for sample in samples])
-        hidden_states = run(decoder, samples)
+        hidden_states = hidden_states_of(decoder, samples)
         logits = hidden_states @ decoder.lm_head.weight.T
         theirs.to(torch.bfloat16)
         peer = torch.cat([hf_logits(theirs, sample) for sample in samples])
@@ -128,7 +123,7 @@ def test_tables_grown_while_scoring_serve_training(tmp_path):
     hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path)
     with torch.inference_mode():
-        run(decoder, text_samples())
+        hidden_states_of(decoder, text_samples())
     assert len(decoder.rotary.cos) > 16 and not decoder.rotary.cos.is_inference()
 
 

@@ -1,39 +1,25 @@
-"""Generation against transformers' generate: tokens, distributions, stop strings, images."""
+"""Generation against transformers' generate: tokens, stop strings, images."""
 
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mmalign.errors import UserError
 from mmalign.model import generation_cache
-from mmalign.model.generate import GenerationOptions, Prompt, generate, generation_cache_bytes
-from mmalign.model.sampling import draw, sampling_probabilities
-from mmalign.model.text_stream import TextStream
-from mmalign.tokenizer import Tokenizer
-
-from .tiny import (
+from mmalign.model.decoder import Decoder
+from mmalign.model.generate import GenerationOptions, Prompt, generate
+from tests.model.tiny import (
+    END,
     SHAPES,
-    TOKENIZER,
+    Letters,
     hf_llava,
     hf_pixels,
     mixed_samples,
     ours,
     random_sample,
 )
-
-END = 2
-
-
-class Letters:
-    """Every token is a letter; what the model sees of a tokenizer."""
-
-    image_token_id, eos_token_id = TOKENIZER.image_token_id, END
-
-    def decode(self, ids) -> str:
-        return "".join(chr(48 + i) for i in ids)
 
 
 class Case:
@@ -100,13 +86,13 @@ def test_greedy_tokens_on_a_gpu(any_case):
 def test_shared_prefix_is_computed_once(case, monkeypatch, prompt_pass):
     monkeypatch.setattr(generation_cache, "_PROMPT_PASS", prompt_pass)
     seen = []
-    extend = type(case.llava.decoder).extend
+    forward = Decoder.forward
 
-    def counting(decoder, input_ids, *rest, **images):
+    def counting(decoder, input_ids, *rest):
         seen.append(len(input_ids))
-        return extend(decoder, input_ids, *rest, **images)
+        return forward(decoder, input_ids, *rest)
 
-    monkeypatch.setattr(type(case.llava.decoder), "extend", counting)
+    monkeypatch.setattr(Decoder, "forward", counting)
     first = random_sample(70, seed=5)
     prefix = first.input_ids[:66]
     samples = [first] + [
@@ -127,27 +113,6 @@ def test_equal_tokens_behind_different_images(case):
     expected = [case.theirs(sample, 8) for sample in samples]
     assert len(set(map(tuple, expected))) > 1
     assert case.ours(samples, max_new_tokens=8) == expected
-
-
-def test_probabilities_are_those_of_transformers_warpers():
-    logits = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) * 4
-    for temperature, top_k, top_p in ((0.7, 0, 1.0), (1.3, 0, 0.9), (0.4, 20, 0.5), (2.0, 7, 1.0)):
-        expected = TemperatureLogitsWarper(temperature)(None, logits)
-        if top_k:
-            expected = TopKLogitsWarper(top_k)(None, expected)
-        expected = TopPLogitsWarper(top_p)(None, expected).softmax(1)
-        found = sampling_probabilities(logits, temperature, top_k, top_p)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_draws_follow_the_probabilities():
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
-    n = 20_000
-    uniforms = (torch.arange(n) + 0.5) / n
-    counts = draw(probabilities.expand(n, -1), uniforms.double()).bincount(minlength=6)
-    torch.testing.assert_close(counts / n, probabilities, rtol=0, atol=2 / n)
-    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probabilities.expand(2, -1), edges).tolist() == [0, 4]
 
 
 def test_sampling_is_reproducible_and_independent_of_the_batch(case):
@@ -181,34 +146,7 @@ def test_stop_strings_end_a_sequence_and_leave_the_others(case):
 def test_end_of_text_and_length_are_told_apart(case):
     reasons = {len(x.token_ids): x.reason for x in run(case.llava, mixed_samples())}
     assert reasons[20] == "length"
-    assert {reason for length, reason in reasons.items() if length < 20} <= {"end"}
-
-
-def test_cache_bytes_are_those_of_transformers_cache(case):
-    sample = random_sample(12)
-    cache = case.hf(input_ids=sample.input_ids[None], use_cache=True).past_key_values
-    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    config = case.llava.decoder.config
-    assert generation_cache_bytes(config, 12, torch.float32) == held
-
-
-def test_stream_of_any_tokens_adds_up_to_their_text(shared_data):
-    tokenizer = Tokenizer.from_pretrained(shared_data / "llama_tokenizer")
-    generator = torch.Generator().manual_seed(1)
-    text = "Two  blanks,\n\n a \u2603 and \U0001f600\U0001f600 \u00e9."
-    random = torch.randint(3, 32000, (300,), generator=generator).tolist()
-    for ids in (tokenizer.encode(text), random, tokenizer.encode(text) + [200]):
-        stream = TextStream(tokenizer)
-        pieces = [stream.push(token_id) for token_id in ids] + [stream.finish()]
-        assert "".join(pieces) == stream.text == tokenizer.decode(ids)
-
-
-def test_stream_holds_back_what_may_become_a_stop_string():
-    stream = TextStream(Letters(), ["abc", "x"])
-    pieces = [stream.push(ord(letter) - 48) for letter in "qabab"]
-    assert pieces == ["q", "", "", "ab", ""]
-    assert stream.push(ord("c") - 48) == "" and stream.stopped
-    assert stream.text == "qab" and stream.finish() == ""
+    assert {reason for length, reason in reasons.items() if length < 20} == {"end"}
 
 
 BAD_OPTIONS = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -1, "top_p": 0.0, "seed": -1}

@@ -21,6 +21,7 @@ from tests.model.tiny import (
     mixed_samples,
     ours,
     pack,
+    set_trainable,
     stage,
     text_samples,
 )
@@ -61,7 +62,7 @@ def test_logits_equal_transformers(models):
 
 def test_finetune_gradients_equal_transformers(models):
     theirs, model = models
-    model.set_stage(stage("finetune"))
+    set_trainable(model, stage("finetune"))
     samples = mixed_samples()
     loss, expected = model(pack(samples)), hf_loss_sum(theirs, samples)
     assert loss.dtype == torch.float32 and loss.shape == ()
@@ -81,7 +82,7 @@ def test_finetune_gradients_equal_transformers(models):
 def test_packed_equals_one_sample_at_a_time(untied_models, config):
     _, model = untied_models
     torch.manual_seed(0)
-    model.set_stage(config)
+    set_trainable(model, config)
     samples = mixed_samples()
     loss = model(pack(samples))
     loss.backward()
@@ -98,7 +99,7 @@ def test_packed_equals_one_sample_at_a_time(untied_models, config):
 
 def test_pretrain_trains_the_projector_alone(untied_models):
     theirs, model = untied_models
-    model.set_stage(STAGES["pretrain-plain"])
+    set_trainable(model, STAGES["pretrain-plain"])
     assert set(model.trainable_parameters()) == {"projector.weight", "projector.bias"}
     samples = mixed_samples()
     model(pack(samples)).backward()
@@ -112,7 +113,7 @@ def test_pretrain_with_im_start_end_trains_their_two_rows(untied_models):
     theirs, model = untied_models
     samples = mixed_samples()
     before = model(pack(samples)).detach()
-    model.set_stage(STAGES["pretrain-im-start-end"])
+    set_trainable(model, STAGES["pretrain-im-start-end"])
     trained = {"projector.weight", "projector.bias", "image_token_embeddings"}
     assert set(model.trainable_parameters()) == trained
     loss = model(pack(samples))
@@ -127,12 +128,12 @@ def test_pretrain_with_im_start_end_trains_their_two_rows(untied_models):
 
 def test_the_next_stage_takes_the_two_trained_rows_over(untied_models):
     _, model = untied_models
-    model.set_stage(STAGES["pretrain-im-start-end"])
+    set_trainable(model, STAGES["pretrain-im-start-end"])
     model.image_token_embeddings.data.normal_()
     rows = model.image_token_embeddings.detach().clone()
     samples = mixed_samples()
     loss = model(pack(samples)).detach()
-    model.set_stage(stage("finetune"))
+    set_trainable(model, stage("finetune"))
     assert model.image_token_embeddings is None
     assert torch.equal(model.decoder.embed_tokens.weight[[101, 102]], rows)
     assert torch.equal(model(pack(samples)).detach(), loss)
@@ -142,7 +143,7 @@ def test_the_next_stage_takes_the_two_trained_rows_over(untied_models):
 def test_batch_without_images_still_gives_every_gradient(untied_models, config, monkeypatch):
     """A rank whose micro-batch has no image must not leave the others waiting for a gradient."""
     theirs, model = untied_models
-    model.set_stage(config)
+    set_trainable(model, config)
 
     def must_not_run(pixel_values):
         raise AssertionError("the tower ran without an image")
@@ -163,7 +164,7 @@ def test_bf16_runs_in_every_stage(untied_models, config, samples):
     _, model = untied_models
     exact = model(pack(samples)).detach()
     model = model.to(torch.bfloat16)
-    model.set_stage(config)
+    set_trainable(model, config)
     loss = model(pack(samples))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.detach(), exact, rtol=0.02, atol=0)
@@ -174,11 +175,11 @@ def test_bf16_runs_in_every_stage(untied_models, config, samples):
 
 def test_lora_trains_the_adapters_and_on_request_the_embeddings(untied_models):
     _, model = untied_models
-    model.set_stage(STAGES["lora"])
+    set_trainable(model, STAGES["lora"])
     names = set(model.trainable_parameters())
     assert all("lora_" in name or name.startswith("projector.") for name in names)
     assert len(names) == 2 + 2 * 7 * 2  # projector; A and B of seven adapters in two layers
-    model.set_stage(STAGES["lora-embeddings"])
+    set_trainable(model, STAGES["lora-embeddings"])
     added = set(model.trainable_parameters()) - names
     assert added == {"decoder.embed_tokens.weight", "decoder.lm_head.weight"}
 
@@ -186,13 +187,13 @@ def test_lora_trains_the_adapters_and_on_request_the_embeddings(untied_models):
 def test_text_only_model_is_the_decoder(untied_models):
     theirs, model = untied_models
     model = Llava(model.decoder, None, None, TOKENIZER)
-    model.set_stage(stage("finetune"))
+    set_trainable(model, stage("finetune"))
     loss, expected = model(pack(text_samples())), hf_loss_sum(theirs, text_samples())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     loss.backward()
     assert gradients(model).keys() == model.trainable_parameters().keys()
     with pytest.raises(UserError, match="trains the projector"):
-        model.set_stage(stage("pretrain"))
+        set_trainable(model, stage("pretrain"))
 
 
 def test_projector_of_another_size_is_refused(untied_models):
@@ -200,6 +201,9 @@ def test_projector_of_another_size_is_refused(untied_models):
     state = {"weight": torch.zeros(128, 32), "bias": torch.zeros(128)}
     with pytest.raises(UserError, match=r"weight: expected shape \(128, 48\).*found \(128, 32\)"):
         model.load_projector(state)
+    rows = {"image_token_embeddings": torch.ones(2, 64)}
+    with pytest.raises(UserError, match=r"expected shape \(2, 128\).*found \(2, 64\)"):
+        model.load_projector(model.projector.to_tensors() | rows)
 
 
 def test_image_tokens_beyond_the_vocabulary_are_refused(untied_models):
@@ -209,7 +213,7 @@ def test_image_tokens_beyond_the_vocabulary_are_refused(untied_models):
         Llava(model.decoder, model.vision_tower, model.projector, tokenizer)
     model.im_start_end_ids = (103, 104)
     with pytest.raises(UserError, match=r"ids \(103, 104\)"):
-        model.set_stage(STAGES["pretrain-im-start-end"])
+        set_trainable(model, STAGES["pretrain-im-start-end"])
     state = {"weight": model.projector.weight, "bias": model.projector.bias}
     with pytest.raises(UserError, match=r"ids \(103, 104\)"):
         model.load_projector(state | {"image_token_embeddings": torch.zeros(2, 128)})
@@ -218,4 +222,4 @@ def test_image_tokens_beyond_the_vocabulary_are_refused(untied_models):
 def test_tied_decoder_cannot_train_two_rows(tmp_path):
     model = ours(hf_llava(**TIED), tmp_path)
     with pytest.raises(UserError, match="ties lm_head"):
-        model.set_stage(STAGES["pretrain-im-start-end"])
+        set_trainable(model, STAGES["pretrain-im-start-end"])

@@ -13,8 +13,16 @@ from mmalign.model.hf import load_decoder
 from mmalign.model.hf.names import decoder_parts
 from mmalign.model.layers import Linear
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
-from tests.model.test_decoder import loss_of, run
-from tests.model.tiny import GROUPED_QUERY, SHAPES, assert_same, hf_llama, hf_loss_sum, text_samples
+from tests.model.tiny import (
+    GROUPED_QUERY,
+    SHAPES,
+    assert_same,
+    hf_llama,
+    hf_loss_sum,
+    hidden_states_of,
+    loss_of,
+    text_samples,
+)
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = LoraConfig(rank=4, alpha=12.0, dropout=0.0)
@@ -73,9 +81,9 @@ def test_equals_seven_adapters(tmp_path, shape):
 def test_merge_equals_the_adapted_model(tmp_path):
     decoder, theirs, pairs = adapted_models(tmp_path, GROUPED_QUERY)
     with torch.no_grad():
-        adapted = run(decoder, text_samples())
+        adapted = hidden_states_of(decoder, text_samples())
         merge_lora(decoder)
-        merged = run(decoder, text_samples())
+        merged = hidden_states_of(decoder, text_samples())
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     assert not any(isinstance(m, LoraLinear) for m in decoder.modules())
     assert not any("lora" in name for name, _ in decoder.named_parameters())
@@ -90,10 +98,10 @@ def test_starts_as_the_base_model_with_pefts_distribution(tmp_path):
     hf_llama(**GROUPED_QUERY).save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path)
     with torch.no_grad():
-        before = run(decoder, text_samples())
+        before = hidden_states_of(decoder, text_samples())
         torch.manual_seed(0)
         add_lora(decoder, LoraConfig(rank=64))
-        assert torch.equal(run(decoder.eval(), text_samples()), before)
+        assert torch.equal(hidden_states_of(decoder.eval(), text_samples()), before)
     for name, parameter in decoder.named_parameters():
         if "lora_a" in name:  # kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(in_features)
             bound = parameter.shape[1] ** -0.5
@@ -172,17 +180,19 @@ def test_some_targets_are_the_others_without_their_adapters(targets, tmp_path):
     expected, found = (loss_of(x, text_samples()) for x in (every, some))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     rows = torch.tensor([1, 4, 30])
-    pruned, whole = (
-        layer.qkv_proj.pruned(torch.ones(40, 128), rows, layer.o_proj.weight.shape[1])
+    found, expected = (
+        layer.qkv_proj.forward_rows(torch.ones(40, 128), rows, layer.o_proj.weight.shape[1])
         if isinstance(layer.qkv_proj, LoraLinear)
         else None
         for layer in (some.layers[0], every.layers[0])
     )
-    assert_same(pruned, whole)
+    assert_same(found, expected)
     with torch.no_grad():
-        before = run(some, text_samples())
+        before = hidden_states_of(some, text_samples())
         merge_lora(some)
-        torch.testing.assert_close(run(some, text_samples()), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            hidden_states_of(some, text_samples()), before, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_rank_needs_a_target(tmp_path):

@@ -1,11 +1,8 @@
 """Shortcuts against the plain computation: the same loss, gradients and weights, less work."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from mmalign.batch import PackedBatch
 from mmalign.config import ShortcutConfig
 from mmalign.model.llava import Llava
 from tests.model import tiny
@@ -17,16 +14,14 @@ STAGES = {
     "lora": tiny.stage("finetune", rank=4),
     "lora-embeddings": tiny.stage("finetune", rank=4, train_embeddings=True),
 }
-
-
 SHAPES = {"gqa": tiny.GROUPED_QUERY, "head-dim-100": tiny.HEAD_DIM_100}
 
 
 @pytest.fixture(params=SHAPES)
 def make_model(request, tmp_path):
-    """Makes the same model any number of times: a stage changes it."""
+    """Makes the same model any number of times: set_trainable changes it."""
     theirs = tiny.hf_llava(**SHAPES[request.param])
-    return lambda: tiny.ours(theirs, tmp_path)
+    return lambda: tiny.ours(theirs, tmp_path, prefix_ids=tiny.HEADER.tolist())
 
 
 @pytest.fixture
@@ -41,7 +36,8 @@ def text_only(model: Llava) -> Llava:
 def loss_and_gradients(model, batch, config, shortcuts):
     """Of one micro-batch, with adapters that are not zero."""
     torch.manual_seed(0)
-    model.set_stage(replace(config, shortcuts=shortcuts))
+    model.shortcuts = shortcuts
+    tiny.set_trainable(model, config)
     for name, parameter in model.trainable_parameters().items():
         if "lora_b" in name:
             parameter.data.normal_(std=0.1)
@@ -61,7 +57,7 @@ def assert_same_step(ours, plain):
 
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text-only"])
-def test_pruned_rows_change_nothing(make_model, kind, images):
+def test_rows_without_a_target_change_nothing(make_model, kind, images):
     if not images and kind == "pretrain":
         pytest.skip("stage 1 trains the projector")
     batch = tiny.pack(tiny.mixed_samples() if images else tiny.text_samples())
@@ -83,7 +79,7 @@ def rows_of_products(model, batch) -> dict[str, int]:
 
 
 def test_last_layer_computes_the_supervised_rows_alone(model):
-    model.set_stage(STAGES["finetune"])
+    tiny.set_trainable(model, STAGES["finetune"])
     batch = tiny.pack(tiny.mixed_samples())
     counts = rows_of_products(model, batch)
     assert set(counts.values()) == {batch.num_loss_tokens} and len(counts) == 3
@@ -99,76 +95,44 @@ def test_batch_without_a_target_gives_zero_gradients(model, kind):
     assert gradients and not any(gradient.any() for gradient in gradients.values())
 
 
-HEADER = torch.tensor([1, 17, 5, 9, 44, 23, 8, 31, 60, 12])
-
-
-def following(samples: list[tiny.TinySample]) -> list[tiny.TinySample]:
-    """The samples behind one header, without a target in it or in the first token after it."""
-    return [
-        replace(
-            sample,
-            input_ids=torch.cat((HEADER, sample.input_ids)),
-            labels=torch.cat((torch.full_like(HEADER, -100), sample.labels.index_fill(
-                0, torch.tensor([0]), -100))),
-        )
-        for sample in samples
-    ]  # fmt: skip
-
-
-def without_prefix(samples: list[tiny.TinySample]) -> PackedBatch:
-    """What pack_samples makes of them, with the tests' own packing."""
-    length = len(HEADER)
-    batch = tiny.pack([
-        replace(sample, input_ids=sample.input_ids[length:], labels=sample.labels[length:])
-        for sample in samples
-    ])  # fmt: skip
-    return replace(batch, position_ids=batch.position_ids + length, prefix_length=length)
-
-
 @pytest.mark.parametrize("template", ["plain", "v1"], ids=["projector", "im-start-end"])
 def test_frozen_prefix_changes_nothing(make_model, template):
     config = tiny.stage("pretrain", template)
-    samples = following(tiny.mixed_samples())
+    samples = tiny.following(tiny.mixed_samples())
     plain = loss_and_gradients(make_model(), tiny.pack(samples), config, PLAIN)
-    ours = make_model()
-    ours.follow_prefix(HEADER.tolist())
-    assert_same_step(
-        loss_and_gradients(ours, without_prefix(samples), config, ShortcutConfig()), plain
-    )
+    batch = tiny.without_prefix(samples)
+    assert_same_step(loss_and_gradients(make_model(), batch, config, ShortcutConfig()), plain)
 
 
 def test_frozen_prefix_is_computed_once(model):
-    model.set_stage(STAGES["pretrain"])
-    model.follow_prefix(HEADER.tolist())
+    tiny.set_trainable(model, STAGES["pretrain"])
     tokens = []
     model.decoder.layers[0].register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0]))
-    batch = without_prefix(following(tiny.mixed_samples()))
+    batch = tiny.without_prefix(tiny.following(tiny.mixed_samples()))
     for _ in range(3):
         model(batch).backward()
-    assert [len(x) for x in tokens] == [len(HEADER), *[len(batch.input_ids)] * 3]
+    assert [len(x) for x in tokens] == [len(tiny.HEADER), *[len(batch.input_ids)] * 3]
     assert not tokens[0].requires_grad and tokens[1].requires_grad
     model.to(torch.bfloat16)  # of another precision: computed again
     model(batch)
-    assert len(tokens[4]) == len(HEADER) and tokens[4].dtype == torch.bfloat16
+    assert len(tokens[4]) == len(tiny.HEADER) and tokens[4].dtype == torch.bfloat16
 
 
 def test_frozen_prefix_changes_with_the_decoder(make_model):
     """A stage that starts with other weights must not meet the old keys and values."""
-    batch = without_prefix(following(tiny.mixed_samples()))
+    batch = tiny.without_prefix(tiny.following(tiny.mixed_samples()))
     fresh, used = make_model(), make_model()
-    used.set_stage(STAGES["pretrain"])
-    used.follow_prefix(HEADER.tolist())
+    tiny.set_trainable(used, STAGES["pretrain"])
     used(batch)
     for model in (fresh, used):
         model.decoder.layers[0].qkv_proj.weight.data.mul_(0.5)
-        model.set_stage(STAGES["pretrain"])
-        model.follow_prefix(HEADER.tolist())
+        tiny.set_trainable(model, STAGES["pretrain"])
     assert torch.equal(used(batch), fresh(batch))
 
 
 def test_tower_sees_the_images_of_the_batch_alone(model, monkeypatch):
     """Samples without an image cost no work of it; a batch without any does not call it at all."""
-    model.set_stage(STAGES["finetune"])
+    tiny.set_trainable(model, STAGES["finetune"])
     seen, forward = [], model.vision_tower.forward
     monkeypatch.setattr(model.vision_tower, "forward", lambda x: seen.append(len(x)) or forward(x))
     model(tiny.pack(tiny.mixed_samples()))

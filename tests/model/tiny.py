@@ -1,10 +1,11 @@
 """Small random models of transformers, and packed batches of random samples for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from mmalign_kernels import linear_cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -20,12 +21,14 @@ from transformers import (
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
+from mmalign.model.decoder import Decoder
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 
 VOCAB_SIZE = 103  # the last three are <im_patch>, <im_start>, <im_end>
 TOKENIZER = SimpleNamespace(image_token_id=100, im_start_id=101, im_end_id=102)
+END = 2  # the end-of-text token
 IMAGE_SIZE, PATCH_SIZE, NUM_PATCHES = 28, 14, 4
 
 GROUPED_QUERY = dict(
@@ -46,6 +49,15 @@ TIED = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 5e5},
 )
 SHAPES = {"grouped-query": GROUPED_QUERY, "head-dim-100": HEAD_DIM_100, "tied": TIED}
+
+
+class Letters:
+    """A tokenizer whose every token is a letter."""
+
+    image_token_id, eos_token_id = TOKENIZER.image_token_id, END
+
+    def decode(self, ids) -> str:
+        return "".join(chr(48 + i) for i in ids)
 
 
 def llama_config(**shape) -> LlamaConfig:
@@ -104,11 +116,12 @@ def hf_llava(**shape) -> LlavaForConditionalGeneration:
     return model
 
 
-def ours(hf_model: PreTrainedModel, folder: Path) -> Llava:
-    """The same LLaVA, through a saved folder."""
+def ours(hf_model: PreTrainedModel, folder: Path, **options) -> Llava:
+    """The same LLaVA, through a saved folder; options of Llava."""
     hf_model.save_pretrained(folder)
     decoder, tower = load_decoder(folder), load_vision_tower(folder)
-    model = Llava(decoder, tower, Projector(48, decoder.config.hidden_size), TOKENIZER)
+    projector = Projector(48, decoder.config.hidden_size)
+    model = Llava(decoder, tower, projector, TOKENIZER, **options)
     model.load_projector(load_projector(folder))
     return model.eval()
 
@@ -117,6 +130,10 @@ def stage(name: str, template: str = "v1", **lora) -> TrainConfig:
     return TrainConfig(
         stage=name, data=DataConfig(template=template), lora=LoraConfig(dropout=0.0, **lora)
     )
+
+
+def set_trainable(model: Llava, config: TrainConfig) -> None:
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,45 @@ def pack(samples: list[TinySample]) -> PackedBatch:
         pixel_values=torch.cat([sample.pixels for sample in samples]),
         image_positions=(input_ids == TOKENIZER.image_token_id).nonzero().squeeze(1),
     )
+
+
+HEADER = torch.tensor([1, 17, 5, 9, 44, 23, 8, 31, 60, 12])
+
+
+def following(samples: list[TinySample]) -> list[TinySample]:
+    """The samples behind one header, without a target in it or in the first token after it."""
+    unsupervised = torch.full_like(HEADER, IGNORE_INDEX)
+    return [
+        replace(
+            sample,
+            input_ids=torch.cat((HEADER, sample.input_ids)),
+            labels=torch.cat((unsupervised, unsupervised[:1], sample.labels[1:])),
+        )
+        for sample in samples
+    ]
+
+
+def without_prefix(samples: list[TinySample]) -> PackedBatch:
+    """What pack_samples makes of samples that follow HEADER, with the tests' own packing."""
+    length = len(HEADER)
+    cut = [
+        replace(sample, input_ids=sample.input_ids[length:], labels=sample.labels[length:])
+        for sample in samples
+    ]
+    batch = pack(cut)
+    return replace(batch, position_ids=batch.position_ids + length, prefix_length=length)
+
+
+def hidden_states_of(decoder: Decoder, samples: list[TinySample]) -> Tensor:
+    """The decoder's output for packed text, (total_tokens, hidden_size)."""
+    batch = pack(samples)
+    positions = decoder.packed_positions(batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    return decoder(batch.input_ids, positions)
+
+
+def loss_of(decoder: Decoder, samples: list[TinySample]) -> Tensor:
+    hidden_states, batch = hidden_states_of(decoder, samples), pack(samples)
+    return linear_cross_entropy(hidden_states, decoder.lm_head.weight, batch.target_ids)
 
 
 def hf_pixels(pixels: Tensor) -> Tensor:

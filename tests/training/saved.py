@@ -55,18 +55,19 @@ VISION = VisionConfig(
 def small_model(decoder: DecoderConfig, config: TrainConfig) -> Llava:
     """Random weights, the same for the same shapes; what config.stage trains is marked."""
     if config.data.text_only:
-        model = Llava(Decoder(decoder), None, None, IMAGE_TOKENS)
+        model = Llava(Decoder(decoder), None, None, IMAGE_TOKENS, config.shortcuts)
     else:
         projector = Projector(VISION.hidden_size, decoder.hidden_size)
-        model = Llava(Decoder(decoder), VisionTower(VISION), projector, IMAGE_TOKENS)
+        tower = VisionTower(VISION)
+        model = Llava(Decoder(decoder), tower, projector, IMAGE_TOKENS, config.shortcuts)
     init_weights(model, seed=1)
     torch.manual_seed(0)
-    model.set_stage(config)
+    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_b" in name:
                 parameter.normal_(std=0.1)
-    recompute.set_recompute(model.decoder, config.recompute, config.recompute_layers)
+    model.decoder.set_recompute(config.recompute, config.recompute_layers)
     return model
 
 

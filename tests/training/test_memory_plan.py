@@ -14,7 +14,7 @@ from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.distributed import Ranks
 from mmalign.errors import UserError
 from mmalign.flops import Workload
-from mmalign.model.recompute import POLICIES, set_recompute
+from mmalign.model.recompute import POLICIES
 from mmalign.recipes import RECIPES
 from mmalign.training.memory import table as memory_table
 from mmalign.training.memory.activations import Activations, MicroBatch
@@ -61,7 +61,7 @@ def test_activations_are_those_that_the_graph_keeps(case, decoder, prunes):
     planned = Activations.of(Workload.of(model, config), config, "cpu")
     for policy in POLICIES:
         for num_layers in (None, 1):
-            set_recompute(model.decoder, policy, num_layers)
+            model.decoder.set_recompute(policy, num_layers)
             with saving(model, batch) as saved:
                 loss = model(batch)
             sizes = MicroBatch(sum(LENGTHS), batch.num_loss_tokens, num_images)
@@ -275,4 +275,4 @@ def test_command_line(small_world, plan_memory):
     assert "recommended: --recompute none" in printed
     assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
     assert "not one of a100-40g" in plan_memory("finetune-7b", "--gpu", "abacus")
-    assert "a card of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
+    assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")

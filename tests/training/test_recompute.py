@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmalign.errors import UserError
-from mmalign.model.recompute import POLICIES, policy_by_layer, set_recompute
+from mmalign.model.recompute import POLICIES, policy_by_layer
 from tests.training.saved import decoder_config, random_batch, saving, small_model, train_config
 
 CASES = {
@@ -37,7 +37,7 @@ def test_same_bits_as_without(case, policy, num_layers):
     model = small_model(decoder_config(), config)
     batch = random_batch(LENGTHS, 0 if config.data.text_only else 2)
     expected = loss_and_gradients(model, batch)
-    set_recompute(model.decoder, policy, num_layers)
+    model.decoder.set_recompute(policy, num_layers)
     found = loss_and_gradients(model, batch)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert found[2].keys() == expected[2].keys()
@@ -52,7 +52,7 @@ def test_each_policy_keeps_less_than_the_one_before(case):
     batch = random_batch(LENGTHS, 0 if config.data.text_only else 2)
     kept = []
     for policy in POLICIES:
-        set_recompute(model.decoder, policy)
+        model.decoder.set_recompute(policy)
         with saving(model, batch) as saved:
             loss = model(batch)
         kept.append(saved.bytes)

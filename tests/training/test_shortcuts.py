@@ -13,9 +13,9 @@ from mmalign.model import llava
 from mmalign.training.shortcuts import needed_flops
 from mmalign.training.trainer import train
 from tests.model import tiny
-from tests.model.test_shortcuts import HEADER, following, without_prefix
+from tests.model.tiny import HEADER, following, without_prefix
+from tests.test_flops import CLIP_VIT_L, LLAMA2_7B
 from tests.training.runs import exported_weights, losses, small_config
-from tests.training.test_flops import CLIP_VIT_L, LLAMA2_7B
 
 PLAIN = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
 
@@ -82,21 +82,21 @@ def products(model, batch) -> int:
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "lora"])
 def test_needed_flops_are_those_that_torch_counts(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["mmalign_kernels.linear"], "_HAS_ONEDNN", False
+        sys.modules["mmalign_kernels.reference.linear"], "_HAS_ONEDNN", False
     )  # whose products it misses
     config = tiny.stage("pretrain" if kind == "pretrain" else "finetune")
     if kind == "lora":
         config = replace(config, lora=LoraConfig(rank=2, dropout=0.0, targets=("q_proj", "v_proj")))
-    model = tiny.ours(tiny.hf_llava(**tiny.GROUPED_QUERY), tmp_path)
-    model.set_stage(config)
+    hf_model = tiny.hf_llava(**tiny.GROUPED_QUERY)
+    model = tiny.ours(hf_model, tmp_path, prefix_ids=HEADER.tolist())
+    tiny.set_trainable(model, config)
     samples = following(tiny.mixed_samples())
     whole = ours = tiny.pack(samples)
     if kind == "pretrain":
         ours = without_prefix(samples)
-        model.follow_prefix(HEADER.tolist())
         model(ours)  # computes the prefix
     with_shortcuts = products(model, ours)
-    model.set_stage(replace(config, shortcuts=PLAIN))
+    model.shortcuts = PLAIN
     workload = Workload.of(model, config)
     sizes = [len(x.input_ids) for x in samples], whole.num_loss_tokens, len(whole.pixel_values)
     needed = needed_flops(workload, ShortcutConfig(), *sizes, ours.prefix_length)

@@ -1,4 +1,4 @@
-"""LoRA adapters as a folder that PEFT loads beside the model that they were trained on."""
+"""LoRA adapters as a folder that PEFT loads on top of the model they were trained on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +7,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.config import LoraConfig
+from mmalign.files import write_json
 from mmalign.model.decoder import Decoder
-from mmalign.model.hf.export import complete_or_absent, write_json
+from mmalign.model.hf.export import replacing_folder
 from mmalign.model.lora import LoraLinear
-from mmalign.model.shards import whole
+from mmalign.model.shards import unsharded
 
-PREFIX = "base_model.model."  # PeftModel's around LlamaForCausalLM
+PREFIX = "base_model.model."  # of PeftModel around LlamaForCausalLM
 
 
 def export_adapter(
@@ -21,9 +22,9 @@ def export_adapter(
     """adapter_config.json and adapter_model.safetensors, in PEFT's names.
 
     base: folder of the model that the adapters belong to. With train_embeddings the file holds
-    embed_tokens and lm_head whole; where they have rows for image tokens that base lacks, resize
-    base's embeddings to them first. A sharded decoder is gathered layer by layer, by all processes;
-    with folder None a process only takes part in that.
+    embed_tokens and lm_head in full; where they have rows for image tokens that base lacks, resize
+    base's embeddings first. All processes gather a sharded decoder layer by layer; with folder None
+    a process only takes part in that.
     """
     tensors = dict(_adapters(decoder))
     if lora.train_embeddings:
@@ -46,14 +47,14 @@ def export_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with complete_or_absent(Path(folder)) as partial:
+    with replacing_folder(Path(folder)) as partial:
         write_json(partial / "adapter_config.json", config)
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _adapters(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(decoder.layers):
-        with whole(layer):
+        with unsharded(layer):
             for module in layer.children():
                 if not isinstance(module, LoraLinear):
                     continue
@@ -75,5 +76,5 @@ def _embeddings(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Of its own memory: what a sharded layer has gathered is given up afterwards."""
+    """In its own memory: what a sharded layer has gathered is freed afterwards."""
     return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,47 +1,43 @@
 """Our modules as folders that transformers loads, in the layout of published checkpoints.
 
-Each export is written beside its place and renamed, so a folder is complete or not there. Adapters
-and the two trained token rows are merged into the written weights; the model itself stays as it is.
+Each export is written to a temporary folder and renamed, so a folder is complete or absent.
+Adapters and the two trained token rows are merged into the written weights, not into the model.
 """
 
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from mmalign.files import replacing, write_json
 from mmalign.model.config import VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
-from mmalign.model.shards import unit_of, whole
-from mmalign.model.vision_tower import CLIP_MEAN, CLIP_STD, VisionTower
-
-if TYPE_CHECKING:
-    from mmalign.tokenizer import Tokenizer
+from mmalign.model.shards import fsdp_unit_of, unsharded
+from mmalign.model.vision_tower import VisionTower
+from mmalign.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_llama(
-    model: Llava | Decoder, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
+    model: Llava | Decoder, folder: str | Path | None, tokenizer: Tokenizer | None = None
 ) -> None:
     """A LlamaForCausalLM folder of the decoder alone.
 
-    A sharded model is exported by all processes together; with folder None a process only takes
-    part in gathering its weights.
+    All processes export a sharded model together; with folder None a process only takes part in
+    gathering its weights.
     """
     decoder = model.decoder if isinstance(model, Llava) else model
     if folder is None:
         return _read_all(_decoder_tensors(model))
-    with complete_or_absent(Path(folder)) as partial:
+    with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
         _write_weights(partial, _decoder_tensors(model))
         if tokenizer is not None:
@@ -50,20 +46,16 @@ def export_llama(
 
 def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
     """A CLIPVisionModel folder, with the preprocessor's settings."""
-    with complete_or_absent(Path(folder)) as partial:
+    with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", tower.config.to_hf(_dtype(tower)))
-        _write_preprocessor(partial, tower.config)
+        write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
         _write_weights(partial, _tower_tensors(tower, "vision_model."))
 
 
 def export_llava(
-    llava: Llava, folder: str | Path | None, tokenizer: "Tokenizer | None" = None
+    llava: Llava, folder: str | Path | None, tokenizer: Tokenizer | None = None
 ) -> None:
-    """A LlavaForConditionalGeneration folder. folder None: as in export_llama.
-
-    Its projector has two linear layers with an activation between them; ours is the first, the
-    activation is "linear" and the second is the identity with zero bias, which is exact.
-    """
+    """A LlavaForConditionalGeneration folder. folder None: as in export_llama."""
     assert llava.vision_tower is not None, "a text-only model exports with export_llama"
     if folder is None:
         return _read_all(_llava_tensors(llava))
@@ -74,17 +66,15 @@ def export_llava(
         "torch_dtype": str(dtype).removeprefix("torch."),
         "image_token_index": llava.image_token_id,
         "image_seq_length": tower.config.num_patches,
-        "projector_hidden_act": "linear",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        **llava.projector.HF_CONFIG,
+        **tower.config.llava_fields,
         "tie_word_embeddings": llava.decoder.config.tie_word_embeddings,
         "text_config": llava.decoder.config.to_hf(dtype),
         "vision_config": tower.config.to_hf(_dtype(tower)),
     }
-    with complete_or_absent(Path(folder)) as partial:
+    with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
-        _write_preprocessor(partial, tower.config)
+        write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
         _write_weights(partial, _llava_tensors(llava))
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -93,16 +83,15 @@ def export_llava(
 
 
 def save_projector(llava: Llava, path: str | Path) -> None:
-    """projector.safetensors: weight, bias and, where stage 1 trains them, the two token rows."""
-    state = {"weight": llava.projector.weight, "bias": llava.projector.bias}
+    """projector.safetensors: the projector and, where stage 1 trains them, the two token rows."""
+    state = llava.projector.to_tensors()
     if llava.image_token_embeddings is not None:
         state["image_token_embeddings"] = llava.image_token_embeddings
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(state, partial, metadata={"format": "pt", "mmalign": "projector"})
-    os.replace(partial, path)
+    with replacing(path, "wb") as file:
+        file.write(save(state, metadata={"format": "pt", "mmalign": "projector"}))
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -115,16 +104,16 @@ _Tensors = Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "") -> _Tensors:
-    """Parts of a fused weight follow each other, so a merged weight is computed once.
+    """Parts of a fused weight are consecutive, so a merged weight is computed once.
 
-    Of a sharded module the parts of a unit follow each other too: one unit is whole at a time.
+    So are the parts of an FSDP unit: one unit is unsharded at a time.
     """
     name, weight, unit = None, None, None
     with ExitStack() as gathered:
         for key, part in parts.items():
-            if unit is not (unit := unit_of(module, part.parameter)):
+            if unit is not (unit := fsdp_unit_of(module, part.parameter)):
                 gathered.close()
-                gathered.enter_context(whole(unit))
+                gathered.enter_context(unsharded(unit))
             if part.parameter != name:
                 name, weight = part.parameter, _merged(module, part.parameter)
             tensor = weight[part.rows].reshape(part.shape)
@@ -154,14 +143,7 @@ def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
 
 def _llava_tensors(llava: Llava) -> _Tensors:
     yield from _tower_tensors(llava.vision_tower, "vision_tower.vision_model.")
-    weight, bias = llava.projector.weight.detach(), llava.projector.bias.detach()
-    for name, tensor in {
-        "linear_1.weight": weight,
-        "linear_1.bias": bias,
-        "linear_2.weight": torch.eye(len(bias), dtype=bias.dtype),
-        "linear_2.bias": torch.zeros_like(bias),
-    }.items():
-        yield f"multi_modal_projector.{name}", tensor
+    yield from llava.projector.to_hf_tensors().items()
     yield from _decoder_tensors(llava, "language_model.")
 
 
@@ -204,44 +186,22 @@ def _write_shard(folder: Path, i: int, shard: dict[str, Tensor]) -> list[str]:
     return list(shard)
 
 
-def _write_preprocessor(folder: Path, config: VisionConfig) -> None:
-    """The stock settings of CLIP for this image size, which CLIPImageProcessor reads."""
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": config.image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": config.image_size, "width": config.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-    }
-    write_json(folder / "preprocessor_config.json", settings)
-
-
-def _write_processor(folder: Path, tokenizer: "Tokenizer", config: VisionConfig) -> None:
+def _write_processor(folder: Path, tokenizer: Tokenizer, config: VisionConfig) -> None:
     """What LlavaProcessor needs to write one image token for every patch."""
+    strategy = "vision_feature_select_strategy"
     settings = {
         "processor_class": "LlavaProcessor",
         "image_token": tokenizer.token(tokenizer.image_token_id),
         "patch_size": config.patch_size,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,  # the class token, which "default" drops again
+        strategy: config.llava_fields[strategy],
+        "num_additional_image_tokens": config.num_class_tokens,  # which "default" drops again
     }
     write_json(folder / "processor_config.json", settings)
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end; an error leaves the old one."""
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end; an error leaves the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))
     for leftover in (partial, previous):  # of an export that was killed

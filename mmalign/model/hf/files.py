@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmalign.errors import UserError
-from mmalign.model.config import read_json
+from mmalign.files import read_json
 
 _FILES = (
     "model.safetensors.index.json",
@@ -23,7 +23,7 @@ class WeightFiles:
     """The tensors of one file or of all shards: shapes without reading, values one at a time.
 
     A pickle is opened with weights_only, so nothing in it is executed; both formats are memory
-    mapped, so a 7B checkpoint does not pass through memory as a whole.
+    mapped, so a 7B checkpoint is never in memory as a whole.
     """
 
     def __init__(self, paths: list[Path]):
@@ -64,7 +64,7 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise UserError(
             f"{index.parent}: {index.name} names {len(names)} files, but {', '.join(missing)} "
-            "is missing. Download the folder again."
+            "is missing. Download the folder again"
         )
     return [index.parent / name for name in names]
 
@@ -83,5 +83,5 @@ def _open(path: Path):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a file of weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds something else than named tensors")
+        raise UserError(f"{path} does not contain a state dict (tensors by name)")
     return state

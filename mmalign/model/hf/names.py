@@ -51,7 +51,7 @@ def vision_parts(config: VisionConfig) -> dict[str, Part]:
             "patch_embedding.weight", hidden, 3, size, size
         ),
         "embeddings.position_embedding.weight": _whole(
-            "position_embedding.weight", config.num_patches + 1, hidden
+            "position_embedding.weight", config.seqlen, hidden
         ),
     }
     for norm in ("pre_layrnorm", "post_layernorm"):  # the first name is CLIP's own spelling
@@ -80,7 +80,7 @@ def _whole(parameter: str, *shape: int) -> Part:
 
 
 def _rows(parameter: str, keys: list[str], sizes: tuple[int, ...], *columns: int) -> dict:
-    """Consecutive rows of one parameter, a tensor after the other."""
+    """Consecutive rows of one parameter, one tensor after another."""
     parts, begin = {}, 0
     for key, size in zip(keys, sizes, strict=True):
         parts[key] = Part(parameter, slice(begin, begin + size), (size, *columns))

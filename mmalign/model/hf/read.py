@@ -1,7 +1,8 @@
 """Weights from Hugging Face folders and LLaVA's projector files into our modules.
 
 Takes the key spelling of published checkpoints and that of transformers 5. Every key that is
-missing, unexpected or of another shape is an error; what is known to be superfluous is listed here.
+missing, unexpected or of another shape is an error; keys that are known to be superfluous are
+listed here.
 """
 
 import logging
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.errors import UserError
-from mmalign.model.config import DecoderConfig, VisionConfig, read_json
+from mmalign.model.config import DecoderConfig, VisionConfig, read_hf_config
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.files import WeightFiles
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
@@ -23,7 +24,7 @@ from mmalign.model.vision_tower import VisionTower
 
 log = logging.getLogger("mmalign")
 
-# buffers that old versions of transformers saved and that are computed here
+# buffers that old versions of transformers saved; they are computed here
 _OLD_BUFFERS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|embeddings\.position_ids"
 )
@@ -36,14 +37,14 @@ _SHOWN = 10  # keys in a message
 
 
 def is_llava(folder: str | Path) -> bool:
-    """Whether a Hugging Face folder holds a vision tower beside its language model."""
-    return "vision_config" in read_json(Path(folder) / "config.json")
+    """Whether a Hugging Face folder holds a vision tower as well as a language model."""
+    return "vision_config" in read_hf_config(folder)
 
 
 def load_llava(
     folder: str | Path, tokenizer: ImageTokens, dtype: torch.dtype = torch.float32
 ) -> Llava:
-    """All of a LlavaForConditionalGeneration folder; of a LlamaForCausalLM folder its decoder."""
+    """A whole LlavaForConditionalGeneration folder, or a LlamaForCausalLM folder without images."""
     decoder = load_decoder(folder, dtype)
     if not is_llava(folder):
         return Llava(decoder, None, None, tokenizer)
@@ -60,13 +61,13 @@ def load_decoder(
     """The decoder of a LlamaForCausalLM or LlavaForConditionalGeneration folder.
 
     num_added_tokens rows are appended to embed_tokens and lm_head; each is the mean of the old
-    rows. Projector and vision keys in a LlamaForCausalLM folder are left out with a warning.
+    rows. Projector and vision keys in a LlamaForCausalLM folder are ignored with a warning.
     """
     folder = Path(folder)
     config = DecoderConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
-    is_llava = "text_config" in read_json(folder / "config.json")
-    keys = _llava_decoder_keys(files) if is_llava else _decoder_keys(files, folder)
+    has_text_config = "text_config" in read_hf_config(folder)
+    keys = _llava_decoder_keys(files) if has_text_config else _decoder_keys(files, folder)
     _check_tied_head(folder, config, files, keys)
     decoder = _allocate(
         Decoder, replace(config, vocab_size=config.vocab_size + num_added_tokens), dtype
@@ -84,7 +85,7 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     folder = Path(folder)
     config = VisionConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
-    model_type = read_json(folder / "config.json")["model_type"]
+    model_type = read_hf_config(folder)["model_type"]
     keys = {}
     for key in files.keys():
         name = key
@@ -102,7 +103,7 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
 
 
 def load_projector(path: str | Path) -> dict[str, Tensor]:
-    """weight, bias and, where they were trained, image_token_embeddings (2, hidden_size).
+    """Projector's tensors and, where they were trained, image_token_embeddings (2, hidden_size).
 
     path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
     a LlavaForConditionalGeneration folder whose projector is linear. mm_projector.bin may hold
@@ -115,7 +116,7 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     for name in names:
         if (path / name).exists():
             return _projector_of(WeightFiles([path / name]), path / name)
-    if (path / "config.json").exists() and "text_config" in read_json(path / "config.json"):
+    if (path / "config.json").exists() and "text_config" in read_hf_config(path):
         return _llava_projector(path)
     raise UserError(
         f"no projector in {path}: looked for {', '.join(names)} and a LLaVA config.json"
@@ -161,14 +162,14 @@ def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
 def _check_tied_head(
     folder: Path, config: DecoderConfig, files: WeightFiles, keys: dict[str, str]
 ) -> None:
-    """A tied checkpoint may hold lm_head a second time, if it is the same matrix."""
+    """A tied checkpoint may repeat embed_tokens as lm_head."""
     if not config.tie_word_embeddings or "lm_head.weight" not in keys:
         return
     head = files.read(keys.pop("lm_head.weight"))
     if not torch.equal(head, files.read(keys["model.embed_tokens.weight"])):
         raise UserError(
             f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
-            "files hold different values for them. Set it to false if lm_head was trained."
+            "files hold different values for them. Set it to false if lm_head was trained"
         )
 
 
@@ -204,61 +205,24 @@ def _listed(items: list[str]) -> str:
 
 
 def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
-    state = {}
+    tensors, rows = {}, {}
     for key in files.keys():
         if key.endswith("embed_tokens.weight"):
-            state["image_token_embeddings"] = files.read(key)[-2:].clone()
+            rows["image_token_embeddings"] = files.read(key)[-2:].clone()
+        elif key == "image_token_embeddings":
+            rows[key] = files.read(key).clone()
         else:
-            state[re.sub(r".*mm_projector\.", "", key)] = files.read(key).clone()
-    return _checked_projector(state, path)
+            tensors[key] = files.read(key).clone()
+    return Projector.read_tensors(tensors, path) | rows
 
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
-    hf = read_json(folder / "config.json")
-    expected = {
-        "projector_hidden_act": "linear",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-    }
+    # the bias is a later option, which older folders have without saying so
+    hf = {"multimodal_projector_bias": True} | read_hf_config(folder)
+    expected = Projector.HF_CONFIG | VisionConfig.from_hf(folder).llava_fields
     found = {name: hf.get(name) for name in expected}
     if found != expected:
         raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
     files = WeightFiles.of_folder(folder)
-    state = {
-        key.split("multi_modal_projector.")[1]: files.read(key)
-        for key in files.keys()
-        if "multi_modal_projector." in key
-    }
-    second, bias = state.pop("linear_2.weight", None), state.pop("linear_2.bias", None)
-    if (
-        second is None
-        or bias is None
-        or not torch.equal(second, torch.eye(*second.shape).to(second))
-    ):
-        raise UserError(f"{folder}: multi_modal_projector.linear_2 is not the identity")
-    if bias.any():
-        raise UserError(f"{folder}: multi_modal_projector.linear_2.bias is not zero")
-    state = {name.removeprefix("linear_1."): tensor.clone() for name, tensor in state.items()}
-    return _checked_projector(state, folder)
-
-
-def _checked_projector(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    unexpected = state.keys() - {"weight", "bias", "image_token_embeddings"}
-    if unexpected or not {"weight", "bias"} <= state.keys():
-        raise UserError(
-            f"{path}: expected one linear projector (weight and bias), found "
-            f"{_listed(sorted(state))}. Projectors of two layers (LLaVA 1.5) are not supported."
-        )
-    weight, bias = state["weight"], state["bias"]
-    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise UserError(
-            f"{path}: expected a projector weight (hidden_size, vision_hidden_size) and a bias "
-            f"(hidden_size,), found {tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
-    rows, expected = state.get("image_token_embeddings"), (2, len(bias))
-    if rows is not None and rows.shape != expected:
-        raise UserError(
-            f"{path}: rows of <im_start> and <im_end>: expected shape {expected}, "
-            f"found {tuple(rows.shape)}"
-        )
-    return state
+    keys = [key for key in files.keys() if "multi_modal_projector." in key]
+    return Projector.read_tensors({key: files.read(key).clone() for key in keys}, folder)

@@ -8,7 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mmalign.config import LoraTarget, TrainConfig
+from mmalign.data.templates import writes_image_tokens
 from mmalign.flops import Workload
+from mmalign.model.projector import Projector
 from mmalign.model.recompute import Recompute, policy_by_layer
 
 QKV: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj")
@@ -53,29 +55,27 @@ class Activations:
     @classmethod
     def of(cls, workload: Workload, config: TrainConfig, device_type: str) -> "Activations":
         itemsize = {"fp32": 4, "bf16": 2}[config.precision]
-        data = config.data
         return cls(
             workload,
             itemsize,
             mask_itemsize=itemsize if device_type == "cpu" else 1,
             prunes_rows=config.shortcuts.last_layer_rows,
-            splits_token_rows=config.stage == "pretrain"
-            and data.use_im_start_end
-            and data.template != "plain",
+            splits_token_rows=config.stage == "pretrain" and writes_image_tokens(config.data),
         )
 
     def kept(
         self, batch: MicroBatch, policy: Recompute, num_layers: int | None = None
     ) -> dict[str, int]:
-        """Bytes by kind, as KINDS; num_layers as in set_recompute."""
+        """Bytes by kind, as KINDS; num_layers as in Decoder.set_recompute."""
         workload, kept = self.workload, Kept()
         decoder, tokens = workload.decoder, batch.tokens
         if self._input_learns:
             self._stream(kept, 0, tokens)
         if workload.vision:
             rows = batch.images * workload.vision.num_patches
-            width = rows * workload.vision.hidden_size
-            kept.add("image features", "features", width * self.itemsize)
+            sizes = workload.vision.hidden_size, decoder.hidden_size
+            saved = rows * Projector.saved_per_row(*sizes)
+            kept.add("image features", "features", saved * self.itemsize)
         if self.splits_token_rows:
             kept.add("image features", "masks", 2 * tokens)
         policies = policy_by_layer(policy, num_layers, decoder.num_hidden_layers)

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from mmalign_kernels.block_quantization import BLOCK, num_blocks
+from mmalign_kernels.adamw import BLOCK, num_blocks
 
 from mmalign.config import TrainConfig
 from mmalign.flops import Workload, adapted_projections
+from mmalign.model.projector import Projector
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training.memory.activations import Activations, Kept, MicroBatch
@@ -60,7 +61,7 @@ class Matrices:
 
 
 def parameters(workload: Workload, splits_token_rows: bool) -> Iterator[Matrices]:
-    """Every parameter of the model, as Llava.set_stage leaves it."""
+    """Every parameter of the model, as Llava.set_trainable leaves it."""
     decoder, learns = workload.decoder, workload.trains_decoder
     hidden, inner, layers = (
         decoder.hidden_size,
@@ -86,8 +87,8 @@ def parameters(workload: Workload, splits_token_rows: bool) -> Iterator[Matrices
             yield Matrices("layer", (rank, columns), layers, True)
             yield Matrices("layer", (rows, rank), layers, True)
     if workload.vision:
-        yield Matrices("root", (hidden, workload.vision.hidden_size), 1, True)
-        yield Matrices("root", (hidden,), 1, True)
+        for shape in Projector.shapes(workload.vision.hidden_size, hidden).values():
+            yield Matrices("root", shape, 1, True)
         with torch.device("meta"):
             tower = sum(p.numel() for p in VisionTower(workload.vision).parameters())
         yield Matrices("replicated", (tower,), 1, False)

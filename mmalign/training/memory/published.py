@@ -5,7 +5,7 @@ from dataclasses import replace
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.flops import Workload
-from mmalign.model.published import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
+from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
 from mmalign.training.build import TOY_WORLD
 from mmalign.training.memory.table import workload_of
 

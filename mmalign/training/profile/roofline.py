@@ -133,7 +133,7 @@ def _tower_bytes(workload: Workload, num_images: int, itemsize: int) -> dict[str
     vision = workload.vision
     if vision is None or num_images == 0:
         return dict.fromkeys((ATTENTION, NORMS, ELEMENTWISE), 0)
-    seqlen, layers = vision.num_patches + 1, vision.num_hidden_layers - 1
+    seqlen, layers = vision.seqlen, vision.num_layers_used
     tokens, hidden = num_images * seqlen, vision.hidden_size
     cu_seqlens = list(range(0, tokens + 1, seqlen))
     heads = vision.num_attention_heads
