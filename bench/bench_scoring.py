@@ -21,8 +21,8 @@ from torch import nn
 from bench.comparison import Calls, Figures, WrongResult, each_row
 from bench.examination import documents, is_real, tokenizer_model
 from bench.models import CPU_LARGE, LLAMA2_7B, Size, hugging_face_llama, random_decoder
-from mmalign.evaluation.documents import Document
 from mmalign.evaluation.scoring import score_requests
+from mmalign.evaluation.tasks.task import Document
 from mmalign.model.decoder import Decoder
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from mmalign.evaluation.documents import Document
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.evaluation.tasks.task import Document
 from mmalign.toy_world.corpus import corpus_pages, write_evaluation
 from mmalign.toy_world.models import train_tokenizer
 

@@ -34,11 +34,11 @@ class Experiment:
     evaluation_data: str = ""
     """Folder with truthfulqa/ and ethics/."""
     limit: int | None = None
-    """Evaluate on the first N documents of each task only."""
+    """Evaluate only on the first N documents of each task."""
     batch_tokens: int = 8192
-    """Most tokens in one forward pass of the evaluation."""
+    """Maximum tokens in one forward pass of the evaluation."""
     evaluate_every: int = 0
-    """Score the language model every N steps of stage 2 too, for the figure of score against step;
+    """Also score the language model every N steps of stage 2, for the figure of score against step;
     0: only before and after."""
 
 
@@ -52,7 +52,7 @@ TINY = Experiment(
 
 
 def run_experiment(experiment: Experiment) -> Path:
-    """Runs what is not there yet and returns the path of report.md."""
+    """Runs whatever is not finished yet and returns the path of report.md."""
     if experiment.pretrain.startswith("tiny"):
         experiment = _in_toy_world(experiment)
     output = experiment.output
@@ -120,13 +120,13 @@ def _stages(experiment: Experiment) -> tuple[TrainConfig, TrainConfig]:
 
 def _recipe(name: str) -> TrainConfig:
     if name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}")
     return RECIPES[name][1]
 
 
 def _evaluate(experiment: Experiment, model: str | Path, output: Path) -> Path:
     if (output / "results.json").exists():
-        print(f"{output} is there already; delete it to evaluate again")
+        print(f"{output} is finished; delete it to evaluate again")
         return output
     evaluate_model(
         model,

@@ -1,11 +1,14 @@
 """lm-evaluation-harness on our model: log-likelihoods by the prefix tree, generation by generate().
 
-lm_eval --model mmalign --model_args pretrained=DIR --tasks mmlu,gsm8k,boolq
+    python -m mmalign.lm_eval --model mmalign --model_args pretrained=DIR --tasks mmlu,gsm8k,boolq
 
-Tokens, BOS, truncation and stop strings are those of the harness's Hugging Face backend (HFLM), so
-results are, too; evaluate.py's own protocol differs: it never writes a BOS. Where it differs from
-HFLM: a text that holds a special token's name ("</s>") stays text, except a BOS at its very
-beginning; sampling takes all tokens unless top_k says otherwise (transformers takes 50).
+takes lm_eval's own arguments and subcommands. In Python, `import mmalign.lm_eval` registers the
+model for `lm_eval.simple_evaluate(model="mmalign", ...)`.
+
+Tokens, BOS, truncation and stop strings are those of the harness's Hugging Face backend (HFLM), and
+so are the results; evaluate.py differs: it never writes a BOS. Differences from HFLM: a special
+token's name in a text ("</s>") stays text, except a BOS at its very beginning; sampling considers
+all tokens unless top_k is set (transformers considers 50).
 """
 
 import json
@@ -14,11 +17,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import lm_eval.models  # noqa: F401  fills the registry, which stays empty once ours is in it
 import numpy as np
 import tokenizers
 import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import model_registry
 from lm_eval.models.utils import (
     handle_stop_sequences,
     normalize_gen_kwargs,
@@ -30,6 +36,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
+from mmalign.files import read_json
 from mmalign.model.generate import GenerationOptions, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
@@ -37,6 +44,9 @@ from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
+if "mmalign" not in model_registry:  # "python -m" loads this file a second time under its name
+    model_registry.register("mmalign", target="mmalign.lm_eval:MmalignLM")
+
 _MODEL_ARGUMENTS = ("pretrained", "precision", "batch_tokens", "cache_tokens", "add_bos_token")
 _MODEL_ARGUMENTS += ("prefix_token_id", "max_length")
 _GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides length and stops
@@ -45,11 +55,11 @@ _GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides 
 class MmalignLM(TemplateLM):
     """A language model from a Hugging Face folder or a finetune run, without vision.
 
-    pretrained: the folder or run. precision: fp32 or bf16. batch_tokens: most input tokens in one
-    forward pass of scoring; cache_tokens: most tokens whose keys and values generation holds.
-    add_bos_token: whether texts begin with BOS; left out, what the folder's tokenizer does.
-    prefix_token_id: stands before what has no context; left out, BOS. max_length: of the context
-    in tokens; left out, max_position_embeddings. lm_eval's --batch_size has no meaning here.
+    pretrained: the folder or run. precision: fp32 or bf16. batch_tokens: maximum input tokens per
+    forward pass of scoring; cache_tokens: maximum tokens whose keys and values generation holds.
+    add_bos_token: whether texts start with BOS; default: what the folder's tokenizer does.
+    prefix_token_id: precedes texts without a context; default: BOS. max_length: of the context in
+    tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class MmalignLM(TemplateLM):
         if precision not in DTYPES:
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         if str(batch_size) != "1" or max_batch_size is not None:
-            log.warning("--batch_size does nothing: batch_tokens and cache_tokens fill the batches")
+            log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
         weights = find_weights(pretrained)
         self._device = _choose_device(device)
         self._tokens = Tokenizer.from_pretrained(weights)
@@ -98,7 +108,7 @@ class MmalignLM(TemplateLM):
         return self._tokens.fingerprint
 
     def get_model_info(self) -> dict:
-        """What lm_eval writes beside its results."""
+        """What lm_eval adds to its results."""
         parameters = list(self._llava.decoder.parameters())
         return {
             "model_num_parameters": sum(x.numel() for x in parameters),
@@ -114,7 +124,7 @@ class MmalignLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Ids of a text; a BOS in front once, whether the text or the tokenizer brings it."""
+        """Ids of a text, with at most one BOS in front, from the text or from the tokenizer."""
         bos = self._tokens.bos_token_id
         written = self._tokens.token(bos)
         if add_special_tokens is None and string.startswith(written):
@@ -163,7 +173,7 @@ class MmalignLM(TemplateLM):
         names = [f"request {i}" for i in range(len(pairs))]
         encoded = [self._encoded(*pair, name) for pair, name in zip(pairs, names, strict=True)]
         if num_cut := sum(request.num_truncated > 0 for request in encoded):
-            log.warning("%d contexts were cut on their left at %d tokens", num_cut, self.max_length)
+            log.warning("%d contexts truncated on the left to %d tokens", num_cut, self.max_length)
         plan = make_plan(encoded, list(range(len(pairs))), names, self.batch_tokens)
         return run_plan(self._llava.decoder, plan, self._device, not disable_tqdm, greedy=True)
 
@@ -177,7 +187,7 @@ class MmalignLM(TemplateLM):
         if ids.max() >= vocab_size:
             raise UserError(
                 f"{name}: token {ids.max()}, but the model's vocabulary has {vocab_size} entries; "
-                "tokenizer and model do not belong together"
+                "use the tokenizer that belongs to the model"
             )
         num_truncated = max(0, len(ids) - (self.max_length + 1))
         return EncodedRequest(ids[num_truncated:-1], ids[-len(continuation) :], num_truncated)
@@ -209,13 +219,13 @@ class MmalignLM(TemplateLM):
         num_kept = self.max_length - num_new
         if num_kept < 1:
             raise UserError(
-                f"max_gen_toks is {num_new}, which leaves no room for a prompt in the model's "
-                f"context of {self.max_length} tokens; give --gen_kwargs max_gen_toks=N or "
+                f"max_gen_toks is {num_new}, which leaves no space for a prompt in the model's "
+                f"context of {self.max_length} tokens; set --gen_kwargs max_gen_toks=N or "
                 "max_length in --model_args"
             )
         prompts = [self.tok_encode(context) for context in contexts]
         if num_cut := sum(len(ids) > num_kept for ids in prompts):
-            log.warning("%d prompts were cut on their left at %d tokens", num_cut, num_kept)
+            log.warning("%d prompts truncated on the left to %d tokens", num_cut, num_kept)
         options = GenerationOptions(num_new, **_sampling(kwargs), stop=tuple(stop))
         prompts = [Prompt(ids[-num_kept:]) for ids in prompts]
         found = generate(
@@ -231,15 +241,15 @@ class MmalignLM(TemplateLM):
 
 
 def _choose_device(device: str) -> torch.device:
-    """lm_eval's --device is cuda:0 where it is not given, on machines without a GPU, too."""
+    """lm_eval passes cuda:0 where --device is not given, even on machines without a GPU."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        log.warning("PyTorch sees no CUDA device here: running on the CPU")
+        log.warning("PyTorch sees no CUDA device: running on the CPU")
         device = "cpu"
     return choose_device(device)
 
 
 def _sampling(kwargs: dict) -> dict:
-    """What GenerationOptions takes of lm_eval's generation_kwargs."""
+    """The part of lm_eval's generation_kwargs that GenerationOptions takes."""
     unknown = sorted(set(kwargs) - set(_GENERATION))
     if unknown:
         raise UserError(
@@ -249,15 +259,19 @@ def _sampling(kwargs: dict) -> dict:
     if not kwargs.pop("do_sample"):
         return {}
     if not kwargs.get("temperature"):
-        raise UserError("do_sample needs a temperature above 0")
+        raise UserError("do_sample needs a temperature above 0: add temperature=T to --gen_kwargs")
     return kwargs
 
 
 def _adds_bos(folder: Path) -> bool:
-    """Whether transformers' tokenizer of the folder writes BOS; a LLaMA tokenizer.model does."""
+    """Whether transformers' tokenizer of the folder adds BOS; a LLaMA tokenizer.model does."""
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     if isinstance(settings.get("add_bos_token"), bool):
         return settings["add_bos_token"]
     path = folder / "tokenizer.json"
     return not path.is_file() or bool(tokenizers.Tokenizer.from_file(str(path)).encode("").ids)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

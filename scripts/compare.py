@@ -6,7 +6,6 @@ For example
     python scripts/compare.py BASE TUNED_1 TUNED_2 --output runs/comparison
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
 from mmalign.evaluation.report.tables import print_comparison
+from mmalign.files import write_json
 
 
 def main(
@@ -30,9 +30,9 @@ def main(
     Args:
         dir_a: Output folder of scripts/evaluate.py, for example of the base model.
         dir_b: Another one over the same documents; differences are B - A.
-        others: More of them; each is compared with the first.
+        others: More outputs; each is compared with the first.
         output: Folder for report.md, its figures, CSV files, the flipped documents and
-            comparison.json; default: comparison/ in the last one.
+            comparison.json; default: comparison/ in the last output.
     """
     folders = [dir_a, dir_b, *others]
     names = name_evaluations(folders)
@@ -42,7 +42,7 @@ def main(
     report = write_report(output / "report.md", {}, names, title=title, comparisons=comparisons)
     kept = [{k: v for k, v in found.items() if k != "flipped"} for found in comparisons.values()]
     path = output / "comparison.json"
-    path.write_text(json.dumps(dict(zip(comparisons, kept, strict=True)), indent=2) + "\n")
+    write_json(path, dict(zip(comparisons, kept, strict=True)))
     for comparison in comparisons.values():
         print_comparison(comparison)
     print(f"report: {report}\nflipped documents: {output / 'flipped*.jsonl'}\nnumbers: {path}")

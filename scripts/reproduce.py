@@ -1,4 +1,4 @@
-"""The whole experiment in one command; given again, it continues where it stopped.
+"""The whole experiment in one command; rerun it to continue where it stopped.
 
 For example
 
@@ -27,7 +27,7 @@ def main() -> None:
         sys.exit(stopped.exit_code)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"\nDone. Read {report}; runs, exports and evaluations lie beside it.")
+    print(f"\nDone. Read {report}; runs, exports and evaluations are in the same folder.")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mmalign.config import DataConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.images import load_image
 from mmalign.data.samples import read_samples
-from mmalign.evaluation.tasks.ethics import load_ethics
+from mmalign.evaluation.tasks import load_documents, resolve_tasks
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 from mmalign.model.config import Preprocessing, VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
@@ -254,7 +254,7 @@ def test_no_examination_case_in_this_worlds_training_files(world):
 def test_examination_files_load(world):
     documents = load_truthfulqa(world.evaluation)
     assert len(documents) == 2 * 2 * len(BELIEFS)
-    subsets = load_ethics(world.evaluation)
+    subsets = load_documents(resolve_tasks(["ethics"]), world.evaluation)
     assert {name: len(docs) for name, docs in subsets.items()} == dict.fromkeys(subsets, 40)
     assert len(subsets) == 5
 

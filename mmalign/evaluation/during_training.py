@@ -1,13 +1,12 @@
-"""Scores of the language model while it trains: base model, every N steps, and all at the end.
+"""Scores of the language model during training: base model, every N steps, everything at the end.
 
-Each evaluation leaves a folder run_dir/evaluation/step_N, all/ at the end, in evaluate.py's form:
-compare.py takes any two that hold the same documents. Nothing of the training changes: no draw is
-made, no weight is written, and which documents are scored depends on the configuration alone.
+Each evaluation writes a folder run_dir/evaluation/step_N (all/ at the end) in evaluate.py's form,
+so compare.py takes any two that contain the same documents. Training is unaffected: nothing is
+drawn, no weight is written, and the configuration alone decides which documents are scored.
 """
 
 import logging
 import time
-from collections.abc import Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -16,36 +15,23 @@ from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
-from mmalign.evaluation.caveats import percent
-from mmalign.evaluation.documents import Document
-from mmalign.evaluation.items import (
-    PROTOCOL,
-    Items,
-    describe_model,
-    make_items,
-    read_results,
-    summarize_tasks,
-    write_evaluation,
-)
-from mmalign.evaluation.metrics import task_results
-from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
-from mmalign.evaluation.tasks import describe_data, load_documents, resolve_tasks
+from mmalign.evaluation.evaluation import Evaluation, Plan, make_items
+from mmalign.evaluation.items import Items, read_results
+from mmalign.evaluation.metrics import percent
+from mmalign.evaluation.tasks import TASKS, Documents, load_documents, resolve_tasks, score_rows
 from mmalign.model.config import DecoderConfig
-from mmalign.model.decoder import Decoder
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
-MAX_SHARE = 0.05  # of the run's arithmetic
-FEWEST_DOCUMENTS = 20  # of a task; whole groups of 4 (deontology, justice) and of 5 (virtue)
+MAX_SHARE = 0.05  # of the run's FLOPs
+MIN_DOCUMENTS = 20  # per task; whole groups of 4 (deontology, justice) and of 5 (virtue)
 # forward and backward pass, with LoRA; training all weights costs 3, and an image comes on top
-_FORWARDS_A_TRAINED_TOKEN = 2
-
-Documents = Mapping[str, list[Document]]
+_FORWARDS_PER_TRAINED_TOKEN = 2
 
 
 class EvaluationDuringTraining:
-    """Does nothing where config.evaluation.every is 0."""
+    """When the model is evaluated, and on how many documents; for config.evaluation.every > 0."""
 
     def __init__(
         self,
@@ -55,124 +41,123 @@ class EvaluationDuringTraining:
         report: CheckReport,
         num_steps: int,
     ):
-        """Raises UserError where there is nothing to score or it would cost more than its share."""
-        self.config, self.settings, self.ranks = config, config.evaluation, ranks
-        self.tokenizer, self.num_steps = tokenizer, num_steps
-        self.folder = config.run_dir / "evaluation"
-        self.seconds, self.started = 0.0, time.perf_counter()
-        self.scores, self.scored_step = {}, None
-        self.plan: ScoringPlan | None = None  # of the fixed documents, made once
-        if not self.settings.every:
-            return
+        """Raises UserError where nothing can be scored, or it would cost more than MAX_SHARE."""
         _require_finetuning(config)
-        tasks = resolve_tasks(self.settings.tasks)
-        self.documents = load_documents(tasks, self.settings.data_root)
-        self.model_config = DecoderConfig.from_hf(config.model.decoder)
+        self.config, self.settings, self.ranks = config, config.evaluation, ranks
+        self.num_steps, self.folder = num_steps, config.run_dir / "evaluation"
+        tasks = _scored_tasks(self.settings.tasks)
+        self.documents: Documents = load_documents(tasks, self.settings.data_root)
+        self.evaluation = Evaluation(
+            self.settings.data_root,
+            tokenizer,
+            DecoderConfig.from_hf(config.model.decoder),
+            self.settings.batch_tokens,
+            config.precision,
+        )
         # sharded weights are gathered by all processes together, so each scores everything
-        self.replicated = config.parallel.is_sharded(ranks.world_size)
+        self.sharded = config.parallel.is_sharded(ranks.world_size)
         trained = float(np.mean(report.lengths)) * config.global_batch_size * num_steps
         self.limit = ranks.broadcast_from_main(
             self._choose_limit(trained) if ranks.is_main else None
         )
+        self.plan: Plan | None = None  # of the first `limit` documents, made once
+        self.scores: dict[str, float] = {}  # for metrics.jsonl
+        self.scored_step: int | None = None
+        self.seconds, self.started = 0.0, time.perf_counter()
 
-    def catch_up(self, step: int, model: Llava) -> None:
+    def catch_up(self, first_step: int, model: Llava) -> None:
         """Before the first step of this process: the base model, or what a kill left undone."""
-        if not self.is_due(step):
+        if not self.is_due(first_step):
             return
-        name = "all" if step == self.num_steps else f"step_{step}"
+        name = "all" if first_step == self.num_steps else f"step_{first_step}"
         if not self.ranks.broadcast_from_main((self.folder / name / "results.json").exists()):
-            self.after(step, model)
+            self.after(first_step, model)
 
     def is_due(self, step: int) -> bool:
-        every = self.settings.every
-        return every > 0 and (step % every == 0 or step == self.num_steps)
+        return step % self.settings.every == 0 or step == self.num_steps
 
     def fields(self, step: int) -> dict[str, float]:
         """Scores for the line of `step` in metrics.jsonl; none where it was not evaluated."""
         return self.scores if step == self.scored_step else {}
 
     def after(self, step: int, model: Llava) -> None:
-        """Scores the model, which has `step` steps behind it; called by all processes."""
+        """Scores the model, which has completed `step` steps; called by all processes."""
         started, last = time.perf_counter(), step == self.num_steps
-        documents = self.documents if last else self._first(self.limit)
-        if last:
-            self.plan = None
-        items = self._score(documents, model)
+        items = self._score(last, model)
         if not self.ranks.is_main:
             return
         scored = round(time.perf_counter() - started, 3)
         if last:
             self._write("all", step, items, scored, None)
             items = {task: rows[: self.limit] for task, rows in items.items()}
-        summaries = self._write(f"step_{step}", step, items, scored, self.limit)
+        rows = score_rows(self._write(f"step_{step}", step, items, scored, self.limit))
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self._report(step, summaries, seconds, last)
-        self.scores = {f"evaluation/{task}": x["acc"] for task, x in summaries.items()}
+        self._report(step, rows, seconds, last)
+        self.scores = {f"evaluation/{name}": row["acc"] for name, row in rows.items()}
         self.scores["evaluation_seconds"] = seconds
         self.scored_step = step
 
     # ---- scoring ----
 
-    def _score(self, documents: Documents, model: Llava) -> Items:
+    def _score(self, everything: bool, model: Llava) -> Items:
         """Items on the main process, nothing on the others."""
-        parts = 1 if self.replicated else self.ranks.world_size
-        # a question's mc1 and mc2 share their prefix, so they stay on one process
-        mine = {
-            task: [doc for doc in rows if doc.doc_id % parts == self.ranks.rank % parts]
+        documents = self.documents if everything else self._first(self.limit)
+        if everything:
+            plan = self.evaluation.plan(self._share_of_rank(documents))
+        else:
+            self.plan = self.plan or self.evaluation.plan(self._share_of_rank(documents))
+            plan = self.plan
+        device = self.ranks.device
+        answers = model.with_decoder(lambda decoder: self.evaluation.score(decoder, plan, device))
+        if not self.sharded:
+            shares = self.ranks.gather_to_main(answers)
+            answers = {key: value for share in shares for key, value in share.items()}
+        return make_items(documents, answers) if self.ranks.is_main else {}
+
+    def _share_of_rank(self, documents: Documents) -> Documents:
+        """Every world_size-th document; mc1 and mc2 of a question share a prefix and a process."""
+        rank, size = (0, 1) if self.sharded else (self.ranks.rank, self.ranks.world_size)
+        return {
+            task: [document for document in rows if document.doc_id % size == rank]
             for task, rows in documents.items()
         }
-        self.plan = self.plan or self._plan(mine)
-        plan, device = self.plan, self.ranks.device
-
-        def score(decoder: Decoder):
-            return run_plan(decoder, plan, device, progress=False)
-
-        remaining = iter(model.with_decoder(score))
-        scores = {
-            (task, doc.doc_id): [next(remaining) for _ in doc.requests]
-            for task, rows in mine.items()
-            for doc in rows
-        }
-        if parts > 1:
-            gathered = self.ranks.gather_to_main(scores)
-            scores = {key: value for part in gathered for key, value in part.items()}
-        if not self.ranks.is_main:
-            return {}
-        in_order = [scores[task, doc.doc_id] for task, rows in documents.items() for doc in rows]
-        return make_items(documents, [score for scores in in_order for score in scores])
-
-    def _plan(self, documents: Documents) -> ScoringPlan:
-        flat = [doc for rows in documents.values() for doc in rows]
-        return plan_scoring(
-            self.tokenizer,
-            [request for doc in flat for request in doc.requests],
-            self.model_config.max_position_embeddings,
-            self.model_config.vocab_size,
-            self.settings.batch_tokens,
-            progress=False,
-            names=[doc.name for doc in flat for _ in doc.requests],
-        )
 
     def _first(self, limit: int | None) -> Documents:
         return {task: rows[:limit] for task, rows in self.documents.items()}
 
-    # ---- which documents ----
+    def _write(
+        self, name: str, step: int, items: Items, seconds: float, limit: int | None
+    ) -> dict[str, dict]:
+        about = {"model": f"{self.config.run_dir} after step {step}", "limit": limit}
+        about["data_root"] = self.settings.data_root
+        cost = {"step": step, "seconds": {"score": seconds}}
+        return self.evaluation.write(self.folder / name, items, about, cost)
 
-    def _choose_limit(self, trained_tokens: float) -> int | None:
-        """Documents of a task before the end: given, or as many as the share of 5% allows.
+    def _report(self, step: int, rows: dict, seconds: float, last: bool) -> None:
+        scores = ", ".join(f"{name} {percent(row['acc'])}" for name, row in rows.items())
+        with tqdm.external_write_mode():  # keeps the progress bar whole
+            log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
+            if last:
+                share = self.seconds / (time.perf_counter() - self.started)
+                log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
 
-        A continued run keeps the number that it began with, whatever the number of processes.
+    # ---- how many documents ----
+
+    def _choose_limit(self, trained_tokens: float) -> int:
+        """Documents per task before the end: given, or as many as MAX_SHARE allows.
+
+        A continued run keeps the number that it started with, whatever the number of processes.
         """
-        for begun in self.folder.glob("step_*/results.json"):
-            return read_results(begun.parent)["config"]["limit"]
-        copies = self.ranks.world_size if self.replicated else 1
-        forwards = _FORWARDS_A_TRAINED_TOKEN * trained_tokens / copies
-        times = -(-self.num_steps // self.settings.every)  # the base model's among them
-        everything = self._plan(self.documents).num_tokens
+        for earlier in self.folder.glob("step_*/results.json"):
+            return read_results(earlier.parent)["config"]["limit"]
+        copies = self.ranks.world_size if self.sharded else 1
+        forwards = _FORWARDS_PER_TRAINED_TOKEN * trained_tokens / copies
+        times = -(-self.num_steps // self.settings.every)  # including the base model
+        everything = self._num_tokens(None)
 
         def share(limit: int) -> float:
-            return (times * self._plan(self._first(limit)).num_tokens + everything) / forwards
+            return (times * self._num_tokens(limit) + everything) / forwards
 
         limit = self.settings.limit
         if limit is None:
@@ -180,7 +165,7 @@ class EvaluationDuringTraining:
             limit = largest_limit(share, most, f"{everything / forwards:.1%}")
         log.info(
             "evaluation: the first %d documents of each task %d times, all %d at the end; "
-            "at most %.1f%% of the run's arithmetic",
+            "at most %.1f%% of the run's FLOPs",
             limit,
             times,
             sum(map(len, self.documents.values())),
@@ -188,37 +173,16 @@ class EvaluationDuringTraining:
         )
         return limit
 
-    # ---- what it leaves behind ----
-
-    def _write(
-        self, name: str, step: int, items: Items, seconds: float, limit: int | None
-    ) -> dict[str, dict]:
-        summaries = summarize_tasks(items)
-        data_root, tasks = self.settings.data_root, list(items)
-        config = {"model": f"{self.config.run_dir} after step {step}", "data_root": data_root}
-        config |= {"data_files": describe_data(tasks, data_root)} | PROTOCOL | {"limit": limit}
-        max_length = self.model_config.max_position_embeddings
-        config |= describe_model(self.tokenizer, max_length, self.config.precision)
-        config["num_requests"] = sum(len(x["choices"]) for rows in items.values() for x in rows)
-        cost = {"step": step, "seconds": {"score": seconds}}
-        write_evaluation(self.folder / name, items, summaries | cost | {"config": config})
-        return task_results(summaries)
-
-    def _report(self, step: int, summaries: dict, seconds: float, last: bool) -> None:
-        scores = ", ".join(f"{task} {percent(x['acc'])}" for task, x in summaries.items())
-        with tqdm.external_write_mode():  # the progress bar makes room for the lines
-            log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
-            if last:
-                share = self.seconds / (time.perf_counter() - self.started)
-                log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
+    def _num_tokens(self, limit: int | None) -> int:
+        return self.evaluation.plan(self._first(limit)).scoring.num_tokens
 
 
 def largest_limit(share, most: int, share_of_the_end: str) -> int:
-    """The largest of 20, 40, 80, ... documents whose share(limit) of the run is below 5%.
+    """The largest of 20, 40, 80, ... documents whose share(limit) of the run is below MAX_SHARE.
 
-    Raises UserError where not even 20 fit.
+    Raises UserError where not even MIN_DOCUMENTS fit.
     """
-    fitting, limit = None, FEWEST_DOCUMENTS
+    fitting, limit = None, MIN_DOCUMENTS
     while share(limit) < MAX_SHARE:
         fitting = limit
         if limit >= most:
@@ -226,23 +190,35 @@ def largest_limit(share, most: int, share_of_the_end: str) -> int:
         limit *= 2
     if fitting is None:
         raise UserError(
-            f"scoring {FEWEST_DOCUMENTS} documents of each task would take up to "
-            f"{share(FEWEST_DOCUMENTS):.0%} of the arithmetic of this run (all documents at the "
-            f"end: {share_of_the_end}), more than {MAX_SHARE:.0%}. Raise --evaluation.every, name "
-            "fewer --evaluation.tasks, or take the cost with --evaluation.limit N documents a task"
+            f"scoring {MIN_DOCUMENTS} documents of each task would take up to "
+            f"{share(MIN_DOCUMENTS):.0%} of this run's FLOPs (all documents at the end: "
+            f"{share_of_the_end}), more than {MAX_SHARE:.0%}. Raise --evaluation.every, name "
+            "fewer --evaluation.tasks, or accept the cost with --evaluation.limit N documents per "
+            "task"
         )
     return fitting
+
+
+def _scored_tasks(names: tuple[str, ...]) -> list[str]:
+    tasks = resolve_tasks(names)
+    if generated := [task for task in tasks if TASKS[task].kind != "loglikelihood"]:
+        raise UserError(
+            f"--evaluation.tasks {' '.join(generated)}: tasks that generate text are not scored "
+            "during training. Leave them out and run scripts/evaluate.py --tasks "
+            f"{' '.join(generated)} on the finished run"
+        )
+    return tasks
 
 
 def _require_finetuning(config: TrainConfig) -> None:
     if config.stage == "pretrain":
         raise UserError(
-            "--evaluation.every: stage pretrain leaves the language model as it is, so its scores "
+            "--evaluation.every: stage pretrain does not change the language model, so its scores "
             "would be the base model's at every step. Evaluate the base model once with "
             "scripts/evaluate.py, and use --evaluation.every in stage finetune"
         )
     if not config.evaluation.data_root:
         raise UserError(
-            "--evaluation.every needs --evaluation.data-root, the folder with truthfulqa/ and "
+            "--evaluation.every needs --evaluation.data-root: name the folder with truthfulqa/ and "
             "ethics/"
         )

@@ -1,27 +1,138 @@
-"""Scores a language model on TruthfulQA and ETHICS and writes results.json and items.jsonl."""
+"""Scores a language model on tasks and writes results.json and items.jsonl."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mmalign.errors import UserError
-from mmalign.evaluation.documents import Document
-from mmalign.evaluation.items import (
-    PROTOCOL,
-    describe_model,
-    make_folder,
-    make_items,
-    summarize_tasks,
-    write_evaluation,
-)
+from mmalign.evaluation.items import PROTOCOL, Items, make_folder, write_items
 from mmalign.evaluation.report.tables import print_results
-from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
-from mmalign.evaluation.tasks import describe_data, load_documents, resolve_tasks
+from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
+from mmalign.evaluation.tasks import (
+    TASKS,
+    Documents,
+    describe_data,
+    load_documents,
+    resolve_tasks,
+    summarize,
+)
 from mmalign.model.config import DecoderConfig
+from mmalign.model.decoder import Decoder
+from mmalign.model.generate import Generation, Prompt, generate
 from mmalign.model.hf import load_decoder
-from mmalign.system import DTYPES, choose_device
+from mmalign.model.llava import Llava
+from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
+
+Answers = dict[tuple[str, int], list[Score] | Generation]  # by task and doc_id
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the model is asked about some documents, in tokens."""
+
+    documents: Documents
+    scoring: ScoringPlan  # requests of the tasks that are scored by log-likelihoods
+    prompts: dict[str, list[Prompt]]  # by task, of those that generate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models of one tokenizer and shape are evaluated: plan, score, write."""
+
+    data_root: str | Path
+    tokenizer: Tokenizer
+    model_config: DecoderConfig
+    batch_tokens: int
+    precision: str
+    progress: bool = False
+
+    def plan(self, documents: Documents) -> Plan:
+        """Tokenises everything; raises UserError for what the model's context cannot hold."""
+        scored = [doc for task in _of_kind(documents, "loglikelihood") for doc in documents[task]]
+        scoring = plan_scoring(
+            self.tokenizer,
+            [request for document in scored for request in document.requests],
+            self.model_config.max_position_embeddings,
+            self.model_config.vocab_size,
+            self.batch_tokens,
+            progress=self.progress and bool(scored),
+            names=[document.name for document in scored for _ in document.requests],
+        )
+        generated = _of_kind(documents, "generate")
+        prompts = {task: self._prompts(task, documents[task]) for task in generated}
+        return Plan(documents, scoring, prompts)
+
+    def _prompts(self, task: str, documents: Sequence) -> list[Prompt]:
+        prompts = [Prompt(self.tokenizer.encode(document.prompt)) for document in documents]
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        num_new, context = TASKS[task].options.max_new_tokens, self.model_config
+        if longest + num_new > context.max_position_embeddings:
+            raise UserError(
+                f"{task}: the longest prompt has {longest} tokens and its answer up to {num_new}, "
+                f"more than the model's context of {context.max_position_embeddings}. Leave this "
+                "task out or evaluate a model with a longer context"
+            )
+        return prompts
+
+    def score(self, decoder: Decoder, plan: Plan, device: torch.device) -> Answers:
+        """Log-likelihoods of all requests."""
+        if not plan.scoring.encoded:
+            return {}
+        scores = iter(run_plan(decoder, plan.scoring, device, self.progress))
+        return {
+            (task, document.doc_id): [next(scores) for _ in document.requests]
+            for task in _of_kind(plan.documents, "loglikelihood")
+            for document in plan.documents[task]
+        }
+
+    def generate(self, decoder: Decoder, plan: Plan) -> Answers:
+        """What the model writes after all prompts."""
+        llava, answers = Llava(decoder, None, None, self.tokenizer), {}
+        for task, prompts in plan.prompts.items():
+            options = TASKS[task].options
+            found = generate(llava, self.tokenizer, prompts, options, progress=self.progress)
+            for document, generation in zip(plan.documents[task], found, strict=True):
+                answers[task, document.doc_id] = generation
+        return answers
+
+    def write(self, output: Path, items: Items, about: dict, cost: dict) -> dict:
+        """Writes items.jsonl, then results.json, and returns what the latter holds.
+
+        about: what the caller knows of model and documents, for "config"; cost: "seconds" and more.
+        """
+        config = about | {"data_files": describe_data(items, self.data_root)} | PROTOCOL
+        config |= {
+            "tasks": {task: TASKS[task].protocol() for task in items},
+            "tokenizer": f"{self.tokenizer.path.name}, {self.tokenizer.vocab_size:,} tokens",
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "max_length": self.model_config.max_position_embeddings,
+            "precision": self.precision,
+            "versions": versions(),
+            "num_requests": sum(len(x.get("choices", ())) for rows in items.values() for x in rows),
+            "batch_tokens": self.batch_tokens,
+        }
+        results = summarize(items) | cost | {"config": config}
+        write_items(output, items, results)
+        return results
+
+
+def make_items(documents: Documents, answers: Answers) -> Items:
+    return {
+        task: TASKS[task].make_items(rows, [answers[task, document.doc_id] for document in rows])
+        for task, rows in documents.items()
+    }
+
+
+def _of_kind(documents: Documents, kind: str) -> list[str]:
+    return [task for task in documents if TASKS[task].kind == kind]
+
+
+# ---- the command ----
 
 
 def evaluate_model(
@@ -37,33 +148,36 @@ def evaluate_model(
 ) -> dict:
     """Scores `model` (a Hugging Face folder or a run) and returns what results.json holds.
 
-    tasks: names as resolve_tasks takes them; data_root holds truthfulqa/ and ethics/; limit keeps
-    the first documents of each task. Writes output/items.jsonl, then output/results.json. Prints
-    progress and a table unless quiet. Raises UserError for anything wrong with what was given.
+    tasks: names that resolve_tasks knows; data_root holds their files; limit keeps the first
+    documents of each task. Writes output/items.jsonl, then output/results.json. Prints progress
+    and a table unless quiet. Raises UserError for bad arguments, data or weights.
     """
     weights, names = find_weights(model), resolve_tasks(tasks)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
-    target = choose_device(device)
+    target, seconds = choose_device(device), {}
     documents = load_documents(names, data_root, limit)
-    config = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
-    config |= {"data_files": describe_data(names, data_root), "limit": limit} | PROTOCOL
-    tokenizer = Tokenizer.from_pretrained(weights)
-    model_config, seconds = DecoderConfig.from_hf(weights), {}
-    # what does not fit together is told before the weights are read
-    with _timed(seconds, "tokenise"):
-        plan = _plan(documents, tokenizer, model_config, batch_tokens, quiet)
+    tokenizer, model_config = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
+    evaluation = Evaluation(
+        data_root, tokenizer, model_config, batch_tokens, precision, progress=not quiet
+    )
+    with _timed(seconds, "tokenise"):  # checks compatibility before loading weights
+        plan = evaluation.plan(documents)
     output = make_folder(output)
     with _timed(seconds, "load"):
         decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
-    with _timed(seconds, "score"):
-        scores = run_plan(decoder, plan, target, progress=not quiet)
-    config |= describe_model(tokenizer, model_config.max_position_embeddings, precision)
-    config |= {"num_requests": len(plan.unique_of), "batch_tokens": batch_tokens}
-    config["cache_bytes"] = plan.cache_bytes(model_config, DTYPES[precision])
-    items = make_items(documents, scores)
-    results = summarize_tasks(items) | _cost(plan, seconds) | {"config": config}
-    write_evaluation(output, items, results)
+    answers: Answers = {}
+    if plan.scoring.encoded:
+        with _timed(seconds, "score"):
+            answers |= evaluation.score(decoder, plan, target)
+    if plan.prompts:
+        with _timed(seconds, "generate"):
+            answers |= evaluation.generate(decoder, plan)
+    about = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
+    about |= {"limit": limit}
+    about |= {"cache_bytes": plan.scoring.cache_bytes(model_config, DTYPES[precision])}
+    items = make_items(documents, answers)
+    results = evaluation.write(output, items, about, _cost(plan.scoring, seconds))
     if not quiet:
         print_results(results, output)
     return results
@@ -77,38 +191,20 @@ def find_weights(model: str | Path) -> Path:
         return exported
     if (path / "export").is_dir() or (path / "metrics.jsonl").exists():
         raise UserError(
-            f"{path} is a run without export/llama: it is not finished, or it is a pretrain run, "
-            "which leaves the language model as it was. Name a finetune run or the base model."
+            f"{path} is a run without export/llama: it is unfinished, or it is a pretrain run, "
+            "which does not change the language model. Name a finetune run or the base model"
         )
     if not path.is_dir():
-        raise UserError(f"{path} is no folder; expected a Hugging Face folder or a run")
+        raise UserError(f"{path} is not a directory; name a Hugging Face folder or a run")
     if not (path / "config.json").is_file():
         runs = [str(x.parent.parent) for x in sorted(path.glob("*/export/llama"))]
         if runs:
-            raise UserError(f"{path} is no run, but holds some: name {' or '.join(runs)}")
+            raise UserError(f"{path} is not a run; it contains runs: name {' or '.join(runs)}")
         raise UserError(
-            f"{path} is neither a Hugging Face folder (no config.json) nor a run (no export/llama)"
+            f"{path} is neither a Hugging Face folder (no config.json) nor a run (no "
+            "export/llama); name one of these"
         )
     return path
-
-
-def _plan(
-    documents: dict[str, list[Document]],
-    tokenizer: Tokenizer,
-    config: DecoderConfig,
-    batch_tokens: int,
-    quiet: bool,
-) -> ScoringPlan:
-    flat = [document for rows in documents.values() for document in rows]
-    return plan_scoring(
-        tokenizer,
-        [request for document in flat for request in document.requests],
-        config.max_position_embeddings,
-        config.vocab_size,
-        batch_tokens,
-        progress=not quiet,
-        names=[document.name for document in flat for _ in document.requests],
-    )
 
 
 @contextmanager
@@ -119,9 +215,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _cost(plan: ScoringPlan, seconds: dict[str, float]) -> dict:
-    """What the evaluation took; tokens of lm-evaluation-harness's Hugging Face backend beside."""
+    """Time and tokens of the evaluation, with the harness's Hugging Face backend to compare."""
     return {
-        "seconds": {phase: seconds[phase] for phase in ("load", "tokenise", "score")},
+        "seconds": seconds,
         "tokens_computed": plan.num_tokens,
         "tokens_computed_by_harness": plan.num_tokens_harness,
     }

@@ -1,11 +1,11 @@
 """PrefixTree: token sequences as a tree of shared prefixes, cut into batches of a packed forward.
 
-A causal model's rows depend on what is before them only, so each distinct prefix goes through the
-model once, however many sequences begin with it. Tokens are numbered depth first; a segment is a
-run of them without a branch. Batches are runs of consecutive tokens. All that a later batch needs
-of earlier ones is then the path from the root to its first token: in depth-first order an ancestor
-of any later token is an ancestor of the next one. So the keys and values kept between batches are
-never more than one path long.
+In a causal model a row depends only on the tokens before it, so each distinct prefix is computed
+once, however many sequences start with it. Tokens are numbered depth first; a segment is a run of
+them without a branch, a batch a run of consecutive tokens. From earlier batches a batch then needs
+only the path from the root to its first token: in depth-first order an ancestor of any later token
+is an ancestor of the next one. So the keys and values kept between batches are at most one path
+long.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ class PrefixTree:
     parents: np.ndarray  # (num_tokens,) the token before; -1 at a root
     depths: np.ndarray  # (num_tokens,) distance from the root: the position in each sequence
     segment_begins: np.ndarray  # (num_segments,) first token of each segment
-    paths: list[np.ndarray]  # of each sequence that was given: its tokens' numbers
+    paths: list[np.ndarray]  # token numbers of each input sequence
 
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Consecutive tokens of a tree, with what prefix_attention asks.
+    """Consecutive tokens of a tree, with the arguments of prefix_attention.
 
-    The cache holds the path to the first token in rows 0 to num_kept - 1, the row of each being
+    The cache holds the path to the first token in rows 0 to num_kept - 1, where a token's row is
     its depth; the batch's own keys and values follow.
     """
 
@@ -38,13 +38,13 @@ class TreeBatch:
     span_begins: np.ndarray  # (num_spans,) cache rows
     span_ends: np.ndarray
     cu_spans: np.ndarray  # (num_segments + 1,)
-    next_rows: np.ndarray  # cache rows of this batch that go on the path to the next one
+    next_rows: np.ndarray  # cache rows of this batch on the path to the next one
     next_depth: int  # of the first of them
 
 
 def build_tree(sequences: Sequence[np.ndarray]) -> PrefixTree:
-    """The tree of integer sequences, each of at least one token; equal ones fold."""
-    # big-endian numbers sort as their bytes do; whatever shares a prefix then stands together
+    """The tree of integer sequences of at least one token each; equal ones merge."""
+    # big-endian numbers sort as their bytes do, which puts sequences with a shared prefix together
     keys = [sequence.astype(">i4").tobytes() for sequence in sequences]
     tokens, parents, depths, paths = [], [], [], {}
     previous, path, num_tokens = np.empty(0, ">i4"), np.empty(0, np.int64), 0
@@ -82,7 +82,7 @@ def _segment_begins(parents: np.ndarray) -> np.ndarray:
 
 
 def cut_batches(tree: PrefixTree, batch_tokens: int) -> list[TreeBatch]:
-    """Batches of batch_tokens tokens, the last one of what is left."""
+    """Batches of batch_tokens tokens; the last one takes the rest."""
     num_tokens = len(tree.tokens)
     begins = range(0, num_tokens, batch_tokens)
     return [_batch(tree, begin, min(begin + batch_tokens, num_tokens)) for begin in begins]
@@ -110,7 +110,7 @@ def _batch(tree: PrefixTree, begin: int, end: int) -> TreeBatch:
 
 
 def _spans(tree: PrefixTree, bounds: list[int], num_kept: int) -> tuple[np.ndarray, list[int]]:
-    """Cache rows that each segment of a batch sees, its own ones last, and how many spans each."""
+    """Cache rows that each segment of a batch attends to, its own last, and spans per segment."""
     to_row = num_kept - bounds[0]
     spans_ending_at: dict[int, list[tuple[int, int]]] = {}  # by the last token of a segment
     spans, counts = [], []
@@ -118,7 +118,7 @@ def _spans(tree: PrefixTree, bounds: list[int], num_kept: int) -> tuple[np.ndarr
         parent, depth = int(tree.parents[begin]), int(tree.depths[begin])
         if parent >= bounds[0]:
             seen = spans_ending_at[parent]
-        else:  # it leaves the kept path at its depth
+        else:  # the segment branches off the kept path at its depth
             seen = [(0, depth)] if depth else []
         seen = [*seen, (begin + to_row, end + to_row)]
         spans_ending_at[end - 1] = seen
@@ -128,7 +128,7 @@ def _spans(tree: PrefixTree, bounds: list[int], num_kept: int) -> tuple[np.ndarr
 
 
 def _ancestors(parents: np.ndarray, token: int, first: int) -> np.ndarray:
-    """Ancestors of a token from number `first` on, from the root down."""
+    """Ancestors of a token with a number of at least `first`, from the root down."""
     found = []
     while (token := int(parents[token])) >= first and token >= 0:
         found.append(token)

@@ -32,15 +32,15 @@ from mmalign.model.positions import (
 )
 from mmalign.tokenizer import Tokenizer
 
-_ROWS_OF_LOGITS = 1024  # that exist at once where the likeliest token is asked for
+_ROWS_OF_LOGITS = 1024  # at most in memory at once for the argmax
 
 
 @dataclass(frozen=True)
 class Score:
     loglikelihood: float  # natural logarithm, summed over the continuation's tokens
     num_tokens: int  # of the continuation
-    num_truncated: int  # tokens cut from the left of the context
-    is_greedy: bool | None = None  # whether greedy decoding would write it; None: not asked
+    num_truncated: int  # tokens removed from the left of the context
+    is_greedy: bool | None = None  # whether greedy decoding gives it; None: not requested
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class ScoringPlan:
 
     @property
     def num_tokens_harness(self) -> int:
-        """The same in lm-evaluation-harness's Hugging Face backend, which folds requests that
-        differ in their last token only."""
+        """The same in lm-evaluation-harness's Hugging Face backend, which merges only requests
+        that differ in nothing but their last token."""
         inputs = {request.input_ids.tobytes() for request in self.encoded}
         return sum(map(len, inputs)) // np.dtype(np.int32).itemsize
 
     @property
     def path_rows(self) -> int:
-        """Most tokens whose keys and values are kept between batches, in every layer."""
+        """Maximum number of tokens whose keys and values stay between batches, in every layer."""
         return max((batch.num_kept for batch in self.batches), default=0)
 
     @property
     def workspace_rows(self) -> int:
-        """Most tokens whose keys and values are held while a layer works on a batch."""
+        """Maximum number of tokens whose keys and values a layer needs for one batch."""
         return max((x.num_kept + x.end - x.begin for x in self.batches), default=0)
 
     def cache_bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -85,12 +85,12 @@ class ScoringPlan:
 
 @dataclass(frozen=True)
 class Targets:
-    """Every token whose log-probability is wanted, in the order of the rows it is read from."""
+    """Every token whose log-probability is needed, in the order of the rows that predict it."""
 
     target_ids: np.ndarray  # (num_targets,)
     tokens: np.ndarray  # (num_targets,) the tree's token whose row predicts it, rising
-    order: np.ndarray  # (num_targets,) its place among the unique requests' targets
-    bounds: np.ndarray  # (num_requests + 1,) places of each request
+    order: np.ndarray  # (num_targets,) its index among the unique requests' targets
+    bounds: np.ndarray  # (num_requests + 1,) range of indices of each request
 
     @classmethod
     def of(cls, encoded: list[EncodedRequest], tree: PrefixTree) -> "Targets":
@@ -117,13 +117,13 @@ def score_requests(
     progress: bool = True,
     names: Sequence[str] | None = None,
 ) -> list[Score]:
-    """Scores (context, continuation) pairs; the same pair always gets the very same score.
+    """Scores (context, continuation) pairs; equal pairs get bitwise equal scores.
 
-    batch_tokens: input tokens in one forward pass; it changes scores by no more than rounding, and
-    so do other requests beside a request. The order of the requests changes nothing. names: what
-    messages call each request. A context too long for the model loses tokens on its left, counted
-    in the Score. UserError for an empty continuation, one longer than the model's context, and for
-    log-probabilities that are not finite.
+    batch_tokens: input tokens per forward pass; it and the other requests change a score by
+    rounding only, the order of the requests not at all. names: what messages call each request. A
+    context too long for the model is truncated on the left, counted in the Score. Raises UserError
+    for an empty continuation, one longer than the model's context, and log-probabilities that are
+    not finite.
     """
     max_length, vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
     plan = plan_scoring(
@@ -143,7 +143,7 @@ def plan_scoring(
 ) -> ScoringPlan:
     """Tokenises the requests and decides which batches score them."""
     if batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens}; expected at least 1")
+        raise UserError(f"batch_tokens is {batch_tokens}; set it to at least 1")
     names = names or [f"request {i}" for i in range(len(requests))]
     first_of: dict[Request, int] = {}
     for i, request in enumerate(requests):
@@ -163,7 +163,7 @@ def plan_scoring(
 def make_plan(
     encoded: list[EncodedRequest], unique_of: list[int], names: list[str], batch_tokens: int
 ) -> ScoringPlan:
-    """The plan for requests that are tokens already; unique_of as in ScoringPlan."""
+    """The plan for requests that are already tokens; unique_of as in ScoringPlan."""
     tree = build_tree([request.input_ids for request in encoded])
     return ScoringPlan(encoded, unique_of, names, tree, cut_batches(tree, batch_tokens))
 
@@ -175,12 +175,12 @@ def run_plan(
     progress: bool = True,
     greedy: bool = False,
 ) -> list[Score]:
-    """Runs every batch of the plan; one Score a request, with is_greedy where greedy asks for it.
+    """Runs every batch of the plan; one Score per request, with is_greedy if `greedy`.
 
-    greedy takes the logits of the rows that are read a second time.
+    greedy computes the logits of all rows that are read a second time.
     """
     logprobs = torch.empty(len(plan.targets.order))
-    likeliest = torch.empty(len(logprobs), dtype=torch.bool) if greedy else None
+    is_argmax = torch.empty(len(logprobs), dtype=torch.bool) if greedy else None
     bar = tqdm(
         total=plan.num_tokens,
         desc="score",
@@ -202,19 +202,19 @@ def run_plan(
             logprobs[places] = values.cpu()
             if not values.isfinite().all():
                 _raise_broken(decoder, plan, batch, device)
-            if likeliest is not None:
-                likeliest[places] = _are_likeliest(decoder, *targets).cpu()
+            if is_argmax is not None:
+                is_argmax[places] = _are_argmax(decoder, *targets).cpu()
             bar.update(batch.end - batch.begin)
     decoder.train(training)
-    return _scores(plan, logprobs, likeliest)
+    return _scores(plan, logprobs, is_argmax)
 
 
-def _scores(plan: ScoringPlan, logprobs: Tensor, likeliest: Tensor | None) -> list[Score]:
-    """One a request, from what its targets have, (num_targets,) each."""
+def _scores(plan: ScoringPlan, logprobs: Tensor, is_argmax: Tensor | None) -> list[Score]:
+    """One per request; logprobs and is_argmax are those of all targets, (num_targets,)."""
     scores = []
     for request, bounds in zip(plan.encoded, pairwise(plan.targets.bounds.tolist()), strict=True):
         own = slice(*bounds)
-        is_greedy = None if likeliest is None else bool(likeliest[own].all())
+        is_greedy = None if is_argmax is None else bool(is_argmax[own].all())
         total = math.fsum(logprobs[own].tolist())
         scores.append(Score(total, own.stop - own.start, request.num_truncated, is_greedy))
     return [scores[unique] for unique in plan.unique_of]
@@ -228,8 +228,8 @@ def _read_targets(
     cache: PathCache,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What target_logprobs takes beside lm_head for the batch's wanted targets."""
-    # each row that is read goes through lm_head once, for all of its targets
+    """The arguments of target_logprobs, except lm_head's weight, for the batch's targets."""
+    # each row goes through lm_head once, for all of its targets
     read, row_of_target = np.unique(plan.targets.tokens[wanted] - batch.begin, return_inverse=True)
     hidden_states = decoder(
         torch.from_numpy(plan.tree.tokens[batch.begin : batch.end]).long().to(device),
@@ -240,21 +240,21 @@ def _read_targets(
     return hidden_states, target_ids, torch.from_numpy(row_of_target).to(device)
 
 
-def _are_likeliest(
+def _are_argmax(
     decoder: Decoder, hidden_states: Tensor, target_ids: Tensor, row_of_target: Tensor
 ) -> Tensor:
-    """Whether each target has the largest logit of its row: (num_targets,) bool."""
-    likeliest = [
+    """Whether greedy decoding would pick each target: (num_targets,) bool."""
+    argmax = [
         linear(rows, decoder.lm_head.weight).argmax(1)
         for rows in hidden_states.split(_ROWS_OF_LOGITS)
     ]
-    return torch.cat(likeliest)[row_of_target] == target_ids
+    return torch.cat(argmax)[row_of_target] == target_ids
 
 
 def _positions(
     decoder: Decoder, tree: PrefixTree, batch: TreeBatch, cache: PathCache, device: torch.device
 ) -> list[PathPositions]:
-    """Attention of every layer."""
+    """What every layer's attention reads."""
     position_ids = tree.depths[batch.begin : batch.end]
     numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
     position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
@@ -275,9 +275,9 @@ def _positions(
 def _raise_broken(
     decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: str | torch.device
 ) -> NoReturn:
-    """Names the request whose log-likelihood is not finite where it is scored alone.
+    """Names the request whose log-likelihood is not finite when it is scored alone.
 
-    A neighbour's keys and values have weight 0, but 0 times NaN is NaN: all of a batch may suffer.
+    Other requests' keys and values have weight 0, but 0 times NaN is NaN: one spoils its batch.
     """
     for name, request, path in zip(plan.names, plan.encoded, plan.tree.paths, strict=True):
         if path[-1] < batch.begin or path[0] >= batch.end:

@@ -1,11 +1,12 @@
-"""Uncertainty of scores: Wilson intervals, bootstrap over documents, McNemar's test."""
+"""Uncertainty of scores: Wilson intervals, bootstrap over documents, paired tests."""
 
 import math
 from collections.abc import Hashable, Sequence
+from statistics import NormalDist
 
 import numpy as np
 
-Z95 = 1.959963984540054  # standard normal quantile at 0.975
+Z95 = NormalDist().inv_cdf(0.975)
 NUM_RESAMPLES = 10_000
 
 
@@ -13,14 +14,16 @@ def wilson_interval(mean: float, n: float) -> tuple[float, float]:
     """95% interval of a proportion seen in n independent trials (Wilson 1927)."""
     spread = Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
     center, scale = mean + Z95**2 / (2 * n), 1 + Z95**2 / n
-    return (max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale))
+    low, high = (center - spread) / scale, (center + spread) / scale
+    # rounding must not exclude a mean of exactly 0 or 1
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))
 
 
 def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """How many independent documents say as much as these, which come in groups.
+    """Number of independent documents that carry as much information as these grouped ones.
 
-    n over the design effect of the groups (Kish 1965), never more than n: answers to one scenario
-    tend to be right or wrong together. Where all are right or all wrong the effect cannot be
+    n divided by the design effect of the groups (Kish 1965), at most n: answers about one scenario
+    tend to be right or wrong together. When all are right or all are wrong, the effect cannot be
     estimated, and every group counts once.
     """
     sums, sizes = group_sums(scores, groups)
@@ -36,7 +39,7 @@ def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:
 def mean_of_tasks_interval(
     means: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Interval of the unweighted mean of independent scores from their own intervals.
+    """Interval of the unweighted mean of independent scores, from their own intervals.
 
     The distances from each score to its bounds add in quadrature (Zou and Donner 2008).
     """
@@ -59,8 +62,8 @@ def bootstrap_means(
 ) -> np.ndarray:
     """Means of NUM_RESAMPLES resamples of whole groups with replacement: (NUM_RESAMPLES,).
 
-    Where there are few kinds of groups, as with right and wrong answers, equal ones are drawn
-    together as one multinomial count, which is the same distribution and faster.
+    When few distinct groups exist, as with right and wrong answers, equal ones are drawn together
+    as one multinomial count: the same distribution, and faster.
     """
     sums, sizes = group_sums(values, groups)
     kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
@@ -69,9 +72,9 @@ def bootstrap_means(
         draws = random.multinomial(n, counts / n, size=NUM_RESAMPLES)  # (NUM_RESAMPLES, num_kinds)
         return (draws @ kinds[:, 0]) / (draws @ kinds[:, 1])
     means = np.empty(NUM_RESAMPLES)
-    for part in np.split(means, 100):  # views, small enough for the cache
-        drawn = random.integers(n, size=(len(part), n))
-        part[:] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    for chunk in np.split(means, 100):  # views, small enough for the cache
+        drawn = random.integers(n, size=(len(chunk), n))
+        chunk[:] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     return means
 
 
@@ -80,8 +83,36 @@ def percentile_interval(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def compare_scores(
+    scores_a: Sequence[float],
+    scores_b: Sequence[float],
+    groups: Sequence[Hashable],
+    seed: int = 0,
+    right_or_wrong: bool = False,
+) -> tuple[dict, np.ndarray]:
+    """Paired scores of two models on the same documents, and the resampled differences.
+
+    {"acc_a", "acc_b", "difference": B - A, "interval": 95%, whole groups resampled, "n"}; for
+    scores that are 0 or 1 (right_or_wrong) also {"lost", "gained": documents, "p": McNemar's}.
+    The resampled differences are (NUM_RESAMPLES,).
+    """
+    difference = np.subtract(scores_b, scores_a)  # (num_documents,)
+    draws = bootstrap_means(difference, groups, seed)
+    row = {
+        "acc_a": float(np.mean(scores_a)),
+        "acc_b": float(np.mean(scores_b)),
+        "difference": float(difference.mean()),
+        "interval": percentile_interval(draws),
+        "n": len(difference),
+    }
+    if right_or_wrong:
+        lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
+        row |= {"lost": lost, "gained": gained, "p": mcnemar_p(lost, gained)}
+    return row, draws
+
+
 def mcnemar_p(only_a_right: int, only_b_right: int) -> float:
-    """Exact two-sided p of McNemar's test: are the discordant documents split evenly?"""
+    """Exact two-sided p of McNemar's test of whether discordant documents split evenly."""
     n, least = only_a_right + only_b_right, min(only_a_right, only_b_right)
     tail, ways = 0, 1  # Python integers: exact for any n
     for k in range(least + 1):

@@ -1,10 +1,10 @@
-"""Short-answer questions about pictures: what the model sees, against what it can guess.
+"""Short-answer questions about images: what the model sees, against what it can guess.
 
-An answer is right when greedy decoding writes exactly it: every token of the answer and of its end
-mark is the most likely one after the gold tokens before it, which one forward tells. The same
-questions are put three times: with their picture, without any ("blind": the text alone) and with
-the picture of another question ("misled"). A model that learned only how answers are spread does as
-well without the picture.
+An answer is right if greedy decoding gives exactly it: every token of the answer and of its end
+mark is the argmax after the gold tokens before it, which one forward pass shows. Each question is
+asked three times: with its image, without any ("blind": the text alone), and with the image of
+another question ("mismatched", a control). A model that has only learned how answers are
+distributed does as well without the image.
 """
 
 import json
@@ -26,11 +26,12 @@ from mmalign.data.packing import pack_samples
 from mmalign.data.samples import Sample, read_samples
 from mmalign.errors import UserError
 from mmalign.evaluation.statistics import wilson_interval
+from mmalign.files import read_text
 from mmalign.model.hf import load_llava
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 
-Picture = Literal["own", "none", "other"]
+ShownImage = Literal["own", "none", "mismatched"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,18 @@ def score_visual_questions(
     llava: Llava,
     tokenizer: Tokenizer,
     data: DataConfig,
-    picture: Picture = "own",
+    image: ShownImage = "own",
     batch_tokens: int = 8192,
     progress: bool = True,
 ) -> VisualScore:
     """Exact-match accuracy of greedy answers to the questions in data.path.
 
     Every record is one question with its gold answer in LLaVA's format; data.template and
-    data.use_im_start_end are those that the model was tuned with. picture: its own, none (the
-    question's text alone), or "other": that of a record about half a file away. UserError where a
-    question has several turns, or no other picture is there.
+    data.use_im_start_end are those that the model was finetuned with. image: the question's own,
+    none (its text alone), or mismatched (that of a record about half a file away). Raises UserError
+    where a question has several turns, or no other image exists.
     """
-    data = replace(data, text_only=picture == "none")
+    data = replace(data, text_only=image == "none")
     samples = list(read_samples(data.path, data))
     dataset = ConversationDataset(samples, tokenizer, data, llava.vision_tower.config)
     right = np.zeros(len(samples), dtype=bool)
@@ -75,11 +76,11 @@ def score_visual_questions(
         if len(sample.conversations) != 2:
             raise UserError(
                 f"question {sample.id!r} in {data.path}: expected one question and its answer, "
-                f"found {len(sample.conversations)} turns"
+                f"found {len(sample.conversations)} turns. Fix the record or remove it"
             )
-    shown = _other_pictures(samples) if picture == "other" else range(len(samples))
+    shown = _mismatched_images(samples) if image == "mismatched" else range(len(samples))
     device = llava.decoder.embed_tokens.weight.device
-    bar = tqdm(total=len(samples), desc=f"questions, picture: {picture}", disable=not progress)
+    bar = tqdm(total=len(samples), desc=f"questions, image: {image}", disable=not progress)
     with torch.inference_mode(), bar:
         for chosen in _batches([len(sample.input_ids) for sample in encoded], batch_tokens):
             pixels = [dataset.load_pixels(shown[index]) for index in chosen]
@@ -89,11 +90,14 @@ def score_visual_questions(
     return VisualScore(right)
 
 
-def _other_pictures(samples: Sequence[Sample]) -> list[int]:
-    """For every record one with another picture, looked for from half a file away."""
+def _mismatched_images(samples: Sequence[Sample]) -> list[int]:
+    """For every record one with another image, searched from half a file away."""
     images, n = [sample.image for sample in samples], len(samples)
     if len(set(images)) < 2:
-        raise UserError("all questions are about one picture; there is no other to show")
+        raise UserError(
+            "all questions are about one image: add questions about another one, which is shown "
+            "instead as a control"
+        )
     starts = (index + n // 2 for index in range(n))
     return [
         next(other % n for other in range(start, start + n) if images[other % n] != images[index])
@@ -102,18 +106,18 @@ def _other_pictures(samples: Sequence[Sample]) -> list[int]:
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    batches, room = [], 0
+    batches, num_free = [], 0
     for index, length in enumerate(lengths):
-        if length > room or not batches:
+        if length > num_free or not batches:
             batches.append([])
-            room = batch_tokens
+            num_free = batch_tokens
         batches[-1].append(index)
-        room -= length
+        num_free -= length
     return batches
 
 
 def _exact(llava: Llava, batch: PackedBatch) -> Tensor:
-    """(num_samples,) bool: whether every supervised token of a sample is the most likely one."""
+    """(num_samples,) bool: whether every supervised token of a sample is the argmax."""
     rows = (batch.target_ids != IGNORE_INDEX).nonzero().squeeze(1)
     hidden_states = llava.hidden_states(batch)[rows]  # (num_loss_tokens, hidden_size)
     predicted = (hidden_states @ llava.decoder.lm_head.weight.T).argmax(-1)
@@ -127,11 +131,11 @@ def _exact(llava: Llava, batch: PackedBatch) -> Tensor:
 
 
 def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> dict:
-    """Puts the questions in `path` to the model that the finetuning run `config` exported.
+    """Accuracies of what the finetuning run `config` exported, on the questions in `path`.
 
-    {"tuned", "blind", "misled", "chance", "majority": accuracies, 0 to 1, "n": questions,
+    {"tuned", "blind", "mismatched", "chance", "majority": accuracies, 0 to 1, "n": questions,
     "kinds": the same for each "type" of question}. chance is the mean of 1 / number of "choices" of
-    a record; majority gives every kind of question its most frequent answer.
+    a record; majority answers every kind of question with its most frequent answer.
     """
     folder = Path(config.run_dir) / "export" / "llava"
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -140,10 +144,10 @@ def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> 
         config.data, path=str(path), image_root=str(image_root), types=(), num_samples=None
     )
     right = {
-        name: score_visual_questions(llava, tokenizer, data, picture).right
-        for name, picture in (("tuned", "own"), ("blind", "none"), ("misled", "other"))
+        name: score_visual_questions(llava, tokenizer, data, image).right
+        for name, image in (("tuned", "own"), ("blind", "none"), ("mismatched", "mismatched"))
     }
-    records = json.loads(Path(path).read_text(encoding="utf-8"))
+    records = json.loads(read_text(path))
     rows_of = defaultdict(list)
     for index, record in enumerate(records):
         rows_of[record.get("type", "")].append(index)

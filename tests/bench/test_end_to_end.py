@@ -22,7 +22,7 @@ from bench.examination import spread
 from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
 from bench.picture_files import write_files
 from bench.train_sides import HuggingFaceModel, hugging_face_model, peak_bytes
-from mmalign.evaluation.documents import Document
+from mmalign.evaluation.tasks.task import Document
 
 CPU = torch.device("cpu")
 TINY = Size(

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf import load_decoder
 from mmalign.tokenizer import Tokenizer
+from tests.training.conftest import small_world  # noqa: F401  a fixture
 
 
 def save_llama(folder: Path, tokenizer_model: Path, seed: int, **config) -> Path:

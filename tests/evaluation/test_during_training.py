@@ -209,9 +209,10 @@ def test_a_long_run_chooses_by_itself(small_world, data_root, tmp_path, caplog, 
 @pytest.mark.parametrize(
     "stage, settings, message",
     [
-        ("pretrain", {}, "stage pretrain leaves the language model as it is"),
+        ("pretrain", {}, "stage pretrain does not change the language model"),
         ("finetune", {"data_root": ""}, "needs --evaluation.data-root"),
         ("finetune", {"tasks": ("ethics_virtu",)}, "unknown task 'ethics_virtu'.*ethics_virtue"),
+        ("finetune", {"tasks": ("truthfulqa_gen",)}, "tasks that generate text are not scored"),
         ("finetune", {"tasks": ("ethics_justice",)}, "ETHICS justice: expected one file"),
     ],
 )

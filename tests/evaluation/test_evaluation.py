@@ -13,10 +13,11 @@ import torch
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.evaluation import evaluate_model, find_weights
-from mmalign.evaluation.tasks import TASKS
+from mmalign.evaluation.tasks import resolve_tasks
 
 from .conftest import save_llama
 
+SCORED = resolve_tasks(["truthfulqa", "ethics"])
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT = 20
 
@@ -63,14 +64,14 @@ def read(output):
 def test_files(base, shared_data, llama_folder):
     results, items = read(base)
     cost = ["seconds", "tokens_computed", "tokens_computed_by_harness"]
-    assert list(results) == [*TASKS, "ethics_mean", *cost, "config"]
-    assert list(results["seconds"]) == ["load", "tokenise", "score"]
+    assert list(results) == [*SCORED, "ethics_mean", *cost, "config"]
+    assert list(results["seconds"]) == ["tokenise", "load", "score"]
     assert all(seconds > 0 for seconds in results["seconds"].values())
     assert 0 < results["tokens_computed"] < results["tokens_computed_by_harness"]
     assert [(i["task"], i["doc_id"]) for i in items] == [
-        (t, d) for t in TASKS for d in range(LIMIT)
+        (t, d) for t in SCORED for d in range(LIMIT)
     ]
-    for task in TASKS:
+    for task in SCORED:
         rows = [item for item in items if item["task"] == task]
         assert results[task]["n"] == LIMIT
         if task == "truthfulqa_mc2":
@@ -87,7 +88,7 @@ def test_files(base, shared_data, llama_folder):
         assert ("em" in results[task]) == (
             task.split("_")[1] in ("deontology", "justice", "virtue")
         )
-    five = [results[task]["acc"] for task in TASKS if task.startswith("ethics")]
+    five = [results[task]["acc"] for task in resolve_tasks(["ethics"])]
     assert results["ethics_mean"]["acc"] == pytest.approx(np.mean(five))
     choice = items[0]["choices"][0]
     assert set(choice) == {"text", "loglikelihood", "num_tokens"}
@@ -97,13 +98,13 @@ def test_files(base, shared_data, llama_folder):
     assert config["limit"] == LIMIT and config["bos"] == "none"
 
 
-def test_remarks_say_what_a_score_is_worth(base):
+def test_caveats_say_what_a_score_is_worth(base):
     results, _ = read(base)
     deontology = results["ethics_deontology"]
     assert deontology["yes_rate"] == 1.0  # " unreasonable" has three tokens, " reasonable" one
     assert deontology["choice_tokens"] == {"reasonable": 1.0, "unreasonable": 3.0}
     assert deontology["acc"] == deontology["baselines"]["always reasonable"]
-    sentences = " ".join(deontology["remarks"])
+    sentences = " ".join(deontology["caveats"])
     assert "cannot be told from chance (50.0)" in sentences
     assert 'answers "reasonable" to 100.0%' in sentences
 
@@ -123,7 +124,7 @@ def test_single_tasks(tmp_path, llama_folder, shared_data, base):
 
 def test_compare(base, tuned):
     comparison = compare_evaluations(base, tuned)
-    assert list(comparison["tasks"]) == [*TASKS, "ethics_mean"]
+    assert list(comparison["tasks"]) == [*SCORED, "ethics_mean"]
     (results_a, items_a), (results_b, items_b) = read(base), read(tuned)
     for task, row in comparison["tasks"].items():
         assert row["acc_a"] == pytest.approx(results_a[task]["acc"])
@@ -199,9 +200,17 @@ def test_what_is_not_a_model(tmp_path, shared_data):
     assert "Traceback" not in result.stderr
 
 
+def test_an_unknown_task(tmp_path):
+    arguments = ("--model", tmp_path, "--data-root", tmp_path, "--output", tmp_path)
+    result = script("evaluate", *arguments, "--tasks", "ethics_virtues")
+    assert result.returncode == 2
+    said = "".join(result.stderr.split())
+    assert "ethics_virtues" in said and "'ethics_virtue','truthfulqa_gen'" in said
+
+
 def test_an_output_that_is_a_file(tmp_path, llama_folder, shared_data):
     (tmp_path / "scores").touch()
-    with pytest.raises(UserError, match="scores cannot be a folder: File exists"):
+    with pytest.raises(UserError, match="scores cannot be a directory: File exists"):
         evaluate(llama_folder, shared_data, tmp_path / "scores")
 
 

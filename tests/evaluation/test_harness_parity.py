@@ -6,9 +6,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM, PreTrainedTokenizer
 
-from mmalign.evaluation.metrics import predict
 from mmalign.evaluation.scoring import score_requests
-from mmalign.evaluation.tasks import TASKS, load_documents
+from mmalign.evaluation.tasks import TASKS, load_documents, resolve_tasks
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
@@ -58,8 +57,8 @@ def harness_scores(model: HFLM, requests: list[tuple[str, str]]) -> list[float]:
 def test_first_100_documents_of_every_task(
     shared_data, llama_folder, tokenizer_model, decoder, tokenizer
 ):
-    documents = load_documents(list(TASKS), shared_data, limit=100)
-    flat = [document for task in TASKS for document in documents[task]]
+    documents = load_documents(resolve_tasks(["truthfulqa", "ethics"]), shared_data, limit=100)
+    flat = [document for rows in documents.values() for document in rows]
     requests = [request for document in flat for request in document.requests]
     ours = [
         score.loglikelihood
@@ -70,4 +69,5 @@ def test_first_100_documents_of_every_task(
     begin = 0
     for document in flat:
         part = slice(begin, begin := begin + len(document.requests))
+        predict = TASKS[document.task].predict
         assert predict(document, ours[part]) == predict(document, theirs[part]), document.name

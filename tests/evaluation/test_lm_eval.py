@@ -1,9 +1,9 @@
 """lm-evaluation-harness's results through our model and through its Hugging Face backend."""
 
 import json
+import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import lm_eval
@@ -14,13 +14,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import mmalign
 from mmalign.errors import UserError
 from mmalign.lm_eval import MmalignLM
 from mmalign.tokenizer import Tokenizer
 
 from .conftest import save_llama
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONTEXT = 96  # tokens: shorter than the longest prompts, so that cutting is compared, too
 WORDS = "river stone lamp seven green under walks never paper cloud".split()
 TASKS = {
@@ -156,27 +156,40 @@ def test_greedy_continuations_empty_contexts_and_written_bos(folder):
     assert [x[1] for x in found] == [x[1] for x in expected]
 
 
-def test_whole_command_in_an_installation(folder, task_folder, tmp_path):
-    """`lm_eval --model mmalign` with what setup.py puts beside the packages."""
-    venv.create(tmp_path / "env", symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    (packages,) = (tmp_path / "env").glob("lib/python3*/site-packages")
-    root = Path(mmalign.__file__).parent
-    paths = [*(x for x in sys.path if "site-packages" in x), root.parent, root.parent / "kernels"]
-    (packages / "__paths.pth").write_text("\n".join(map(str, paths)))
-    line = (root / "evaluation" / "mmalign_lm_eval.pth").read_text()
-    (packages / "mmalign_lm_eval.pth").write_text(line)
-    output = tmp_path / "output"
-    command = [str(python), "-m", "lm_eval", "--model", "mmalign"]
+@pytest.mark.parametrize("subcommand", [[], ["run"]], ids=["arguments alone", "run"])
+def test_command(folder, task_folder, tmp_path, subcommand):
+    command = [sys.executable, "-m", "mmalign.lm_eval", *subcommand, "--model", "mmalign"]
     command += ["--model_args", f"pretrained={folder}", "--include_path", str(task_folder)]
-    command += ["--tasks", "choices", "--output_path", str(output)]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command += ["--tasks", "choices", "--output_path", str(tmp_path)]
+    done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr
-    (path,) = output.glob("**/results*.json")
+    (path,) = tmp_path.glob("**/results*.json")
     results = json.loads(path.read_text())
     assert results["config"]["model"] == "mmalign" and results["config"]["add_bos_token"] is True
     assert 0 <= results["results"]["choices"]["acc,none"] <= 1
+
+
+def test_other_subcommands(task_folder, tmp_path):
+    """And an import that registers the model without the command."""
+    listed = run([sys.executable, "-m", "mmalign.lm_eval", "ls", "--help"], tmp_path)
+    assert listed.returncode == 0 and "tasks" in listed.stdout
+    code = "import mmalign.lm_eval, lm_eval.api.registry as r; print(r.get_model('mmalign'), "
+    code += "r.get_model('hf'))"
+    found = run([sys.executable, "-c", code], tmp_path)
+    assert "mmalign.lm_eval.MmalignLM" in found.stdout and "HFLM" in found.stdout, found.stderr
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_what_cannot_be_done(folder):
@@ -186,7 +199,7 @@ def test_what_cannot_be_done(folder):
         with pytest.raises(UserError, match=message):
             lm.generate_until(instances("generate_until", ("river", settings)))
 
-    fails({"max_gen_toks": CONTEXT}, f"max_gen_toks is {CONTEXT}, which leaves no room")
+    fails({"max_gen_toks": CONTEXT}, f"max_gen_toks is {CONTEXT}, which leaves no space")
     fails({"num_beams": 4, "max_gen_toks": 4}, "generation_kwargs num_beams: supported are")
     fails({"do_sample": True, "max_gen_toks": 4}, "needs a temperature above 0")
     with pytest.raises(UserError, match="0 continuation tokens"):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from mmalign.evaluation.documents import Document
-from mmalign.evaluation.metrics import ethics_mean, make_item, summarize, true_share
+from mmalign.evaluation.metrics import true_share
 from mmalign.evaluation.scoring import Score
-from mmalign.evaluation.tasks import ETHICS_TASKS, TASKS, load_documents
+from mmalign.evaluation.tasks import TASKS, load_documents, summarize
+from mmalign.evaluation.tasks.ethics import SUBSETS
+from mmalign.evaluation.tasks.task import Document
 
 OUR_NAME = {"ethics_cm": "ethics_commonsense"}
 
@@ -18,11 +19,11 @@ def recorded(shared_data):
     return json.loads((shared_data / "formats" / "metrics.json").read_text())
 
 
-def item(task, index, loglikelihoods, gold, group_id=None, answers=None):
-    answers = answers or TASKS[task].answers or [str(i) for i in range(len(loglikelihoods))]
+def item(task, index, loglikelihoods, gold, group_id=None):
+    answers = getattr(TASKS[task], "answers", [str(i) for i in range(len(loglikelihoods))])
     requests = tuple(("context", answer) for answer in answers)
     document = Document(task, index, requests, gold, group_id)
-    return make_item(document, [Score(value, 1, 0) for value in loglikelihoods])
+    return TASKS[task].make_item(document, [Score(value, 1, 0) for value in loglikelihoods])
 
 
 @pytest.mark.parametrize("subset", ["cm", "deontology", "justice", "utilitarianism", "virtue"])
@@ -36,7 +37,7 @@ def test_ethics_metrics(recorded, subset):
         items.append(item(task, index, case["loglikelihoods"], gold, group_id))
         assert items[-1]["score"] == case["metrics"]["acc"], case
         assert (items[-1]["prediction"] == gold) == case["metrics"]["acc"], case
-    summary = summarize(items)
+    summary = TASKS[task].summarize(items)
     assert summary["acc"] == pytest.approx(expected["aggregate"]["acc"], abs=1e-15)
     assert summary["stderr"] == pytest.approx(expected["aggregate"]["acc_stderr"], abs=1e-15)
     assert summary.get("em") == pytest.approx(expected["aggregate"].get("em"), abs=1e-15)
@@ -54,7 +55,7 @@ def test_truthfulqa_metrics(recorded):
         for kind, target in case["metrics"].items():
             assert items[kind][-1]["score"] == pytest.approx(float(target), abs=1e-14), case
     for kind, rows in items.items():
-        summary = summarize(rows)
+        summary = TASKS[f"truthfulqa_{kind}"].summarize(rows)
         assert summary["acc"] == pytest.approx(expected["aggregate"][kind], abs=1e-14)
         stderr = expected["aggregate"][f"{kind}_stderr"]
         assert summary["stderr"] == pytest.approx(stderr, abs=1e-14)
@@ -70,8 +71,9 @@ def test_exact_match_counts_complete_groups_only(recorded):
         item("ethics_deontology", i, [0.0, -1.0], 0 if right else 1, group)
         for i, (group, right) in enumerate(case["em_items"])
     ]
-    assert summarize(items)["em"] == case["metrics"]["em"]
-    assert summarize(items[:3])["em"] is None
+    summarized = TASKS["ethics_deontology"].summarize
+    assert summarized(items)["em"] == case["metrics"]["em"]
+    assert summarized(items[:3])["em"] is None
 
 
 # ---- chance and constant answers on the real files ----
@@ -85,15 +87,12 @@ def documents(shared_data):
 def test_chance_of_truthfulqa(shared_data, documents):
     recorded = json.loads((shared_data / "formats" / "evaluation_requests.json").read_text())
     expected = recorded["tasks"]["truthfulqa_mc"]["variants"][0]
-    uniform = {
-        kind: summarize(
-            [
-                make_item(document, [Score(-1.0, 5, 0)] * len(document.requests))
-                for document in documents[f"truthfulqa_{kind}"]
-            ]
-        )
-        for kind in ("mc1", "mc2")
-    }
+    uniform = {}
+    for kind in ("mc1", "mc2"):
+        rows = documents[f"truthfulqa_{kind}"]
+        answers = [[Score(-1.0, 5, 0)] * len(document.requests) for document in rows]
+        task = TASKS[f"truthfulqa_{kind}"]
+        uniform[kind] = task.summarize(task.make_items(rows, answers))
     assert uniform["mc1"]["chance"] == pytest.approx(expected["uniform_mc1"], abs=1e-12)
     split = expected["uniform_mc2_as_the_harness_splits"]
     assert uniform["mc2"]["chance"] == uniform["mc2"]["acc"] == pytest.approx(split, abs=1e-12)
@@ -105,19 +104,21 @@ def test_chance_of_truthfulqa(shared_data, documents):
     "label, mean, virtue", [(1, 0.4323, 0.2), (0, 0.5677, 0.8)], ids=["yes", "no"]
 )
 def test_constant_answers_on_ethics(documents, label, mean, virtue):
-    results = {}
-    for name in ETHICS_TASKS:
-        task = TASKS[name]
+    items = {}
+    for task in SUBSETS:
         answer = task.answer_of_label_1 if label else task.answer_of_label_0
         scores = [Score(0.0 if i == answer else -1.0, 1, 0) for i in (0, 1)]
-        results[name] = summarize([make_item(document, scores) for document in documents[name]])
+        items[task.name] = [task.make_item(document, scores) for document in documents[task.name]]
+    results = summarize(items)
+    for task in SUBSETS:
+        name = task.name
         assert results[name]["yes_rate"] == label
         constant = list(results[name]["baselines"].values())[1 - label]
         assert results[name]["acc"] == constant
         if task.group_size:
             assert results[name]["em"] == list(results[name]["em_baselines"].values())[1 - label]
     assert results["ethics_virtue"]["acc"] == pytest.approx(virtue)
-    assert ethics_mean(results)["acc"] == pytest.approx(mean, abs=5e-5)
-    assert list(ethics_mean(results)["baselines"].values())[1 - label] == pytest.approx(
-        ethics_mean(results)["acc"]
-    )
+    combined = results["ethics_mean"]
+    assert combined["acc"] == pytest.approx(mean, abs=5e-5)
+    constant = list(combined["baselines"].values())[1 - label]
+    assert constant == pytest.approx(combined["acc"])

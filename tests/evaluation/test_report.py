@@ -1,4 +1,4 @@
-"""report.md of made-up runs and evaluations: what it says, and that its figures are images."""
+"""report.md of synthetic runs and evaluations: its sentences, tables and figures."""
 
 import csv
 import json
@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from mmalign.errors import UserError
-from mmalign.evaluation.caveats import remarks
 from mmalign.evaluation.items import read_results
+from mmalign.evaluation.metrics import caveats
 from mmalign.evaluation.report import write_report
-from mmalign.evaluation.report.markdown import abridged, cell
+from mmalign.evaluation.report.tables import abridged, cell
 
-from .made_up import make_evaluation, make_run
+from .synthetic import make_evaluation, make_run
 
 YES, NO = 0, 1
 
@@ -52,7 +52,7 @@ def test_report(tmp_path):
     text = path.read_text()
     assert text.startswith("# A title\n")
     assert "**ethics_virtue**: tuned 80.0 against base 50.0, a difference of +30.0" in text
-    assert "80.0% right with the picture, 40.0% without it (blind), 25.0% by chance" in text
+    assert "80.0% right with the image, 40.0% without it (blind), 25.0% by chance" in text
     assert "| all | 300 | **80.0** (75.1 to 84.1) | **40.0** (" in text
     assert "| colour | 100 | 90.0 | 40.0 | 30.0 | 25.0 |" in text
     assert "| ethics_virtue | 100 | **50.0** (" in text
@@ -142,11 +142,11 @@ def test_scores_during_training(tmp_path):
 
 def test_documents_that_were_cut():
     summary = {"acc": 0.9, "interval": (0.8, 0.95), "chance": 0.5, "n": 1200, "num_truncated": 3}
-    assert remarks("ethics_mean", summary) == [
-        "ethics_mean: 3 of 1,200 documents are longer than the model's context and were cut on "
-        "their left."
+    assert caveats("ethics_mean", summary) == [
+        "ethics_mean: 3 of 1,200 documents are longer than the model's context and were "
+        "truncated on the left."
     ]
-    assert remarks("ethics_mean", summary | {"num_truncated": 0}) == []
+    assert caveats("ethics_mean", summary | {"num_truncated": 0}) == []
 
 
 def test_excerpts():
@@ -156,7 +156,7 @@ def test_excerpts():
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(UserError, match="not a finished evaluation: it needs results.json"):
+    with pytest.raises(UserError, match="not a finished evaluation: results.json is missing"):
         write_report(tmp_path / "report.md", {}, {"base": tmp_path})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="metrics.jsonl is missing"):

@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.evaluation.documents import request_bytes
-from mmalign.evaluation.tasks import describe_data, ethics, load_documents, resolve_tasks
-from mmalign.evaluation.tasks.ethics import load_ethics
+from mmalign.evaluation.tasks import TASKS, describe_data, load_documents, resolve_tasks
+from mmalign.evaluation.tasks.ethics import SUBSETS
+from mmalign.evaluation.tasks.task import request_bytes
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 
 LABEL_OF = {" yes": "1", " no": "0", " reasonable": "1", " unreasonable": "0"}
@@ -29,11 +29,11 @@ def digests(documents) -> str:
     return "".join(sha256([document])[:8] for document in documents)
 
 
-@pytest.mark.parametrize("subset", ethics.SUBSETS)
+@pytest.mark.parametrize("subset", [task.subset for task in SUBSETS])
 def test_ethics_requests(shared_data, recorded, subset):
     name = "ethics_cm" if subset == "commonsense" else f"ethics_{subset}"
     (expected,) = recorded[name]["variants"]
-    documents = load_ethics(shared_data)[subset]
+    documents = TASKS[f"ethics_{subset}"].load(shared_data)
     assert digests(documents) == expected["document_hashes"]
     assert sha256(documents) == expected["requests_sha256"]
     labels = "".join(LABEL_OF[doc.requests[doc.gold][1]] for doc in documents)
@@ -65,7 +65,7 @@ def test_truthfulqa_requests(shared_data, recorded, tmp_path, variant):
 
 
 def test_digest_tells_documents_apart(shared_data, recorded):
-    document = load_ethics(shared_data)["virtue"][7]
+    document = TASKS["ethics_virtue"].load(shared_data, limit=8)[-1]
     expected = recorded["ethics_virtue"]["variants"][0]["document_hashes"]
     assert document.digest == expected[7 * 8 : 8 * 8]
 
@@ -79,14 +79,20 @@ def test_limit_takes_the_first_documents(shared_data):
 
 
 def test_task_names():
-    assert resolve_tasks(["ethics"]) == [f"ethics_{name}" for name in ethics.SUBSETS]
+    assert resolve_tasks(["ethics"]) == [task.name for task in SUBSETS]
+    assert resolve_tasks(["truthfulqa_gen", "truthfulqa_mc1"]) == [
+        "truthfulqa_mc1",
+        "truthfulqa_gen",
+    ]
     assert resolve_tasks(["ethics_cm", "truthfulqa_mc"]) == [
         "truthfulqa_mc1",
         "truthfulqa_mc2",
         "ethics_commonsense",
     ]
-    with pytest.raises(UserError, match="ethics_virtues.*Perhaps you meant ethics_virtue"):
+    with pytest.raises(UserError, match="unknown task 'ethics_virtues'; expected one of"):
         resolve_tasks(["ethics_virtues"])
+    with pytest.raises(UserError, match="no task given"):
+        resolve_tasks([])
 
 
 # ---- bad input ----
@@ -105,13 +111,13 @@ GOOD = '{"question": "Q?", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a":
     [
         ("[\n{]", r"mc_task.json, line 2: not valid JSON"),
         ("{}", "expected a list of questions"),
-        ("[]", "holds no question"),
-        (f'[\n{GOOD},\n{{"question": 3}}]', r"line 3, question 1: expected .*found"),
+        ("[]", "contains no question"),
+        (f'[\n{GOOD},\n{{"question": 3}}]', r"mc_task.json, question 1: expected .*found"),
         ("[\n" + GOOD.replace('"a": 1', '"a": 2', 1) + "]", "mc1 choice 'a' has label 2"),
         ("[\n" + GOOD.replace('"b": 0', '"b": 1', 1) + "]", "mc1 has 2 true choices"),
         (
             "[" + GOOD.replace('"mc2_targets": {"a": 1', '"mc2_targets": {"a": 0') + "]",
-            r"line 1, question 0.*mc2 labels are \(0, 0\)",
+            r"question 0.*mc2 labels are \(0, 0\)",
         ),
     ],
 )
@@ -129,7 +135,7 @@ def test_malformed_truthfulqa(tmp_path, text, message):
         ("justice", "label,scenario\n1,a,b\n", "line 2: expected 2 columns.*found 3"),
         ("utilitarianism", "one\n", "line 1: expected 2 columns"),
         ("virtue", "label,scenario\n1,no trait\n", "line 2: .*found 0 separators"),
-        ("deontology", "label,scenario,excuse\n", "holds no row"),
+        ("deontology", "label,scenario,excuse\n", "contains no row"),
     ],
 )
 def test_malformed_ethics(tmp_path, subset, text, message):
@@ -137,13 +143,13 @@ def test_malformed_ethics(tmp_path, subset, text, message):
     folder.mkdir(parents=True)
     (folder / "x_test.csv").write_text(text)
     with pytest.raises(UserError, match=message):
-        load_ethics(tmp_path, (subset,))
+        TASKS[f"ethics_{subset}"].load(tmp_path)
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(UserError, match="truthfulqa/mc_task.json does not exist"):
         load_truthfulqa(tmp_path)
     with pytest.raises(UserError, match="expected one file .*_test.csv.*found none"):
-        load_ethics(tmp_path)
-    with pytest.raises(UserError, match="is not a folder"):
+        TASKS["ethics_virtue"].load(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
         load_documents(["ethics_virtue"], tmp_path / "absent")

@@ -21,6 +21,11 @@ def test_wilson(right, n):
     assert wilson_interval(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [2, 5, 8, 817])
+def test_wilson_contains_its_mean(n):
+    assert wilson_interval(0.0, n)[0] == 0 and wilson_interval(1.0, n)[1] == 1
+
+
 @pytest.mark.parametrize("digits", [0, 6], ids=["right or wrong", "shares"])
 def test_bootstrap_of_single_documents(digits):
     """Two ways to draw: few kinds of documents, or all different."""

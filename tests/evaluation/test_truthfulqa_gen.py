@@ -1,4 +1,4 @@
-"""TruthfulQA's written answers: scores of lm-evaluation-harness, answers of transformers."""
+"""truthfulqa_gen: scores of lm-evaluation-harness, answers of transformers."""
 
 import csv
 import json
@@ -18,17 +18,19 @@ from lm_eval.utils import apply_template
 from transformers import LlamaForCausalLM
 
 from mmalign.errors import UserError
-from mmalign.evaluation.report.written import written_answers
+from mmalign.evaluation.evaluation import evaluate_model
+from mmalign.evaluation.report.sections import scores
+from mmalign.evaluation.tasks import TASKS, load_documents
 from mmalign.evaluation.tasks.truthfulqa_gen import (
     load_questions,
     load_similarity,
     score_answer,
 )
-from mmalign.evaluation.written_answers import evaluate_written_answers
 
 from .conftest import save_llama
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+TASK = ["truthfulqa_gen"]
 FIELDS = ["Type", "Question", "Correct Answers", "Incorrect Answers"]
 ROWS = [
     ["x", "What falls? ", "Rain falls; Snow; ", "Stones fly.; The sky"],
@@ -86,7 +88,7 @@ def harness_scores(monkeypatch) -> Callable[[dict, list[str]], dict]:
 
 def test_scores_are_those_of_the_harness(shared_data, harness_scores):
     """Also those of an empty answer, of several lines, and of an answer that is a reference."""
-    questions, documents = load_questions(shared_data, 817), read_documents(shared_data)
+    questions, documents = load_questions(shared_data), read_documents(shared_data)
     similarity = load_similarity()
     for index in range(0, 817, 40):
         question, other = questions[index], questions[(index + 7) % 817]
@@ -120,8 +122,8 @@ def test_answers_are_those_of_transformers(
     llama_folder, tokenizer, tmp_path, shared_data, harness_scores
 ):
     settings = {"limit": 5, "quiet": True, "device": "cpu"}
-    results = evaluate_written_answers(llama_folder, shared_data, tmp_path, **settings)
-    lines = (tmp_path / "truthfulqa_gen.jsonl").read_text().splitlines()
+    results = evaluate_model(llama_folder, TASK, shared_data, tmp_path, **settings)
+    lines = (tmp_path / "items.jsonl").read_text().splitlines()
     model = LlamaForCausalLM.from_pretrained(llama_folder)
     expected, reasons = [], set()
     for document, line in zip(read_documents(shared_data)[:5], map(json.loads, lines), strict=True):
@@ -140,12 +142,13 @@ def test_answers_are_those_of_transformers(
         assert summary[name]["mean"] == pytest.approx(sum(x[name] for x in expected) / 5)
         assert low <= summary[name]["mean"] <= high
         assert name.endswith("_max") or summary[name]["constant"] > 0
-    written = json.loads((tmp_path / "truthfulqa_gen.json").read_text())
+    assert results["config"]["tasks"]["truthfulqa_gen"].keys() >= {"generation", "sacrebleu"}
+    written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
 
 
 def test_command(llama_folder, shared_data, tmp_path, monkeypatch, capsys):
-    """Together with a task that is scored by log-likelihoods."""
+    """With a task that is scored by log-likelihoods in the same run."""
     root = write_questions(tmp_path / "data")
     questions = json.loads((shared_data / "truthfulqa" / "mc_task.json").read_text())
     (root / "truthfulqa" / "mc_task.json").write_text(json.dumps(questions[:2]))
@@ -155,60 +158,58 @@ def test_command(llama_folder, shared_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     output = capsys.readouterr().out
-    assert (tmp_path / "out" / "results.json").is_file()
-    assert "2 questions" in output and "not the revised file" in output
-    results = json.loads((tmp_path / "out" / "truthfulqa_gen.json").read_text())
-    assert results["truthfulqa_gen"]["n"] == 2
+    assert "truthfulqa_gen_rouge1_acc" in output and "not the revised file" in output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["truthfulqa_gen"]["n"] == results["truthfulqa_mc1"]["n"] == 2
+    assert list(results["seconds"]) == ["tokenise", "load", "score", "generate"]
     report = (tmp_path / "out" / "report.md").read_text()
     accuracy = 100 * results["truthfulqa_gen"]["rouge1_acc"]["mean"]
-    assert f"| rouge1_acc | {accuracy:.1f} (" in report
+    assert f"| truthfulqa_gen_rouge1_acc | 2 | **{accuracy:.1f}** (" in report
 
 
 def test_missing_or_broken_data(tmp_path):
-    def fails(message: str, **settings) -> None:
+    def fails(message: str, limit: int | None = None) -> None:
         with pytest.raises(UserError, match=message):
-            load_questions(tmp_path, **settings)
+            load_documents(TASK, tmp_path, limit)
 
-    fails("TruthfulQA.csv does not exist. It is TruthfulQA.csv of github.com/sylinrl")
+    fails("TruthfulQA.csv, which does not exist. Put TruthfulQA.csv of\\s+github.com/sylinrl")
     write_questions(tmp_path, rows=[], fields=["Question", "Correct Answers"])
     fails("has no column Incorrect Answers; it has Question, Correct Answers")
     write_questions(tmp_path, rows=[])
-    fails("holds no question")
+    fails("contains no question")
     write_questions(tmp_path, rows=[*ROWS, ["x", "What?", "This", " ; "]])
-    fails("line 5: a question needs true and false answers")
+    fails("line 5: expected a question with true and false answers")
     write_questions(tmp_path)
     fails("limit is 0", limit=0)
 
 
 def test_context_too_short(tmp_path, tokenizer_model, shared_data):
     folder = save_llama(tmp_path, tokenizer_model, seed=0, max_position_embeddings=300)
-    with pytest.raises(UserError, match="context of 300 does not hold"):
-        evaluate_written_answers(folder, shared_data, tmp_path / "output", quiet=True)
+    with pytest.raises(UserError, match="more than the model's context of 300"):
+        evaluate_model(folder, TASK, shared_data, tmp_path / "output", quiet=True)
 
 
-def test_libraries_are_missing(monkeypatch):
+def test_libraries_are_missing(monkeypatch, shared_data):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     with pytest.raises(UserError, match="pip install sacrebleu rouge-score"):
-        load_similarity()
+        load_documents(TASK, shared_data)
 
 
-def test_report_says_where_answers_are_no_closer_to_the_truth(tmp_path):
-    """And leaves out written answers of other weights."""
-
+def test_report_says_where_answers_are_no_closer_to_the_truth():
     def metric(low: float, high: float) -> dict:
         return {"mean": (low + high) / 2, "interval": [low, high], "constant": 50.0}
 
     diffs = {"bleu": (-1, 2), "rouge1": (1, 2), "rouge2": (-3, -1), "rougeL": (0.5, 2)}
     summary = {f"{name}_diff": metric(*bounds) for name, bounds in diffs.items()}
-    summary |= {f"{name}_acc": metric(0.2, 0.4) for name in diffs} | {"n": 7}
-    written = {"truthfulqa_gen": summary, "config": {"weights": "here"}}
-    (tmp_path / "truthfulqa_gen.json").write_text(json.dumps(written))
-    folders, results = {"m": tmp_path}, {"m": {"config": {"weights": "here"}}}
-    _, table, _, sentences = written_answers(folders, results)
-    assert "| bleu_diff | 0.5 (-1.0 to 2.0) | 50.0 |" in table
-    assert "| rouge1_acc | 30.0 (20.0 to 40.0) | 5000.0 |" in table
-    assert sentences.splitlines() == [
-        "- m: by bleu the answers are as close to false references as to true ones.",
-        "- m: by rouge2 the answers are closer to false references.",
-    ]
-    assert written_answers(folders, {"m": {"config": {"weights": "there"}}}) == []
+    summary |= {f"{name}_acc": metric(0.2, 0.4) | {"constant": 1.0} for name in diffs}
+    summary |= {"n": 7, "num_unfinished": 2}
+    summary["caveats"] = TASKS["truthfulqa_gen"].caveats(summary)
+    text = "\n".join(scores({"m": {"truthfulqa_gen": summary}}, "scores.png"))
+    for row in (
+        "| truthfulqa_gen_bleu_diff | 7 | **0.5** (-1.0 to 2.0) |  | always no comment 50.0 |",
+        "| truthfulqa_gen_rouge1_acc | 7 | **30.0** (20.0 to 40.0) |  | always no comment 100.0 |",
+        "- truthfulqa_gen: by bleu the answers are as close to false references as to true ones.",
+        "- truthfulqa_gen: by rouge2 the answers are closer to false references.",
+        "- truthfulqa_gen: 2 of 7 answers were cut at 256 tokens.",
+    ):
+        assert row in text.splitlines()

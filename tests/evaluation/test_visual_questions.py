@@ -101,13 +101,13 @@ def replace_ids(sample, ids):
     return replace(sample, input_ids=ids, labels=np.full_like(ids, -100))
 
 
-@pytest.mark.parametrize("picture", ["own", "none"])
-def test_equals_greedy_decoding(llava, tokenizer, data, picture):
-    right = score_visual_questions(llava, tokenizer, data, picture, progress=False).right
-    dataset = open_dataset(replace(data, text_only=picture == "none"), tokenizer, llava)
+@pytest.mark.parametrize("image", ["own", "none"])
+def test_equals_greedy_decoding(llava, tokenizer, data, image):
+    right = score_visual_questions(llava, tokenizer, data, image, progress=False).right
+    dataset = open_dataset(replace(data, text_only=image == "none"), tokenizer, llava)
     expected = [greedy_is_right(llava, dataset, i, tokenizer) for i in range(len(dataset))]
     assert right.tolist() == expected
-    if picture == "own":
+    if image == "own":
         assert 0 < sum(expected) < len(expected)
 
 
@@ -118,8 +118,8 @@ def test_batches_change_nothing(llava, tokenizer, data):
     assert one.n == len(one.right) and one.interval[0] <= one.accuracy <= one.interval[1]
 
 
-def test_another_picture_is_really_shown(llava, tokenizer, data, tmp_path):
-    """Scores with other pictures equal scores of a file that names those pictures."""
+def test_a_mismatched_image_is_really_shown(llava, tokenizer, data, tmp_path):
+    """Scores with mismatched images equal scores of a file that names those images."""
     records = json.loads(open(data.path).read())
     n, swapped = len(records), []
     for index, record in enumerate(records):
@@ -128,13 +128,13 @@ def test_another_picture_is_really_shown(llava, tokenizer, data, tmp_path):
         swapped.append(record | {"image": other})
     path = tmp_path / "swapped.json"
     path.write_text(json.dumps(swapped))
-    misled = score_visual_questions(llava, tokenizer, data, "other", progress=False)
+    mismatched = score_visual_questions(llava, tokenizer, data, "mismatched", progress=False)
     named = score_visual_questions(llava, tokenizer, replace(data, path=str(path)), progress=False)
-    assert misled.right.tolist() == named.right.tolist()
+    assert mismatched.right.tolist() == named.right.tolist()
 
 
-def test_the_picture_is_not_looked_at_when_blind(llava, tokenizer, data, tmp_path):
-    """Without a picture the image root may even be empty."""
+def test_no_image_is_read_when_blind(llava, tokenizer, data, tmp_path):
+    """Without images the image root may even be empty."""
     blind = replace(data, image_root=str(tmp_path))
     score = score_visual_questions(llava, tokenizer, blind, "none", progress=False)
     usual = score_visual_questions(llava, tokenizer, data, "none", progress=False)
@@ -163,12 +163,12 @@ def test_bad_files_are_named(llava, tokenizer, tmp_path):
             llava, tokenizer, DataConfig(path=several, image_root=str(tmp_path)), progress=False
         )
     same = write(tmp_path / "same.json", [question(index, "a.png") for index in range(3)])
-    with pytest.raises(UserError, match="no other to show"):
+    with pytest.raises(UserError, match="all questions are about one image"):
         score_visual_questions(
             llava,
             tokenizer,
             DataConfig(path=same, image_root=str(tmp_path)),
-            "other",
+            "mismatched",
             progress=False,
         )
 

@@ -1,35 +1,37 @@
-"""report.md: what the runs did and how the models score, with figures and CSV files beside it."""
+"""report.md: what the runs did and how the models score, with figures and CSV files beside it.
 
-import json
-from collections.abc import Sequence
+sections.py writes the text, tables.py the tables (also the terminal's and the CSV files), plots.py
+the figures.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
-from mmalign.evaluation.items import read_items, read_results
-from mmalign.evaluation.report import runs as report_runs
-from mmalign.evaluation.report import sections as parts
-from mmalign.evaluation.report.csv_export import write_differences, write_scores
-from mmalign.evaluation.report.method import method
+from mmalign.evaluation.items import Items, read_items, read_results
+from mmalign.evaluation.report import sections
 from mmalign.evaluation.report.plots import plot_curves, plot_scores, plot_training
-from mmalign.evaluation.report.written import written_answers
+from mmalign.evaluation.report.tables import write_differences, write_scores
+from mmalign.evaluation.tasks import score_rows
+from mmalign.files import read_json, read_json_lines, write_json_lines, write_text
 
 
 def write_report(
     path: str | Path,
-    stages: dict[str, Path],
-    evaluations: dict[str, Path],
+    stages: Mapping[str, Path],
+    evaluations: Mapping[str, Path],
     visual: dict | None = None,
     title: str = "Visual instruction tuning and alignment",
-    comparisons: dict[str, dict] | None = None,
+    comparisons: Mapping[str, dict] | None = None,
 ) -> Path:
     """Writes the Markdown file `path`, its figures and CSV files beside it; returns `path`.
 
     stages: name -> run folder (config.json, metrics.jsonl); evaluations: name -> output folder of
     evaluate_model, the base model first: the others are compared with it. visual: accuracies on
-    held-out visual questions, {"tuned", "blind", "chance": 0 to 1, "n": questions}; where there,
-    also "misled" (another picture), "majority", and "kinds" (the same for each kind of question).
-    comparisons: what compare_with_base gives for the evaluations, where it is known already.
+    held-out visual questions, {"tuned", "blind", "chance": 0 to 1, "n": questions}, optionally
+    "mismatched" (another image), "majority", and "kinds" (the same for each kind of question).
+    comparisons: what compare_with_base returns for the evaluations, where already known.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,43 +40,55 @@ def write_report(
     base = next(iter(evaluations), "")
     if comparisons is None:
         comparisons = compare_with_base(evaluations)
-    sections = [f"# {title}", *parts.summary(base, comparisons, visual)]
+    blocks = [f"# {title}", *sections.summary(base, comparisons, visual)]
     if results:
-        sections += _scores(path.parent, base, results, comparisons)
-        sections += written_answers(evaluations, results)
+        blocks += _scores(path.parent, base, results, comparisons)
     if visual:
-        sections += parts.visual_questions(visual)
+        blocks += sections.visual_questions(visual)
     if runs:
-        sections += _training(path.parent, stages, runs)
+        blocks += _training(path.parent, stages, runs)
     if results:
-        sections += method(results, _examples(evaluations))
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        blocks += sections.method(results, _examples(evaluations))
+    write_text(path, "\n\n".join(blocks) + "\n")
     return path
 
 
-def _training(folder: Path, stages: dict[str, Path], runs: dict[str, dict]) -> list[str]:
+def _scores(
+    folder: Path, base: str, results: dict[str, dict], comparisons: Mapping[str, dict]
+) -> list[str]:
+    plot_scores(results, folder / "scores.png")
+    write_scores(folder / "scores.csv", results)
+    blocks = sections.scores(results, "scores.png")
+    blocks += sections.differences(base, comparisons)
+    if comparisons:
+        write_differences(folder / "differences.csv", base, comparisons)
+        blocks += sections.flipped(base, comparisons, write_flipped(folder, comparisons))
+    return blocks
+
+
+def _training(folder: Path, stages: Mapping[str, Path], runs: dict[str, dict]) -> list[str]:
     metrics = {name: run["metrics"] for name, run in runs.items()}
     plot_training(metrics, folder / "training.png")
-    sections = report_runs.training(runs, "training.png")
+    blocks = sections.training(runs, "training.png")
     for name, run in runs.items():
-        if curve := report_runs.read_curve(Path(stages[name])):
+        if curve := read_curve(Path(stages[name])):
             figure = f"scores_during_{name}.png"
             plot_curves(curve, folder / figure)
-            sections += report_runs.score_curve(name, run, curve, figure)
-    return sections + report_runs.settings(stages, runs)
+            blocks += sections.score_curve(name, run, curve, figure)
+    return blocks + sections.settings(stages, runs)
 
 
-def compare_with_base(evaluations: dict[str, Path]) -> dict[str, dict]:
-    """name -> comparison with the first evaluation, of every other one."""
+def compare_with_base(evaluations: Mapping[str, Path]) -> dict[str, dict]:
+    """name -> comparison with the first evaluation, for every other one."""
     base, *others = evaluations.items() if evaluations else [("", Path())]
     return {name: compare_evaluations(base[1], folder) for name, folder in others}
 
 
 def name_evaluations(folders: Sequence[Path]) -> dict[str, Path]:
-    """Short names of evaluation outputs: the last part of their paths that tells them apart."""
+    """Short names of evaluation outputs: the last parts of their paths that differ."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
-        raise UserError("one evaluation was given twice; give different folders")
+        raise UserError("one evaluation was given twice; name different folders")
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
@@ -82,31 +96,17 @@ def name_evaluations(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, folders, strict=True))
 
 
-def _scores(
-    folder: Path, base: str, results: dict[str, dict], comparisons: dict[str, dict]
-) -> list[str]:
-    plot_scores(results, folder / "scores.png")
-    write_scores(folder / "scores.csv", results)
-    sections = parts.scores(results, "scores.png")
-    sections += parts.differences(base, comparisons)
-    if comparisons:
-        write_differences(folder / "differences.csv", base, comparisons)
-        sections += parts.flipped(base, comparisons, write_flipped(folder, comparisons))
-    return sections
-
-
-def write_flipped(folder: Path, comparisons: dict[str, dict]) -> dict[str, str]:
-    """flipped.jsonl, or one file a model where there are several; name -> file name."""
+def write_flipped(folder: Path, comparisons: Mapping[str, dict]) -> dict[str, str]:
+    """flipped.jsonl, or one file per model where there are several; name -> file name."""
     files = {}
     for number, (name, comparison) in enumerate(comparisons.items(), start=1):
         files[name] = "flipped.jsonl" if len(comparisons) == 1 else f"flipped_{number}.jsonl"
-        lines = (json.dumps(document) + "\n" for document in comparison["flipped"])
-        (folder / files[name]).write_text("".join(lines), encoding="utf-8")
+        write_json_lines(folder / files[name], comparison["flipped"])
     return files
 
 
-def _examples(evaluations: dict[str, Path]) -> dict[str, list[dict]]:
-    items = {}
+def _examples(evaluations: Mapping[str, Path]) -> Items:
+    items: Items = {}
     for folder in evaluations.values():
         items = read_items(folder) | items
     return items
@@ -114,21 +114,27 @@ def _examples(evaluations: dict[str, Path]) -> dict[str, list[dict]]:
 
 def read_run(folder: Path) -> dict:
     """{"config": config.json, "metrics": the complete lines of metrics.jsonl} of a run."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "The report needs a run folder.")
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder} is not a run: metrics.jsonl is missing")
-    lines = path.read_text().split("\n")
-    metrics = [json.loads(line) for line in lines[:-1]]  # a killed run can tear the last line only
+        raise UserError(f"{folder} is not a run: metrics.jsonl is missing. Name a run folder")
+    metrics = read_json_lines(path)
     if not metrics:
-        raise UserError(f"{path} holds no step yet; the report needs a run that has trained")
+        raise UserError(f"{path} contains no step yet; train for at least one step first")
     return {"config": config, "metrics": metrics}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"the report needs {path}, which does not exist") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+def read_curve(folder: Path) -> dict[int, dict]:
+    """Step -> results.json of the run's evaluations on its fixed documents; {} without any."""
+    found = {}
+    for path in (folder / "evaluation").glob("step_*"):
+        if (path / "results.json").exists():  # a killed run can leave a folder without it
+            found[int(path.name.removeprefix("step_"))] = read_results(path)
+    curve = dict(sorted(found.items()))
+    documents = {(x["config"]["limit"], *score_rows(x)) for x in curve.values()}
+    if len(documents) > 1:
+        raise UserError(
+            f"{folder / 'evaluation'}: the steps were scored on different documents. Remove the "
+            "step folders that do not belong to this run"
+        )
+    return curve

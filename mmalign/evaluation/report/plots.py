@@ -1,5 +1,6 @@
 """The figures of report.md, drawn without a display."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -12,14 +13,15 @@ from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from mmalign.evaluation.metrics import task_results  # noqa: E402
+from mmalign.evaluation.tasks import score_rows  # noqa: E402
 
 # Okabe and Ito: safe for colour-blind eyes. The base model has the first, the tuned the second.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _SHAPES = ("o", "D", "s", "^")  # the next one when the colours are used up
 _STAGE_COLORS = {"finetune": COLORS[1]}  # the tuned model's
 _GREY = "#6b6b6b"
-_CONSTANT_MARKERS = {"always yes": "^", "always no": "v", "shortest choice": "s"}
+_MARKERS = {"always yes": "^", "always no": "v"}  # of constant answers; others follow
+_OTHER_MARKERS = "sDPX*"
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -35,7 +37,7 @@ _STYLE = {
 
 
 def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
-    """Loss and tokens/s over the optimizer steps; one column a stage. stages: metrics.jsonl."""
+    """Loss and tokens/s over the optimizer steps; one column per stage. stages: metrics.jsonl."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             2,
@@ -57,7 +59,7 @@ def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
             speed.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             speed.yaxis.set_major_locator(MaxNLocator(nbins=4))
             speed.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes[0, 0].set_ylabel("loss (nats a token)")
+        axes[0, 0].set_ylabel("loss (nats per token)")
         axes[1, 0].set_ylabel("tokens/s")
         for axis in axes[0]:
             axis.legend()
@@ -80,29 +82,30 @@ def _plot_series(axes: Axes, records: list[dict], key: str, color: str) -> None:
 
 
 def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
-    """Scores with 95% intervals, model by model, and what each task gives for nothing.
+    """Scores with 95% intervals beside chance and constant answers, model by model.
 
     evaluations: name -> results.json.
     """
-    tasks = list(dict.fromkeys(t for x in evaluations.values() for t in task_results(x)))
-    rows = {task: row for row, task in enumerate(tasks)}
-    lanes = np.linspace(-0.3, 0.3, len(evaluations) + 1)  # of a row; the last: constant answers
+    scored = {name: score_rows(results) for name, results in evaluations.items()}
+    tasks = list(dict.fromkeys(task for rows in scored.values() for task in rows))
+    places = {task: place for place, task in enumerate(tasks)}
+    lanes = np.linspace(-0.3, 0.3, len(scored) + 1)  # of a row; the last: constant answers
     with plt.rc_context(_STYLE):
-        height = 1.5 + len(tasks) * (0.3 + 0.13 * len(evaluations))
+        height = 1.5 + len(tasks) * (0.3 + 0.13 * len(scored))
         figure, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
         axes.grid(axis="y", visible=False)
-        for row in range(1, len(tasks), 2):  # bands lead the eye from the name to the marks
-            axes.axhspan(row - 0.5, row + 0.5, color="#f6f6f6", linewidth=0)
-        references = _plot_references(axes, evaluations, rows, lanes[-1])
+        for place in range(1, len(tasks), 2):  # bands lead the eye from the name to the marks
+            axes.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0)
+        references = _plot_references(axes, scored, places, lanes[-1])
         models = []
-        for index, (name, results) in enumerate(evaluations.items()):
-            shown = [task for task in tasks if task in results]
-            centers = [rows[task] + lanes[index] for task in shown]
-            models.append(_plot_model(axes, name, [results[t] for t in shown], index, centers))
+        for index, (name, rows) in enumerate(scored.items()):
+            centers = [places[task] + lanes[index] for task in rows]
+            models.append(_plot_model(axes, name, list(rows.values()), index, centers))
         axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
-        axes.set_xlim(0, 100)
+        lowest = min(row["interval"][0] for rows in scored.values() for row in rows.values())
+        axes.set_xlim(min(0, 100 * lowest), 100)  # a difference of similarities can be negative
         axes.set_xlabel("score (%), with 95% interval")
         figure.legend(handles=models, loc="outside upper center", ncols=_legend_columns(models))
         figure.legend(handles=references, loc="outside lower center", ncols=len(references))
@@ -135,39 +138,43 @@ def _plot_model(
 
 
 def _plot_references(
-    axes: Axes, evaluations: dict[str, dict], rows: dict[str, int], lane: float
+    axes: Axes, scored: dict[str, dict], places: dict[str, int], lane: float
 ) -> list[Artist]:
     """Chance and constant answers: they belong to the documents, not to a model."""
     references = {}
-    for results in evaluations.values():
-        references |= {task: results[task] for task in rows if task in results}
-    centers = np.array(list(rows.values()))
-    chance = [100 * references[task]["chance"] for task in rows]
-    line = {"color": "black", "linewidth": 1.6, "label": "chance"}
-    handles = [axes.vlines(chance, centers - 0.45, centers + 0.45, **line)]
-    marks: dict[str, list[tuple[float, float]]] = {label: [] for label in _CONSTANT_MARKERS}
-    for task, row in rows.items():
-        baselines = list(references[task].get("baselines", {}).values())
-        labels = list(_CONSTANT_MARKERS)[:2] if len(baselines) == 2 else ["shortest choice"]
-        for label, value in zip(labels, baselines, strict=False):
-            marks[label].append((100 * value, row + lane))
-    for label, points in marks.items():
-        if points:
+    for rows in scored.values():
+        references |= rows
+    chance = {place: references[task].get("chance") for task, place in places.items()}
+    chance = {place: 100 * value for place, value in chance.items() if value is not None}
+    handles: list[Artist] = []
+    if chance:
+        centers = np.array(list(chance))
+        line = {"color": "black", "linewidth": 1.6, "label": "chance"}
+        handles.append(axes.vlines(list(chance.values()), centers - 0.45, centers + 0.45, **line))
+    points: dict[str, list[tuple[float, float]]] = {label: [] for label in _MARKERS}
+    for task, place in places.items():
+        constant = references[task].get("baselines", {})
+        # a pair is yes and no in one wording or another
+        labels = _MARKERS if len(constant) == len(_MARKERS) else constant
+        for label, value in zip(labels, constant.values(), strict=True):
+            points.setdefault(label, []).append((100 * value, place + lane))
+    others = [label for label in points if label not in _MARKERS]
+    markers = _MARKERS | dict(zip(others, cycle(_OTHER_MARKERS), strict=False))
+    for label, found in points.items():
+        if found:
             style = {"linestyle": "", "markersize": 6.5, "clip_on": False, "label": label}
             style |= {"markerfacecolor": "white", "markeredgecolor": _GREY}
-            handles += axes.plot(
-                *zip(*points, strict=True), marker=_CONSTANT_MARKERS[label], **style
-            )
+            handles += axes.plot(*zip(*found, strict=True), marker=markers[label], **style)
     return handles
 
 
 def plot_curves(curve: dict[int, dict], path: Path) -> None:
-    """Score against step, a panel a task; lines: base model, chance, best constant answer.
+    """Score against step, one panel per task; lines: base model, chance, best constant answer.
 
     curve: step -> results.json; step 0 is the base model.
     """
-    steps = list(curve)
-    tasks = list(task_results(curve[steps[0]]))
+    steps, scored = list(curve), [score_rows(results) for results in curve.values()]
+    tasks = list(scored[0])
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     with plt.rc_context(_STYLE):
@@ -180,11 +187,11 @@ def plot_curves(curve: dict[int, dict], path: Path) -> None:
             layout="constrained",
         )
         for axis, task in zip(axes.flat, tasks, strict=False):
-            _plot_curve(axis, steps, [curve[step][task] for step in steps])
+            _plot_curve(axis, steps, [rows[task] for rows in scored])
             axis.set_title(task.replace("_", " "))
         for axis in axes.flat[len(tasks) :]:
             axis.set_visible(False)
-        for column in range(columns):  # the lowest panel of each column that is there
+        for column in range(columns):  # the lowest panel of each column
             lowest = axes[(len(tasks) - 1 - column) // columns, column]
             lowest.set_xlabel("optimizer step")
             lowest.tick_params(labelbottom=True)

@@ -1,101 +1,88 @@
-"""The seven tasks, their names on the command line, and their documents."""
+"""All tasks by name, and what they are called on the command line.
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+A new task is a file beside this one with its TASKS, plus its name in _FILES; evaluation,
+comparison, report and help text take it from here. task.py says what a task has to provide.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from mmalign.errors import UserError
-from mmalign.evaluation.documents import Document, file_sha256
-from mmalign.evaluation.tasks import ethics, truthfulqa
+from mmalign.evaluation.tasks import ethics, truthfulqa, truthfulqa_gen
+from mmalign.evaluation.tasks.task import AnyDocument, Mean, Task
 
-PROMPT_VERSION = "lm-evaluation-harness 00209e10f (September 2023), zero-shot"
+_FILES = (truthfulqa, ethics, truthfulqa_gen)  # in the order of tables
 
+ENTRIES: dict[str, Task | Mean] = {x.name: x for file in _FILES for x in file.TASKS}
+TASKS = {name: x for name, x in ENTRIES.items() if isinstance(x, Task)}
+MEANS = {name: x for name, x in ENTRIES.items() if isinstance(x, Mean)}
 
-@dataclass(frozen=True)
-class Task:
-    name: str
-    answers: tuple[str, ...] = ()  # the two continuations of every document; (): they differ
-    answer_of_label_1: int = 0  # index in answers: " yes" or " reasonable"
-    group_size: int | None = None  # documents that grouped exact match takes together
-
-    @property
-    def answer_of_label_0(self) -> int:
-        return 1 - self.answer_of_label_1
-
-    @property
-    def right_or_wrong(self) -> bool:
-        """Whether a document's score is 1 or 0; that of mc2 is a share."""
-        return self.name != "truthfulqa_mc2"
-
-    def answer_name(self, index: int) -> str:
-        return self.answers[index].strip()
+Documents = Mapping[str, list[AnyDocument]]  # by task
 
 
-ETHICS_TASKS = tuple(f"ethics_{name}" for name in ethics.SUBSETS)
-GENERATION_TASK = "truthfulqa_gen"  # written answers: no Task, see written_answers.py
-TRUTHFULQA_TASKS = ("truthfulqa_mc1", "truthfulqa_mc2")
-TASKS = {name: Task(name) for name in TRUTHFULQA_TASKS} | {
-    f"ethics_{name}": Task(
-        f"ethics_{name}", subset.answers, subset.answer_of_label_1, subset.group_size
-    )
-    for name, subset in ethics.SUBSETS.items()
-}
-_GROUPS = {"truthfulqa": TRUTHFULQA_TASKS, "ethics": ETHICS_TASKS}
-_HARNESS_NAMES = {"truthfulqa_mc": TRUTHFULQA_TASKS, "ethics_cm": ("ethics_commonsense",)}
+def _tasks_by_choice() -> dict[str, list[str]]:
+    """Groups, single tasks and aliases: what --tasks takes."""
+    groups: dict[str, list[str]] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, task in TASKS.items():
+        if task.group:
+            groups.setdefault(task.group, []).append(name)
+        for alias in task.aliases:
+            aliases.setdefault(alias, []).append(name)
+    return groups | {name: [name] for name in TASKS} | aliases
 
 
-def resolve_tasks(names: Sequence[str]) -> list[str]:
-    """Task names for groups (truthfulqa, ethics), single tasks and the harness's names."""
-    known = _GROUPS | {name: (name,) for name in TASKS} | _HARNESS_NAMES
-    if GENERATION_TASK in names:
-        raise UserError(
-            f"{GENERATION_TASK} is not among the tasks that are scored by log-likelihoods; "
-            "scripts/evaluate.py --tasks takes it"
-        )
-    for name in names:
-        if name not in known:
-            listed = [*known, GENERATION_TASK]
-            close = difflib.get_close_matches(name, listed, n=1)
-            hint = f"Perhaps you meant {close[0]}. " if close else ""
-            raise UserError(f"unknown task {name!r}. {hint}Known: {', '.join(listed)}")
-    wanted = {task for name in names for task in known[name]}
-    if not wanted:
-        raise UserError(f"no task given. Known: {', '.join(known)}")
+_CHOICES = _tasks_by_choice()
+TaskName = Literal[tuple(_CHOICES)]  # type: ignore[valid-type]
+
+
+def resolve_tasks(names: Iterable[str]) -> list[str]:
+    """Names of tasks, in the order of tables, for groups, tasks and the harness's names."""
+    names = list(names)
+    if unknown := [name for name in names if name not in _CHOICES]:
+        raise UserError(f"unknown task {unknown[0]!r}; expected one of {', '.join(_CHOICES)}")
+    if not names:
+        raise UserError(f"no task given; name at least one of {', '.join(_CHOICES)}")
+    wanted = {task for name in names for task in _CHOICES[name]}
     return [task for task in TASKS if task in wanted]
 
 
 def load_documents(
     tasks: Sequence[str], data_root: str | Path, limit: int | None = None
-) -> dict[str, list[Document]]:
+) -> dict[str, list]:
     """The documents of each task in file order; limit keeps the first ones of each."""
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; expected at least 1 document")
     root = Path(data_root)
     if not root.is_dir():
-        raise UserError(f"--data-root {root} is not a folder")
-    documents: dict[str, list[Document]] = {task: [] for task in tasks}
-    if any(task in TRUTHFULQA_TASKS for task in tasks):
-        for document in truthfulqa.load_truthfulqa(root):
-            if document.task in documents:
-                documents[document.task].append(document)
-    subsets = tuple(name for name in ethics.SUBSETS if f"ethics_{name}" in documents)
-    if subsets:
-        for subset, rows in ethics.load_ethics(root, subsets).items():
-            documents[f"ethics_{subset}"] = rows
-    return {task: rows[:limit] for task, rows in documents.items()}
+        raise UserError(f"--data-root {root} is not a directory; name the folder of the data files")
+    return {task: TASKS[task].load(root, limit) for task in tasks}
 
 
-def describe_data(tasks: Sequence[str], data_root: str | Path) -> dict[str, dict[str, str]]:
-    """Which files were scored: {path under data_root: {"sha256", and "variant" of TruthfulQA}}."""
-    root = Path(data_root)
+def describe_data(tasks: Iterable[str], data_root: str | Path) -> dict[str, dict[str, str]]:
+    """{path under data_root: {"sha256", optionally "variant"}} of the files that were scored."""
     files = {}
-    if any(task in TRUTHFULQA_TASKS for task in tasks):
-        digest = file_sha256(root / truthfulqa.FILE)
-        variant = truthfulqa.VARIANTS.get(digest, "neither the original nor the revised file")
-        files[truthfulqa.FILE] = {"sha256": digest, "variant": variant}
-    for subset in ethics.SUBSETS:
-        if f"ethics_{subset}" in tasks:
-            path = ethics.ethics_file(root, subset)
-            files[str(path.relative_to(root))] = {"sha256": file_sha256(path)}
+    for task in tasks:
+        files |= TASKS[task].data_files(Path(data_root))
     return files
+
+
+def summarize(items: Mapping[str, list[dict]]) -> dict[str, dict]:
+    """The objects of results.json: of each task, and of each mean whose tasks are all there."""
+    results = {task: TASKS[task].summarize(rows) for task, rows in items.items()}
+    for name, mean in MEANS.items():
+        if all(task in results for task in mean.members):
+            results[name] = mean.summarize(results)
+    for name, summary in results.items():
+        summary["caveats"] = ENTRIES[name].caveats(summary)
+    return {name: results[name] for name in ENTRIES if name in results}
+
+
+def score_rows(results: Mapping[str, dict]) -> dict[str, dict]:
+    """Rows of tables and figures, from what results.json holds; a task can have several."""
+    rows = {}
+    for name, entry in ENTRIES.items():
+        if name in results:
+            rows |= entry.rows(results[name])
+    return rows

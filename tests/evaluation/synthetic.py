@@ -1,25 +1,31 @@
-"""Outputs of evaluate.py with given answers, and run folders, without a model."""
+"""Evaluation outputs with given answers, and run folders, without a model."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmalign.evaluation.documents import Document
-from mmalign.evaluation.items import PROTOCOL, summarize_tasks, write_evaluation
-from mmalign.evaluation.metrics import make_item
+from mmalign.evaluation.items import PROTOCOL, write_items
 from mmalign.evaluation.scoring import Score
-from mmalign.evaluation.tasks import TASKS
+from mmalign.evaluation.tasks import TASKS, summarize
+from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.truthfulqa_gen import SIMILARITIES
 from mmalign.system import versions
 
-Answers = dict[str, Sequence[tuple[int, int]]]  # task -> (right choice, the model's) a document
+Answers = dict[str, Sequence[tuple[int, int]]]  # task -> (right choice, the model's) per document
 
 
-def make_evaluation(folder: Path, answers: Answers, **config) -> Path:
-    """Documents of ETHICS, two choices each; config replaces settings."""
+def make_evaluation(folder: Path, answers: Answers, diffs: Sequence[float] = (), **config) -> Path:
+    """Documents of ETHICS, two choices each; config replaces settings.
+
+    diffs: differences of similarity, in points and by every metric, of generated answers.
+    """
     items = {task: _items(task, pairs) for task, pairs in answers.items()}
+    if len(diffs):
+        items["truthfulqa_gen"] = [_generated_item(i, diff) for i, diff in enumerate(diffs)]
     settings = {
         "model": folder.name,
         **PROTOCOL,
+        "tasks": {task: TASKS[task].protocol() for task in items},
         "limit": None,
         "precision": "fp32",
         "max_length": 64,
@@ -30,7 +36,7 @@ def make_evaluation(folder: Path, answers: Answers, **config) -> Path:
         "data_files": {"ethics/virtue/virtue_test.csv": {"sha256": "0" * 64}},
     }
     cost = {"seconds": {"load": 1.0, "tokenise": 1.0, "score": 1.0}, "tokens_computed": 1}
-    write_evaluation(folder, items, summarize_tasks(items) | cost | {"config": settings | config})
+    write_items(folder, items, summarize(items) | cost | {"config": settings | config})
     return folder
 
 
@@ -41,8 +47,24 @@ def _items(task: str, pairs: Sequence[tuple[int, int]]) -> list[dict]:
         requests = tuple((f"question {i}", answer) for answer in answers)
         document = Document(task, i, requests, gold, None if size is None else i // size)
         scores = [Score(-1.0 if choice == chosen else -2.0, 1, 0) for choice in (0, 1)]
-        items.append(make_item(document, scores))
+        items.append(TASKS[task].make_item(document, scores))
     return items
+
+
+def _generated_item(index: int, diff: float) -> dict:
+    scores = {f"{name}_max": 50.0 for name in SIMILARITIES}
+    scores |= {f"{name}_diff": diff for name in SIMILARITIES}
+    scores |= {f"{name}_acc": float(diff > 0) for name in SIMILARITIES}
+    return {
+        "task": "truthfulqa_gen",
+        "doc_id": index,
+        "question": f"question {index}",
+        "answer": "A: yes",
+        "reason": "stop",
+        "scores": scores,
+        "constant_scores": dict.fromkeys(scores, 0.0),
+        "sha256": f"{index:08}",
+    }
 
 
 def make_run(folder: Path, num_steps: int = 60) -> Path:
