@@ -233,7 +233,7 @@ def test_what_cannot_be_answered(run, monkeypatch, capsys, name):
 
 
 def test_run_that_was_tuned_on_text_alone(run, tmp_path, monkeypatch, capsys):
-    """export/llama stands alone, and the template is the run's."""
+    """Without export/llava; the template is the run's."""
     shutil.copytree(run.folder / "export" / "llama", tmp_path / "export" / "llama")
     shutil.copy(run.folder / "config.json", tmp_path)
     expected = run.answer([1, f"{SYSTEM['v1']} USER: what is red ASSISTANT:"])

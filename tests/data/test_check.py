@@ -79,7 +79,7 @@ def test_report_counts_what_training_will_see(world):
     assert report.kept.dtype == np.int64 and report.lengths.dtype == np.int32
 
 
-def test_error_counts_and_lists_the_offenders(world):
+def test_error_counts_and_lists_the_bad_samples(world):
     for sample in world.samples[3:16]:
         sample["conversations"] = sample["conversations"][:1]
     with pytest.raises(SampleError) as caught:
@@ -151,7 +151,7 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
     assert load_report(world.dataset(**skip), cache) is None
     second = check_samples(world.dataset(**skip), cache, progress=False)
     assert calls and not same(first, second)
-    # a file cut short, as by a full disk, is no report
+    # a truncated file, as left by a full disk, is not a report
     cache.write_bytes(cache.read_bytes()[:300])
     assert load_report(world.dataset(**skip), cache) is None
     cache.write_bytes(b"")

@@ -60,7 +60,7 @@ def write_tower(folder: Path) -> Path:
 
 
 def test_images_are_those_of_the_vision_tower(world):
-    """Four samples unless told otherwise; the first line names the tower and its patches."""
+    """Four samples by default; the first line names the tower and its patches."""
     world.dataset()
     common = ["--data.path", world.root / "data.json", "--data.image-root", world.root / "images"]
     common += ["--model.tokenizer", world.tokenizer.path]
