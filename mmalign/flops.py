@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 
 from mmalign.config import LoraConfig, LoraTarget, Stage, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.projector import Projector
+from mmalign.model.projector import ProjectorShape
 
 if TYPE_CHECKING:
     from mmalign.batch import PackedBatch
@@ -46,6 +46,12 @@ class Workload:
         """What `config` trains of `model`."""
         vision = None if model.vision_tower is None else model.vision_tower.config
         return cls(model.decoder.config, vision, config.stage, config.lora)
+
+    @property
+    def projector(self) -> ProjectorShape | None:
+        if self.vision is None:
+            return None
+        return ProjectorShape(self.vision.hidden_size, self.decoder.hidden_size)
 
     @property
     def trains_decoder(self) -> bool:
@@ -182,8 +188,7 @@ def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
 def _projector_flops(workload: Workload, num_images: int, backward: bool) -> int:
     if workload.vision is None:
         return 0
-    sizes = workload.vision.hidden_size, workload.decoder.hidden_size
-    return Projector.flops(*sizes, num_images * workload.vision.num_patches, backward)
+    return workload.projector.flops(num_images * workload.vision.num_patches, backward)
 
 
 def tower_flops(vision: VisionConfig, num_images: int) -> Flops:

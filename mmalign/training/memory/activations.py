@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from mmalign.config import LoraTarget, TrainConfig
 from mmalign.flops import Workload
-from mmalign.model.projector import Projector
 from mmalign.model.recompute import Recompute, policy_by_layer
 
 QKV: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj")
@@ -75,9 +74,8 @@ class Activations:
             self._stream(kept, 0, tokens)
         if workload.vision:
             rows = batch.images * workload.vision.num_patches
-            sizes = workload.vision.hidden_size, decoder.hidden_size
-            saved = rows * Projector.saved_per_row(*sizes)
-            kept.add("image features", "features", saved * self.itemsize)
+            width = rows * workload.projector.saved_per_row
+            kept.add("image features", "features", width * self.itemsize)
         if self.splits_token_rows:
             kept.add("image features", "masks", 2 * tokens)
         policies = policy_by_layer(policy, num_layers, decoder.num_hidden_layers)
