@@ -1,8 +1,8 @@
-"""Two packages: mmalign (the trainer) and mmalign_kernels (its operations, usable alone).
+"""Builds csrc/ beside the Python packages; everything else about them is in pyproject.toml.
 
-CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, and either there is a card or
-MMALIGN_CUDA_ARCHS says what to build for, e.g. "90a" or "80;90a;100a". Elsewhere the installation
-goes without them: Triton and plain PyTorch remain. `python -m mmalign_kernels` shows what is here.
+CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, if there is a GPU or
+MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or "80;90a;100a". Otherwise the installation
+has no CUDA kernels: Triton and plain PyTorch remain. `python -m mmalign_kernels` lists backends.
 """
 
 import os
@@ -10,10 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Distribution, Extension, find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -25,34 +24,25 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def has_card() -> bool:
+def has_gpu() -> bool:
     smi = shutil.which("nvidia-smi")
-    return bool(smi) and subprocess.run([smi, "-L"], capture_output=True).stdout.startswith(b"GPU")
+    if smi is None:
+        return False
+    return subprocess.run([smi, "-L"], capture_output=True, check=False).stdout.startswith(b"GPU")
 
 
 def cuda_extensions() -> list[Extension]:
     if find_nvcc() is None:
         print("mmalign: no nvcc, so the CUDA kernels of csrc/ are not built")
-    elif not has_card() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
+    elif not has_gpu() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
         print("mmalign: no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built")
     else:
-        return [Extension("mmalign_kernels.libmmalign_cuda", sources=[])]
+        return [Extension("mmalign_kernels.cuda.libmmalign_cuda", sources=[])]
     return []
 
 
-def site_packages() -> str:
-    return os.path.relpath(sysconfig.get_path("purelib"), sysconfig.get_path("data"))
-
-
-class DistributionWithData(Distribution):
-    """Editable installations take data_files, too: setuptools looks for them by this name."""
-
-    def has_data(self) -> bool:
-        return self.has_data_files()
-
-
 class CMakeBuild(build_ext):
-    """The library, beside the package's Python files; it is no Python module."""
+    """The library in mmalign_kernels/cuda; it is not a Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -71,55 +61,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    name="mmalign",
-    version="0.1.0",
-    description="LLaVA training on packed batches and text-only alignment evaluation",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    packages=find_packages(include=["mmalign", "mmalign.*"]) + ["mmalign_kernels"],
+    packages=[
+        *find_packages(include=["mmalign", "mmalign.*"]),
+        *find_packages("kernels", include=["mmalign_kernels", "mmalign_kernels.*"]),
+    ],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
-    # beside the packages, so that `lm_eval --model mmalign` works: see lm_eval_registration.py
-    data_files=[(site_packages(), ["mmalign/evaluation/mmalign_lm_eval.pth"])],
-    distclass=DistributionWithData,
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},
-    install_requires=[
-        "torch>=2.11",
-        "docstring-parser",
-        "numpy",
-        "matplotlib",
-        "pillow",
-        "rich",
-        "safetensors",
-        "sentencepiece>=0.2.2",
-        "tensorboard",
-        "tokenizers",
-        "tqdm",
-        "tyro",
-    ],
-    extras_require={
-        "triton": ["triton"],
-        # power, clocks and temperature of an NVIDIA card in metrics.jsonl
-        "nvidia": ["nvidia-ml-py"],
-        # BLEU and ROUGE of TruthfulQA's written answers
-        "generation": ["rouge-score", "sacrebleu"],
-        # lm_eval --model mmalign; lm_eval asks for the version of transformers when it has finished
-        "harness": ["lm_eval", "transformers"],
-        # the oracles that the tests compare with
-        "test": [
-            "accelerate",
-            "lm_eval",
-            "nvidia-ml-py",
-            "peft",
-            "pytest",
-            "pytest-benchmark",
-            "pytest-xdist",
-            "rouge-score",
-            "ruff",
-            "sacrebleu",
-            "scipy",
-            "transformers",
-            "triton",
-        ],
-    },
 )

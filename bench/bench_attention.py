@@ -59,8 +59,10 @@ LIGER = Variant(
     missing("liger-kernel"),
     peers.PADDED,
 )
-ROTARY = Operation("rotary_attention", [*ours("rotary", our_rotary), *OTHERS, LIGER], EAGER, MATRIX)
-FULL = Operation("full_attention", [*ours("attention", our_full), *OTHERS], EAGER, MATRIX)
+ROTARY = Operation(
+    "rotary_attention", [*ours("rotary_attention", our_rotary), *OTHERS, LIGER], EAGER, MATRIX
+)
+FULL = Operation("full_attention", [*ours("full_attention", our_full), *OTHERS], EAGER, MATRIX)
 
 
 def _table(config: DecoderConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,14 +62,12 @@ class Loading:
     def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
         self.folder = tempfile.TemporaryDirectory(prefix="mmalign-pictures-")
         self.files = write_files(Path(self.folder.name), self.stage, SAMPLES)
-        size, paths = CLIP_VIT_L_14.image_size, self.files.paths
+        vision, paths = CLIP_VIT_L_14, self.files.paths
         processor = CLIPImageProcessor()
         compare_pixels(paths[0], processor)
-        dataset = ConversationDataset.open(
-            self.files.data, tokenizer_model(), size, CLIP_VIT_L_14.patch_size
-        )
+        dataset = ConversationDataset.open(self.files.data, tokenizer_model(), vision)
         calls = {
-            PICTURES: lambda: [load_image(path, size) for path in paths],
+            PICTURES: lambda: [load_image(path, vision.preprocessing) for path in paths],
             DECODE: lambda: [Image.open(path).convert("RGB") for path in paths],
             PROCESSOR: lambda: [
                 processor(Image.open(path).convert("RGB"), return_tensors="pt") for path in paths
@@ -84,8 +82,7 @@ class Loading:
             dataset.samples,
             dataset.tokenizer,
             replace(dataset.data, num_workers=WORKERS),
-            dataset.num_patches,
-            dataset.image_size,
+            dataset.vision,
         )
         report = check_samples(dataset, Path(self.folder.name) / "check.npz", progress=False)
         loader = StepLoader(
@@ -117,7 +114,7 @@ def compare_pixels(path: Path, processor: CLIPImageProcessor) -> None:
     """Raises WrongResult where our pixels are not CLIPImageProcessor's, to one level."""
     picture = Image.open(path).convert("RGB")
     theirs = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt")
-    ours = load_image(path, CLIP_VIT_L_14.image_size).int()
+    ours = load_image(path, CLIP_VIT_L_14.preprocessing).int()
     worst = (theirs.pixel_values[0].int() - ours).abs().max().item()
     if worst > LEVELS:
         raise WrongResult(PICTURES, f"pixels differ from CLIPImageProcessor's by {worst} levels")

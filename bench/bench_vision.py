@@ -35,7 +35,7 @@ EAGER_NORM, EAGER_GELU = torch_variants(eager_norm), torch_variants(eager_gelu)
 LAYER_NORM = Operation(
     "layer_norm",
     [
-        *ours("vision", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
+        *ours("layer_norm", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
         *EAGER_NORM,  # transformers' CLIP calls the same module
         Variant("liger-kernel", peers.liger_layer_norm, peers.missing("liger-kernel")),
         Variant("apex", peers.apex_layer_norm, peers.missing("apex normalization")),
@@ -46,7 +46,7 @@ LAYER_NORM = Operation(
 QUICK_GELU = Operation(
     "quick_gelu",
     [
-        *ours("vision", lambda inputs: quick_gelu(inputs.x)),
+        *ours("quick_gelu", lambda inputs: quick_gelu(inputs.x)),
         *EAGER_GELU,
         Variant("transformers", peers.clip_activation, peers.missing("transformers")),
     ],

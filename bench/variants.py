@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from mmalign_kernels import dispatch, libraries
+from mmalign_kernels.cuda import library as cuda_library
 from mmalign_kernels.libraries import LIBRARIES
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Variant:
 
 def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Variant]:
     """mmalign's operation by its own kernels, best first; then by each library that serves it."""
-    libraries_of = [name for name, served in LIBRARIES.items() if family in served.files]
+    libraries_of = [name for name, served in LIBRARIES.items() if family in served.families]
     names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "reference")}
     names |= {f"{library} through mmalign": library for library in libraries_of}
     return [
@@ -70,7 +71,7 @@ def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Var
 def _our_missing(backend: str, family: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
-    if backend not in LIBRARIES and find_spec(f"mmalign_kernels.{family}_{backend}") is None:
+    if backend not in LIBRARIES and find_spec(f"mmalign_kernels.{backend}.{family}") is None:
         return f"{family} has no {backend} kernel"
     if device.type != "cuda":
         return f"{backend} needs a CUDA device"
@@ -81,7 +82,7 @@ def _our_missing(backend: str, family: str, device: torch.device) -> str | None:
 def _not_installed(backend: str) -> str | None:
     if backend == "triton":
         return None
-    reason = libraries.cuda_missing() if backend == "cuda" else libraries.find(backend)[1]
+    reason = cuda_library.missing() if backend == "cuda" else libraries.find(backend)[1]
     return None if reason is None else f"{backend} {reason.partition('. ')[0]}"
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench/results"
-LIBRARY = REPOSITORY / "kernels/mmalign_kernels/libmmalign_cuda.so"
+LIBRARY = REPOSITORY / "kernels/mmalign_kernels/cuda/libmmalign_cuda.so"
 PART_SECONDS = 480
 LAST_WORDS_SECONDS = 20  # for a stopped pytest to write its report
 INTERRUPTED = 2  # exit code of pytest

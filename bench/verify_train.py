@@ -30,7 +30,8 @@ from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.data.packing import pack_samples
-from mmalign.distributed import Ranks
+from mmalign.data.templates import trains_image_tokens
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload, batch_flops
 from mmalign.model.llava import Llava
@@ -137,7 +138,7 @@ def build_model(case: Case, device: torch.device) -> Llava:
     """Random weights on `device`, with what the recipe trains marked."""
     model = random_llava(case.size, case.config.stage, device, DTYPES[case.config.precision])
     config = case.config
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     return model.to(device).train()
 
 
@@ -157,7 +158,7 @@ def measure_steps(
     planned = plan.at(micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
     batches = step_batches(case, micro_batch_tokens, num_samples)
     optimizer = AdamW(model.trainable_parameters(), case.config.optimizer)
-    with Telemetry(case.config, Ranks(0, 1, device)) as telemetry:
+    with Telemetry(case.config, DistributedContext(0, 1, device)) as telemetry:
         for _ in range(rounds[0]):
             optimizer_step(model, optimizer, batches, device)
         if device.type == "cuda":

@@ -1,15 +1,15 @@
-// AdamW: one pass over a whole list of parameters and their state, in place (adamw_element.h has
-// the formula and where the random bits come from: those of adamw_triton.py).
+// AdamW: one pass over a list of parameters and their state, in place. adamw_element.h has the
+// formula and the source of the random bits, the same as in triton/adamw.py.
 //
-// Tables of 40 tensors travel as the kernel's argument, so a launch copies nothing to the device;
-// a 7B model takes eight launches instead of one for each of its 291 tensors. A block owns 2048
-// neighbours of one tensor, a thread four runs of four: all their loads are on the way before the
-// first is used. Moments may be fp32, bf16 or 8-bit codes; the gradient's factor is read on the
-// device, and 0 or NaN there changes nothing.
+// Tables of 40 tensors are passed as kernel arguments, so a launch copies nothing to the device; a
+// 7B model takes eight launches instead of one per tensor (291). A block owns 2048 neighbours of
+// one tensor, a thread four runs of four, all of whose loads are in flight before the first is
+// used. Moments may be fp32, bf16 or 8-bit codes; grad_scale is read on the device, and if it is 0
+// or NaN nothing changes.
 //
-// Bytes of an element, gradient in the weight's type, fp32 moments: fp32 28, bf16 with remainder
-// 26, bf16 rounded at random 22; bf16 moments 8 less, codes 12 less (and 0.13 of scales).
-// Beats: unmeasured.
+// Bytes per element, gradient in the weight's dtype, fp32 moments: fp32 28, bf16 with split master
+// 26, bf16 with stochastic rounding 22; bf16 moments 8 less, codes 12 less (plus 0.13 for scales).
+// Not measured on a GPU yet.
 #include "adamw_elements.cuh"
 #include "arguments.h"
 #include "device.h"
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kThreads = kDrawRun / kFour;
 constexpr int kRuns = kDrawTile / kDrawRun;
-constexpr int kMinBlocks = 3;  // on a multiprocessor: 96 KiB of fp32 state on their way
+constexpr int kMinBlocks = 3;  // on a multiprocessor: 96 KiB of fp32 state in flight
 constexpr int kTableSize = 40;  // with the settings below the 4 KiB that every driver takes
 
 struct AdamwTable {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
       float p = weights[run].get(lane);
       m[lane] = firsts[run].get(lane);
       v[lane] = seconds[run].get(lane);
-      const float g = wide(grads[run].lanes[lane]) * grad_scale;
+      const float g = upcast(grads[run].lanes[lane]) * grad_scale;
       adamw_element(launch.settings, g, p, m[lane], v[lane]);
       weights[run].set(lane, p, weight_draws[lane].word[run]);
       m_draws[lane] = moment_draws[lane].word[run];

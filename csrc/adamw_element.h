@@ -1,11 +1,11 @@
-// AdamW of one element (Loshchilov and Hutter 2019, arXiv 1711.05101), and where its draws are.
+// AdamW of one element (Loshchilov and Hutter 2019, arXiv 1711.05101), and its random bits.
 //
 //   p -= learning_rate * weight_decay * p
 //   m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
 //   p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 //
-// Every product and sum rounds by itself (CMakeLists.txt turns fused multiply-add off), in the
-// order of adamw_triton.py: the split master is the fp32 run bit for bit, on the host, too.
+// Every product and sum is rounded separately (CMakeLists.txt disables fused multiply-add), in the
+// order of triton/adamw.py: a split master is bit for bit the fp32 weight, on the host, too.
 #pragma once
 
 #include <cmath>
@@ -43,15 +43,15 @@ HOST_DEVICE void adamw_element(const AdamwSettings& s, float g, float& p, float&
   p = p - s.step_size * m / (sqrtf(v) * s.scale2 + s.eps);
 }
 
-// Elements that share Philox calls: the i-th word of call c belongs to element c of run i.
+// Elements that share Philox calls: word i of call c belongs to element c of run i.
 constexpr int kDrawRun = 512;
 constexpr int kDrawTile = 4 * kDrawRun;
 
 enum DrawKind : uint32_t { kDrawsOfWeights = 0, kDrawsOfMoments = 1 };
 
-// The four words of the elements `lane`, `lane + kDrawRun`, ... of a tile. place: of the tensor in
-// the list. Weights take the low half of their word; of the moments' word the first takes the low
-// half, the second the high half.
+// The four words of the elements `lane`, `lane + kDrawRun`, ... of a tile. place: index of the
+// tensor in the list. Weights use the low half of their word; the first moment uses the low half of
+// the moments' word, the second the high half.
 HOST_DEVICE Words adamw_draws(uint64_t seed, int64_t tile, int lane, int64_t step, uint32_t place,
                               DrawKind kind) {
   const auto call = static_cast<uint32_t>(tile * kDrawRun + lane);

@@ -1,7 +1,7 @@
-// Four neighbouring elements of AdamW's tensors: how each kind of storage is read and written.
+// Four neighbouring elements of AdamW's tensors: how each format is read and written.
 //
-// Weights: fp32; bf16 rounded at random; bf16 with the low half of an exact fp32 master.
-// Moments: fp32; bf16 rounded at random; 8-bit codes in blocks that share a scale.
+// Weights: fp32; bf16 with stochastic rounding; bf16 with the low 16 bits of an exact fp32 master.
+// Moments: fp32; bf16 with stochastic rounding; 8-bit codes in blocks that share a scale.
 #pragma once
 
 #include "adamw_element.h"
@@ -151,20 +151,20 @@ struct Moment<Moments::kCodes, kSecond> {
 // The fp32 value of a weight, and the weight of an fp32 value.
 template <Weights kWeights>
 struct Weight {
-  Four<float> wide;
+  Four<float> fp32;
   Four<uint16_t> bits;
   Four<int16_t> remainder;
 
   template <bool kWhole>
   __device__ __forceinline__ void load(const AdamwTensor& x, int64_t at) {
-    if constexpr (kWeights == Weights::kFp32) wide = read<kWhole, float>(x.param, at, x.numel);
+    if constexpr (kWeights == Weights::kFp32) fp32 = read<kWhole, float>(x.param, at, x.numel);
     else bits = read<kWhole, uint16_t>(x.param, at, x.numel);
     if constexpr (kWeights == Weights::kSplit)
       remainder = read<kWhole, int16_t>(x.remainder, at, x.numel);
   }
 
   __device__ __forceinline__ float get(int lane) const {
-    if constexpr (kWeights == Weights::kFp32) return wide.lanes[lane];
+    if constexpr (kWeights == Weights::kFp32) return fp32.lanes[lane];
     else if constexpr (kWeights == Weights::kSplit)
       return join_master(bits.lanes[lane], remainder.lanes[lane]);
     else return bf16_value(bits.lanes[lane]);
@@ -172,7 +172,7 @@ struct Weight {
 
   __device__ __forceinline__ void set(int lane, float value, uint32_t draw) {
     if constexpr (kWeights == Weights::kFp32) {
-      wide.lanes[lane] = value;
+      fp32.lanes[lane] = value;
     } else if constexpr (kWeights == Weights::kSplit) {
       const SplitMaster split = split_master(value);
       bits.lanes[lane] = split.weight;
@@ -184,7 +184,7 @@ struct Weight {
 
   template <bool kWhole>
   __device__ __forceinline__ void save(const AdamwTensor& x, int64_t at) const {
-    if constexpr (kWeights == Weights::kFp32) write<kWhole>(x.param, at, x.numel, wide);
+    if constexpr (kWeights == Weights::kFp32) write<kWhole>(x.param, at, x.numel, fp32);
     else write<kWhole>(x.param, at, x.numel, bits);
     if constexpr (kWeights == Weights::kSplit) write<kWhole>(x.remainder, at, x.numel, remainder);
   }

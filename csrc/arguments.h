@@ -1,6 +1,6 @@
-// Checks of an operation's arguments, facts that the host knows. Every message names the operation,
-// the argument, what came and what was expected. Shapes and types come before devices, so a machine
-// without a GPU reaches all of them.
+// Checks of an operation's arguments, from what the host knows. Every message names the operation,
+// the argument, what came and what was expected. Shapes and dtypes are checked before devices, so a
+// machine without a GPU can test all of them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

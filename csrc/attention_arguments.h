@@ -57,7 +57,7 @@ inline void check_attention_device(const char* name, const Tensor& qkv, const Te
 inline void check_hopper(const char* name) {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (major != 9)
-    throw std::runtime_error(std::string(name) + ": needs a Hopper card (compute capability 9.0), "
+    throw std::runtime_error(std::string(name) + ": needs a Hopper GPU (compute capability 9.0), "
                              "this one has " + std::to_string(major) +
                              "; MMALIGN_BACKEND=triton runs on it");
 }

@@ -1,10 +1,11 @@
-// What the threads of an attention block do: one fetches, three warps turn queries
-// (attention_feed.h), two warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the
-// host program that stands for it (host/attention_machine.h).
+// The threads of an attention block: one loads, three warps rotate queries (attention_feed.h), two
+// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the emulator on the host
+// (host/attention_machine.h).
 //
-// Both warpgroups walk through the same tiles of keys, from the last, the only one with hidden
-// keys, to the first. Each issues its next product with keys and its last one with values together,
-// and takes the softmax of the former while the latter is under way and the other has its turn.
+// Both warpgroups loop over the same tiles of keys, from the last, the only one with hidden keys,
+// to the first. Each issues its next product with keys and its last product with values together,
+// and computes the softmax of the former while the latter is in flight and the other warpgroup
+// multiplies.
 #pragma once
 
 #include "attention_feed.h"
@@ -116,7 +117,7 @@ KERNEL_CODE void attend_to_all(Machine& m, const AttentionCall& call) {
   if (m.group() == 1) m.pass_turn();  // the first turn is the other's
   for (;; ++rings.queries.count) {
     const int slot = rings.queries.stage();
-    m.wait(Shared::query_turned(slot), rings.queries.full());
+    m.wait(Shared::query_rotated(slot), rings.queries.full());
     const AttentionWork work = *m.template at<AttentionWork>(Shared::work(slot));
     if (!work.num_key_tiles) break;
     attend<kHeadDim>(m, call, work, rings);

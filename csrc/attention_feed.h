@@ -1,7 +1,7 @@
-// What an attention block's first warpgroup does: one thread fetches, three warps turn queries.
+// The first warpgroup of an attention block: one thread loads, three warps rotate queries.
 //
-// A query slot goes round as full (fetched, with the work it belongs to), turned, empty; a stage of
-// keys or of values as full, empty. `Machine`: attention_block.h.
+// The states of a query slot are full (loaded, with its work item), rotated, empty; those of a
+// stage of keys or of values full, empty. `Machine`: attention_block.h.
 #pragma once
 
 #include "attention_tiles.h"
@@ -27,7 +27,7 @@ struct AttentionCall {
   }
 };
 
-// -- one thread fetches
+// -- one thread loads
 
 template <int kHeadDim, class Machine>
 KERNEL_CODE void fetch_tile(Machine& m, Tensors tensor, int barrier, int to, int column, int row) {
@@ -38,7 +38,7 @@ KERNEL_CODE void fetch_tile(Machine& m, Tensors tensor, int barrier, int to, int
     m.load_box(tensor, barrier, to + box * Shared::kBoxBytes, column + box * kBoxColumns, row);
 }
 
-// The next item's queries, and the work beside them; queries: slots filled so far.
+// The next item's queries, and their work item; queries: slots filled so far.
 template <int kHeadDim, class Machine>
 KERNEL_CODE AttentionWork fetch_query(Machine& m, const AttentionCall& call, int& place,
                                       Ring<kQuerySlots>& queries) {
@@ -73,7 +73,7 @@ KERNEL_CODE void fetch(Machine& m, const AttentionCall& call) {
       const int row = work.first_row + (work.num_key_tiles - 1 - i) * kKeyRows;
       if (i < work.num_key_tiles) {
         m.wait(Shared::keys_empty(keys.stage()), keys.empty());
-        fetch_tile<kHeadDim>(m, Tensors::kTurned, Shared::keys_full(keys.stage()),
+        fetch_tile<kHeadDim>(m, Tensors::kRotated, Shared::keys_full(keys.stage()),
                              Shared::keys(keys.stage()), key_head * kHeadDim, row);
         ++keys.count;
       }
@@ -90,15 +90,15 @@ KERNEL_CODE void fetch(Machine& m, const AttentionCall& call) {
   }
 }
 
-// -- three warps turn queries
+// -- three warps rotate queries
 
 template <int kHeadDim, class Machine>
-KERNEL_CODE void turn_tile(Machine& m, const AttentionCall& call, const AttentionWork& work,
+KERNEL_CODE void rotate_tile(Machine& m, const AttentionCall& call, const AttentionWork& work,
                            int tile, int warp) {
   using Shared = AttentionShared<kHeadDim>;
   constexpr int kChunks = kHeadDim / 16;               // of half a row
   constexpr int kRows = 32 / kChunks;                  // of a warp
-  constexpr int kBatch = 2, kStep = kTurningWarps * kRows;  // angles on their way
+  constexpr int kBatch = 2, kStep = kRotatingWarps * kRows;  // angles in flight
   const int chunk = m.lane() % kChunks;
   const int first_token = work.first_row + work.tile * kQueryRows;
   for (int row = warp * kRows + m.lane() / kChunks; row < kQueryRows; row += kBatch * kStep) {
@@ -118,7 +118,7 @@ KERNEL_CODE void turn_tile(Machine& m, const AttentionCall& call, const Attentio
       Chunk* first = m.template at<Chunk>(tile + Shared::chunk_at(at, chunk));
       Chunk* second = m.template at<Chunk>(tile + Shared::chunk_at(at, chunk + kChunks));
       Chunk x = *first, y = *second;
-      turn_chunks<typename Machine::Element>(x, y, cos[i], sin[i]);
+      rotate_chunks<typename Machine::Element>(x, y, cos[i], sin[i]);
       *first = x;
       *second = y;
     }
@@ -126,15 +126,15 @@ KERNEL_CODE void turn_tile(Machine& m, const AttentionCall& call, const Attentio
 }
 
 template <int kHeadDim, class Machine>
-KERNEL_CODE void turn_queries(Machine& m, const AttentionCall& call, int warp) {
+KERNEL_CODE void rotate_queries(Machine& m, const AttentionCall& call, int warp) {
   using Shared = AttentionShared<kHeadDim>;
   for (Ring<kQuerySlots> queries;; ++queries.count) {
     const int slot = queries.stage();
     m.wait(Shared::query_full(slot), queries.full());
     const AttentionWork work = *m.template at<AttentionWork>(Shared::work(slot));
-    if (work.num_key_tiles) turn_tile<kHeadDim>(m, call, work, Shared::query(slot), warp);
+    if (work.num_key_tiles) rotate_tile<kHeadDim>(m, call, work, Shared::query(slot), warp);
     m.writes_to_async();
-    m.warp_arrive(Shared::query_turned(slot));
+    m.warp_arrive(Shared::query_rotated(slot));
     if (!work.num_key_tiles) return;
   }
 }

@@ -1,10 +1,10 @@
-// What the threads of a block do in the backward pass (formulas: rotary_attention_backward.cu). One
-// thread fetches; where keys are owned, one warp brings the figures of passing queries; two
-// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the host's stand-in.
+// The threads of a block in the backward pass (formulas: rotary_attention_backward.cu). One thread
+// loads; where keys are owned, one warp loads the statistics of the streamed queries; two
+// warpgroups multiply. `Machine` is Hopper (attention_machine.cuh) or the emulator on the host.
 //
-// With rows owned and columns passing by, both kernels are one: scores of the first of each pair,
-// slopes of the second, and the gradient of the first takes in slopes * (the passing first). Where
-// keys are owned, values take in powers * (the gradient of the output), too.
+// A block owns rows and streams columns, so both kernels are one: scores of the first tensors of
+// each pair, slopes of the second, and the gradient of the first accumulates slopes * (the streamed
+// first). Where keys are owned, values also accumulate powers * (the gradient of the output).
 #pragma once
 
 #include "attention_gradient_tiles.h"
@@ -18,7 +18,7 @@ struct GradientCall {
   const float* cos;              // (max_positions, head_dim / 2)
   const float* sin;
   const int* position_ids;  // (num_tokens,)
-  const float* figures;     // (2, num_heads, num_tokens): logsumexp * log2(e), delta
+  const float* statistics;     // (2, num_heads, num_tokens): logsumexp * log2(e), delta
   void* grad;               // like the projection
   int* counter;             // of items, zero at first
   AttentionShape shape;
@@ -31,27 +31,27 @@ struct GradientCall {
     return static_cast<int64_t>(shape.num_heads + 2 * shape.num_key_heads) * shape.head_dim;
   }
   HOST_DEVICE const float* logsumexp(int head, int row) const {
-    return figures + static_cast<int64_t>(head) * num_tokens + row;
+    return statistics + static_cast<int64_t>(head) * num_tokens + row;
   }
   HOST_DEVICE const float* delta(int head, int row) const {
     return logsumexp(shape.num_heads + head, row);
   }
 };
 
-// -- one thread fetches
+// -- one thread loads
 
-// 64 rows of the queries or keys of a head, and of what is beside them.
+// 64 rows of the queries or keys of a head, and of their companions.
 template <int kHeadDim, class Machine>
 KERNEL_CODE void fetch_pair(Machine& m, const GradientCall& call, bool queries, int head,
                             int barrier, int first, int second, int row) {
   using Shared = GradientShared<kHeadDim>;
-  const int turned = (queries ? 0 : call.shape.num_heads) + head;
-  const int beside = queries ? head : turned + call.shape.num_key_heads;
+  const int rotated = (queries ? 0 : call.shape.num_heads) + head;
+  const int beside = queries ? head : rotated + call.shape.num_key_heads;
   const Tensors tensor = queries ? Tensors::kGradOut : Tensors::kProjection;
   UNROLL
   for (int box = 0; box < Shared::kBoxes; ++box) {
     const int column = box * kBoxColumns, to = box * Shared::kBoxBytes;
-    m.load_box(Tensors::kTurned, barrier, first + to, turned * kHeadDim + column, row);
+    m.load_box(Tensors::kRotated, barrier, first + to, rotated * kHeadDim + column, row);
     m.load_box(tensor, barrier, second + to, beside * kHeadDim + column, row);
   }
 }
@@ -91,11 +91,11 @@ KERNEL_CODE void fetch_pairs(Machine& m, const GradientCall& call) {
   }
 }
 
-// -- one warp brings figures of passing queries
+// -- one warp brings statistics of passing queries
 
 // logsumexp = infinity past the sample's end: powers are zero there.
 template <int kHeadDim, class Machine>
-KERNEL_CODE void bring_figures(Machine& m, const GradientCall& call) {
+KERNEL_CODE void bring_statistics(Machine& m, const GradientCall& call) {
   using Shared = GradientShared<kHeadDim>;
   Ring<Shared::kStages> passing;
   for (Ring<kGradientSlots> owned;; ++owned.count) {
@@ -109,13 +109,13 @@ KERNEL_CODE void bring_figures(Machine& m, const GradientCall& call) {
       for (int tile = tiles.first; tile < tiles.end; ++tile, ++passing.count) {
         const int stage = passing.stage();
         m.wait(Shared::empty(stage), passing.empty());
-        float* to = m.template at<float>(Shared::figures(stage));
+        float* to = m.template at<float>(Shared::statistics(stage));
         UNROLL
         for (int i = m.lane(); i < kGradientRows; i += 32) {
           const int query = tile * kGradientRows + i, row = work.first_row + query;
           const bool inside = query < work.length;
-          to[i] = inside ? m.load_figure(call.logsumexp(head, row)) : INFINITY;
-          to[kGradientRows + i] = inside ? m.load_figure(call.delta(head, row)) : 0.0f;
+          to[i] = inside ? m.load_statistic(call.logsumexp(head, row)) : INFINITY;
+          to[kGradientRows + i] = inside ? m.load_statistic(call.delta(head, row)) : 0.0f;
         }
         m.warp_arrive(Shared::full(stage));
       }
@@ -124,20 +124,21 @@ KERNEL_CODE void bring_figures(Machine& m, const GradientCall& call) {
 
 // -- two warpgroups multiply
 
-// Figures of a thread's rows (where queries are owned) and of its columns (where they pass by).
-struct RowFigures {
+// Statistics of a thread's rows (where queries are owned) and of its columns (where they pass by).
+struct RowStatistics {
   float logsumexp[2], delta[2];
 };
 
 // scores become exp2(scale * score - logsumexp): powers, the probabilities.
 template <Gradient kOf, class Machine>
-KERNEL_CODE void take_probabilities(Machine& m, const RowFigures& rows, int figures, float scale,
+KERNEL_CODE void take_probabilities(Machine& m, const RowStatistics& rows, int statistics,
+                                    float scale,
                                     float (&scores)[kGradientRows / 2]) {
   UNROLL
   for (int i = 0; i < kGradientRows / 2; i += 4) {
-    FigurePair columns = {};
+    StatisticPair columns = {};
     if (kOf == Gradient::kKeys)
-      columns = *m.template at<FigurePair>(figures + accumulator_column(m.thread(), i) * 4);
+      columns = *m.template at<StatisticPair>(statistics + accumulator_column(m.thread(), i) * 4);
     UNROLL
     for (int j = 0; j < 4; ++j) {
       const float less = kOf == Gradient::kKeys ? columns.values[j % 2] : rows.logsumexp[j / 2];
@@ -148,15 +149,15 @@ KERNEL_CODE void take_probabilities(Machine& m, const RowFigures& rows, int figu
 
 // slopes of probabilities become slopes of scores, packed as a left operand.
 template <Gradient kOf, class Machine>
-KERNEL_CODE void take_slopes(Machine& m, const RowFigures& rows, int figures,
+KERNEL_CODE void take_slopes(Machine& m, const RowStatistics& rows, int statistics,
                              const float (&powers)[kGradientRows / 2],
                              const float (&slopes)[kGradientRows / 2],
                              uint32_t (&packed)[kGradientRows / 16][4]) {
   UNROLL
   for (int i = 0; i < kGradientRows / 2; i += 4) {
-    FigurePair columns = {};
+    StatisticPair columns = {};
     if (kOf == Gradient::kKeys)
-      columns = *m.template at<FigurePair>(figures + (kGradientRows +
+      columns = *m.template at<StatisticPair>(statistics + (kGradientRows +
                                                       accumulator_column(m.thread(), i)) * 4);
     float x[4];
     UNROLL
@@ -176,7 +177,7 @@ struct OwnGradients {
 
 // A pair of tiles passes by; the next may arrive in its place afterwards.
 template <Gradient kOf, int kHeadDim, class Machine>
-KERNEL_CODE void take_in(Machine& m, const GradientCall& call, const RowFigures& rows, int slot,
+KERNEL_CODE void take_in(Machine& m, const GradientCall& call, const RowStatistics& rows, int slot,
                          int stage, bool some, const int (&bound)[2],
                          OwnGradients<kHeadDim>& grads) {
   using Shared = GradientShared<kHeadDim>;
@@ -186,7 +187,7 @@ KERNEL_CODE void take_in(Machine& m, const GradientCall& call, const RowFigures&
   multiply_rows<kHeadDim, Shared::kBoxBytes>(m, Shared::own(slot, 0, m.group()), first, scores);
   multiply_rows<kHeadDim, Shared::kBoxBytes>(m, Shared::own(slot, 1, m.group()), second, slopes);
   m.template wait_products<1>(scores);
-  take_probabilities<kOf>(m, rows, Shared::figures(stage), call.scale, scores);
+  take_probabilities<kOf>(m, rows, Shared::statistics(stage), call.scale, scores);
   if (some) hide_pairs<kOf>(scores, m.thread(), bound);
   if constexpr (kOf == Gradient::kKeys) {
     pack<Machine>(scores, powers);
@@ -195,7 +196,7 @@ KERNEL_CODE void take_in(Machine& m, const GradientCall& call, const RowFigures&
   } else {
     m.template wait_products<0>(slopes);
   }
-  take_slopes<kOf>(m, rows, Shared::figures(stage), scores, slopes, packed);
+  take_slopes<kOf>(m, rows, Shared::statistics(stage), scores, slopes, packed);
   multiply_columns<Shared::kBoxBytes>(m, packed, first, grads.first);
   if constexpr (kOf == Gradient::kKeys)
     m.template wait_products<0>(grads.first, grads.values, powers, packed);
@@ -205,14 +206,15 @@ KERNEL_CODE void take_in(Machine& m, const GradientCall& call, const RowFigures&
 
 // The transposed rotation, in place; columns i and i + kHeadDim / 2 are the same thread's.
 template <int kHeadDim, class Machine>
-KERNEL_CODE void turn_back(Machine& m, const GradientCall& call, int row, bool inside, int half,
+KERNEL_CODE void rotate_inverse(Machine& m, const GradientCall& call, int row, bool inside,
+                                int half,
                            float (&grad)[kHeadDim / 2]) {
   const int position = inside ? m.load_index(call.position_ids + row) : 0;
   UNROLL
   for (int i = 2 * half; i < kHeadDim / 4; i += 4) {
     const int64_t angle =
         static_cast<int64_t>(position) * (kHeadDim / 2) + accumulator_column(m.thread(), i);
-    const FigurePair cos = m.load_pair(call.cos + angle), sin = m.load_pair(call.sin + angle);
+    const StatisticPair cos = m.load_pair(call.cos + angle), sin = m.load_pair(call.sin + angle);
     UNROLL
     for (int j = 0; j < 2; ++j) {
       const float x = grad[i + j], y = grad[i + j + kHeadDim / 4];
@@ -234,7 +236,7 @@ KERNEL_CODE void write_gradients(Machine& m, const GradientCall& call, const Att
     const bool inside = row_of_sample < work.length;
     const int row = work.first_row + row_of_sample;
     const int64_t element = row * call.columns() + head * kHeadDim;
-    turn_back<kHeadDim>(m, call, row, inside, half, grads.first);
+    rotate_inverse<kHeadDim>(m, call, row, inside, half, grads.first);
     write_row<kHeadDim>(m, call.grad, element, inside, half, call.root, grads.first);
     if constexpr (kKeys)
       write_row<kHeadDim>(m, call.grad, element + call.shape.num_key_heads * kHeadDim, inside, half,
@@ -250,15 +252,15 @@ KERNEL_CODE void own_rows(Machine& m, const GradientCall& call, const AttentionW
   const int own = 2 * work.tile + m.group();
   OwnGradients<kHeadDim> grads;
   int own_row[2];
-  RowFigures rows = {};
+  RowStatistics rows = {};
   UNROLL
   for (int half = 0; half < 2; ++half) {
     own_row[half] = own * kGradientRows + accumulator_row(m.thread(), 2 * half);
     if (kOf == Gradient::kKeys) continue;
     const bool inside = own_row[half] < work.length;
     const int row = work.first_row + own_row[half];
-    rows.logsumexp[half] = inside ? m.load_figure(call.logsumexp(work.head, row)) : INFINITY;
-    rows.delta[half] = inside ? m.load_figure(call.delta(work.head, row)) : 0.0f;
+    rows.logsumexp[half] = inside ? m.load_statistic(call.logsumexp(work.head, row)) : INFINITY;
+    rows.delta[half] = inside ? m.load_statistic(call.delta(work.head, row)) : 0.0f;
   }
   const PassingTiles tiles = passing_tiles<kOf>(work, call.shape, call.causal);
   for (int head = 0; head < tiles.num_heads; ++head)

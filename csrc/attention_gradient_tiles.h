@@ -1,18 +1,18 @@
-// Tiles of the attention kernels' backward pass: where they lie in shared memory, who meets whom.
+// Tiles of the attention backward pass: their places in shared memory, and which pairs are visible.
 //
-// A block owns 128 queries or 128 keys, 64 for each of its two warpgroups; tiles of 64 of the
-// others pass by. Both come in pairs: queries with the gradient of the output, keys with values.
+// A block owns 128 queries or 128 keys, 64 for each of its two warpgroups, and streams tiles of 64
+// of the other side. Both come in pairs: queries with the gradient of the output, keys with values.
 #pragma once
 
 #include "attention_tiles.h"
 
 namespace mmalign {
 
-enum class Gradient { kQueries, kKeys };  // whose gradient a kernel computes: who owns
+enum class Gradient { kQueries, kKeys };  // what a block owns: whose gradient a kernel computes
 
 constexpr int kGradientRows = kWarpgroupRows;  // of a tile
-constexpr int kGradientSlots = 2;              // owned tiles: at work, and on their way
-constexpr int kFigureBytes = 2 * kGradientRows * 4;  // of passing queries: logsumexp, delta
+constexpr int kGradientSlots = 2;              // owned tiles: in use, and in flight
+constexpr int kStatisticBytes = 2 * kGradientRows * 4;  // of passing queries: logsumexp, delta
 
 // Shared memory of a block, from a multiple of 1024 bytes. A tile of 128 columns is two boxes.
 template <int kHeadDim>
@@ -29,13 +29,13 @@ struct GradientShared {
   static constexpr HOST_DEVICE int passing(int stage, int second) {
     return own(kGradientSlots, 0, 0) + (stage * 2 + second) * kTileBytes;
   }
-  static constexpr HOST_DEVICE int figures(int stage) {
-    return passing(kStages, 0) + stage * kFigureBytes;
+  static constexpr HOST_DEVICE int statistics(int stage) {
+    return passing(kStages, 0) + stage * kStatisticBytes;
   }
   static constexpr HOST_DEVICE int work(int slot) {
-    return figures(kStages) + slot * static_cast<int>(sizeof(AttentionWork));
+    return statistics(kStages) + slot * static_cast<int>(sizeof(AttentionWork));
   }
-  static constexpr int kBarriersAt = figures(kStages) + 64;
+  static constexpr int kBarriersAt = statistics(kStages) + 64;
   static constexpr int kBarriers = 2 * kGradientSlots + 2 * kStages;
   static constexpr int kBytes = kBarriersAt + kBarriers * 8;
 
@@ -45,12 +45,12 @@ struct GradientShared {
   static constexpr HOST_DEVICE int full(int stage) { return 2 * kGradientSlots + stage; }
   static constexpr HOST_DEVICE int empty(int stage) { return full(kStages + stage); }
 
-  // A warp brings the figures of passing queries, so it takes part where keys are owned.
+  // A warp brings the statistics of passing queries, so it takes part where keys are owned.
   static constexpr HOST_DEVICE int arrivals(Gradient of, int barrier) {
-    const int figures = of == Gradient::kKeys ? 1 : 0;
+    const int statistics = of == Gradient::kKeys ? 1 : 0;
     return barrier < own_empty(0) ? 1
-           : barrier < full(0)    ? kMatrixWarps + figures
-           : barrier < empty(0)   ? 1 + figures
+           : barrier < full(0)    ? kMatrixWarps + statistics
+           : barrier < empty(0)   ? 1 + statistics
                                   : kMatrixWarps;
   }
 
@@ -77,7 +77,8 @@ KERNEL_CODE float dot(const Chunk& x, const Chunk& y) {
   return sum;
 }
 
-// An item of a table whose items count heads of the owned rows; the dearest of a sample first.
+// An item of a table whose items count heads of the owned rows; the most expensive of a sample
+// first.
 template <Gradient kOf>
 HOST_DEVICE AttentionWork gradient_work(const ScheduledSample* table, int num_samples,
                                         const AttentionShape& shape, bool causal, int item,

@@ -1,4 +1,4 @@
-// Keys of all samples, turned by their positions into a copy of their own, and the table of work.
+// A copy of the keys of all samples, rotated by their positions, and the table of work.
 #pragma once
 
 #include "attention_feed.h"
@@ -28,8 +28,8 @@ struct ElementOf<__nv_bfloat16> {
   }
 };
 
-constexpr int kTurnThreads = 256;
-constexpr int kHeadsOfTurn = 8, kBatch = 4;  // key heads of a thread, and of these on their way
+constexpr int kRotateThreads = 256;
+constexpr int kHeadsPerThread = 8, kBatch = 4;  // key heads of a thread, and of these in flight
 
 __device__ __forceinline__ Angles load_angles(const float* at) {
   struct Both {
@@ -47,18 +47,18 @@ __device__ __forceinline__ void store_chunk(T* to, const Chunk& chunk) {
                : "memory");
 }
 
-// A thread turns the same eight pairs of columns of a token's heads, and knows their angles.
+// A thread rotates the same eight pairs of columns of a token's heads, and knows their angles.
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kTurnThreads)
-    turn_keys_kernel(const T* __restrict__ qkv,  // (num_tokens, all heads * head_dim)
-                     T* __restrict__ turned,     // (num_tokens, num_key_heads * head_dim)
+__global__ void __launch_bounds__(kRotateThreads)
+    rotate_keys_kernel(const T* __restrict__ qkv,  // (num_tokens, all heads * head_dim)
+                     T* __restrict__ rotated,     // (num_tokens, num_key_heads * head_dim)
                      const int* __restrict__ cu_seqlens, ScheduledSample* __restrict__ table,
                      const AttentionCall call) {
-  constexpr int kChunks = kHeadDim / 16, kTokens = kTurnThreads / kChunks;
+  constexpr int kChunks = kHeadDim / 16, kTokens = kRotateThreads / kChunks;
   if (blockIdx.y == 0) {
-    const int thread = blockIdx.x * kTurnThreads + threadIdx.x;
+    const int thread = blockIdx.x * kRotateThreads + threadIdx.x;
     if (thread == 0) *call.counter = 0;
-    for (int64_t i = thread; i < call.num_samples; i += gridDim.x * kTurnThreads)
+    for (int64_t i = thread; i < call.num_samples; i += gridDim.x * kRotateThreads)
       schedule_sample(cu_seqlens, call.num_samples, i, call.shape.num_heads, table);
   }
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kChunks;
@@ -71,10 +71,10 @@ __global__ void __launch_bounds__(kTurnThreads)
   const T* from =
       qkv + (token * (shape.num_heads + 2 * shape.num_key_heads) + shape.num_heads) * kHeadDim +
       chunk;
-  T* to = turned + token * shape.num_key_heads * kHeadDim + chunk;
-  const int first = blockIdx.y * kHeadsOfTurn;
+  T* to = rotated + token * shape.num_key_heads * kHeadDim + chunk;
+  const int first = blockIdx.y * kHeadsPerThread;
 #pragma unroll
-  for (int head = first; head < first + kHeadsOfTurn; head += kBatch) {
+  for (int head = first; head < first + kHeadsPerThread; head += kBatch) {
     Packed halves[kBatch][2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTurnThreads)
     for (int i = 0; i < kBatch; ++i) {
       if (head + i >= shape.num_key_heads) return;
       Chunk x = bits_as<Chunk>(halves[i][0]), y = bits_as<Chunk>(halves[i][1]);
-      turn_chunks<ElementOf<T>>(x, y, cos, sin);
+      rotate_chunks<ElementOf<T>>(x, y, cos, sin);
       store_chunk(to + (head + i) * kHeadDim, x);
       store_chunk(to + (head + i) * kHeadDim + kHeadDim / 2, y);
     }

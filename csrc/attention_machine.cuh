@@ -1,4 +1,4 @@
-// The machine of attention_block.h and attention_gradient_block.h on a Hopper card.
+// The machine of attention_block.h and attention_gradient_block.h on a Hopper GPU.
 #pragma once
 
 #include "attention_keys.cuh"
@@ -6,7 +6,7 @@
 
 namespace mmalign {
 
-constexpr int kAttentionThreads = 3 * kWarpgroup;  // one fetches, two multiply
+constexpr int kAttentionThreads = 3 * kWarpgroup;  // one loads, two multiply
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -17,7 +17,7 @@ struct Hopper {
 
   char* shared;
   int group_of_block;  // warpgroup that multiplies
-  const CUtensorMap *projection, *turned, *grad_out;
+  const CUtensorMap *projection, *rotated, *grad_out;
 
   __device__ int group() const { return group_of_block; }
   __device__ int thread() const { return threadIdx.x % kWarpgroup; }
@@ -47,14 +47,14 @@ struct Hopper {
   __device__ int take_item(int* counter) const { return atomicAdd(counter, 1); }
   __device__ void load_box(Tensors tensor, int number, int to, int column, int row) const {
     const CUtensorMap* map = tensor == Tensors::kProjection ? projection
-                             : tensor == Tensors::kTurned   ? turned
+                             : tensor == Tensors::kRotated   ? rotated
                                                             : grad_out;
     tensor_load(shared + to, map, barrier(number), column, row);
   }
   __device__ int load_index(const int* from) const { return __ldg(from); }
-  __device__ float load_figure(const float* from) const { return __ldg(from); }
-  __device__ FigurePair load_pair(const float* from) const {
-    return bits_as<FigurePair>(__ldg(reinterpret_cast<const float2*>(from)));
+  __device__ float load_statistic(const float* from) const { return __ldg(from); }
+  __device__ StatisticPair load_pair(const float* from) const {
+    return bits_as<StatisticPair>(__ldg(reinterpret_cast<const float2*>(from)));
   }
   __device__ Angles load_angles(const float* from) const { return mmalign::load_angles(from); }
   __device__ void writes_to_async() const { shared_writes_to_async(); }
@@ -116,15 +116,15 @@ struct Hopper {
 template <class T, class Shared, class Arrivals>
 __device__ __forceinline__ Hopper<T, Shared> start_block(char* raw, Arrivals arrivals,
                                                          const CUtensorMap* projection,
-                                                         const CUtensorMap* turned,
+                                                         const CUtensorMap* rotated,
                                                          const CUtensorMap* grad_out = nullptr) {
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   char* shared = raw + (kPatternBytes - shared_address(raw) % kPatternBytes) % kPatternBytes;
-  const Hopper<T, Shared> machine = {shared, group - 1, projection, turned, grad_out};
+  const Hopper<T, Shared> machine = {shared, group - 1, projection, rotated, grad_out};
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kBarriers; ++i) barrier_init(machine.barrier(i), arrivals(i));
     barrier_init_fence();
-    for (const CUtensorMap* map : {projection, turned, grad_out})
+    for (const CUtensorMap* map : {projection, rotated, grad_out})
       if (map) tensor_map_prefetch(map);
   }
   __syncthreads();

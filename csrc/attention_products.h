@@ -1,5 +1,5 @@
-// Products of the attention kernels, a warpgroup's 64 rows at a time, and what stands around them.
-// `Machine`: attention_block.h.
+// Products of the attention kernels, 64 rows per warpgroup, and their epilogues. `Machine`:
+// attention_block.h.
 #pragma once
 
 #include "attention_tiles.h"

@@ -1,16 +1,16 @@
-// Which queries a worker of the persistent attention kernel takes next.
+// Which queries a worker of the persistent attention kernel processes next.
 //
-// An item is a tile of queries of one head of one sample. Items stand sample after sample, the
-// longest first, so that what is left at the end is short; within a sample heads whose keys and
-// values fit into the L2 cache together come together, and of those the tiles with most keys before
-// them come first, the heads of a tile next to each other. Workers draw items from one counter.
+// An item is a tile of queries of one head of one sample. Items are ordered by sample, the longest
+// first, so that the last items are short; within a sample, heads whose keys and values fit into
+// the L2 cache together are neighbours, then tiles with the most keys come first, then the heads of
+// a tile. Workers draw items from one counter.
 //
-// Why not all tiles from dear to cheap: the tiles of one sample would be far apart, and with 8,192
-// tokens of 32 heads of 128 keys and values are 128 MiB, so every tile would read them from memory
-// again: 2.5 times for samples of 512 tokens, where memory is what limits the kernel.
+// Why not all tiles from expensive to cheap: the tiles of one sample would be far apart, and with
+// 8,192 tokens of 32 heads of 128 columns keys and values are 128 MiB, so every tile would read
+// them from memory again: 2.5 times for samples of 512 tokens, where memory limits the kernel.
 //
-// The table is made on the device from cu_seqlens alone, a thread for each sample; the host waits
-// for nothing.
+// The table is computed on the device from cu_seqlens, one thread per sample, without
+// synchronising.
 #pragma once
 
 #include "host_device.h"
@@ -25,7 +25,7 @@ struct AttentionShape {
   int num_heads, num_key_heads, head_dim;
 };
 
-// An entry of the table, in the order of samples; one more at the end has the number of items.
+// An entry of the table, in the order of samples; an extra one at the end has the number of items.
 struct alignas(16) ScheduledSample {
   int first_item, first_row, length, num_tiles;
 };
@@ -37,7 +37,7 @@ struct AttentionWork {
   int tile, head, num_key_tiles;
 };
 
-// Items are no more than this; all that the host can know without waiting.
+// Items are no more than this; all that the host knows without synchronising.
 inline int64_t most_items(int64_t num_tokens, int64_t num_samples, int64_t num_heads) {
   return (num_tokens / kQueryRows + num_samples) * num_heads;
 }
@@ -60,7 +60,7 @@ HOST_DEVICE void schedule_sample(const int* cu_seqlens, int num_samples, int sam
     table[num_samples] = {(tiles_before + num_tiles) * num_heads, 0, 0, 0};
 }
 
-// Query heads that walk through a sample together.
+// Query heads that process a sample together.
 HOST_DEVICE int heads_together(const AttentionShape& shape, int length) {
   const int64_t bytes = static_cast<int64_t>(4) * shape.head_dim * length;  // of a key head
   const int64_t fit = kCachedBytes / bytes;
@@ -69,7 +69,7 @@ HOST_DEVICE int heads_together(const AttentionShape& shape, int length) {
   return key_heads * (shape.num_heads / shape.num_key_heads);
 }
 
-// The work of an item. place: 0 at first, moves along as a worker's items go up.
+// The work of an item. place: 0 at first, advances with a worker's items.
 HOST_DEVICE AttentionWork work_of_item(const ScheduledSample* table, int num_samples,
                                        const AttentionShape& shape, bool causal, int item,
                                        int& place) {

@@ -1,5 +1,5 @@
-// Tiles of the attention kernel: where they lie in shared memory, which keys a query sees, the
-// running softmax, and the rotation. Everything is what one thread does.
+// Tiles of the attention kernel: their places in shared memory, which keys a query attends to, the
+// running softmax and the rotation. Everything is the code of one thread.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 #include "attention_schedule.h"
 #include "matrix_layout.h"
 
-// Code of a kernel's thread, which the host program also runs (host/attention_machine.h).
+// Code of a kernel's thread, which the host also runs (host/attention_machine.h).
 #ifdef __CUDACC__
 #define KERNEL_CODE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
@@ -18,12 +18,12 @@
 
 namespace mmalign {
 
-enum class Tensors { kProjection, kTurned, kGradOut };  // that a block fetches from
+enum class Tensors { kProjection, kRotated, kGradOut };  // that a block fetches from
 
-constexpr int kQuerySlots = 2;   // tiles of queries: one at work, one on its way
+constexpr int kQuerySlots = 2;   // tiles of queries: one in use, one in flight
 constexpr int kMatrixWarps = 8;  // two warpgroups of 64 queries each
-constexpr int kTurningWarps = 3;
-constexpr int kBoxColumns = kSwizzleBytes / 2;  // of 16-bit elements: what one copy brings of a row
+constexpr int kRotatingWarps = 3;
+constexpr int kBoxColumns = kSwizzleBytes / 2;  // of 16-bit elements of a row per copy
 
 // Shared memory of a block, from a multiple of 1024 bytes. A tile of 128 columns is two boxes.
 template <int kHeadDim>
@@ -42,9 +42,9 @@ struct AttentionShared {
   static constexpr int kBarriersAt = values(kStages) + 64;
   static constexpr int kBytes = kBarriersAt + (3 * kQuerySlots + 4 * kStages) * 8;
 
-  // Numbers of barriers. A slot of queries: arrived, turned, read. A stage: arrived, read.
+  // Numbers of barriers. A slot of queries: arrived, rotated, read. A stage: arrived, read.
   static constexpr HOST_DEVICE int query_full(int slot) { return slot; }
-  static constexpr HOST_DEVICE int query_turned(int slot) { return kQuerySlots + slot; }
+  static constexpr HOST_DEVICE int query_rotated(int slot) { return kQuerySlots + slot; }
   static constexpr HOST_DEVICE int query_empty(int slot) { return 2 * kQuerySlots + slot; }
   static constexpr HOST_DEVICE int keys_full(int stage) { return 3 * kQuerySlots + stage; }
   static constexpr HOST_DEVICE int keys_empty(int stage) { return keys_full(kStages + stage); }
@@ -55,8 +55,8 @@ struct AttentionShared {
   static constexpr int kBarriers = 3 * kQuerySlots + 4 * kStages;
 
   static constexpr HOST_DEVICE int arrivals(int barrier) {
-    return barrier < query_turned(0)   ? 1
-           : barrier < query_empty(0)  ? kTurningWarps
+    return barrier < query_rotated(0)   ? 1
+           : barrier < query_empty(0)  ? kRotatingWarps
            : barrier < keys_full(0)    ? kMatrixWarps
            : barrier < keys_empty(0)   ? 1
            : barrier < values_full(0)  ? kMatrixWarps
@@ -77,10 +77,10 @@ struct Ring {
   uint32_t count = 0;
   HOST_DEVICE int stage() const { return count % kSize; }
   HOST_DEVICE uint32_t full() const { return count / kSize % 2; }
-  HOST_DEVICE uint32_t empty() const { return full() ^ 1; }  // a new barrier lets pass
+  HOST_DEVICE uint32_t empty() const { return full() ^ 1; }  // a new barrier does not block
 };
 
-// Columns of a tile of keys that a query sees: the first so many.
+// Number of columns of a tile of keys that a query attends to, from the first.
 HOST_DEVICE int visible_keys(const AttentionWork& work, bool causal, int row, int key_tile) {
   const int past_query = work.tile * kQueryRows + row + 1;
   const int end = causal && past_query < work.length ? past_query : work.length;
@@ -106,7 +106,7 @@ KERNEL_CODE void raise_peaks(const float (&scores)[kCount], float (&peak)[2]) {
   for (int i = 0; i < kCount; ++i) peak[i / 2 % 2] = fmaxf(peak[i / 2 % 2], scores[i]);
 }
 
-// scores become exp2(scale * (score - peak)); shrink: what the sums so far are to be multiplied by.
+// scores become exp2(scale * (score - peak)); shrink: factor of the sums so far.
 template <class Machine, int kCount>
 KERNEL_CODE void take_powers(float (&scores)[kCount], float scale, const float (&peak)[2],
                              RunningSoftmax& softmax, float (&shrink)[2]) {
@@ -134,13 +134,13 @@ struct alignas(16) Angles {
   float values[8];
 };
 
-struct alignas(8) FigurePair {
+struct alignas(8) StatisticPair {
   float values[2];
 };
 
-// Columns i of the first half of a head turn together with columns i of the second.
+// Columns i of the first half of a head are rotated together with columns i of the second.
 template <class Element>
-KERNEL_CODE void turn_chunks(Chunk& first, Chunk& second, const Angles& cos, const Angles& sin) {
+KERNEL_CODE void rotate_chunks(Chunk& first, Chunk& second, const Angles& cos, const Angles& sin) {
   UNROLL
   for (int i = 0; i < 4; ++i) {
     float x[2], y[2];

@@ -1,11 +1,11 @@
-// Moments in 8 bits: blocks of 128 neighbours share an fp32 scale (after Dettmers et al. 2022,
-// arXiv 2110.02861, with codes that need no table).
+// 8-bit moments: blocks of 128 neighbours share an fp32 scale (after Dettmers et al. 2022, arXiv
+// 2110.02861, with codes that need no table).
 //
 // A code is a small floating-point number below 2 without infinities: kExponentBits of exponent,
-// kMantissaBits of mantissa, the lowest exponent subnormal. The block's scale maps its largest
-// number to the largest code. Between two codes a number is rounded at random, so its expected
-// value is exact: with rounding to the nearest, a second moment that changes by a thousandth a step
-// would never leave its code.
+// kMantissaBits of mantissa, the lowest exponent subnormal. The scale maps the block's largest
+// number to the largest code. Rounding between codes is stochastic, so the expected value is exact:
+// rounded to nearest, a second moment that changes by a thousandth per step would never leave its
+// code.
 //
 //   first moment   sign, 4 bits of exponent, 3 of mantissa: down to 2^-17 of the block's largest
 //   second moment  5 bits of exponent, 3 of mantissa: down to 2^-33, the square of the above
@@ -50,7 +50,7 @@ using SecondMomentCode = SmallFloat<5, 3>;
 // of a block is a NaN if there is one, and the block stays NaN.
 HOST_DEVICE uint32_t size_bits(float x) { return bits_as<uint32_t>(x) & 0x7fffffffu; }
 
-// What a block is divided by; zero for a block of zeros.
+// The divisor of a block; zero for a block of zeros.
 template <class Code>
 HOST_DEVICE float block_scale(uint32_t largest_size_bits) {
   return bits_as<float>(largest_size_bits) / Code::kLargest;

@@ -1,12 +1,12 @@
-// A sum down the columns of a matrix, finished by the launch that made its partial rows.
+// Column sums of a matrix, finished by the launch that wrote their partial rows.
 //
-// Every block leaves partial rows in global memory. The last block of a team to arrive adds up the
-// rows of its team, the last team to arrive adds up those of the teams: two short chains instead of
-// one block that reads everything. Who arrives last varies, the order of addition does not: the
-// same input gives the same bits.
+// Every block writes partial rows to global memory. The last block of a team to arrive sums the
+// rows of its team, the last team to arrive sums those of the teams: two short chains instead of
+// one block that reads everything. The last to arrive varies, the order of addition does not:
+// deterministic.
 //
-// Counters start at zero and are back at zero when the launch ends (atomicInc wraps), so launches
-// that follow each other on a stream share them.
+// Counters are zero before and after a launch (atomicInc wraps), so consecutive launches on a
+// stream share them.
 #pragma once
 
 #include "common.cuh"
@@ -72,19 +72,19 @@ __device__ __forceinline__ void add_rows(const W* rows, int num_rows, int column
 
 // Called by every thread of every block, after its part of partials.rows is written.
 template <int kLanes, class T>
-__device__ __forceinline__ void finish_column_sum(const ColumnPartials<Wide<T>>& partials,
+__device__ __forceinline__ void finish_column_sum(const ColumnPartials<Compute<T>>& partials,
                                                   int columns, T* __restrict__ out) {
   const int team = blockIdx.x / kTeam;
   const int team_size = min(kTeam, static_cast<int>(gridDim.x) - team * kTeam);
   if (!last_to_arrive(&partials.counters[1 + team], team_size)) return;
   const int64_t team_begin = static_cast<int64_t>(team) * kTeam * blockDim.y * columns;
-  Wide<T>* team_row = partials.team_rows + static_cast<int64_t>(team) * columns;
+  Compute<T>* team_row = partials.team_rows + static_cast<int64_t>(team) * columns;
   add_rows<kLanes>(partials.rows + team_begin, team_size * blockDim.y, columns,
-                   [&](int column, Wide<T> sum) { team_row[column] = sum; });
+                   [&](int column, Compute<T> sum) { team_row[column] = sum; });
   const int teams = static_cast<int>(num_teams(gridDim.x));
   if (!last_to_arrive(&partials.counters[0], teams)) return;
   add_rows<kLanes>(partials.team_rows, teams, columns,
-                   [&](int column, Wide<T> sum) { out[column] = narrow<T>(sum); });
+                   [&](int column, Compute<T> sum) { out[column] = narrow<T>(sum); });
 }
 
 }  // namespace mmalign

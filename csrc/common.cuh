@@ -14,23 +14,23 @@ constexpr int kVectorBytes = 16;  // the widest access of a thread
 
 // fp64 is computed in fp64, everything else in fp32.
 template <class T>
-struct WideType {
+struct ComputeType {
   using type = float;
 };
 template <>
-struct WideType<double> {
+struct ComputeType<double> {
   using type = double;
 };
 template <class T>
-using Wide = typename WideType<T>::type;
+using Compute = typename ComputeType<T>::type;
 
-__device__ __forceinline__ float wide(float x) { return x; }
-__device__ __forceinline__ double wide(double x) { return x; }
-__device__ __forceinline__ float wide(__half x) { return __half2float(x); }
-__device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float upcast(float x) { return x; }
+__device__ __forceinline__ double upcast(double x) { return x; }
+__device__ __forceinline__ float upcast(__half x) { return __half2float(x); }
+__device__ __forceinline__ float upcast(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class T>
-__device__ __forceinline__ T narrow(Wide<T> x) {
+__device__ __forceinline__ T narrow(Compute<T> x) {
   return static_cast<T>(x);
 }
 template <>
@@ -60,7 +60,7 @@ __device__ __forceinline__ Vector<T> unpack(const Packed& packed) {
   return bits_as<Vector<T>>(packed);
 }
 
-// Guarded loads, zero outside. In assembly, because the compiler makes a branch of each
+// Predicated loads, zero outside. In assembly, because the compiler turns each
 // `if (inside) load` and pulls the lanes apart inside it: the next load then waits for this one.
 #define MMALIGN_GUARDED_LOAD(LOAD)                                            \
   Packed packed;                                                              \
@@ -108,7 +108,7 @@ __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most kPending of this thread's committed groups are on their way.
+// Waits until at most kPending of this thread's committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,4 +1,4 @@
-// What a launcher needs of the device: its stream, its properties, its errors.
+// The device for launchers: stream, properties, errors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,8 +45,8 @@ void with_float_type(torch::headeronly::ScalarType type, Launch launch) {
   throw std::runtime_error("mmalign_cuda: a type that the checks let pass has no kernel");
 }
 
-// The type of arithmetic and of a row's figures: fp32, beside fp64 fp64.
-inline torch::headeronly::ScalarType wide_type(const torch::stable::Tensor& x) {
+// The type of arithmetic and of row statistics: fp32, or fp64 for fp64.
+inline torch::headeronly::ScalarType compute_dtype(const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -67,7 +67,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// Lets a kernel take this much dynamic shared memory; above 48 KiB it has to be asked for.
+// Allows a kernel this much dynamic shared memory; above 48 KiB that is opt-in.
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
   if (bytes > 48 * 1024)

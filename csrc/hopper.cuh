@@ -1,6 +1,6 @@
-// Hopper's asynchronous machinery, one function an instruction: barriers in shared memory, tensor
-// copies (TMA), clusters, registers handed from warpgroup to warpgroup; wgmma.cuh the products.
-// Everything is there on sm_90a alone: kernels guard their bodies by __CUDA_ARCH_FEAT_SM90_ALL.
+// Hopper's asynchronous instructions, one function each: barriers in shared memory, tensor copies
+// (TMA), clusters, register reallocation between warpgroups; wgmma.cuh has the products. All exist
+// on sm_90a only: kernels guard their bodies by __CUDA_ARCH_FEAT_SM90_ALL.
 #pragma once
 
 #include <cuda.h>
@@ -35,7 +35,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
                : "memory");
 }
 
-// One arrival, and so many bytes still to come in this phase.
+// One arrival, and the number of bytes still expected in this phase.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
@@ -44,7 +44,7 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
 }
 
 // An arrival at the barrier at the same place in another block of the cluster. It orders no memory
-// (that would wait for every store on its way): for readers that are done, through wgmma_wait.
+// (that would wait for every store in flight): for readers that are done, through wgmma_wait.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
@@ -54,7 +54,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint64_t* barrier, uint32_
       : "memory");
 }
 
-// Waits for the end of a phase: parity 0 for the first, then in turns. What others wrote before
+// Waits for the end of a phase: parity 0 for the first, then alternating. What others wrote before
 // they arrived is visible then; kCluster: also what other blocks of the cluster wrote.
 template <bool kCluster = false>
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {

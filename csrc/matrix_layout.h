@@ -1,8 +1,8 @@
 // Where wgmma finds the elements of its operands in shared memory, and which thread holds which
 // element of the accumulators and of an A operand in registers (PTX ISA: "Asynchronous Warpgroup
 // Level Matrix Instructions", matrix fragments and shared memory layout). Tiles are as TMA writes
-// them with its 128-byte swizzle: rows of 128 bytes, one after the other, each eight rows a pattern
-// of 1024 bytes, in which the 16-byte chunks of row r stand at chunk ^ (r % 8).
+// them with its 128-byte swizzle: consecutive rows of 128 bytes, eight rows a pattern of 1024
+// bytes, in which the 16-byte chunks of row r are stored at chunk ^ (r % 8).
 #pragma once
 
 #include "host_device.h"

@@ -2,7 +2,7 @@
 //
 // To add one: declare it here, define it in <operation>.cu (formula and bytes in its header, then
 // kernels, then the launcher), register it in bindings.cpp, name the file in CMakeLists.txt, and
-// add kernels/mmalign_kernels/<family>_cuda.py beside the family's file.
+// add kernels/mmalign_kernels/cuda/<family>.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> project_image_features_fwd(
     const Tensor& hidden_states, const Tensor& image_positions, const Tensor& norm_weight,
     double eps);
 
-// exp_avgs and exp_avg_sqs: fp32, bf16, or uint8 codes beside the scales of block_quantization.h;
+// exp_avgs and exp_avg_sqs: fp32, bf16, or uint8 codes with the scales of block_quantization.h;
 // the scales are empty lists otherwise.
 void adamw_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                   const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,

@@ -1,5 +1,5 @@
 // Philox 4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-// Counter in, four random words out: no state, so any element's draw can be made anywhere.
+// Counter in, four random words out: stateless, so any element's bits can be drawn anywhere.
 #pragma once
 
 #include "host_device.h"

@@ -1,4 +1,4 @@
-// The projector's product: who fetches, who multiplies, and what becomes of the sums.
+// The projector's product: loading, multiplying, and the epilogue.
 #pragma once
 
 #include "projector_rows.cuh"
@@ -92,7 +92,7 @@ __device__ __forceinline__ void fetch(const Projection<T>& call, const Place& at
     for (int pass = 0; pass < call.passes; ++pass)
       for (int depth = 0; depth < call.features; depth += kTileDepth, ++step) {
         const int stage = step % kStages;
-        barrier_wait(at.empty(stage), step / kStages % 2 ^ 1);  // a new barrier lets pass
+        barrier_wait(at.empty(stage), step / kStages % 2 ^ 1);  // a new barrier does not block
         barrier_arrive_expect(at.full(stage), at.layout.stage_bytes());
         tensor_load_multicast(at.shared + at.layout.slice(stage, at.rank), features,
                               at.full(stage), depth,

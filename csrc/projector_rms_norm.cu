@@ -1,35 +1,33 @@
 // Projector and first RMSNorm in one launch, for Hopper.
 //
-//   new_hidden[position of i] = image_features[i] @ weight^T + bias; other rows as they come in
+//   new_hidden[position of i] = image_features[i] @ weight^T + bias; other rows unchanged
 //   normed = new_hidden * rstd * norm_weight, rstd = 1 / sqrt(mean(new_hidden^2) + eps)
 //
-// fp32 sums; new_hidden is rounded to its type first, and its mean is that of the rounded values.
+// fp32 accumulation; new_hidden is rounded to its dtype first, and rstd is that of the rounded
+// values.
 //
 // A cluster of up to eight blocks owns 128 image rows and all their columns, so the row statistics
-// meet over its shared memory and no row comes back from memory for them. Each block owns passes of
-// 256 of the columns (4,096: two passes; 3,200: two passes of 224). One warp of it fetches tiles by
-// TMA, of the features an eighth for all of the cluster. Two warpgroups multiply 64 x 256 each, add
+// are combined through its shared memory and no row is read back from memory for them. Each block
+// owns passes of 256 columns (4,096: two passes; 3,200: two passes of 224). One warp loads tiles by
+// TMA, of the features an eighth for the whole cluster. Two warpgroups multiply 64 x 256 each, add
 // the bias, round, write the residual rows and sum the squares. After the last pass each sends its
-// sums to all blocks of the cluster, scales what it holds in registers and what it wrote before
-// (itself, so it may read it, from L2), and goes on with the next 128 rows, whose tiles are on
-// their way by then. Three warps norm the text rows meanwhile; the others help when their image
-// rows are done. Rows are summed in a fixed order: the same input gives the same bits.
+// sums to all blocks of the cluster, scales what it holds in registers and what it wrote before (by
+// itself, so it may read it, from L2), and continues with the next 128 rows, whose tiles are in
+// flight by then. Meanwhile three warps norm the text rows; the others help when their image rows
+// are done. Rows are summed in a fixed order: deterministic.
 //
-// Columns: multiples of 8 up to 16,384. Features: multiples of 8. bf16 and fp16; sm_90a alone.
+// Columns: multiples of 8 up to 16,384. Features: multiples of 8. bf16 and fp16; sm_90a only.
 //
-// T rows of H, M of them images' of D features, bf16. FLOPs: 2MDH. Bytes from and to memory: reads
-// 2MD + 2DH + 2(T - M)H, writes 4TH. M = 6912, T = 8192, D = 1024, H = 4096: 58 GFLOP, 0.09 ms at
-// 650 TFLOP/s; 168 MB, 0.056 ms at 3 TB/s, most of it during the product. From L2 come besides, for
-// each 128 rows, the weight once, the features twice and half of the residual rows: 490 MB, what a
-// product alone in tiles of 128 x 256 reads.
+// T rows of H, M of them image rows of D features, bf16. FLOPs: 2MDH. Bytes from and to memory:
+// reads 2MD + 2DH + 2(T - M)H, writes 4TH. M = 6912, T = 8192, D = 1024, H = 4096: 58 GFLOP and 168
+// MB. From L2 come also, per 128 rows, the weight once, the features twice and half of the residual
+// rows: 490 MB, what a product alone in tiles of 128 x 256 reads.
 //
-// Cost that remains: 54 row blocks on at most 16 clusters are four rounds, the last one 3/8 full;
-// and a warpgroup does not multiply while it writes.
+// Remaining cost: 54 row blocks on at most 16 clusters are four rounds, the last one 3/8 full; and
+// a warpgroup does not multiply while it writes.
 //
-// The backward pass is Triton's and cuBLAS's (projector_cuda.py says why).
-//
-// Beats: unmeasured, so Triton's two launches stay the default. To beat: cuBLAS's product, scatter
-// and norm one after the other (0.09 + 0.04 + 0.04 ms by bytes), by 1.3.
+// The backward pass is Triton's and cuBLAS's (cuda/projector.py says why).
+// Not measured on a GPU yet, so Triton's two launches are the default.
 #include "arguments.h"
 #include "device.h"
 #include "ops.h"
@@ -41,7 +39,7 @@
 namespace mmalign {
 namespace {
 
-// Empty on other architectures: the launcher refuses their cards.
+// Empty on other architectures: the launcher rejects those GPUs.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
     projector_kernel(const __grid_constant__ CUtensorMap features,  // (num_images, features)
@@ -138,14 +136,14 @@ void launch(const Forward& call, const ProjectorPlan& plan) {
   int resident = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "clusters");
   if (resident == 0)
-    refuse("this card has no room for a cluster of " + std::to_string(plan.cluster) +
+    refuse("this GPU has no room for a cluster of " + std::to_string(plan.cluster) +
            " blocks. Use the triton backend");
   const int wanted = std::max(ceil_div(p.num_images, kTileRows),
                               ceil_div(p.num_tokens, plan.cluster * kThreads / kWarp));
   config.gridDim = dim3(std::min(resident, wanted) * plan.cluster);
   p.mark_words = ceil_div(ceil_div<int64_t>(p.num_tokens, config.gridDim.x), int64_t{32});
   if (p.mark_words > kMaxMarkWords)
-    refuse("hidden_states has " + std::to_string(p.num_tokens) + " rows, this card takes " +
+    refuse("hidden_states has " + std::to_string(p.num_tokens) + " rows, this GPU takes " +
            std::to_string(int64_t{kMaxMarkWords} * 32 * config.gridDim.x));
   const CUtensorMap features = rows_map(call.image_features, kTileRows / plan.cluster);
   const CUtensorMap weight = rows_map(call.weight, N);
@@ -192,11 +190,11 @@ void check_arguments(const Forward& call) {
   Argument(kName, "norm_weight", call.norm_weight).beside(first);
 }
 
-void check_card() {
+void check_gpu() {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
   if (major != 9)
-    refuse("needs a Hopper card (compute capability 9.0), this one has " + std::to_string(major) +
+    refuse("needs a Hopper GPU (compute capability 9.0), this one has " + std::to_string(major) +
            "." + std::to_string(minor) + ". Use the triton backend");
 }
 
@@ -222,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> project_image_features_fwd(
   call.rstd = torch::stable::new_empty(hidden_states, {num_tokens, 1}, ScalarType::Float);
   if (num_tokens > 0) {
     const torch::stable::accelerator::DeviceGuard guard(hidden_states.get_device_index());
-    check_card();
+    check_gpu();
     if (image_features.scalar_type() == ScalarType::Half) forward<__half>(call);
     else forward<__nv_bfloat16>(call);
   }

@@ -1,5 +1,5 @@
-// Rows of the packed sequence in the projector's kernel: its arguments, where image rows lie, and
-// the norm of text rows, warp by warp.
+// Rows of the packed sequence in the projector's kernel: arguments, positions of image rows, and
+// the norm of text rows, one warp each.
 #pragma once
 
 #include "hopper.cuh"
@@ -29,7 +29,7 @@ __device__ __forceinline__ Packed normalized(const Packed& values, float factor,
   Vector<T> out;
 #pragma unroll
   for (int i = 0; i < Vector<T>::kLanes; ++i)
-    out.lanes[i] = narrow<T>(wide(value.lanes[i]) * factor * wide(weight.lanes[i]));
+    out.lanes[i] = narrow<T>(upcast(value.lanes[i]) * factor * upcast(weight.lanes[i]));
   return bits_as<Packed>(out);
 }
 
@@ -75,7 +75,7 @@ __device__ __forceinline__ void norm_text_row(const Projection<T>& call, int64_t
     for (int i = 0; i < kBatch; ++i) {
       const Vector<T> value = unpack<T>(values[i]);
 #pragma unroll
-      for (int j = 0; j < kLanes; ++j) squares += wide(value.lanes[j]) * wide(value.lanes[j]);
+      for (int j = 0; j < kLanes; ++j) squares += upcast(value.lanes[j]) * upcast(value.lanes[j]);
       const int at = first + i * kStep;
       if (at < call.columns) store(call.new_hidden + begin + at, values[i]);
     }

@@ -1,7 +1,7 @@
-// How the projector's product is cut, and who holds what: plan, shared memory, transposition.
+// The tiling of the projector's product: plan, shared memory, transposition.
 //
 // A cluster owns row blocks of 128 image rows and all their columns: tile pass * cluster + rank of
-// a row block is its block rank's, in the order of passes. Two warpgroups own 64 rows each.
+// a row block belongs to its block rank, in the order of passes. Two warpgroups own 64 rows each.
 #pragma once
 
 #include <initializer_list>
@@ -13,7 +13,7 @@ namespace mmalign {
 constexpr int kTileRows = 128;
 constexpr int kTileDepth = 64;     // features in a stage: one row of 128 bytes
 constexpr int kStages = 4;         // a power of two
-constexpr int kMaxCluster = 8;     // what every card with clusters can run
+constexpr int kMaxCluster = 8;     // what every GPU with clusters can run
 constexpr int kConsumers = 2;      // warpgroups that multiply
 constexpr int kWideTile = 256, kNarrowTile = 224;  // columns; 3,200 are 15 of the narrow ones
 constexpr int kMaxColumns = 16384;
@@ -24,7 +24,7 @@ struct ProjectorPlan {
   int num_columns() const { return tile_columns * cluster * passes; }
 };
 
-// The fewest tile columns computed in vain, then wide tiles; at most as many blocks as tiles.
+// The fewest wasted tile columns, then the wider tile; at most as many blocks as tiles.
 inline ProjectorPlan projector_plan(int columns) {
   ProjectorPlan best = {};
   for (const int tile : {kWideTile, kNarrowTile}) {
@@ -90,7 +90,7 @@ HOST_DEVICE void transpose_takes(uint32_t (&words)[4], int q, int round, int pai
 // The first of a thread's eight columns of a tile, after the transposition of 32 of them.
 HOST_DEVICE int vector_column(int thread, int group) { return group * 32 + thread % 4 * 8; }
 
-// Packed rows are dealt out to the blocks like cards: row r is the r / num_blocks-th of its block.
+// Packed rows are dealt out to the blocks in turn: row r is the r / num_blocks-th of its block.
 HOST_DEVICE int64_t dealt_row(int64_t slot, int64_t block, int64_t num_blocks) {
   return slot * num_blocks + block;
 }

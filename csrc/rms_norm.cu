@@ -1,14 +1,14 @@
 // RMSNorm forward, alone or after the residual addition.
 //
-//   new_residual = x + residual, rounded to the type of x
+//   new_residual = x + residual, rounded to the dtype of x
 //   rstd = 1 / sqrt(mean(x^2) + eps);  y = x * rstd * weight     (fp32; fp64 for fp64)
 //
 // A row stays in the registers of its threads: read once, written once. Eight to sixteen blocks of
-// one row each are resident on a multiprocessor, so 64 KiB and more are on their way while some of
-// them sum. The weight stays in L1; rows pass through without staying there.
+// one row each are resident per multiprocessor, so 64 KiB or more are in flight while some of them
+// sum. The weight stays in L1; rows bypass it.
 //
-// Bytes of a row of H columns of b bytes: 2bH, with the addition 4bH; rstd 4.
-// Beats: unmeasured.
+// Bytes per row of H columns of b bytes: 2bH, with the addition 4bH; rstd 4.
+// Not measured on a GPU yet.
 #include "arguments.h"
 #include "device.h"
 #include "ops.h"
@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
                         const T* __restrict__ residual,     // like x, or unused
                         const T* __restrict__ weight,       // (columns,)
                         T* __restrict__ y, T* __restrict__ new_residual,
-                        Wide<T>* __restrict__ rstd,         // (num_rows,)
-                        int num_rows, int columns, Wide<T> eps) {
+                        Compute<T>* __restrict__ rstd,         // (num_rows,)
+                        int num_rows, int columns, Compute<T> eps) {
   constexpr int kLanes = Vector<T>::kLanes;
-  __shared__ Wide<T> room[2 * kMaxRowThreads / kWarp];
+  __shared__ Compute<T> workspace[2 * kMaxRowThreads / kWarp];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t begin = row * columns;
   const int end = row < num_rows ? columns : 0;  // threads past the last row join the barrier
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     if (kAdds) added[i] = load_streaming(residual + begin + at, at < end);
     scales[i] = load_shared_by_all(weight + at, at < end);
   }
-  Wide<T> squares = 0;
+  Compute<T> squares = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int at = (i * blockDim.x + threadIdx.x) * kLanes;
@@ -48,13 +48,14 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const Vector<T> other = kAdds ? unpack<T>(added[i]) : value;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (kAdds) value.lanes[lane] = narrow<T>(wide(value.lanes[lane]) + wide(other.lanes[lane]));
-      squares += wide(value.lanes[lane]) * wide(value.lanes[lane]);
+      if (kAdds)
+        value.lanes[lane] = narrow<T>(upcast(value.lanes[lane]) + upcast(other.lanes[lane]));
+      squares += upcast(value.lanes[lane]) * upcast(value.lanes[lane]);
     }
     values[i] = bits_as<Packed>(value);
     if (kAdds && at < end) store(new_residual + begin + at, values[i]);
   }
-  const Wide<T> factor = reciprocal_root(row_sum(squares, room, 0) / columns + eps);
+  const Compute<T> factor = reciprocal_root(row_sum(squares, workspace, 0) / columns + eps);
   if (threadIdx.x == 0 && row < num_rows) rstd[row] = factor;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     Vector<T> out;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane)
-      out.lanes[lane] = narrow<T>(wide(value.lanes[lane]) * factor * wide(scale.lanes[lane]));
+      out.lanes[lane] = narrow<T>(upcast(value.lanes[lane]) * factor * upcast(scale.lanes[lane]));
     store(y + begin + at, bits_as<Packed>(out));
   }
 }
@@ -85,8 +86,8 @@ void launch(const Forward& call) {
   const auto* weight = static_cast<const T*>(call.weight.data_ptr());
   auto* y = static_cast<T*>(call.y.data_ptr());
   auto* new_residual = kAdds ? static_cast<T*>(call.new_residual.data_ptr()) : nullptr;
-  auto* rstd = static_cast<Wide<T>*>(call.rstd.data_ptr());
-  const auto eps = static_cast<Wide<T>>(call.eps);
+  auto* rstd = static_cast<Compute<T>*>(call.rstd.data_ptr());
+  const auto eps = static_cast<Compute<T>>(call.eps);
   const cudaStream_t stream = current_stream(call.x);
   if constexpr (holds_rows<T>) {
     if (fits_registers<T>(columns) && aligned_to_16(x, residual, weight, y, new_residual)) {
@@ -116,7 +117,7 @@ void check_x_and_weight(const char* operation, const Tensor& x, const Tensor& we
 }
 
 Tensor statistics(const Tensor& x) {
-  return torch::stable::new_empty(x, {x.size(0), 1}, wide_type(x));
+  return torch::stable::new_empty(x, {x.size(0), 1}, compute_dtype(x));
 }
 
 }  // namespace

@@ -1,17 +1,17 @@
-// RMSNorm backward, with the gradient of the residual stream added in.
+// RMSNorm backward, plus the gradient of the residual stream.
 //
 //   dx = rstd * (w*dy - xhat * mean(w*dy*xhat)) + grad_residual,  xhat = x * rstd
 //   dweight = sum over rows of dy * xhat
 //
 // Persistent blocks: each owns every num_blocks-th tile of rows. A thread copies its own vectors of
-// the next tiles to shared memory (cp.async) while it works on one, and reads back what it copied
-// itself, so no barrier guards them; one barrier a tile joins the row's sum. dweight stays in
-// registers until the block is done; column_partials.cuh finishes it in the same launch. A frozen
-// weight compiles all of that out.
+// the next tiles to shared memory (cp.async) while it processes one, and reads back only what it
+// copied itself, so no barrier guards them; one barrier per tile completes the row sums. dweight
+// stays in registers until the block ends; column_partials.cuh finishes it in the same launch. With
+// a frozen weight none of that is compiled.
 //
-// Bytes of a row of H columns of b bytes: 3bH, with grad_residual 4bH; rstd 4. dweight: 4H for
-// every block and row of its tile, written once and read once.
-// Beats: unmeasured.
+// Bytes per row of H columns of b bytes: 3bH, with grad_residual 4bH; rstd 4. dweight: 4H per block
+// and row of its tile, written once and read once.
+// Not measured on a GPU yet.
 #include "arguments.h"
 #include "device.h"
 #include "ops.h"
@@ -22,7 +22,7 @@
 namespace mmalign {
 namespace {
 
-constexpr int kMaxStages = 3;  // tiles in shared memory: one worked on, two on their way
+constexpr int kMaxStages = 3;  // tiles in shared memory: one in use, two in flight
 
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == 3) copy_async_wait<2>();
@@ -46,7 +46,7 @@ struct Tiles {
     return memory + ((stage * kTensors + tensor) * kVectors + i) * num_threads + thread;
   }
 
-  // Sends this thread's vectors of a tile on their way; a tile past the end sends nothing, but
+  // Starts the copies of this thread's vectors of a tile; a tile past the end copies nothing, but
   // counts as a group.
   __device__ __forceinline__ void send(const RmsNormBackward<T>& call, int64_t tile,
                                        int stage) const {
@@ -67,10 +67,10 @@ struct Tiles {
 
 // This thread's part of the row's sum of w * dy * x.
 template <class T, bool kAdds>
-__device__ __forceinline__ Wide<T> along_row(const Tiles<T, kAdds>& tiles, int stage,
+__device__ __forceinline__ Compute<T> along_row(const Tiles<T, kAdds>& tiles, int stage,
                                              const Packed (&weights)[kVectors], int end) {
   constexpr int kLanes = Vector<T>::kLanes;
-  Wide<T> sum = 0;
+  Compute<T> sum = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if ((i * blockDim.x + threadIdx.x) * kLanes >= end) continue;
@@ -79,18 +79,18 @@ __device__ __forceinline__ Wide<T> along_row(const Tiles<T, kAdds>& tiles, int s
     const Vector<T> scales = unpack<T>(weights[i]);
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane)
-      sum += wide(grads.lanes[lane]) * wide(scales.lanes[lane]) * wide(values.lanes[lane]);
+      sum += upcast(grads.lanes[lane]) * upcast(scales.lanes[lane]) * upcast(values.lanes[lane]);
   }
   return sum;
 }
 
-// dx of a row, and what it adds to dweight. The row is read again: shared memory has the room that
-// registers lack.
+// dx of a row, and what it adds to dweight. The row is read again: shared memory has the workspace
+// that registers lack.
 template <class T, bool kAdds, bool kNeedsWeight>
 __device__ __forceinline__ void finish_row(
     const Tiles<T, kAdds>& tiles, int stage, const Packed (&weights)[kVectors], int end,
-    Wide<T> rstd, Wide<T> along, T* grad_x,
-    Wide<T> (&grad_weight)[kVectors][Vector<T>::kLanes]) {
+    Compute<T> rstd, Compute<T> along, T* grad_x,
+    Compute<T> (&grad_weight)[kVectors][Vector<T>::kLanes]) {
   constexpr int kLanes = Vector<T>::kLanes;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -103,10 +103,10 @@ __device__ __forceinline__ void finish_row(
     Vector<T> out;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {
-      const Wide<T> grad = wide(grads.lanes[lane]), normed = wide(values.lanes[lane]) * rstd;
+      const Compute<T> grad = upcast(grads.lanes[lane]), normed = upcast(values.lanes[lane]) * rstd;
       if (kNeedsWeight) grad_weight[i][lane] += grad * normed;
-      Wide<T> moved = (grad * wide(scales.lanes[lane]) - normed * along) * rstd;
-      if (kAdds) moved += wide(added.lanes[lane]);
+      Compute<T> moved = (grad * upcast(scales.lanes[lane]) - normed * along) * rstd;
+      if (kAdds) moved += upcast(added.lanes[lane]);
       out.lanes[lane] = narrow<T>(moved);
     }
     store(grad_x + at, bits_as<Packed>(out));
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     rms_norm_bwd_kernel(const __grid_constant__ RmsNormBackward<T> call, int stages) {
   constexpr int kLanes = Vector<T>::kLanes;
   extern __shared__ Packed dynamic_memory[];
-  __shared__ Wide<T> room[2 * kMaxRowThreads / kWarp];
+  __shared__ Compute<T> workspace[2 * kMaxRowThreads / kWarp];
   const Tiles<T, kAdds> tiles{dynamic_memory};
   const int columns = call.columns;
   const int num_tiles = (call.num_rows + blockDim.y - 1) / blockDim.y;
@@ -148,20 +148,20 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     const int at = (i * blockDim.x + threadIdx.x) * kLanes;
     weights[i] = load_shared_by_all(call.weight + at, at < columns);
   }
-  Wide<T> grad_weight[kVectors][kLanes] = {};
+  Compute<T> grad_weight[kVectors][kLanes] = {};
   const auto rstd_of = [&](int64_t tile) {
     const int64_t row = tile * blockDim.y + threadIdx.y;
-    return row < call.num_rows ? __ldg(call.rstd + row) : Wide<T>(0);
+    return row < call.num_rows ? __ldg(call.rstd + row) : Compute<T>(0);
   };
-  Wide<T> next_rstd = rstd_of(blockIdx.x);
+  Compute<T> next_rstd = rstd_of(blockIdx.x);
   int stage = 0, parity = 0;
   for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, parity ^= 1) {
     const int64_t row = tile * blockDim.y + threadIdx.y;
     const int end = row < call.num_rows ? columns : 0;  // rows past the last join the barrier
-    const Wide<T> rstd = next_rstd;
+    const Compute<T> rstd = next_rstd;
     next_rstd = rstd_of(tile + gridDim.x);
     wait_for_oldest(stages);
-    const Wide<T> sum = row_sum(along_row(tiles, stage, weights, end), room, parity);
+    const Compute<T> sum = row_sum(along_row(tiles, stage, weights, end), workspace, parity);
     finish_row<T, kAdds, kNeedsWeight>(tiles, stage, weights, end, rstd, sum * rstd / columns,
                                        call.grad_x + row * columns, grad_weight);
     tiles.send(call, tile + static_cast<int64_t>(stages) * gridDim.x, stage);
@@ -180,16 +180,17 @@ struct Backward {
   Tensor grad_x, grad_weight, counters;
 };
 
-// Room for the partial rows of a grid; returns the tensor that keeps it alive during the launch.
+// Workspace for the partial rows of a grid; returns the tensor that keeps it alive during the
+// launch.
 template <class T>
 Tensor make_partials(const Backward& call, RmsNormBackward<T>& launch, int grid, int tile_rows) {
   const int64_t rows = static_cast<int64_t>(grid) * tile_rows, columns = launch.columns;
-  const Tensor room = torch::stable::new_empty(
-      call.x, {rows + num_teams(grid), columns}, wide_type(call.x));
-  auto* memory = static_cast<Wide<T>*>(room.data_ptr());
+  const Tensor workspace = torch::stable::new_empty(
+      call.x, {rows + num_teams(grid), columns}, compute_dtype(call.x));
+  auto* memory = static_cast<Compute<T>*>(workspace.data_ptr());
   launch.partials = {memory, memory + rows * columns,
                      static_cast<unsigned*>(call.counters.data_ptr())};
-  return room;
+  return workspace;
 }
 
 // Blocks of a persistent grid: as many as are resident at once, at most one for each tile, and
@@ -223,8 +224,8 @@ void launch_vectors(const Backward& call, RmsNormBackward<T>& launch) {
   allow_shared(kernel, shared_bytes);
   const int64_t num_tiles = ceil_div<int64_t>(launch.num_rows, block.y);
   const int grid = persistent_grid(kernel, num_threads, shared_bytes, num_tiles);
-  std::optional<Tensor> room;
-  if (kNeedsWeight) room = make_partials(call, launch, grid, block.y);
+  std::optional<Tensor> workspace;
+  if (kNeedsWeight) workspace = make_partials(call, launch, grid, block.y);
   kernel<<<grid, block, shared_bytes, current_stream(call.x)>>>(launch, stages);
 }
 
@@ -232,8 +233,8 @@ template <class T, bool kAdds, bool kNeedsWeight>
 void launch_any(const Backward& call, RmsNormBackward<T>& launch) {
   const auto kernel = rms_norm_bwd_any_kernel<T, kAdds, kNeedsWeight>;
   const int grid = persistent_grid(kernel, kAnyThreads, 0, launch.num_rows);
-  std::optional<Tensor> room;
-  if (kNeedsWeight) room = make_partials(call, launch, grid, 1);
+  std::optional<Tensor> workspace;
+  if (kNeedsWeight) workspace = make_partials(call, launch, grid, 1);
   kernel<<<grid, kAnyThreads, 0, current_stream(call.x)>>>(launch);
 }
 
@@ -244,7 +245,7 @@ void launch(const Backward& call) {
   if (kAdds) launch.grad_residual = static_cast<const T*>(call.grad_residual->data_ptr());
   launch.x = static_cast<const T*>(call.x.data_ptr());
   launch.weight = static_cast<const T*>(call.weight.data_ptr());
-  launch.rstd = static_cast<const Wide<T>*>(call.rstd.data_ptr());
+  launch.rstd = static_cast<const Compute<T>*>(call.rstd.data_ptr());
   launch.grad_x = static_cast<T*>(call.grad_x.data_ptr());
   if (kNeedsWeight) launch.grad_weight = static_cast<T*>(call.grad_weight.data_ptr());
   launch.num_rows = static_cast<int>(call.x.size(0));
@@ -276,7 +277,7 @@ void check(const Backward& call) {
   x.rank(2).floating().contiguous().below_2_31("rows", rows).below_2_31("columns", columns);
   grad_y.shaped(shape, "x").typed({type}).contiguous();
   weight.shaped({columns}, "x").typed({type}).contiguous();
-  rstd.shaped({rows, 1}, "x").typed({wide_type(call.x)}).contiguous();
+  rstd.shaped({rows, 1}, "x").typed({compute_dtype(call.x)}).contiguous();
   counters.shaped({kMaxCounters}, "the kernel's teams").typed({ScalarType::Int}).contiguous();
   if (call.grad_residual) {
     const Argument grad_residual(kName, "grad_residual", *call.grad_residual);

@@ -1,39 +1,36 @@
 // Rotary attention within each packed sample, forward, for Hopper.
 //
-//   q, k turned by their positions, rounded to their type (columns i and i + head_dim / 2 together)
+//   q, k rotated by their positions (columns i and i + head_dim / 2), rounded to their dtype
 //   out = softmax(q k^T / sqrt(head_dim)) v, causal or not; logsumexp of every row's scores
 //
-// fp32 scores, sums and out; exp(score - peak) is rounded to the type of v for its product.
+// fp32 scores, sums and out; exp(score - peak) is rounded to the dtype of v for its product.
 //
-// Two launches. The first turns keys into a copy of their own and makes the table of work
-// (attention_schedule.h). The second is persistent, a block on every multiprocessor: one thread
-// draws items from a counter and fetches tiles of 128 queries, keys and values by TMA; three warps
-// turn the next item's queries in shared memory meanwhile; two warpgroups own 64 queries each and
-// multiply, one of them while the other takes its softmax (named barriers), and each takes a
-// softmax while its product with the values before is under way. Which worker has which item
-// changes no bit of the result.
+// Two launches. The first writes a rotated copy of the keys and the table of work
+// (attention_schedule.h). The second is persistent, one block per multiprocessor: one thread draws
+// items from a counter and loads tiles of 128 queries, keys and values by TMA; three warps rotate
+// the next item's queries in shared memory; two warpgroups own 64 queries each and multiply, one
+// while the other computes its softmax (named barriers), and each computes a softmax while its
+// previous product with values is in flight. The assignment of items to workers changes no bit of
+// the result.
 //
-// Why keys turn in a pass of their own: a tile of 128 keys of 128 columns would bring 64 KiB of
-// angles with it, as much as the keys and values themselves, and again for each of the length / 256
-// tiles of queries that see it. 8.4 MFLOP a tile take 2,048 cycles of a multiprocessor at best, so
-// keys and values ask the L2 cache for 32 bytes a cycle, and it gives about 24 (5.5 TB/s). The pass
-// costs 16 KiB of memory a token for 32 heads (5.5 ns at 3 TB/s) whatever the length. A query
-// belongs to one item: its angles come once, 16 KiB a token for 32 heads, from L2, while the matrix
-// units work; in a pass they would cost 16 KiB of memory.
+// Why keys are rotated in a separate pass: a tile of 128 keys of 128 columns would need 64 KiB of
+// angles, as much as the keys and values themselves, and again for each of the length / 256 tiles
+// of queries that read it. 8.4 MFLOP per tile take at least 2,048 cycles of a multiprocessor, so
+// keys and values need 32 bytes per cycle from L2, which delivers about 24 (5.5 TB/s). The pass
+// costs 16 KiB of memory traffic per token for 32 heads at any length. A query belongs to one item:
+// its angles are loaded once, 16 KiB per token for 32 heads, from L2, while the matrix units work.
 //
 // T tokens in samples of S, H heads of D = 128, bf16: 4HDT(S + 1) / 2 FLOPs when causal, 4HDTS when
-// not. Bytes to and from memory: keys turned 4 HDT, then 6 HDT read, 2 HDT written, 4HT logsumexp.
-// T = 8192, H = 32: 403 MB, 0.13 ms at 3 TB/s; S = 512: 34 GFLOP, 0.06 ms at 600 TFLOP/s;
-// S = 1024: 69 GFLOP, 0.11 ms. So memory is the limit up to about 1,000 tokens, and the copy of the
-// keys a third of it: what remains to be won there. Tiles on the diagonal are computed
-// whole: 64 keys too many for each query, beside the S / 2 that it sees.
+// not. Bytes to and from memory: rotating keys 4 HDT, then 6 HDT read, 2 HDT written, 4HT
+// logsumexp. T = 8192, H = 32: 403 MB; S = 512: 34 GFLOP; S = 1024: 69 GFLOP. Memory limits samples
+// of up to about 1,000 tokens, and the copy of the keys is a third of it. Tiles on the diagonal are
+// computed whole: 64 keys too many per query, besides the S / 2 that it attends to.
 //
-// bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are no multiple of TMA's 16)
-// are refused; Triton computes them. out and logsumexp lie as Triton's do: the backward pass of
-// either takes them (rotary_attention_backward.cu, rotary_triton.py).
+// bf16 and fp16, head_dim 64 and 128. Others (100: a head's 200 bytes are not a multiple of TMA's
+// 16) are rejected; Triton computes them. out and logsumexp have Triton's layout, so either
+// backward pass takes them (rotary_attention_backward.cu, triton/rotary_attention.py).
 //
-// Beats: unmeasured, so Triton stays the default. Expected: 1.5 times torch's variable-length
-// FlashAttention-2 (after a rotation of its own) at samples of 512 to 1,024 tokens.
+// Not measured on a GPU yet, so Triton is the default.
 #include <cmath>
 
 #include "attention_arguments.h"
@@ -55,27 +52,27 @@ void launch(const Forward& forward, AttentionCall call) {
   const Tensor& qkv = forward.qkv;
   const uint64_t rows = qkv.size(0), columns = qkv.size(1), key_heads = call.shape.num_key_heads;
   const cudaStream_t stream = current_stream(qkv);
-  const Tensor turned =
+  const Tensor rotated =
       torch::stable::new_empty(qkv, {qkv.size(0), static_cast<int64_t>(key_heads * kHeadDim)});
   const int64_t entry = sizeof(ScheduledSample) / sizeof(int);
-  const Tensor room = torch::stable::new_empty(qkv, {(call.num_samples + 2) * entry},
+  const Tensor workspace = torch::stable::new_empty(qkv, {(call.num_samples + 2) * entry},
                                                ScalarType::Int);
-  auto* table = static_cast<ScheduledSample*>(room.data_ptr());
+  auto* table = static_cast<ScheduledSample*>(workspace.data_ptr());
   call.table = table;
   call.counter = &table[call.num_samples + 1].first_item;
 
-  const dim3 grid(ceil_div<uint64_t>(rows, kTurnThreads / (kHeadDim / 16)),
-                  ceil_div<int>(key_heads, kHeadsOfTurn));
-  turn_keys_kernel<T, kHeadDim><<<grid, kTurnThreads, 0, stream>>>(
-      static_cast<const T*>(qkv.data_ptr()), static_cast<T*>(turned.data_ptr()),
+  const dim3 grid(ceil_div<uint64_t>(rows, kRotateThreads / (kHeadDim / 16)),
+                  ceil_div<int>(key_heads, kHeadsPerThread));
+  rotate_keys_kernel<T, kHeadDim><<<grid, kRotateThreads, 0, stream>>>(
+      static_cast<const T*>(qkv.data_ptr()), static_cast<T*>(rotated.data_ptr()),
       static_cast<const int*>(forward.cu_seqlens.data_ptr()), table, call);
-  check_cuda(cudaGetLastError(), "turn_keys");
+  check_cuda(cudaGetLastError(), "rotate_keys");
 
   const std::array<cuuint32_t, 2> box{kBoxColumns, kKeyRows};
   const auto projection = tensor_map<2>(qkv.scalar_type(), qkv.data_ptr(), {columns, rows},
                                         {columns * sizeof(T)}, box);
   const auto keys =
-      tensor_map<2>(qkv.scalar_type(), turned.data_ptr(), {key_heads * kHeadDim, rows},
+      tensor_map<2>(qkv.scalar_type(), rotated.data_ptr(), {key_heads * kHeadDim, rows},
                     {key_heads * kHeadDim * sizeof(T)}, box);
   const auto kernel = rotary_attention_kernel<T, kHeadDim>;
   constexpr int kShared = AttentionShared<kHeadDim>::kBytes + kPatternBytes;

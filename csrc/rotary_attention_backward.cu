@@ -1,32 +1,33 @@
 // Rotary attention within each packed sample, backward, for Hopper.
 //
 //   p = exp(q k^T / sqrt(head_dim) - logsumexp)       delta = sum(grad_out * out) of a row and head
-//   ds = p * (grad_out v^T - delta)                   dq = ds k / sqrt(head_dim), turned back
-//   dv = p^T grad_out                                 dk = ds^T q / sqrt(head_dim), turned back
+//   ds = p * (grad_out v^T - delta)                   dq = ds k / sqrt(head_dim)
+//   dv = p^T grad_out                                 dk = ds^T q / sqrt(head_dim)
 //
-// q and k turned; fp32 scores and sums; p and ds are rounded to the type of qkv for their products.
-// No atomics and no order that depends on the schedule: the same input gives the same bits.
+// q and k rotated, dq and dk by the inverse rotation; fp32 scores and sums; p and ds are rounded to
+// the dtype of qkv for their products. No atomics, no order that depends on the schedule:
+// deterministic.
 //
-// Three launches. The first turns queries and keys into a copy, makes logsumexp (in powers of two)
-// and delta by heads, and two tables of work (attention_schedule.h). Then two persistent kernels of
-// one make (attention_gradient_block.h): one owns queries and writes dq, one owns keys, meets the
-// queries of all heads of its group in a fixed order, and writes dk and dv. A thread fetches pairs
-// of tiles by TMA, two warpgroups own 64 rows each. Scores stand with the owned rows first: p and
-// ds go straight from accumulators into the next product, as its left operand in registers. Each
-// warpgroup passes over pairs of tiles that the causal mask hides whole.
+// Three launches. The first writes a rotated copy of queries and keys, logsumexp (base 2) and delta
+// by heads, and two tables of work (attention_schedule.h). Then two persistent kernels of the same
+// design (attention_gradient_block.h): one owns queries and writes dq; one owns keys, loops over
+// the queries of all heads of its group in a fixed order, and writes dk and dv. A thread loads
+// pairs of tiles by TMA, two warpgroups own 64 rows each. The owned rows come first in the scores,
+// so p and ds go directly from accumulators into the next product, as its left operand in
+// registers. Each warpgroup skips pairs of tiles that the causal mask hides entirely.
 //
-// Why two kernels: one with both has 5 products instead of 7, but dq then comes in parts from all
-// blocks of keys, in fp32: 8HD bytes a token added in memory for each of them, in an order that has
-// to be kept for the same bits. At 512 to 1,024 tokens that is the larger cost.
+// Why two kernels: one kernel would have 5 products instead of 7, but dq would come in parts from
+// all blocks of keys, in fp32: 8HD bytes per token added in memory for each of them, in an order
+// that must be fixed for determinism. At 512 to 1,024 tokens that costs more.
 //
 // T tokens in samples of S, H heads of D = 128, bf16: 14 HDT(S + 1) / 2 FLOPs when causal. Bytes,
-// with H key heads: 8 HDT read and 4 HDT written first, 8 HDT read and 2 HDT written for dq, 8 HDT
-// read and 4 HDT written for dk and dv. T = 8192, H = 32: 1.14 GB, 0.38 ms at 3 TB/s; S = 512: 120
-// GFLOP, 0.24 ms at 500 TFLOP/s; S = 1024: 241 GFLOP, 0.48 ms.
+// with H key heads: first 8 HDT read and 4 HDT written, then 8 HDT read and 2 HDT written for dq, 8
+// HDT read and 4 HDT written for dk and dv. T = 8192, H = 32: 1.14 GB; S = 512: 120 GFLOP; S =
+// 1024: 241 GFLOP.
 //
 // bf16 and fp16, head_dim 64 and 128; Triton computes others.
 //
-// Beats: unmeasured, so Triton stays the default.
+// Not measured on a GPU yet, so Triton is the default.
 #include <algorithm>
 #include <cmath>
 
@@ -59,7 +60,7 @@ CUtensorMap map_of(const Tensor& tensor) {
 }
 
 template <Gradient kOf, class T, int kHeadDim>
-void launch_gradient(const Backward& backward, const Tensor& turned, ScheduledSample* table,
+void launch_gradient(const Backward& backward, const Tensor& rotated, ScheduledSample* table,
                      cudaStream_t stream) {
   GradientCall call = backward.call;
   call.table = table;
@@ -70,7 +71,7 @@ void launch_gradient(const Backward& backward, const Tensor& turned, ScheduledSa
   const int heads = kOf == Gradient::kQueries ? call.shape.num_heads : call.shape.num_key_heads;
   const int64_t items = most_items(call.num_tokens, call.num_samples, heads);
   const int blocks = static_cast<int>(std::min<int64_t>(items, num_multiprocessors()));
-  kernel<<<blocks, kAttentionThreads, kShared, stream>>>(map_of(backward.qkv), map_of(turned),
+  kernel<<<blocks, kAttentionThreads, kShared, stream>>>(map_of(backward.qkv), map_of(rotated),
                                                          map_of(backward.grad_out), call);
   check_cuda(cudaGetLastError(), kName);
 }
@@ -81,32 +82,32 @@ void launch(Backward backward) {
   GradientCall& call = backward.call;
   const cudaStream_t stream = current_stream(qkv);
   const int64_t rows = qkv.size(0), heads = call.shape.num_heads;
-  const int64_t turning = heads + call.shape.num_key_heads;
+  const int64_t num_rotated = heads + call.shape.num_key_heads;
   const int64_t entries = call.num_samples + 2;
-  const Tensor turned = torch::stable::new_empty(qkv, {rows, turning * kHeadDim});
-  const Tensor figures = torch::stable::new_empty(qkv, {2, heads, rows}, ScalarType::Float);
+  const Tensor rotated = torch::stable::new_empty(qkv, {rows, num_rotated * kHeadDim});
+  const Tensor statistics = torch::stable::new_empty(qkv, {2, heads, rows}, ScalarType::Float);
   const Tensor tables = torch::stable::new_empty(
       qkv, {2, entries, static_cast<int64_t>(sizeof(ScheduledSample) / sizeof(int))},
       ScalarType::Int);
   auto* query_table = data<ScheduledSample>(tables);
   ScheduledSample* key_table = query_table + entries;
-  call.figures = data<const float>(figures);
+  call.statistics = data<const float>(statistics);
 
   const Preparation<T> preparation = {data<const T>(qkv),
                                       data<const T>(backward.out),
                                       data<const T>(backward.grad_out),
                                       data<const float>(backward.logsumexp),
                                       data<const int>(backward.cu_seqlens),
-                                      data<T>(turned),
-                                      data<float>(figures),
+                                      data<T>(rotated),
+                                      data<float>(statistics),
                                       query_table,
                                       key_table};
-  const dim3 grid(ceil_div<int64_t>(rows, kTurnThreads / (kHeadDim / 16)),
-                  ceil_div<int64_t>(turning, kHeadsOfPreparation));
-  prepare_gradient_kernel<T, kHeadDim><<<grid, kTurnThreads, 0, stream>>>(preparation, call);
+  const dim3 grid(ceil_div<int64_t>(rows, kRotateThreads / (kHeadDim / 16)),
+                  ceil_div<int64_t>(num_rotated, kHeadsOfPreparation));
+  prepare_gradient_kernel<T, kHeadDim><<<grid, kRotateThreads, 0, stream>>>(preparation, call);
   check_cuda(cudaGetLastError(), "prepare_gradient");
-  launch_gradient<Gradient::kQueries, T, kHeadDim>(backward, turned, query_table, stream);
-  launch_gradient<Gradient::kKeys, T, kHeadDim>(backward, turned, key_table, stream);
+  launch_gradient<Gradient::kQueries, T, kHeadDim>(backward, rotated, query_table, stream);
+  launch_gradient<Gradient::kKeys, T, kHeadDim>(backward, rotated, key_table, stream);
 }
 
 // What the forward pass left, beside qkv.

@@ -1,13 +1,13 @@
 // How threads share the rows of a matrix: a row belongs to blockDim.x neighbours (whole warps),
 // each of which holds up to kVectors of its vectors in registers: i * blockDim.x + threadIdx.x.
-// Narrow rows leave room for several in a block (blockDim.y).
+// Several narrow rows share a block (blockDim.y).
 #pragma once
 
 #include "common.cuh"
 
 namespace mmalign {
 
-constexpr int kVectors = 4;           // of a row in a thread's registers: 64 bytes under way
+constexpr int kVectors = 4;           // of a row in a thread's registers: 64 bytes in flight
 constexpr int kMaxRowThreads = 512;   // more would leave a thread fewer than 128 registers
 constexpr int kMinBlockThreads = 128;
 
@@ -31,15 +31,15 @@ dim3 row_block(int64_t columns) {
   return dim3(row_threads, row_threads >= kMinBlockThreads ? 1 : kMinBlockThreads / row_threads);
 }
 
-// The sum over a row's threads, in every one of them. `room` holds two numbers per warp of the
-// block; `parity` alternates from call to call, so one barrier a call is enough: who writes a half
-// again has passed the barrier of the call between, and so has everybody who read that half.
+// The sum over a row's threads, in every one of them. `workspace` holds two numbers per warp of the
+// block; `parity` alternates from call to call, so one barrier per call is enough: who writes a
+// half again has passed the barrier of the call between, and so has everybody who read that half.
 template <class T>
-__device__ __forceinline__ T row_sum(T x, T* room, int parity) {
+__device__ __forceinline__ T row_sum(T x, T* workspace, int parity) {
   x = warp_sum(x);
   if (blockDim.x == kWarp) return x;
   const int warps_per_row = blockDim.x / kWarp;
-  T* half = room + parity * (warps_per_row * blockDim.y);
+  T* half = workspace + parity * (warps_per_row * blockDim.y);
   T* mine = half + threadIdx.y * warps_per_row;
   if (threadIdx.x % kWarp == 0) mine[threadIdx.x / kWarp] = x;
   __syncthreads();

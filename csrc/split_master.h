@@ -1,5 +1,5 @@
-// An exact fp32 number as a bf16 weight and a 16-bit remainder: read as integers,
-// weight * 2^16 + remainder is the fp32 number (kernels/mmalign_kernels/adamw.py, split_master).
+// An exact fp32 number as a bf16 weight and the low 16 bits: read as integers, weight * 2^16 +
+// remainder is the fp32 number (kernels/mmalign_kernels/adamw.py, split_master).
 #pragma once
 
 #include "stochastic_rounding.h"

@@ -1,4 +1,5 @@
-// fp32 to bf16, rounded at random: up with the probability that makes the expected result exact.
+// fp32 to bf16 by stochastic rounding: up with the probability that makes the expected result
+// exact.
 #pragma once
 
 #include "host_device.h"
@@ -14,7 +15,7 @@ HOST_DEVICE float bf16_value(uint16_t bits) {
 }
 
 // The bits of a bf16. draw: 16 random bits; they carry into the upper half with the probability
-// that the lower half stands for. A NaN stays one: a GPU's has all bits set and would carry over.
+// that the lower half stands for. A NaN stays a NaN: a GPU's has all bits set and would wrap.
 HOST_DEVICE uint16_t round_randomly(float x, uint32_t draw) {
   const uint32_t bits = bits_as<uint32_t>(x);
   if (is_nan_bits(bits)) return kBf16Nan;

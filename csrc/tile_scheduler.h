@@ -1,10 +1,10 @@
 // Work of a persistent attention kernel on packed samples: which tile of which sample comes next.
 //
-// Sample s has the rows cu_seqlens[s] .. cu_seqlens[s + 1]; a tile is tile_rows of them. Under a
-// causal mask, tile i of a sample reads i + 1 tiles of keys, without one it reads all of them.
-// Tiles are ordered from the dearest to the cheapest, and workers take them in turns that run back
-// and forth: the sums of all workers end up within one tile of each other. Nothing here waits for
-// the host: every function needs cu_seqlens alone, and threads fill the table without talking.
+// Sample s has the rows cu_seqlens[s] .. cu_seqlens[s + 1]; a tile is tile_rows of them. With a
+// causal mask tile i of a sample reads i + 1 tiles of keys, without one it reads all of them. Tiles
+// are ordered from the most to the least expensive and assigned to workers in a snake order, so the
+// loads of all workers differ by at most one tile. Every function needs only cu_seqlens, and
+// threads fill the table without communication or synchronisation with the host.
 #pragma once
 
 #include "host_device.h"
@@ -37,7 +37,7 @@ struct PackedSamples {
     return causal ? tile.index + 1 : num_tiles(tile.sample);
   }
 
-  // More than this many tiles do not exist; all that the host can know without waiting.
+  // Upper bound of the number of tiles, known to the host without synchronising.
   static int most_tiles(int num_samples, int num_tokens, int tile_rows) {
     return num_tokens / tile_rows + num_samples;
   }
@@ -49,13 +49,13 @@ struct PackedSamples {
     return {sample, tile};
   }
 
-  // Its place from dear to cheap; ties in packed order.
+  // Its place from expensive to cheap; ties in packed order.
   HOST_DEVICE int place(const Tile& tile) const {
     const int own = num_tiles(tile.sample);
     int before = causal ? 0 : tile.index;
     for (int sample = 0; sample < num_samples; ++sample) {
       const int count = num_tiles(sample);
-      if (causal) {  // of every sample the tiles further down; of those before it this row's, too
+      if (causal) {  // later tiles of every sample; of earlier samples this tile's row, too
         const int first = tile.index + (sample < tile.sample ? 0 : 1);
         before += count > first ? count - first : 0;
       } else if (count > own || (count == own && sample < tile.sample)) {
@@ -66,7 +66,7 @@ struct PackedSamples {
   }
 };
 
-// Fills table (num_tiles,) from dear to cheap; each of num_threads threads calls it once.
+// Fills table (num_tiles,) from expensive to cheap; each of num_threads threads calls it once.
 HOST_DEVICE void order_tiles(const PackedSamples& samples, int thread, int num_threads,
                              Tile* table) {
   const int num_tiles = samples.num_tiles();
@@ -76,8 +76,8 @@ HOST_DEVICE void order_tiles(const PackedSamples& samples, int thread, int num_t
   }
 }
 
-// The item that a worker takes in its turn-th turn; past the last item: nothing, and no later turn
-// has one. Items are (tile, head) with the heads of a tile next to each other.
+// The item of a worker in round `turn`; after the last item: none, as in all later rounds. Items
+// are (tile, head) with the heads of a tile next to each other.
 HOST_DEVICE int64_t item_of_turn(int worker, int num_workers, int turn) {
   const int along = turn % 2 ? num_workers - 1 - worker : worker;
   return static_cast<int64_t>(turn) * num_workers + along;

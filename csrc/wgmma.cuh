@@ -1,7 +1,7 @@
-// wgmma: a warpgroup multiplies 64 rows by N columns, 16-bit elements, sums in fp32.
+// wgmma: a warpgroup multiplies 64 rows by N columns, 16-bit elements, accumulated in fp32.
 //
 // Order of a product: wgmma_fence(), any number of Wgmma<T, N>::run(), wgmma_commit(), and before
-// anybody reads the accumulators or overwrites the operands, wgmma_wait<kPending>() and
+// any thread reads the accumulators or overwrites the operands, wgmma_wait<kPending>() and
 // hold(accumulators), which keeps the compiler from moving a read before the wait.
 #pragma once
 

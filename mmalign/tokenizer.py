@@ -1,11 +1,10 @@
 """Tokenizer: text to ids and back, from sentencepiece's tokenizer.model or from tokenizer.json.
 
-The class knows text and ids only. Where special tokens go is the business of the templates, so
-nothing in a text is ever parsed as a special token: "</s>" in an answer stays three pieces.
+The class knows text and ids only. Templates place the special tokens, so nothing in a text is ever
+parsed as one: "</s>" in an answer stays three pieces.
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import sentencepiece
 import tokenizers
 
 from mmalign.errors import UserError
+from mmalign.files import read_json, write_json
 
 log = logging.getLogger("mmalign")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -32,13 +32,13 @@ Offsets = list[tuple[int, int]]
 class Tokenizer:
     """Ids and offsets of plain text, and the ids of the special tokens.
 
-    The three image tokens of LLaVA keep their ids where the tokenizer has them; otherwise they
-    follow the vocabulary, in this order: <im_patch> vocab_size, <im_start> + 1, <im_end> + 2.
-    pad is unk, as in the released models; a tokenizer without unk pads with eos.
+    The three image tokens of LLaVA keep their ids if the tokenizer has them; otherwise they follow
+    the vocabulary: <im_patch> vocab_size, <im_start> vocab_size + 1, <im_end> vocab_size + 2. pad
+    is unk, as in the released models, or eos in a tokenizer without unk.
     """
 
     def __init__(self, path: Path):
-        self.path = path  # the file that is read; its siblings hold settings
+        self.path = path  # the vocabulary; settings are read from the files next to it
         self._backend = _SentencePiece(path) if path.suffix == ".model" else _HuggingFace(path)
         settings = _read_settings(path.parent)
         added = {**_read_added_tokens(path.parent, settings), **self._backend.added_tokens}
@@ -46,7 +46,7 @@ class Tokenizer:
         others = [i for name, i in added.items() if name not in IMAGE_TOKENS]
         known = {i for i in image_ids.values() if i is not None}
         vocab_size = max([self._backend.vocab_size, *(i + 1 for i in others)])
-        while vocab_size - 1 in known:  # image tokens at the end are not of the base vocabulary
+        while vocab_size - 1 in known:  # image tokens at the end are not in the base vocabulary
             vocab_size -= 1
         self.vocab_size = vocab_size
         self.image_token_id, self.im_start_id, self.im_end_id = (
@@ -65,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Read a folder (tokenizer.model is preferred to tokenizer.json) or one of these files."""
+        """Read a folder (tokenizer.model before tokenizer.json) or one of these files."""
         path = Path(path)
         candidates = [path / name for name in _FILES[:2]] if path.is_dir() else [path]
         for file in candidates:
@@ -73,12 +73,12 @@ class Tokenizer:
                 return cls(file)
         looked_for = " and ".join(str(file) for file in candidates)
         raise UserError(
-            f"no tokenizer: looked for {looked_for}. Name a folder with tokenizer.model or "
-            "tokenizer.json, or one of these files (--model.tokenizer)"
+            f"no tokenizer: looked for {looked_for}. Set --model.tokenizer to a folder with "
+            "tokenizer.model or tokenizer.json, or to one of these files"
         )
 
     def num_image_tokens_added(self, use_im_start_end: bool) -> int:
-        """Rows that a multimodal decoder has beyond vocab_size: 3 with im_start/im_end, else 1."""
+        """Rows of a multimodal decoder beyond vocab_size: 3 with im_start/im_end, otherwise 1."""
         names = (self.image_token_id, self.im_start_id, self.im_end_id)
         return max(0, max(names if use_im_start_end else names[:1]) + 1 - self.vocab_size)
 
@@ -87,41 +87,41 @@ class Tokenizer:
         return self._backend.encode(text)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """Ids and, for each, the characters [begin, end) of `text` that it stands for.
+        """Ids and, for each, the characters [begin, end) of `text` that it represents.
 
-        An id that stands for no character of its own (a leading blank that the tokenizer puts in,
-        all but the last byte of a character written in bytes) has begin == end.
+        An id without characters (the blank that the tokenizer prepends, all but the last byte of a
+        character in byte fallback) has begin == end.
         """
         return self._backend.encode_with_offsets(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; bos, eos and unk give none, image tokens their names."""
+        """Text of the ids; bos, eos and unk decode to nothing, image tokens to their names."""
         runs = groupby((int(i) for i in ids), key=self._image_names.get)
         return "".join(
             name * len(list(run)) if name else self._backend.decode(list(run)) for name, run in runs
         )
 
     def token(self, token_id: int) -> str:
-        """The piece of one id as the vocabulary spells it (U+2581 is a blank)."""
+        """The piece of one id as spelled in the vocabulary (U+2581 is a blank)."""
         return self._image_names.get(token_id) or self._backend.token(int(token_id))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's file and of the ids that its settings lead to."""
+        """SHA-256 of the tokenizer's file and of the special ids, which settings may change."""
         ids = (self.vocab_size, self.bos_token_id, self.eos_token_id, self.unk_token_id)
         ids += (self.image_token_id, self.im_start_id, self.im_end_id)
         return hashlib.sha256(self.path.read_bytes() + repr(ids).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files, and write what transformers needs to load the folder.
+        """Copy the tokenizer's files and write those that transformers needs to load the folder.
 
         transformers 5 orders the merges of a bare tokenizer.model wrongly (runs of blanks get
-        other ids), so a tokenizer.json that equals it goes beside it.
+        other ids), so an equivalent tokenizer.json is written next to it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sources = {name: self.path.parent / name for name in _FILES}
-        sources[f"tokenizer{self.path.suffix}"] = self.path  # the user may have named it otherwise
+        sources[f"tokenizer{self.path.suffix}"] = self.path  # whatever its name was
         for name, source in sources.items():
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
@@ -129,15 +129,15 @@ class Tokenizer:
             self._save_json(folder / "tokenizer.json")
         config = folder / "tokenizer_config.json"
         if not config.is_file():
-            config.write_text(json.dumps(self._transformers_config(), indent=2) + "\n")
+            write_json(config, self._transformers_config())
 
     def save_image_tokens(self, folder: str | Path, vocab_size: int) -> None:
-        """Teach a saved tokenizer.json the image tokens that a decoder of vocab_size rows has.
+        """Add the image tokens of a decoder with vocab_size rows to a saved tokenizer.json.
 
-        transformers' LlavaProcessor then writes <im_patch> once a patch, at image_token_id.
+        transformers' LlavaProcessor then writes one <im_patch> per patch, at image_token_id.
         """
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():  # save() said why
+        if not path.is_file():  # save() has logged the reason
             return
         saved = tokenizers.Tokenizer.from_file(str(path))
         for token_id, name in self._image_names.items():
@@ -152,13 +152,13 @@ class Tokenizer:
         if converted.encode(probe, add_special_tokens=False).ids == self.encode(probe):
             converted.save(str(path))
         else:
-            log.warning("%s is not a plain byte-pair model: no %s is written", self.path, path)
+            log.warning("%s is not a plain BPE model, so %s is not written", self.path, path)
 
     def _transformers_config(self) -> dict:
         roles = {"bos": self.bos_token_id, "eos": self.eos_token_id}
         roles |= {"unk": self.unk_token_id, "pad": self.pad_token_id}
         tokens = {f"{role}_token": self.token(token_id) for role, token_id in roles.items()}
-        # the class that takes tokenizer.json as it is; LlamaTokenizer changes leading blanks
+        # this class uses tokenizer.json unchanged; LlamaTokenizer changes leading blanks
         return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", **tokens}
 
     def _special(self, role: str, usual: str, settings: dict, required: bool = True) -> int | None:
@@ -168,13 +168,13 @@ class Tokenizer:
         if token_id is None and required:
             raise UserError(
                 f"{self.path}: no {role} token ({name!r} is not in the vocabulary). "
-                f"Name it as {role}_token in tokenizer_config.json beside the file"
+                f"Set {role}_token in tokenizer_config.json next to this file"
             )
         return token_id
 
 
 class _SentencePiece:
-    """sentencepiece's own tokenisation: what LLaMA was trained with."""
+    """sentencepiece's own tokenisation, with which LLaMA was trained."""
 
     added_tokens: dict[str, int] = {}
 
@@ -215,7 +215,7 @@ class _HuggingFace:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} is not a tokenizer.json ({error})") from error
-        self._model.encode_special_tokens = True  # text is text
+        self._model.encode_special_tokens = True  # special tokens in a text are text
         self._model.no_truncation()
         self._model.no_padding()
         self.added_tokens = {
@@ -244,7 +244,7 @@ class _HuggingFace:
 
 
 def _to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A byte-pair sentencepiece model for the tokenizers library, as LLaMA's are published."""
+    """A sentencepiece BPE model, such as LLaMA's, for the tokenizers library."""
     model = tokenizer._backend._model
     pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     special = [i for i in pieces.values() if model.is_control(i) or model.is_unknown(i)]
@@ -280,19 +280,19 @@ def _to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _read_settings(folder: Path) -> dict:
-    """tokenizer_config.json over special_tokens_map.json, whichever exist."""
+    """special_tokens_map.json, overridden by tokenizer_config.json; either may be missing."""
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            settings |= json.loads((folder / name).read_text())
+            settings |= read_json(folder / name)
     return settings
 
 
 def _read_added_tokens(folder: Path, settings: dict) -> dict[str, int]:
-    """Tokens added to a sentencepiece model, in the two spellings of published folders."""
+    """Tokens added to a sentencepiece model, from the two files that published folders use."""
     added = {}
     if (folder / "added_tokens.json").is_file():
-        added |= json.loads((folder / "added_tokens.json").read_text())
+        added |= read_json(folder / "added_tokens.json")
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
         added[token["content"]] = int(token_id)
     return added

@@ -1,9 +1,7 @@
-"""Talk with a finetuned model about a picture, or without one.
+"""Chat with a finetuned model, about an image or without one.
 
-For example
-
-    python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
-    python scripts/chat.py --model RUN                              (a conversation)
+python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
+python scripts/chat.py --model RUN                              (a conversation)
 """
 
 import logging
@@ -31,20 +29,20 @@ def main(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Talk with a finetuned model about a picture, or without one.
+    """Chat with a finetuned model, about an image or without one.
 
     Args:
         model: Finetune run, or a Hugging Face folder (LlavaForConditionalGeneration or
             LlamaForCausalLM) together with --template.
-        prompt: The one question; left out, questions are read from the terminal or a pipe.
-        image: Picture that the first question is about.
-        template: How conversations are written; left out, as in the run.
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the most likely token, 1 draws from the model's distribution.
-        top_p: Draw from the most likely tokens, which together have this probability.
-        seed: Of the draws.
-        precision: Of weights and activations.
-        device: auto takes a GPU where there is one.
+        prompt: A single question; unset: questions are read from the terminal or a pipe.
+        image: The image that the first question is about.
+        template: Conversation template; unset: that of the run.
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 is greedy decoding, 1 samples from the model's distribution.
+        top_p: Nucleus sampling: sample from the most likely tokens with this total probability.
+        seed: Seed of the sampling.
+        precision: Precision of weights and activations.
+        device: auto takes a GPU if there is one.
     """
     options = GenerationOptions(max_new_tokens, temperature, top_p=top_p, seed=seed)
     conversation = Conversation(model, image, template, precision, device)
@@ -62,5 +60,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the answers has enough
+    except BrokenPipeError:  # the reader of the answers has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

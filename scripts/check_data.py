@@ -1,9 +1,9 @@
-"""Read all samples and images of a data file as training would, and count what cannot be used.
+"""Read all samples and images of a data file as training would, and count the unusable ones.
 
 python scripts/check_data.py --data.path chat.json --data.image-root images --data.template v1
---model.tokenizer llama-7b
+--model.tokenizer llama-7b [--model.vision-tower clip-vit-large-patch14]
 
-Ends with status 1 where a sample cannot be used, and names the first 10.
+Exits with status 1 if a sample is unusable, and names the first 10.
 """
 
 import sys
@@ -14,8 +14,7 @@ from rich.console import Console
 
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
-from mmalign.data.dataset import ConversationDataset
-from mmalign.data.preview import TokenizerConfig, show_report
+from mmalign.data.preview import PreviewModel, open_dataset, show_report
 from mmalign.errors import UserError
 
 
@@ -27,17 +26,15 @@ class CheckData(DataConfig):
 
 @dataclass(frozen=True)
 class Check:
-    model: TokenizerConfig
+    model: PreviewModel
     data: tyro.conf.FlagConversionOff[CheckData] = CheckData()
-    image_size: int = 224
-    patch_size: int = 14
 
 
 if __name__ == "__main__":
     config = tyro.cli(Check, description=__doc__)
-    sizes = config.image_size, config.patch_size
     try:
-        dataset = ConversationDataset.open(config.data, config.model.tokenizer, *sizes)
+        dataset, images = open_dataset(config.data, config.model)
+        print(images)
         report = check_samples(dataset)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -4,54 +4,72 @@
     python scripts/plan_memory.py finetune-7b --gpu a100-40g --world-size 8 --parallel.sharding full
     python scripts/plan_memory.py finetune-7b --model.decoder FOLDER --model.vision-tower FOLDER
 
-Any field of the recipe can be set as for train.py. Without folders the recipe's published models
-are assumed. No weights are read. --gpu: a100-40g, a100-80g, h100-80g (the default), h200, b200,
-l40s, a40, a6000, a10g, rtx-3090, rtx-4090, or GiB of another card, such as 31.4. --world-size: the
-processes that torchrun starts, 1 unless given.
+Takes the fields of the recipe as train.py does. Without folders the recipe's published models are
+assumed. No weights are read.
 """
 
-import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from mmalign.command_line import parse_recipe
+import tyro
+
+from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
 from mmalign.training.memory.plan import MemoryPlan
-from mmalign.training.memory.published import published_workload
-from mmalign.training.memory.table import GPUS, capacity_of, check, flags_of, render, total_of
+from mmalign.training.memory.table import (
+    MEMORY_GIB,
+    capacity_of,
+    check,
+    flags_of,
+    published_workload,
+    render,
+    total_of,
+)
 
 
-def main() -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--gpu", default="h100-80g")
-    own.add_argument("--world-size", type=int, default=1)
-    options, rest = own.parse_known_args()
-    name = next((x for x in rest if x in RECIPES), "")
-    config = parse_recipe(RECIPES, "plan_memory.py", __doc__, rest)
-    parallel = config.parallel
+@dataclass(frozen=True)
+class Arguments:
+    recipe: tyro.conf.Suppress[str]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpu: str = "h100-80g"
+    """a100-40g, a100-80g, h100-80g, h200, b200, l40s, a40, a6000, a10g, rtx-3090, rtx-4090, GiB."""
+    world_size: int = 1
+    """Processes that torchrun starts."""
+
+
+@dataclass(frozen=True)
+class PlanMemory:
+    recipe: tyro.conf.Suppress[str]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpu: Annotated[str, tyro.conf.arg(help=f"GiB, or {', '.join(MEMORY_GIB)}.")] = "h100-80g"
+    world_size: int = 1
+    """Processes that torchrun starts."""
+
+
+def report(options: PlanMemory) -> str:
+    config, parallel, world_size = options.config, options.config.parallel, options.world_size
     if parallel.sharding == "hybrid" and not parallel.shard_size:
-        sys.exit("error: --parallel.shard-size: how many processes a node has is not known here")
-    try:
-        workload = published_workload(config, name)
-        plan = MemoryPlan(config, workload, capacity_of(options.gpu), "cuda", options.world_size)
-        chosen = check(plan)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"{name} on {_cards(plan, options.gpu)}\n\n{render(plan)}\n")
-    print(f"recommended: {flags_of(chosen)}")
-    if plan.num_shards < plan.world_size and parallel.sharding == "none":
-        parallel = replace(parallel, sharding="full")
-        shared = replace(plan, config=replace(chosen, parallel=parallel))
-        print(f"with --parallel.sharding full as well: {total_of(shared):.1f} GB")
-
-
-def _cards(plan: MemoryPlan, gpu: str) -> str:
-    number = f"{plan.world_size} x " if plan.world_size > 1 else ""
-    card = f"{number}{gpu if gpu in GPUS else 'a card'}"
-    sharding = f", --parallel.sharding {plan.config.parallel.sharding}" if number else ""
-    return f"{card} of {plan.capacity / 2**30:.1f} GiB ({plan.capacity / 1e9:.1f} GB){sharding}"
+        raise UserError("the number of processes per node is unknown: set --parallel.shard-size")
+    workload = published_workload(config, options.recipe)
+    plan = MemoryPlan(config, workload, capacity_of(options.gpu), "cuda", world_size)
+    chosen = check(plan)
+    gpus = options.gpu if options.gpu in MEMORY_GIB else "a GPU"
+    gpus += f" of {plan.capacity / 2**30:.1f} GiB ({plan.capacity / 1e9:.1f} GB)"
+    if world_size > 1:
+        gpus = f"{world_size} x {gpus}, --parallel.sharding {parallel.sharding}"
+    text = f"{options.recipe} on {gpus}\n\n{render(plan)}\n\nrecommended: {flags_of(chosen)}"
+    if plan.num_shards < world_size and parallel.sharding == "none":
+        sharded = replace(chosen, parallel=replace(parallel, sharding="full"))
+        total = total_of(replace(plan, config=sharded))
+        text += f"\nwith --parallel.sharding full as well: {total:.1f} GB"
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    presets = {name: (text, PlanMemory(name, run)) for name, (text, run) in RECIPES.items()}
+    try:
+        print(report(tyro.extras.overridable_config_cli(presets, description=__doc__)))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,10 +1,10 @@
-"""Show what is trained on: supervised tokens marked, image spans, packing map.
+"""Show what the model is trained on: supervised tokens marked, image spans, packing map.
 
 python scripts/preview_batch.py --data.path chat.json --data.image-root images --data.template v1
---model.tokenizer llama-7b [--num-samples 8] [--json]
+--model.tokenizer llama-7b [--model.vision-tower clip-vit-large-patch14] [--json]
 
-Samples come in file order. --json prints one object a sample, {"id", "input_ids", "labels"}: labels
-unshifted (-100: no loss), image tokens expanded.
+Samples come in file order. --json prints one object per sample, {"id", "input_ids", "labels"}:
+labels unshifted (-100: no loss), image tokens expanded.
 """
 
 import signal
@@ -15,38 +15,36 @@ import tyro
 from rich.console import Console
 
 from mmalign.config import DataConfig
-from mmalign.data.dataset import ConversationDataset
-from mmalign.data.preview import TokenizerConfig, show, write_json
+from mmalign.data.preview import PreviewModel, open_dataset, show, write_json
 from mmalign.errors import UserError
 
 
 @dataclass(frozen=True)
 class PreviewData(DataConfig):
     shuffle: tyro.conf.Suppress[bool] = False
+    num_samples: int | None = None
+    """Show only the first N samples (after the choice of types); unset: 4, or all with --json."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    model: TokenizerConfig
+    model: PreviewModel
     data: tyro.conf.FlagConversionOff[PreviewData] = PreviewData()
-    num_samples: int | None = None
-    """Show only the first N samples; without it 4, or all with --json."""
-    image_size: int = 224
-    patch_size: int = 14
     micro_batch_tokens: int = 8192
     """Most tokens in one micro-batch of the packing map."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object a sample instead of the view for people."""
+    """Print one JSON object per sample instead of the view for people."""
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
     config = tyro.cli(Preview, description=__doc__)
-    limits = [n for n in (config.num_samples, config.data.num_samples) if n is not None]
-    data = replace(config.data, num_samples=min(limits, default=None if config.json else 4))
-    sizes = config.image_size, config.patch_size
+    data = config.data
+    if data.num_samples is None and not config.json:
+        data = replace(data, num_samples=4)
     try:
-        dataset = ConversationDataset.open(data, config.model.tokenizer, *sizes)
+        dataset, images = open_dataset(data, config.model)
+        print(images, file=sys.stderr if config.json else sys.stdout)
         if config.json:
             write_json(dataset)
         else:

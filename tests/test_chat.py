@@ -208,7 +208,7 @@ def test_interrupted_answer_is_forgotten(run, monkeypatch):
 ERRORS = {
     "no folder": (["--model", "nowhere"], "nowhere is no folder"),
     "folder of runs": (["--model", "{run}/.."], "is no run, but holds some: name .*/run"),
-    "no template": (["--model", "{text}"], "give --template with one of v0, v1"),
+    "no template": (["--model", "{text}"], "Set --template to one of v0, v1"),
     "no tower": (
         ["--model", "{text}", "--template", "v1", "--image", "{run}/picture.png"],
         "text is a language model without a vision tower",
@@ -216,7 +216,7 @@ ERRORS = {
     "no picture": (["--image", "none.png"], "no file none.png"),
     "broken picture": (["--image", "{run}/config.json"], "config.json cannot be decoded"),
     "empty": (["--prompt", " "], "the question is empty"),
-    "image": (["--prompt", "<image> what"], "leave <image> out"),
+    "image": (["--prompt", "<image> what"], "remove <image> from the question"),
     "not text": (["--prompt", "\udcff"], "not UTF-8"),
     "too long": (["--prompt", "red " * 400], r"tokens.* context of 400; ask something shorter"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
@@ -245,5 +245,5 @@ def test_plain_is_no_template_for_questions(run, tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "llava").symlink_to(run.folder / "export" / "llava")
     (tmp_path / "config.json").write_text(json.dumps({"data": {"template": "plain"}}))
-    with pytest.raises(UserError, match="template plain has no place for a question"):
+    with pytest.raises(UserError, match="template plain is not for conversations"):
         Conversation(tmp_path)

@@ -4,6 +4,8 @@ import csv
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from mmalign.config import DataConfig
-from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.data.dataset import ConversationDataset
 from mmalign.data.images import load_image
+from mmalign.data.samples import read_samples
 from mmalign.evaluation.tasks.ethics import load_ethics
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
+from mmalign.model.config import Preprocessing, VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import Size, ToyWorld, toy_world
@@ -74,8 +78,13 @@ def test_same_bytes_twice_and_nothing_else_left(world, tmp_path):
 
 
 def test_made_once(world, monkeypatch):
-    monkeypatch.setattr("mmalign.toy_world._make", None)
+    monkeypatch.setattr("mmalign.toy_world.making.make", None)
     assert toy_world(world.root.parent) == world
+
+
+def test_the_paths_are_there_without_loading_what_makes_the_world():
+    command = "import sys, mmalign.toy_world; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -83,7 +92,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         (partial.root / "images").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mmalign.toy_world._make", fail)
+    monkeypatch.setattr("mmalign.toy_world.making.make", fail)
     with pytest.raises(KeyboardInterrupt):
         toy_world(tmp_path, MINIATURE)
     assert list(tmp_path.iterdir()) == []
@@ -98,7 +107,9 @@ def test_json_passes_the_data_pipeline(world, name, template):
     )
     samples = read_samples(data.path, data)
     tokenizer = Tokenizer.from_pretrained(world.decoder)
-    dataset = ConversationDataset(samples, tokenizer, data, num_patches=9, image_size=IMAGE_SIZE)
+    dataset = ConversationDataset(
+        samples, tokenizer, data, VisionConfig.from_hf(world.vision_tower)
+    )
     assert len({sample.id for sample in samples}) == len(samples)
     for index in range(len(samples)):
         encoded = dataset.encode(index)
@@ -275,7 +286,8 @@ def test_vision_tower_loads_in_transformers(world):
     clip, info = CLIPVisionModel.from_pretrained(world.vision_tower, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ours = load_vision_tower(world.vision_tower)
-    pixels = load_image(next(iter(sorted(world.image_root.iterdir()))), IMAGE_SIZE)[None]
+    path, preprocessing = min(world.image_root.iterdir()), Preprocessing(IMAGE_SIZE, IMAGE_SIZE)
+    pixels = load_image(path, preprocessing)[None]
     with torch.no_grad():
         hidden = clip(ours.normalize_pixels(pixels), output_hidden_states=True).hidden_states
     torch.testing.assert_close(ours(pixels), hidden[-2][0, 1:], atol=1e-4, rtol=0)

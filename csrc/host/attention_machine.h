@@ -62,8 +62,8 @@ class HostMachine {
     block_.copy_later(tensors_[static_cast<int>(tensor)], number, to, column, row);
   }
   int load_index(const int* from) const { return *from; }
-  float load_figure(const float* from) const { return *from; }
-  FigurePair load_pair(const float* from) const { return {{from[0], from[1]}}; }
+  float load_statistic(const float* from) const { return *from; }
+  StatisticPair load_pair(const float* from) const { return {{from[0], from[1]}}; }
   Angles load_angles(const float* from) const {
     Angles angles;
     memcpy(angles.values, from, sizeof(angles));
@@ -119,9 +119,9 @@ class HostMachine {
 
   template <class X>
   X exchange(X value, int with) {
-    block_.room(id_) = &value;
+    block_.workspace(id_) = &value;
     block_.warp_sync(id_);
-    const X theirs = *static_cast<const X*>(block_.room(id_ ^ with));
+    const X theirs = *static_cast<const X*>(block_.workspace(id_ ^ with));
     block_.warp_sync(id_);
     return theirs;
   }
@@ -145,7 +145,7 @@ class HostMachine {
   // Sums of this thread: of rows 16 * warp + lane / 4 and 8 further, columns 8 * i + lane % 4 * 2.
   void compute(const Product& product) {
     if (product.b >> 62 != 1) throw std::logic_error("no 128-byte swizzle");
-    block_.room(id_) = product.registers;
+    block_.workspace(id_) = product.registers;
     block_.warp_sync(id_);
     float left[2][16];
     for (int half = 0; half < 2; ++half)
@@ -167,7 +167,8 @@ class HostMachine {
   float of_quad(int half, int k) {
     const int holder = id_ / 4 * 4 + k % 8 / 2;
     float both[2];
-    HostBf16::unpack(static_cast<const uint32_t*>(block_.room(holder))[k / 8 * 2 + half], both);
+    const auto* words = static_cast<const uint32_t*>(block_.workspace(holder));
+    HostBf16::unpack(words[k / 8 * 2 + half], both);
     return both[k % 2];
   }
 

@@ -70,7 +70,7 @@ EXPORT void host_quantize_second(const float* x, const uint32_t* draws, int64_t 
 }
 
 // One tensor, fp32 moments and gradients, as adamw.cu goes about it. Exactly one of masters (fp32),
-// (weights, remainders) and weights alone, rounded at random, is there.
+// (weights, remainders) and weights alone, with stochastic rounding, is there.
 EXPORT void host_adamw(float* masters, uint16_t* weights, int16_t* remainders, const float* grads,
                        float* exp_avgs, float* exp_avg_sqs, int64_t num, float grad_scale,
                        int64_t step, double learning_rate, double beta1, double beta2, double eps,
@@ -97,7 +97,8 @@ EXPORT void host_adamw(float* masters, uint16_t* weights, int16_t* remainders, c
   }
 }
 
-// tiles (num_tiles, 2): sample and index, from dear to cheap. Returns num_tiles; tiles may be null.
+// tiles (num_tiles, 2): sample and index, from expensive to cheap. Returns num_tiles; tiles may be
+// null.
 EXPORT int host_order_tiles(const int* cu_seqlens, int num_samples, int tile_rows, int causal,
                             int num_threads, int* tiles) {
   const PackedSamples samples{cu_seqlens, num_samples, tile_rows, causal != 0};

@@ -33,24 +33,24 @@ EXPORT int host_attention_items(const int* cu_seqlens, int num_samples, int num_
 }
 
 template <int kHeadDim>
-static std::vector<uint16_t> turned_keys(const uint16_t* qkv, const AttentionCall& call) {
+static std::vector<uint16_t> rotated_keys(const uint16_t* qkv, const AttentionCall& call) {
   const int num_keys = call.shape.num_key_heads, all = call.shape.num_heads + 2 * num_keys;
-  std::vector<uint16_t> turned(int64_t{call.num_tokens} * num_keys * kHeadDim);
+  std::vector<uint16_t> rotated(int64_t{call.num_tokens} * num_keys * kHeadDim);
   for (int64_t token = 0; token < call.num_tokens; ++token)
     for (int head = 0; head < num_keys; ++head)
       for (int column = 0; column < kHeadDim / 2; column += 8) {
         const uint16_t* from =
             qkv + (token * all + call.shape.num_heads + head) * kHeadDim + column;
-        uint16_t* to = turned.data() + (token * num_keys + head) * kHeadDim + column;
+        uint16_t* to = rotated.data() + (token * num_keys + head) * kHeadDim + column;
         const int64_t angle = int64_t{call.position_ids[token]} * (kHeadDim / 2) + column;
         Chunk x, y;
         Angles cos, sin;
         memcpy(&x, from, 16), memcpy(&y, from + kHeadDim / 2, 16);
         memcpy(&cos, call.cos + angle, 32), memcpy(&sin, call.sin + angle, 32);
-        turn_chunks<HostBf16>(x, y, cos, sin);
+        rotate_chunks<HostBf16>(x, y, cos, sin);
         memcpy(to, &x, 16), memcpy(to + kHeadDim / 2, &y, 16);
       }
-  return turned;
+  return rotated;
 }
 
 template <int kHeadDim>
@@ -66,7 +66,7 @@ static void run_worker(AttentionCall call, const std::vector<HostTensor>& tensor
     if (thread >= kWarpgroup)
       attend_to_all<kHeadDim>(machine, call);
     else if (thread >= 32)
-      turn_queries<kHeadDim>(machine, call, thread / 32 - 1);
+      rotate_queries<kHeadDim>(machine, call, thread / 32 - 1);
     else if (thread == 0)
       fetch<kHeadDim>(machine, call);
   });
@@ -74,11 +74,12 @@ static void run_worker(AttentionCall call, const std::vector<HostTensor>& tensor
 
 template <int kHeadDim>
 static void attention(const uint16_t* qkv, AttentionCall call, int num_workers, uint32_t seed) {
-  const std::vector<uint16_t> turned = turned_keys<kHeadDim>(qkv, call);
+  const std::vector<uint16_t> rotated = rotated_keys<kHeadDim>(qkv, call);
   const int key_columns = call.shape.num_key_heads * kHeadDim;
   const int columns = call.shape.num_heads * kHeadDim + 2 * key_columns;
-  const std::vector<HostTensor> tensors = {{qkv, call.num_tokens, columns, kKeyRows},
-                                           {turned.data(), call.num_tokens, key_columns, kKeyRows}};
+  const std::vector<HostTensor> tensors = {
+      {qkv, call.num_tokens, columns, kKeyRows},
+      {rotated.data(), call.num_tokens, key_columns, kKeyRows}};
   for (int worker = 0; worker < num_workers; ++worker)
     run_worker<kHeadDim>(call, tensors, worker, num_workers, seed);
 }

@@ -8,22 +8,22 @@ using namespace mmalign;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What prepare_gradient_kernel leaves: queries and keys turned, and the figures of queries.
+// What prepare_gradient_kernel leaves: queries and keys rotated, and the statistics of queries.
 struct Prepared {
-  std::vector<uint16_t> turned;
-  std::vector<float> figures;
+  std::vector<uint16_t> rotated;
+  std::vector<float> statistics;
 };
 
 template <int kHeadDim>
 static Prepared prepare(const uint16_t* qkv, const uint16_t* out, const uint16_t* grad_out,
                         const float* logsumexp, const GradientCall& call) {
-  const int num_heads = call.shape.num_heads, turning = num_heads + call.shape.num_key_heads;
-  Prepared prepared = {std::vector<uint16_t>(int64_t{call.num_tokens} * turning * kHeadDim),
+  const int num_heads = call.shape.num_heads, num_rotated = num_heads + call.shape.num_key_heads;
+  Prepared prepared = {std::vector<uint16_t>(int64_t{call.num_tokens} * num_rotated * kHeadDim),
                        std::vector<float>(2 * num_heads * call.num_tokens)};
   for (int64_t token = 0; token < call.num_tokens; ++token)
-    for (int head = 0; head < turning; ++head) {
+    for (int head = 0; head < num_rotated; ++head) {
       const uint16_t* from = qkv + token * call.columns() + head * kHeadDim;
-      uint16_t* to = prepared.turned.data() + (token * turning + head) * kHeadDim;
+      uint16_t* to = prepared.rotated.data() + (token * num_rotated + head) * kHeadDim;
       float delta = 0;
       for (int column = 0; column < kHeadDim / 2; column += 8) {
         const int64_t angle = int64_t{call.position_ids[token]} * (kHeadDim / 2) + column;
@@ -31,7 +31,7 @@ static Prepared prepare(const uint16_t* qkv, const uint16_t* out, const uint16_t
         Angles cos, sin;
         memcpy(&x, from + column, 16), memcpy(&y, from + column + kHeadDim / 2, 16);
         memcpy(&cos, call.cos + angle, 32), memcpy(&sin, call.sin + angle, 32);
-        turn_chunks<HostBf16>(x, y, cos, sin);
+        rotate_chunks<HostBf16>(x, y, cos, sin);
         memcpy(to + column, &x, 16), memcpy(to + column + kHeadDim / 2, &y, 16);
         if (head >= num_heads) continue;
         for (const int half : {0, kHeadDim / 2}) {
@@ -41,9 +41,9 @@ static Prepared prepare(const uint16_t* qkv, const uint16_t* out, const uint16_t
         }
       }
       if (head >= num_heads) continue;
-      prepared.figures[head * call.num_tokens + token] =
+      prepared.statistics[head * call.num_tokens + token] =
           logsumexp[token * num_heads + head] * kLog2E;
-      prepared.figures[(num_heads + head) * call.num_tokens + token] = delta;
+      prepared.statistics[(num_heads + head) * call.num_tokens + token] = delta;
     }
   return prepared;
 }
@@ -70,7 +70,7 @@ static void run(GradientCall call, const int* cu_seqlens, const std::vector<Host
       else if (thread == 0)
         fetch_pairs<kOf, kHeadDim>(machine, call);
       else if (!queries && thread / 32 == 1)
-        bring_figures<kHeadDim>(machine, call);
+        bring_statistics<kHeadDim>(machine, call);
     });
   }
 }
@@ -80,12 +80,12 @@ static void backward(const uint16_t* qkv, const uint16_t* out, const uint16_t* g
                      const float* logsumexp, const int* cu_seqlens, GradientCall call,
                      int num_workers, uint32_t seed) {
   const Prepared prepared = prepare<kHeadDim>(qkv, out, grad_out, logsumexp, call);
-  call.figures = prepared.figures.data();
+  call.statistics = prepared.statistics.data();
   const int columns = static_cast<int>(call.columns()), rows = call.num_tokens;
   const int values = call.shape.num_key_heads * kHeadDim, heads = call.shape.num_heads * kHeadDim;
   const std::vector<HostTensor> tensors = {
       {qkv, rows, columns, kGradientRows},
-      {prepared.turned.data(), rows, columns - values, kGradientRows},
+      {prepared.rotated.data(), rows, columns - values, kGradientRows},
       {grad_out, rows, heads, kGradientRows}};
   run<Gradient::kQueries, kHeadDim>(call, cu_seqlens, tensors, num_workers, seed);
   run<Gradient::kKeys, kHeadDim>(call, cu_seqlens, tensors, num_workers, seed);

@@ -1,4 +1,4 @@
-// A block of threads on the host, run as fibers in an order drawn at random, with the barriers of
+// A block of threads on the host, run as fibers in an order random, with the barriers of
 // a Hopper block. Copies into its shared memory arrive at any time later; shared memory begins as
 // NaN; products see what threads wrote there only after a fence; threads that wait for each other
 // forever are an error.
@@ -28,7 +28,7 @@ class HostBlock {
  public:
   HostBlock(int num_threads, int shared_bytes, uint32_t seed)
       : random_(seed), memory_(shared_bytes + kPatternBytes, '\xff'), threads_(num_threads),
-        warps_(num_threads / 32), rooms_(num_threads) {
+        warps_(num_threads / 32), workspaces_(num_threads) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     shared_ = memory_.data() + (kPatternBytes - address % kPatternBytes) % kPatternBytes;
     for_products_.assign(shared_, shared_ + shared_bytes);
@@ -95,7 +95,7 @@ class HostBlock {
   }
 
   // What a thread lays out for its warp.
-  const void*& room(int thread) { return rooms_[thread]; }
+  const void*& workspace(int thread) { return workspaces_[thread]; }
 
   // A box of rows of 128 bytes, swizzled; zeros outside the tensor.
   void copy_later(const HostTensor& tensor, int barrier, int to, int column, int row) {
@@ -184,7 +184,7 @@ class HostBlock {
   std::vector<char> for_products_;
   std::vector<Fiber> threads_;
   std::vector<Meeting> warps_;
-  std::vector<const void*> rooms_;
+  std::vector<const void*> workspaces_;
   std::vector<Barrier> barriers_;
   Meeting meetings_[16];
   std::vector<std::function<void()>> copies_;

@@ -1,18 +1,24 @@
-"""The operations of the model on packed tokens."""
+"""The operations of the model on packed tokens.
+
+One file per operation declares it: schema, fake kernel, gradient, public function. The folders
+`reference`, `triton`, `cuda` and `libraries` implement it under the same file name; dispatch.py
+chooses one; operation.py is how an operation is declared; costs/ counts bytes and FLOPs.
+"""
 
 from .adamw import adamw_step
-from .attention import full_attention
-from .attention_prefix import prefix_attention
-from .linear import linear
+from .full_attention import full_attention
+from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .packing import pack_rows, unpack_rows
+from .prefix_attention import prefix_attention
 from .projector import project_image_features
+from .quick_gelu import quick_gelu
+from .reference.linear import linear
 from .rms_norm import add_rms_norm, rms_norm
-from .rotary import rotary_attention
-from .shared_prefix import shared_prefix_attention
+from .rotary_attention import rotary_attention
+from .shared_prefix_attention import shared_prefix_attention
 from .swiglu import swiglu
 from .target_logprobs import target_logprobs
-from .vision import layer_norm, quick_gelu
 
 __all__ = [
     "adamw_step",

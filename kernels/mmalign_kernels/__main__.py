@@ -1,4 +1,4 @@
-"""python -m mmalign_kernels: which backend has which operation here, and why the others do not."""
+"""python -m mmalign_kernels: which backends run which operations here, and why others cannot."""
 
 import os
 import platform
@@ -12,6 +12,7 @@ import torch
 import mmalign_kernels
 
 from . import dispatch, libraries
+from .cuda import library as cuda_library
 from .libraries import LIBRARIES
 from .operation import Operation
 
@@ -20,51 +21,51 @@ WIDTH = 100
 
 def _triton() -> tuple[str | None, str | None]:
     if find_spec("triton") is None:
-        return None, "is not installed. pip install triton (it comes with torch's CUDA builds)"
+        return None, "is not installed. pip install triton (CUDA builds of torch include it)"
     version = metadata.version("triton")
     if torch.cuda.is_available():
         return version, None
     if os.environ.get("TRITON_INTERPRET") == "1":
         return f"{version}, in its interpreter (TRITON_INTERPRET=1): slow", None
     return None, (
-        f"{version} is installed, but there is no CUDA device. TRITON_INTERPRET=1 runs its kernels "
-        "on a CPU, slowly, to check them"
+        f"{version} is installed, but there is no CUDA device. With TRITON_INTERPRET=1 its kernels "
+        "run on a CPU, slowly, for tests"
     )
 
 
 def _find(backend: str) -> tuple[str | None, str | None]:
-    """Version of a backend; or None and why it cannot run here."""
+    """Version of a backend and None; or None and why it cannot run here."""
     if backend == "reference":
         return f"torch {torch.__version__}", None
     if backend == "triton":
         return _triton()
     if backend in LIBRARIES:
         return libraries.find(backend)
-    reason = libraries.cuda_missing()
+    reason = cuda_library.missing()
     return (None, reason) if reason else ("csrc/ is built", None)
 
 
 def _families() -> Iterator[tuple[str, str, list[str]]]:
-    """Public operation, its family and what a backend's file must have."""
+    """Public operation, its family and the functions that a backend must have."""
     for name in mmalign_kernels.__all__:
         family = getattr(mmalign_kernels, name).__module__.rpartition(".")[2]
         module = import_module(f"{__package__}.{family}")
         parts = [x.name for x in vars(module).values() if isinstance(x, Operation)]
         parts = [x for x in parts if x.startswith(name.removesuffix("_step"))] or parts
-        if parts:  # linear has none: it is torch's own
+        if parts:  # linear declares none: it is torch's own
             yield name, family, parts
 
 
 def _serves(backend: str, family: str, parts: list[str], here: bool) -> bool:
     if backend in LIBRARIES:
-        return family in LIBRARIES[backend].files
-    if find_spec(f"{__package__}.{dispatch.file(backend, family)}") is None:
+        return family in LIBRARIES[backend].families
+    if find_spec(f"{__package__}.{backend}.{family}") is None:
         return False
     return not here or all(dispatch.find(backend, part, family) for part in parts)
 
 
 def _default(family: str, serving: list[str]) -> str:
-    """The one that runs when nothing is named."""
+    """The backend that runs when none is named."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return next(x for x in dispatch.preference(device, family) if x in serving)
 
@@ -80,7 +81,7 @@ def _rows(versions: dict[str, str | None]) -> Iterator[list[str]]:
 
 
 def report() -> str:
-    """What the command prints."""
+    """The output of the command."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {device}", ""]
     found = {x: _find(x) for x in (*dispatch.BACKENDS, *LIBRARIES)}
@@ -98,10 +99,10 @@ def report() -> str:
 
 
 _HELP = (
-    "default: runs when nothing is named; yes: runs when named; no: cannot run here, for the "
-    "reason above; -: has no such operation. MMALIGN_BACKEND=flash_attn,apex names libraries: they "
-    "run what they serve, the default runs the rest. MMALIGN_BACKEND=triton runs every operation "
-    "in Triton."
+    "default: runs when no backend is named; yes: runs when named; no: cannot run here, for the "
+    "reason above; -: does not implement it. MMALIGN_BACKEND=flash_attn,apex names libraries, "
+    "which run what they serve; the default runs the rest. MMALIGN_BACKEND=triton runs every "
+    "operation in Triton."
 )
 
 

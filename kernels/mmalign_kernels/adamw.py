@@ -4,21 +4,59 @@
     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
     p -= learning_rate / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-Weights are fp32; or bf16 with the low 16 bits of an exact fp32 master beside them; or bf16 alone,
-rounded at random so that the expected weight is the exact one. Moments are fp32; or bf16 or codes
-of 8 bits (block_quantization.py), both rounded at random: rounded to the nearest, a second moment
-that changes by a thousandth a step would never move. The arithmetic is fp32.
+Plain PyTorch: reference/adamw.py. The arithmetic is fp32. Weights are fp32; or bf16 plus the low 16
+bits of an exact fp32 master (split master); or bf16 alone with stochastic rounding, so that the
+expected weight is exact. Moments are fp32; or bf16 or 8-bit codes, both with stochastic rounding:
+rounded to nearest, a second moment that changes by a thousandth per step would never move.
+
+8-bit codes: blocks of 128 neighbours share an fp32 scale, which maps the largest number of the
+block to the largest code (after Dettmers et al. 2022, arXiv 2110.02861). A code is a small
+floating-point number below 2 whose lowest exponent is subnormal, so it needs no table. The same
+format as csrc/block_quantization.h:
+
+    first moment    sign, 4 bits of exponent, 3 of mantissa
+    second moment   5 bits of exponent, 3 of mantissa; a positive number never rounds to zero
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .block_quantization import num_blocks
-from .checks import check_shape
-from .operation import Operation
+from .operation import check_shape, mutating
+
+_STATE = ("exp_avgs", "exp_avg_sqs", "remainders", "exp_avg_scales", "exp_avg_sq_scales")
+BLOCK = 128  # elements that share a scale
+MANTISSA_BITS = 3
+DROPPED_BITS = 23 - MANTISSA_BITS  # of fp32's mantissa
+LARGEST = 2 - 2.0**-MANTISSA_BITS
 
 
-def _declare(
+@dataclass(frozen=True)
+class MomentCode:
+    exponent_bits: int
+    signed: bool
+
+    @property
+    def shift(self) -> int:
+        """log2 of the smallest normal code over fp32's smallest normal number."""
+        return 126 - (2**self.exponent_bits - 2)
+
+    @property
+    def largest(self) -> int:
+        return 2 ** (self.exponent_bits + MANTISSA_BITS) - 1
+
+
+FIRST, SECOND = MomentCode(4, signed=True), MomentCode(5, signed=False)
+
+
+def num_blocks(numel: int) -> int:
+    """Number of scales of a tensor of numel elements; the last block may be partial."""
+    return -(-numel // BLOCK)
+
+
+@mutating("params", "grads", *_STATE)
+def adamw_update(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -35,19 +73,14 @@ def _declare(
     weight_decay: float,
     seed: int | None,
 ) -> None:
-    """The step, in place; remainders and scales may be empty lists; grads may be overwritten."""
-
-
-_declare.__name__ = "adamw_update"
-_STATE = ("exp_avgs", "exp_avg_sqs", "remainders", "exp_avg_scales", "exp_avg_sq_scales")
-adamw_update = Operation(_declare, mutates=("params", "grads", *_STATE))
+    """One step, in place; remainders and scales may be empty lists; grads may be overwritten."""
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> bf16 weight (nearest, ties away from zero) and int16 remainder, any shape.
 
-    Read as integers, weight * 2^16 + remainder is the fp32 number, bit for bit; but of a NaN, which
-    becomes the quiet one, so that the weight alone is one, too.
+    Read as integers, weight * 2^16 + remainder is the fp32 number, bit for bit. A NaN becomes the
+    quiet NaN, so that the weight alone is a NaN, too.
     """
     master = master.contiguous()
     remainder = master.view(torch.int32).to(torch.int16).masked_fill_(master.isnan(), 0)
@@ -55,16 +88,16 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def upper_half(x: Tensor, carried: Tensor | int) -> Tensor:
-    """fp32 -> bf16: the upper half of x's bits with carried, below 2^16, added to them.
+    """fp32 -> bf16: the upper 16 bits of x's bits plus `carried`, which is below 2^16.
 
-    A NaN stays one: a GPU's has all bits set, and the sum would be a zero.
+    A NaN stays a NaN: a GPU's has all bits set, and the sum would wrap to zero.
     """
-    halves = ((x.view(torch.int32) + carried) >> 16).to(torch.int16)
-    return halves.masked_fill_(x.isnan(), _BF16_NAN).view(torch.bfloat16)
+    bits = ((x.view(torch.int32) + carried) >> 16).to(torch.int16)
+    return bits.masked_fill_(x.isnan(), _BF16_NAN).view(torch.bfloat16)
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 number that split_master split."""
+    """The inverse of split_master."""
     return (weight.view(torch.int16).int() << 16).add_(remainder).view(torch.float32)
 
 
@@ -92,13 +125,13 @@ def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
                 "exp_avg_sqs": (lists["exp_avgs"][i].dtype,),
             }
             if tensor.dtype not in allowed.get(name, (torch.float32,)):
-                raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype} beside {param.dtype}")
+                raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype}, params {param.dtype}")
             if name != "grads" and not tensor.is_contiguous():
                 raise ValueError(f"adamw_step: {name}[{i}] is not contiguous")
     for i, (param, moment) in enumerate(zip(params, lists["exp_avgs"], strict=True)):
         same = param.dtype == params[0].dtype and moment.dtype == lists["exp_avgs"][0].dtype
         if not same or not param.is_contiguous():
-            raise ValueError(f"adamw_step: params[{i}] is of another type, or not contiguous")
+            raise ValueError(f"adamw_step: params[{i}] has another dtype or is not contiguous")
 
 
 def _check_modes(
@@ -107,21 +140,21 @@ def _check_modes(
     if param.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"adamw_step: params are {param.dtype}, expected fp32 or bf16")
     if grad.dtype not in (torch.float32, param.dtype):
-        raise ValueError(f"adamw_step: grads are {grad.dtype} beside {param.dtype} params")
+        raise ValueError(f"adamw_step: grads are {grad.dtype} for {param.dtype} params")
     if splits and param.dtype == torch.float32:
-        raise ValueError("adamw_step: params are fp32, which takes no remainders")
+        raise ValueError("adamw_step: fp32 params take no remainders")
     if scales != (moment.dtype == torch.uint8):
         raise ValueError(
-            f"adamw_step: moments are {moment.dtype}. 8-bit codes, and they alone, need scales"
+            f"adamw_step: moments are {moment.dtype}; only 8-bit codes take scales, and need them"
         )
     rounds = (param.dtype == torch.bfloat16 and not splits) or moment.dtype != torch.float32
     if rounds and not seed:
         raise ValueError(
-            "adamw_step: bf16 params without remainders and moments below fp32 are rounded at "
-            "random, and need a seed"
+            "adamw_step: bf16 params without remainders and moments below fp32 are stored with "
+            "stochastic rounding, which needs a seed"
         )
     if seed and not rounds:
-        raise ValueError("adamw_step: a seed, but nothing here is rounded at random")
+        raise ValueError("adamw_step: a seed was passed, but nothing here uses stochastic rounding")
 
 
 @torch.no_grad()
@@ -145,13 +178,13 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place; step counts from 1.
 
-    All tensors but grads are contiguous; those of a list have one type, and the params' shapes.
+    All tensors but grads are contiguous; those of a list have one dtype, and the params' shapes.
     params fp32; bf16 with remainders (int16, see split_master); or bf16 alone. grads fp32 or the
-    params' type, and may be overwritten. exp_avgs and exp_avg_sqs fp32; bf16; or uint8 codes with
-    scales, fp32, one for 128 neighbours of the flat parameter. What is kept in bf16 or codes is
-    rounded at random, the same for the same seed and step. grad_scale: (), fp32, on the device;
-    every gradient is multiplied by it, and where it is 0 or NaN nothing changes at all.
-    Raises ValueError where lists, shapes or types do not fit.
+    params' dtype, and may be overwritten. exp_avgs and exp_avg_sqs fp32; bf16; or uint8 codes with
+    fp32 scales, one per 128 neighbours of the flat parameter. bf16 params alone, bf16 moments and
+    codes use stochastic rounding, the same for the same seed and step. grad_scale: (), fp32, on the
+    device; multiplies every gradient, and if it is 0 or NaN the step changes nothing.
+    Raises ValueError if lists, shapes or dtypes do not match.
     """
     if not params:
         return
@@ -165,21 +198,10 @@ def adamw_step(
     _check_lists(params, lists)
     scales = [x is not None for x in (exp_avg_scales, exp_avg_sq_scales)]
     if scales[0] != scales[1]:
-        raise ValueError("adamw_step: scales of one moment without those of the other")
+        raise ValueError("adamw_step: scales were passed for one moment only; pass both or neither")
     given_modes = remainders is not None, scales[0], seed is not None
     _check_modes(params[0], grads[0], exp_avgs[0], *given_modes)
     adamw_update(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        *(tensors or [] for tensors in given.values()),
-        grad_scale,
-        step,
-        learning_rate,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        seed,
-    )
+        params, grads, exp_avgs, exp_avg_sqs, *(tensors or [] for tensors in given.values()),
+        grad_scale, step, learning_rate, beta1, beta2, eps, weight_decay, seed,
+    )  # fmt: skip

@@ -1,14 +1,14 @@
-"""Which implementation of an operation runs.
+"""Chooses the implementation of an operation.
 
-`reference.py` implements every operation. Another backend adds one file per family beside the
-family's own, `rms_norm_triton.py` beside `rms_norm.py`, with functions of the same names. Arguments
-and results of `x_fwd` and `x_bwd` are the same in every backend.
+`rms_norm.py` declares the family rms_norm; `reference/rms_norm.py`, `triton/rms_norm.py` and
+`cuda/rms_norm.py` implement it, with functions of the same names, arguments and results. A family
+that a backend lacks has no file in its folder; `reference` implements all.
 
 MMALIGN_BACKEND, or `use_backend`, names backends, separated by commas. One of BACKENDS runs every
-operation. A library (libraries.py) runs the families that it serves, the others run as without it:
+operation. A library (libraries/) runs the families that it serves, and nothing else changes:
 
     triton              everything in Triton
-    flash_attn          attention by FlashAttention-2, everything else by the best there is
+    flash_attn          attention by FlashAttention-2, the default for everything else
     apex,flash_attn     norms and AdamW by apex, attention by FlashAttention-2, the rest as above
     xformers,reference  attention by xformers, everything else in plain PyTorch
 """
@@ -20,19 +20,20 @@ from functools import cache
 from importlib import import_module
 
 from . import libraries
+from .cuda import library as cuda_library
 from .libraries import LIBRARIES
 
 BACKENDS = ("reference", "triton", "cuda")
 PREFERENCE = {"cuda": ("cuda", "triton", "reference")}  # by device; anything else: reference
-# Families whose kernels of csrc/ a GPU has shown to be faster than Triton's. The others run when
-# they are named.
+# Families whose csrc/ kernels a benchmark on a GPU has shown to beat Triton's; none has run on one
+# yet. The others run only when named.
 MEASURED_CUDA: frozenset[str] = frozenset()
 
 _override: str | None = None
 
 
 def forced_backend() -> str | None:
-    """What `use_backend` or MMALIGN_BACKEND demands; None: the best there is."""
+    """What `use_backend` or MMALIGN_BACKEND names; None: the default."""
     forced = _override or os.environ.get("MMALIGN_BACKEND") or None
     if forced is not None:
         _named(forced)
@@ -41,7 +42,7 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Force backends inside the block, named as in MMALIGN_BACKEND; None leaves the choice."""
+    """Force backends inside the block, named as in MMALIGN_BACKEND; None changes nothing."""
     global _override
     if backend is not None:
         _named(backend)
@@ -54,13 +55,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 @cache
 def _named(forced: str) -> dict[str | None, str]:
-    """Family -> the library that serves it; None -> the backend of all others, where named."""
+    """Family -> the library that serves it; None -> the named backend of all other families."""
     chosen = {}
     for name in (x.strip() for x in forced.split(",")):
         if name not in BACKENDS and name not in LIBRARIES:
             known = ", ".join((*BACKENDS, *LIBRARIES))
             raise ValueError(f"MMALIGN_BACKEND={forced!r}: {name!r} is not one of {known}")
-        for family in LIBRARIES[name].files if name in LIBRARIES else (None,):
+        for family in LIBRARIES[name].families if name in LIBRARIES else (None,):
             if family in chosen:
                 both = f"{chosen[family]} and {name} both serve {family or 'every operation'}"
                 raise ValueError(f"MMALIGN_BACKEND={forced!r}: {both}. Name one of them")
@@ -69,12 +70,12 @@ def _named(forced: str) -> dict[str | None, str]:
 
 
 def implementation(operation: str, family: str, device_type: str) -> Callable:
-    """The function that runs `operation`, of the family file `family`, on tensors of a device."""
+    """The function that runs `operation` of `family` on tensors of a device type."""
     return _choose(operation, family, device_type, forced_backend())
 
 
 def preference(device_type: str, family: str) -> tuple[str, ...]:
-    """The backends of a family where none is named, the best first."""
+    """The backends that a family tries where none is named, in order."""
     backends = PREFERENCE.get(device_type, ("reference",))
     return tuple(x for x in backends if x != "cuda" or family in MEASURED_CUDA)
 
@@ -83,24 +84,20 @@ def preference(device_type: str, family: str) -> tuple[str, ...]:
 def _choose(operation: str, family: str, device_type: str, forced: str | None) -> Callable:
     named = _named(forced) if forced else {}
     if family in named:
-        return _from_library(named[family], operation, family)
+        libraries.require(named[family], operation)
+        return libraries.implementation(named[family], operation)
     own = named.get(None)
     for backend in (own,) if own else preference(device_type, family):
-        if backend == "cuda" and not own and libraries.cuda_missing():
-            continue  # csrc/ is built where there is a CUDA compiler; Triton needs none
+        if backend == "cuda" and not own and cuda_library.missing():
+            continue  # csrc/ needs a CUDA compiler to build, Triton needs none
         function = find(backend, operation, family)
         if function is not None:
             _check_device(backend, operation, device_type)
             return function
     raise NotImplementedError(
-        f"{operation} has no {own} implementation: mmalign_kernels/{file(own, family)}.py "
-        f"with {operation} is missing. Unset MMALIGN_BACKEND, or force 'reference'"
+        f"{operation} has no {own} implementation: mmalign_kernels/{own}/{family}.py with "
+        f"{operation} is missing. Unset MMALIGN_BACKEND, or set it to 'reference'"
     )
-
-
-def _from_library(backend: str, operation: str, family: str) -> Callable:
-    libraries.require(backend, operation)
-    return getattr(import_module(f"{__package__}.{LIBRARIES[backend].files[family]}"), operation)
 
 
 def _check_device(backend: str, operation: str, device_type: str) -> None:
@@ -108,21 +105,17 @@ def _check_device(backend: str, operation: str, device_type: str) -> None:
     if device_type == "cpu" and backend != "reference" and not interpreted:
         raise NotImplementedError(
             f"{operation}: the {backend} kernels need a CUDA device, the tensors are on the CPU. "
-            "Unset MMALIGN_BACKEND. (Triton's interpreter runs its kernels on a CPU, slowly, where "
-            "TRITON_INTERPRET=1 is set before Python starts.)"
+            "Unset MMALIGN_BACKEND. (With TRITON_INTERPRET=1 set before Python starts, Triton's "
+            "interpreter runs its kernels on a CPU, slowly.)"
         )
 
 
-def file(backend: str, family: str) -> str:
-    return "reference" if backend == "reference" else f"{family}_{backend}"
-
-
 def find(backend: str, operation: str, family: str) -> Callable | None:
-    """A function of one of BACKENDS; None where it has none."""
-    name = f"{__package__}.{file(backend, family)}"
+    """The function of one of BACKENDS; None if it does not implement the operation."""
+    name = f"{__package__}.{backend}.{family}"
     try:
         return getattr(import_module(name), operation, None)
     except ModuleNotFoundError as error:
-        if error.name != name:  # the file is there, something that it imports is not
+        if error.name != name:  # the file exists, but one of its imports is missing
             raise
         return None

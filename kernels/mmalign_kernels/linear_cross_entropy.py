@@ -1,8 +1,9 @@
-"""Language-model head and cross entropy without ever holding the logits whole.
+"""Language-model head and cross entropy without materialising all logits.
 
-loss = sum over supervised rows of logsumexp(h W^T) - (h W^T)[target]. Only supervised rows touch W.
-The gradients are formed in the forward pass, chunk by chunk, while the logits are at hand; the
-backward pass scales them. dweight is summed in fp32 over the chunks.
+loss = sum over supervised rows of logsumexp(h W^T) - (h W^T)[target]. Plain PyTorch:
+reference/linear_cross_entropy.py. Only supervised rows are multiplied by W. The forward pass
+computes the gradients, chunk by chunk, while it has the logits; the backward pass scales them.
+dweight accumulates in fp32 over the chunks.
 """
 
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import wide_type
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    differentiable,
+    operation,
+)
 
 
 @operation
@@ -23,11 +30,11 @@ def linear_cross_entropy_fwd(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss_sum (), its gradient by hidden_states, and by lm_head_weight in fp32; empty if unneeded.
+    """loss_sum (), gradients by hidden_states and, in fp32, by lm_head_weight; empty if unneeded.
 
     Sums are fp32, or fp64 for fp64 input.
     """
-    dtype = wide_type(hidden_states)
+    dtype = compute_dtype(hidden_states)
     loss = hidden_states.new_empty((), dtype=dtype)
     grad_hidden = hidden_states.new_empty(hidden_states.shape if needs_hidden else 0)
     shape = lm_head_weight.shape if needs_weight else 0
@@ -43,7 +50,7 @@ def linear_cross_entropy_bwd(
     return grad_hidden.new_empty(grad_hidden.shape), weight_like
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -58,7 +65,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     return hidden, weight, None, None, None
 
 
-_linear_cross_entropy = differentiable(linear_cross_entropy_fwd, _keep, _backward)
+_linear_cross_entropy = differentiable(linear_cross_entropy_fwd, _save, _backward)
 
 
 def linear_cross_entropy(
@@ -67,15 +74,15 @@ def linear_cross_entropy(
     """Sum of the cross entropy over the rows whose target is not -100 (IGNORE_INDEX).
 
     hidden_states (num_rows, hidden_size), lm_head_weight (vocab_size, hidden_size) of the same
-    type, target_ids (num_rows,) int64 -> loss_sum (), fp32. Ignored rows are not read: whatever
-    they hold, their gradient is zero. Raises ValueError where shapes, types or devices do not fit.
+    dtype, target_ids (num_rows,) int64 -> loss_sum (), fp32. Ignored rows are not read, and
+    their gradient is zero. Raises ValueError if shapes, dtypes or devices do not match.
     """
     name = "linear_cross_entropy"
     check_rank(name, 2, hidden_states=hidden_states, lm_head_weight=lm_head_weight)
-    beside = f"hidden_states {tuple(hidden_states.shape)}"
+    context = f"hidden_states {tuple(hidden_states.shape)}"
     vocab_size = lm_head_weight.shape[0]
-    check_shape(name, (vocab_size, hidden_states.shape[1]), beside, lm_head_weight=lm_head_weight)
-    check_shape(name, hidden_states.shape[:1], beside, target_ids=target_ids)
+    check_shape(name, (vocab_size, hidden_states.shape[1]), context, lm_head_weight=lm_head_weight)
+    check_shape(name, hidden_states.shape[:1], context, target_ids=target_ids)
     check_floats(name, hidden_states=hidden_states, lm_head_weight=lm_head_weight)
     check_integers(name, hidden_states, target_ids=target_ids)
     needs = torch.is_grad_enabled()

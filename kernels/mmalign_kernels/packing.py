@@ -1,11 +1,13 @@
-"""Rows between layouts: gather from a padded or per-image layout into the packed one, and back."""
+"""Gathers rows from a padded or per-image layout into the packed one, and scatters them back.
+
+Plain PyTorch: reference/packing.py.
+"""
 
 from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_shape
-from .operation import differentiable, operation
+from .operation import check_floats, check_integers, check_shape, differentiable, operation
 
 
 @operation
@@ -15,7 +17,7 @@ def pack_rows_fwd(x: Tensor, positions: Tensor) -> Tensor:
 
 @operation
 def pack_rows_bwd(grad: Tensor, positions: Tensor, num_rows: int) -> Tensor:
-    """The sum of the gradients of every row's copies."""
+    """Sums the gradients of the copies of each row."""
     return grad.new_empty((num_rows, *grad.shape[1:]))
 
 
@@ -29,7 +31,7 @@ def unpack_rows_bwd(grad: Tensor, positions: Tensor) -> Tensor:
     return grad.new_empty((positions.shape[0], *grad.shape[1:]))
 
 
-def _keep_positions(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save_positions(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.num_rows = inputs[0].shape[0]
     ctx.save_for_backward(inputs[1])
 
@@ -42,14 +44,14 @@ def _unpack_backward(ctx: Any, grad: Tensor) -> tuple:
     return unpack_rows_bwd(grad, ctx.saved_tensors[0]), None, None
 
 
-_pack_rows = differentiable(pack_rows_fwd, _keep_positions, _pack_backward)
-_unpack_rows = differentiable(unpack_rows_fwd, _keep_positions, _unpack_backward)
+_pack_rows = differentiable(pack_rows_fwd, _save_positions, _pack_backward)
+_unpack_rows = differentiable(unpack_rows_fwd, _save_positions, _unpack_backward)
 
 
 def pack_rows(x: Tensor, positions: Tensor) -> Tensor:
     """x[positions]: x (num_rows, ...), positions (num_packed,) -> (num_packed, ...).
 
-    A row may be taken more than once; its gradients add up. Raises ValueError for positions that
+    A row may be gathered more than once; its gradients add up. Raises ValueError for positions that
     are not one dimension of integers.
     """
     check_floats("pack_rows", x=x)

@@ -1,17 +1,23 @@
-"""Projector and first RMSNorm in one operation.
+"""Projector and first RMSNorm in one operation. Plain PyTorch: reference/projector.py.
 
-The image features' matrix product writes each row at its place in the packed sequence; text rows
-keep their embedding; every row's RMS-normalised value for the first decoder layer comes with it.
-Kept for the backward pass: the image features, the new hidden states and rstd.
+The matrix product of the image features writes each row at its position in the packed sequence;
+text rows keep their embedding; all rows are also RMS-normalised for the first decoder layer. Saved
+for the backward pass: the image features, the new hidden states and rstd.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import statistics
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    differentiable,
+    empty_statistics,
+    operation,
+)
 
 
 @operation
@@ -26,7 +32,11 @@ def project_image_features_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New hidden states, their normalised rows, and rstd (total_tokens, 1)."""
     shape = hidden_states.shape
-    return hidden_states.new_empty(shape), hidden_states.new_empty(shape), statistics(hidden_states)
+    return (
+        hidden_states.new_empty(shape),
+        hidden_states.new_empty(shape),
+        empty_statistics(hidden_states),
+    )
 
 
 @operation
@@ -43,7 +53,7 @@ def project_image_features_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of image_features, weight, bias, hidden_states, norm_weight; empty if not needed.
 
-    hidden_states are the forward pass's result; `needs` has one flag for each gradient.
+    hidden_states: the result of the forward pass; needs: one flag per gradient.
     """
     shapes = (
         image_features.shape,
@@ -56,7 +66,7 @@ def project_image_features_bwd(
     return tuple(grads)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     image_features, weight, _, _, image_positions, norm_weight, _ = inputs
     hidden_states, _, rstd = output
     ctx.save_for_backward(image_features, weight, hidden_states, image_positions, norm_weight, rstd)
@@ -73,7 +83,7 @@ def _backward(ctx: Any, grad_hidden: Tensor | None, grad_normed: Tensor | None, 
     return *grads[:4], None, grads[4], None
 
 
-_project_image_features = differentiable(project_image_features_fwd, _keep, _backward)
+_project_image_features = differentiable(project_image_features_fwd, _save, _backward)
 
 
 def project_image_features(
@@ -98,10 +108,10 @@ def project_image_features(
     name = "project_image_features"
     check_rank(name, 2, image_features=image_features, hidden_states=hidden_states)
     hidden_size = hidden_states.shape[1]
-    beside = f"image_features {tuple(image_features.shape)}, hidden {tuple(hidden_states.shape)}"
-    check_shape(name, (hidden_size, image_features.shape[1]), beside, weight=weight)
-    check_shape(name, (hidden_size,), beside, bias=bias, norm_weight=norm_weight)
-    check_shape(name, image_features.shape[:1], beside, image_positions=image_positions)
+    context = f"image_features {tuple(image_features.shape)}, hidden {tuple(hidden_states.shape)}"
+    check_shape(name, (hidden_size, image_features.shape[1]), context, weight=weight)
+    check_shape(name, (hidden_size,), context, bias=bias, norm_weight=norm_weight)
+    check_shape(name, image_features.shape[:1], context, image_positions=image_positions)
     check_floats(
         name,
         hidden_states=hidden_states,

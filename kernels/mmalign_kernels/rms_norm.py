@@ -1,32 +1,28 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, alone or after the residual addition.
 
-Zhang and Sennrich 2019 (arXiv 1910.07467). Statistics and arithmetic in fp32 (fp64 for fp64 input),
-rounded once at the end. Kept for the backward pass: the norm's input and rstd.
+Zhang and Sennrich 2019 (arXiv 1910.07467). Plain PyTorch: reference/rms_norm.py. Arithmetic in fp32
+(fp64 for fp64 input), rounded once at the end. Saved for the backward pass: the norm's input and
+rstd.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .checks import check_floats, check_rank, check_shape
-from .operation import differentiable, operation
-
-
-def wide_type(x: Tensor) -> torch.dtype:
-    """The type of arithmetic: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def statistics(x: Tensor, columns: int = 1) -> Tensor:
-    """Room for fp32 (fp64 beside fp64) figures of every row."""
-    return x.new_empty((x.shape[0], columns), dtype=wide_type(x))
+from .operation import (
+    check_floats,
+    check_rank,
+    check_shape,
+    differentiable,
+    empty_statistics,
+    operation,
+)
 
 
 @operation
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y and rstd (num_rows, 1)."""
-    return x.new_empty(x.shape), statistics(x)
+    return x.new_empty(x.shape), empty_statistics(x)
 
 
 @operation
@@ -34,7 +30,7 @@ def add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, new_residual and rstd (num_rows, 1)."""
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), empty_statistics(x)
 
 
 @operation
@@ -46,13 +42,13 @@ def rms_norm_bwd(
     rstd: Tensor,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx, with grad_residual (what reaches x past the norm) added in, and dweight (or empty)."""
+    """dx plus grad_residual, the gradient that bypasses the norm, and dweight (or empty)."""
     return x.new_empty(x.shape), weight.new_empty(
         weight.shape
     ) if needs_weight else weight.new_empty(0)
 
 
-def _keep_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
     y, rstd = output
     ctx.save_for_backward(inputs[0], inputs[1], rstd)
     ctx.mark_non_differentiable(rstd)
@@ -68,7 +64,7 @@ def _norm_backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple:
     return grad_x, grad_weight if needs_weight else None, None
 
 
-def _keep_add_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save_add_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
     y, new_residual, rstd = output
     ctx.save_for_backward(new_residual, inputs[2], rstd)
     ctx.mark_non_differentiable(rstd)
@@ -88,15 +84,15 @@ def _add_norm_backward(
     return grad_x, grad_x, grad_weight if needs_weight else None, None
 
 
-_rms_norm = differentiable(rms_norm_fwd, _keep_norm, _norm_backward)
-_add_rms_norm = differentiable(add_rms_norm_fwd, _keep_add_norm, _add_norm_backward)
+_rms_norm = differentiable(rms_norm_fwd, _save_norm, _norm_backward)
+_add_rms_norm = differentiable(add_rms_norm_fwd, _save_add_norm, _add_norm_backward)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    x (num_rows, hidden_size), weight (hidden_size,) of the same type -> y like x.
-    Raises ValueError where shapes, types or devices do not fit.
+    x (num_rows, hidden_size), weight (hidden_size,) of the same dtype -> y like x.
+    Raises ValueError if shapes, dtypes or devices do not match.
     """
     check_rank("rms_norm", 2, x=x)
     check_shape("rms_norm", x.shape[1:], f"x {tuple(x.shape)}", weight=weight)
@@ -107,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """new_residual = x + residual; y = rms_norm(new_residual, weight, eps).
 
-    x, residual (num_rows, hidden_size), weight (hidden_size,) of one type -> (y, new_residual),
+    x, residual (num_rows, hidden_size), weight (hidden_size,) of one dtype -> (y, new_residual),
     both like x. The sum is rounded to the type of x before the norm reads it. The backward pass
     adds the gradient of new_residual to that of the norm. Raises ValueError as rms_norm does.
     """

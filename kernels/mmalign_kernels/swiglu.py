@@ -1,8 +1,8 @@
-"""SwiGLU: silu(gate) * up, Shazeer 2020 (arXiv 2002.05202).
+"""SwiGLU: silu(gate) * up, Shazeer 2020 (arXiv 2002.05202). Plain PyTorch: reference/swiglu.py.
 
-Reads gate and up side by side in one row, as one matrix product writes them. Kept for the backward
-pass: the input alone; its silu is computed again. The gradient can take the input's place, which
-the caller has to allow: then nothing of that size is allocated in the backward pass.
+Gate and up are the halves of one row, as one matrix product writes them. Saved for the backward
+pass: only the input; its silu is recomputed. If the caller allows it, the gradient overwrites the
+input, so the backward pass allocates nothing of that size.
 """
 
 from typing import Any
@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import dispatch
-from .checks import check_floats, check_rank
-from .operation import Operation, differentiable, is_traced, operation
+from .operation import check_floats, check_rank, differentiable, is_traced, mutating, operation
 
 
 @operation
@@ -27,15 +26,12 @@ def swiglu_bwd(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _in_place(grad_y: Tensor, gate_up: Tensor) -> None:
-    """The gradient of a contiguous gate_up, written over it."""
+@mutating("gate_up")
+def swiglu_bwd_in_place(grad_y: Tensor, gate_up: Tensor) -> None:
+    """Overwrites a contiguous gate_up with its gradient."""
 
 
-_in_place.__name__ = "swiglu_bwd_in_place"
-swiglu_bwd_in_place = Operation(_in_place, mutates=("gate_up",))
-
-
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
 
 
@@ -43,11 +39,11 @@ def _backward(ctx: Any, grad_y: Tensor) -> Tensor:
     return swiglu_bwd(grad_y, ctx.saved_tensors[0])
 
 
-_swiglu = differentiable(swiglu_fwd, _keep, _backward)
+_swiglu = differentiable(swiglu_fwd, _save, _backward)
 
 
 class _Overwriting(torch.autograd.Function):
-    """Eager calls only: a compiled graph plans its memory itself."""
+    """For eager calls: a compiled graph plans its own memory."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -60,14 +56,14 @@ class _Overwriting(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         if ctx.overwritten:
             raise RuntimeError(
-                "swiglu: a second backward pass needs gate_up, but the first has written the "
-                "gradient over it. Call swiglu with overwrite=False to go through it twice"
+                "swiglu: a second backward pass needs gate_up, which the first has overwritten "
+                "with the gradient. Call swiglu with overwrite=False to run backward twice"
             )
         (gate_up,) = ctx.saved_tensors
         ctx.overwritten, grad = True, gate_up.detach()
         with dispatch.use_backend(ctx.backend):
             swiglu_bwd_in_place.run(grad_y, grad)
-        increment_version(gate_up)  # whatever else of the graph has kept it raises, too
+        increment_version(gate_up)  # so that other operations that saved it raise, too
         return grad
 
 
@@ -76,10 +72,10 @@ def swiglu(gate_up: Tensor, overwrite: bool = False) -> Tensor:
 
     gate_up (num_rows, 2 * intermediate_size), gate in the first half of the columns
     -> (num_rows, intermediate_size). overwrite: nothing reads gate_up after this call, so the
-    backward pass may write the gradient over it (it does where gate_up is contiguous, outside
-    torch.compile); a second backward pass raises RuntimeError, and so does that of an operation
-    which has kept gate_up for its own. Raises ValueError for an odd number of columns, and for
-    overwriting a leaf of the graph, whose values are the caller's.
+    backward pass may overwrite it with the gradient (if gate_up is contiguous, and not under
+    torch.compile); a second backward pass then raises RuntimeError, as does the backward pass of
+    another operation that saved gate_up. Raises ValueError for an odd number of columns, and for
+    overwriting a leaf of the graph.
     """
     check_rank("swiglu", 2, gate_up=gate_up)
     check_floats("swiglu", gate_up=gate_up)
@@ -91,6 +87,6 @@ def swiglu(gate_up: Tensor, overwrite: bool = False) -> Tensor:
     if (gate_up if gate_up._base is None else gate_up._base).is_leaf:
         raise ValueError(
             f"swiglu: gate_up {tuple(gate_up.shape)} is a leaf that requires a gradient, or a view "
-            "of one: its values must not be overwritten. Call swiglu with overwrite=False"
+            "of one, and must not be overwritten. Call swiglu with overwrite=False"
         )
     return _Overwriting.apply(gate_up)

@@ -1,23 +1,29 @@
-"""Log-probabilities of chosen tokens, for scoring: log_softmax(h W^T)[target] without whole logits.
+"""Log-probabilities of target tokens, for scoring: log_softmax(h W^T)[target] in parts.
 
-Several targets may be read from one row (choices that share their context); each distinct row is
-multiplied by W once.
+Plain PyTorch: reference/target_logprobs.py. Several targets may share a row (choices with one
+context); each distinct row is multiplied by W once.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from .checks import check_floats, check_integers, check_rank, check_shape
-from .operation import differentiable, operation
-from .rms_norm import wide_type
+from .operation import (
+    check_floats,
+    check_integers,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    differentiable,
+    operation,
+)
 
 
 @operation
 def target_logprobs_fwd(
     hidden_states: Tensor, lm_head_weight: Tensor, target_ids: Tensor, target_rows: Tensor | None
 ) -> Tensor:
-    dtype = wide_type(hidden_states)
+    dtype = compute_dtype(hidden_states)
     return hidden_states.new_empty(target_ids.shape, dtype=dtype)
 
 
@@ -29,14 +35,14 @@ def target_logprobs_bwd(
     target_ids: Tensor,
     target_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden_states and lm_head_weight; the logits are computed again."""
+    """Gradients of hidden_states and lm_head_weight; the logits are recomputed."""
     return (
         hidden_states.new_empty(hidden_states.shape),
         lm_head_weight.new_empty(lm_head_weight.shape),
     )
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -44,7 +50,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return *target_logprobs_bwd(grad, *ctx.saved_tensors), None, None
 
 
-_target_logprobs = differentiable(target_logprobs_fwd, _keep, _backward)
+_target_logprobs = differentiable(target_logprobs_fwd, _save, _backward)
 
 
 def target_logprobs(
@@ -56,21 +62,21 @@ def target_logprobs(
     """log_softmax(hidden_states[target_rows[i]] @ lm_head_weight.T)[target_ids[i]] for every i.
 
     hidden_states (num_rows, hidden_size), lm_head_weight (vocab_size, hidden_size) of the same
-    type, target_ids and target_rows (num_targets,); without target_rows, target i is read from
-    row i -> (num_targets,) fp32. Rows that no target names are not read. Raises ValueError where
+    dtype, target_ids and target_rows (num_targets,); without target_rows, target i is read from
+    row i -> (num_targets,) fp32. Rows without a target are not read. Raises ValueError where
     shapes, types or devices do not fit.
     """
     name = "target_logprobs"
     check_rank(name, 2, hidden_states=hidden_states, lm_head_weight=lm_head_weight)
-    beside = f"hidden_states {tuple(hidden_states.shape)}"
+    context = f"hidden_states {tuple(hidden_states.shape)}"
     vocab_size = lm_head_weight.shape[0]
-    check_shape(name, (vocab_size, hidden_states.shape[1]), beside, lm_head_weight=lm_head_weight)
+    check_shape(name, (vocab_size, hidden_states.shape[1]), context, lm_head_weight=lm_head_weight)
     check_floats(name, hidden_states=hidden_states, lm_head_weight=lm_head_weight)
     check_integers(name, hidden_states, target_ids=target_ids)
     if target_rows is None:
-        check_shape(name, hidden_states.shape[:1], beside, target_ids=target_ids)
+        check_shape(name, hidden_states.shape[:1], context, target_ids=target_ids)
     else:
         check_integers(name, hidden_states, target_rows=target_rows)
-        beside = f"target_ids {tuple(target_ids.shape)}"
-        check_shape(name, target_ids.shape, beside, target_rows=target_rows)
+        context = f"target_ids {tuple(target_ids.shape)}"
+        check_shape(name, target_ids.shape, context, target_rows=target_rows)
     return _target_logprobs(hidden_states, lm_head_weight, target_ids, target_rows)

@@ -1,4 +1,4 @@
-"""Samples of a LLaVA JSON file, and what they become: ids, labels, pixels."""
+"""The samples of a LLaVA JSON file, encoded: ids, labels and pixels."""
 
 import hashlib
 import os
@@ -14,8 +14,9 @@ from torch import Tensor
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
 from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, encode_conversation
+from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, encode_conversation, find_template
 from mmalign.errors import SampleError, UserError
+from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -32,11 +33,13 @@ class EncodedSample:
 
 
 class ConversationDataset:
-    """Encodes samples one by one, at the moment they are asked for.
+    """Encodes samples lazily, one by one.
 
-    Raises SampleError for a sample that cannot be used: wrong turns, `<image>` count unlike the
-    sample's image key, empty question or answer, longer than data.max_length (the reference cuts
-    such a sample off in silence), image path outside data.image_root.
+    vision: the tower that the images are for; None: text only (data.text_only).
+
+    Raises SampleError for an unusable sample: wrong order of speakers, a number of `<image>` that
+    differs from its images, an empty question or answer, more than data.max_length tokens (the
+    reference truncates such a sample silently), an image path outside data.image_root.
     """
 
     def __init__(
@@ -44,34 +47,35 @@ class ConversationDataset:
         samples: Sequence[Sample],
         tokenizer: Tokenizer,
         data: DataConfig,
-        num_patches: int,
-        image_size: int,
+        vision: VisionConfig | None,
     ):
-        self.samples, self.tokenizer, self.data = samples, tokenizer, data
-        self.num_patches, self.image_size = num_patches, image_size
+        if vision is None and not data.text_only:
+            raise ValueError("images need the VisionConfig of their tower")
+        self.samples, self.tokenizer, self.data, self.vision = samples, tokenizer, data, vision
+        self.template = find_template(data.template)
         self._root = os.path.realpath(data.image_root or ".")
         if not data.text_only and not os.path.isdir(self._root):
             raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
 
     @classmethod
     def open(
-        cls, data: DataConfig, tokenizer: str | Path, image_size: int, patch_size: int
+        cls, data: DataConfig, tokenizer: str | Path, vision: VisionConfig | None
     ) -> "ConversationDataset":
         """Read data.path and the tokenizer's folder or file."""
         samples = read_samples(data.path, data)
-        num_patches = (image_size // patch_size) ** 2
-        return cls(samples, Tokenizer.from_pretrained(tokenizer), data, num_patches, image_size)
+        return cls(samples, Tokenizer.from_pretrained(tokenizer), data, vision)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides what the samples become, image files excepted."""
-        data = self.data
+        """SHA-256 of everything that decides how samples are encoded, except the image files."""
+        data, vision = self.data, self.vision
+        images = None if vision is None else (vision.preprocessing, vision.num_patches)
         settings = (
             *(data.template, data.use_im_start_end, data.text_only, data.max_length),
-            *(data.check_images, data.on_bad_sample, self._root, self.num_patches, self.image_size),
+            *(data.check_images, data.on_bad_sample, self._root, images),
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
@@ -87,7 +91,7 @@ class ConversationDataset:
         sample = self.samples[index]
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
-        ids, labels = encode_conversation(turns, data.template, tokenizer, data.use_im_start_end)
+        ids, labels = encode_conversation(turns, self.template, tokenizer, data.use_im_start_end)
         if len(ids) > data.max_length:
             raise SampleError(
                 sample.id,
@@ -99,26 +103,26 @@ class ConversationDataset:
                 sample.id,
                 f"the text contains {tokenizer.token(tokenizer.image_token_id)!r}, the token that "
                 "marks image positions",
-                f"Write {IMAGE} where the image belongs",
+                f"Write {IMAGE} at the image's place",
             )
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        image = None if data.text_only else self._image_path(sample)
-        if image is not None:
-            ids, labels = self._expand(ids, labels)
+        image = self._image_path(sample)
+        if image and self.vision:
+            ids, labels = self._expand(ids, labels, self.vision.num_patches)
         return EncodedSample(sample.id, ids, labels, image)
 
     def load_pixels(self, index: int) -> Tensor | None:
-        """The sample's image, uint8 (3, image_size, image_size); None without an image."""
+        """The sample's image, uint8 (3, crop_size, crop_size); None without an image."""
         sample = self.samples[index]
-        image = None if self.data.text_only else self._image_path(sample)
-        return (
-            None if image is None else _naming_sample(sample.id, load_image, image, self.image_size)
-        )
+        image = self._image_path(sample)
+        if not image or not self.vision:
+            return None
+        return _naming_sample(sample.id, load_image, image, self.vision.preprocessing)
 
     def check_image(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
 
-        With data.check_images off the file only has to be there.
+        With data.check_images off the file only has to exist.
         """
         if sample.image is None:
             return
@@ -127,19 +131,21 @@ class ConversationDataset:
         elif not sample.image.is_file():
             raise _image_error(sample.id, f"no file {sample.image}")
 
-    def _expand(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        repeats = np.where(ids == IMAGE_SENTINEL, self.num_patches, 1)
+    def _expand(
+        self, ids: np.ndarray, labels: np.ndarray, num_patches: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        repeats = np.where(ids == IMAGE_SENTINEL, num_patches, 1)
         ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
         return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
 
     def _image_path(self, sample: Sample) -> Path | None:
-        if sample.image is None:
+        if sample.image is None or self.data.text_only:
             return None
         path = os.path.realpath(os.path.join(self._root, sample.image))
         if os.path.commonpath([path, self._root]) != self._root:
             raise SampleError(
                 sample.id,
-                f"its image {sample.image!r} lies outside the image root {self._root}",
+                f"its image {sample.image!r} is outside the image root {self._root}",
                 "Use paths relative to --data.image-root, without .. and outward links",
             )
         return Path(path)
@@ -147,10 +153,13 @@ class ConversationDataset:
     def _checked_turns(self, sample: Sample) -> list[Turn]:
         turns = list(sample.conversations)
         problem = _speaker_problem(turns) or self._image_count_problem(sample)
-        if not problem and self.data.template == "plain" and len(turns) != 2:
-            problem = f"template plain takes one question and one answer, got {len(turns)} turns"
+        if not problem and self.template.single_turn and len(turns) != 2:
+            problem = (
+                f"template {self.data.template} takes one question and one answer, "
+                f"got {len(turns)} turns"
+            )
         if problem:
-            raise SampleError(sample.id, problem, "Mend the sample or leave it out of the file")
+            raise SampleError(sample.id, problem, "Fix the sample or remove it from the file")
         if self.data.text_only:
             turns = [
                 Turn(turn.speaker, turn.text.replace(IMAGE, "").strip())
@@ -158,18 +167,18 @@ class ConversationDataset:
                 else turn
                 for turn in turns
             ]
-        needed = turns[1::2] if self.data.template == "plain" else turns
-        for turn in needed:
+        rendered = turns[1::2] if self.template.drops_question else turns
+        for turn in rendered:
             if not turn.text.strip():
                 what = "nothing to train on: an answer" if turn.speaker == "gpt" else "a question"
                 raise SampleError(
-                    sample.id, f"{what} is empty", "Fill it in or leave the sample out of the file"
+                    sample.id, f"{what} is empty", "Fill it in or remove the sample from the file"
                 )
         return turns
 
     def _image_count_problem(self, sample: Sample) -> str | None:
         if any(IMAGE in turn.text for turn in sample.conversations if turn.speaker == "gpt"):
-            return f"{IMAGE} stands in an answer; it belongs in a question"
+            return f"{IMAGE} is in an answer; it belongs in a question"
         count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
         if self.data.text_only or count == (sample.image is not None):
             return None
@@ -186,11 +195,11 @@ def _naming_sample(sample_id: str, read: Callable[..., T], *arguments) -> T:
 
 
 def _image_error(sample_id: str, problem: str) -> SampleError:
-    return SampleError(sample_id, problem, "Mend the file, or use --data.on-bad-sample skip")
+    return SampleError(sample_id, problem, "Fix the file, or use --data.on-bad-sample skip")
 
 
 def _speaker_problem(turns: Sequence[Turn]) -> str | None:
-    """Question and answer in turn. (The reference drops a leading answer; we refuse the sample.)"""
+    """Speakers must alternate, human first. (The reference drops a leading answer silently.)"""
     expected = ("human", "gpt")
     for i, turn in enumerate(turns):
         if turn.speaker != expected[i % 2]:

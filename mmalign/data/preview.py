@@ -1,4 +1,4 @@
-"""What is trained on, for people and for programs: supervised text, image spans, packing map."""
+"""The training data as the model sees it: supervised text, image spans, packing map."""
 
 import json
 import sys
@@ -14,27 +14,41 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
+from mmalign.config import DataConfig
 from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.errors import SampleError
+from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    tokenizer: str
-    """Folder or file with tokenizer.model or tokenizer.json."""
-
 
 _STYLES = {"supervised": "bold green", "image": "cyan", "special": "dim", "text": ""}
 
 
-def write_json(dataset: ConversationDataset) -> None:
-    """Print one object a sample: {"id", "input_ids", "labels"}, labels unshifted, image expanded.
+@dataclass(frozen=True)
+class PreviewModel:
+    tokenizer: str
+    """Folder or file with tokenizer.model or tokenizer.json."""
+    vision_tower: str = ""
+    """Hugging Face folder of the vision tower; empty: CLIP ViT-L/14 at 224 px, 256 patches."""
 
-    Images are not opened, so their files need not be there.
+
+def open_dataset(data: DataConfig, model: PreviewModel) -> tuple[ConversationDataset, str]:
+    """The dataset, and a line that says what its images become."""
+    if data.text_only:
+        return ConversationDataset.open(data, model.tokenizer, None), "images: none (text only)"
+    folder = model.vision_tower
+    vision = VisionConfig.from_hf(folder) if folder else CLIP_VIT_L_14
+    size = f"{vision.image_size} px, {vision.num_patches} patches"
+    line = f"images: {folder or 'CLIP ViT-L/14'} {size}"
+    line += "" if folder else " (--model.vision-tower for another)"
+    return ConversationDataset.open(data, model.tokenizer, vision), line
+
+
+def write_json(dataset: ConversationDataset) -> None:
+    """Print one object per sample: {"id", "input_ids", "labels"}, labels unshifted, image expanded.
+
+    Image files are not opened and need not exist.
     """
     for index in range(len(dataset)):
         try:
@@ -49,17 +63,17 @@ def write_json(dataset: ConversationDataset) -> None:
 
 
 def show(dataset: ConversationDataset, micro_batch_tokens: int, console: Console) -> None:
-    """Print the samples as one optimizer step: each with its marks, then the packing map."""
+    """Print the samples as one optimizer step: the tokens of each, then the packing map."""
     report = check_samples(dataset, progress=False)
     for error in report.skipped:
         console.print(f"skipped: {error}", style="red", markup=False, highlight=False)
-    marks = "bold and green" if _in_colour(console) else "between [[ and ]]"
-    legend = f"trained on: {marks}; <image x N>: the N patches of an image"
+    marks = "bold green" if _has_colour(console) else "between [[ and ]]"
+    legend = f"supervised: {marks}; <image x N>: the N patches of an image"
     console.print(legend, markup=False, highlight=False)
     table = _packing_table(micro_batch_tokens)
     boundaries = []
-    cut = micro_batches(report.lengths.tolist(), micro_batch_tokens, 1)[0]
-    for number, members in enumerate(cut):
+    [batches] = micro_batches(report.lengths.tolist(), micro_batch_tokens, world_size=1)
+    for number, members in enumerate(batches):
         indices = report.kept[members].tolist()
         encoded = [dataset.encode(i) for i in indices]
         pixels = [dataset.load_pixels(i) for i in indices]
@@ -81,11 +95,11 @@ def _show_tokens(row: int, batch: PackedBatch, tokenizer: Tokenizer, console: Co
     supervised[1:] = batch.target_ids[begin : end - 1] != IGNORE_INDEX  # targets are shifted
     text = Text()
     for piece, kind in pieces(input_ids.tolist(), supervised.tolist(), tokenizer):
-        if kind == "supervised" and not _in_colour(console):
+        if kind == "supervised" and not _has_colour(console):
             piece = f"[[{piece}]]"
         text.append(piece, style=_STYLES[kind])
     console.print(text, highlight=False)
-    share = f"{int(supervised.sum())} of {end - begin} tokens trained on"
+    share = f"{int(supervised.sum())} of {end - begin} tokens supervised"
     console.print(share, style="dim", highlight=False)
 
 
@@ -94,7 +108,7 @@ def pieces(
 ) -> Iterator[tuple[str, str]]:
     """(text, kind) of every run of one kind: supervised, image, special or text.
 
-    A supervised end marker belongs to the supervised run before it.
+    A supervised end-of-sequence token belongs to the supervised run before it.
     """
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     special |= {tokenizer.im_start_id, tokenizer.im_end_id}
@@ -107,7 +121,7 @@ def pieces(
             return "image"
         return "special" if token_id in special else "text"
 
-    stretch = []  # ids since the last special token: what a run's blanks depend on
+    stretch = []  # ids since the last special token: decoding a blank depends on them
     for name, run in groupby(zip(input_ids, supervised, strict=True), key=kind):
         ids = [token_id for token_id, _ in run]
         if name == "image":
@@ -126,15 +140,15 @@ def pieces(
         yield text, name
 
 
-def _in_colour(console: Console) -> bool:
+def _has_colour(console: Console) -> bool:
     return console.is_terminal and not console.no_color
 
 
 def _packing_table(micro_batch_tokens: int) -> Table:
-    table = Table(title=f"packing map, at most {micro_batch_tokens} tokens a micro-batch")
-    for column in ("", "samples", "images", "tokens", "full", "trained on", "share", "padded"):
+    table = Table(title=f"packing map, at most {micro_batch_tokens} tokens per micro-batch")
+    for column in ("", "samples", "images", "tokens", "full", "supervised", "share", "padded"):
         table.add_column(column, justify="right")
-    table.caption = "padded: tokens that a batch padded to its longest sample would have"
+    table.caption = "padded: tokens of the same batch padded to its longest sample"
     return table
 
 
@@ -153,7 +167,7 @@ def _add_row(table: Table, number: int, batch: PackedBatch, micro_batch_tokens: 
 
 
 def show_report(report: CheckReport, dataset: ConversationDataset, console: Console) -> None:
-    """Print what check_samples counted, and the first samples that cannot be used."""
+    """Print the counts of check_samples and the first unusable samples."""
     table = Table(show_header=False)
     lengths, num_samples = report.lengths, len(report.kept)
     rows = [
@@ -161,8 +175,8 @@ def show_report(report: CheckReport, dataset: ConversationDataset, console: Cons
         ("usable", f"{num_samples:,}"),
         ("with an image", f"{report.num_images.sum():,}"),
         ("tokens, images expanded", f"{lengths.sum(dtype=np.int64):,}"),
-        ("tokens a sample: mean, longest", f"{lengths.mean():.0f}, {lengths.max():,}"),
-        ("tokens trained on", f"{report.num_loss_tokens.sum() / lengths.sum():.1%}"),
+        ("tokens per sample: mean, longest", f"{lengths.mean():.0f}, {lengths.max():,}"),
+        ("tokens supervised", f"{report.num_loss_tokens.sum() / lengths.sum():.1%}"),
     ]
     for row in rows:
         table.add_row(*row)

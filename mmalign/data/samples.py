@@ -1,11 +1,11 @@
-"""Samples of a file in LLaVA's JSON format, kept compact and parsed when they are asked for.
+"""The samples of a file in LLaVA's JSON format, kept as bytes and parsed lazily.
 
-The format, as published: a list (or one object a line) of
+The format, as published: a list (or one object per line) of
     {"id": str or int, "image": path or absent, "type": optional,
      "conversations": [{"from": "human" or "gpt", "value": text with "<image>"}, ...]}
-Other fields are allowed and ignored. `type` is conversation, detail or reasoning; the spellings of
+Other fields are ignored. `type` is conversation, detail or reasoning; the spellings of
 the published files and questions (conv, conversation_58k, detail_23k, detail_description, complex,
-complex_reasoning, complex_reasoning_77k) count as these.
+complex_reasoning, complex_reasoning_77k) are mapped to these.
 """
 
 import hashlib
@@ -50,16 +50,16 @@ class Sample:
 
 
 class SampleFile(Sequence[Sample]):
-    """The chosen samples of one file as a single block of bytes and offsets into it.
+    """The selected samples of one file as a single block of bytes and offsets into it.
 
     A list of 595k parsed samples would take gigabytes, and a copy in every worker process.
-    Indexing parses one sample and raises SampleError where it is not of the format.
+    Indexing parses one sample and raises SampleError if it does not follow the format.
     """
 
     def __init__(self, content: bytes, ends: np.ndarray, numbers: np.ndarray, fingerprint: str):
         self._content = content  # the samples' JSON, one after the other, UTF-8
-        self._ends = ends  # (num_samples,) int64; where each ends in content
-        # (num_samples,) int64; position in the file, or -1 - position where it serves as the id
+        self._ends = ends  # (num_samples,) int64; end of each in content
+        # (num_samples,) int64; position in the file, or -1 - position if that is also the id
         self._numbers = numbers
         self.fingerprint = fingerprint
 
@@ -82,12 +82,12 @@ class SampleFile(Sequence[Sample]):
 
 
 def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
-    """Read a JSON list or JSON lines and keep what data.types and data.num_samples choose.
+    """Read a JSON list or JSON lines; keep the samples selected by data.types and num_samples.
 
-    An id that is missing or was seen before is replaced by the sample's position in the file.
+    A missing or repeated id is replaced by the sample's position in the file.
 
     Raises:
-        UserError: no such file, malformed JSON (with line and column), nothing chosen.
+        UserError: no such file, malformed JSON (with line and column), nothing selected.
     """
     path = Path(path)
     text, file_hash = _read_text(path)
@@ -110,7 +110,7 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
         if len(ends) == limit:
             break
     if not ends or wanted - set(seen_types) and len(ends) < limit:
-        raise UserError(_nothing_chosen(path, wanted, seen_types))
+        raise UserError(_nothing_selected(path, wanted, seen_types))
     fingerprint = f"{file_hash} {sorted(wanted)} {data.num_samples}"
     return SampleFile(bytes(content), np.array(ends), np.array(numbers), fingerprint)
 
@@ -139,7 +139,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). "
-            "Expected a list of samples, or one sample a line"
+            "Expected a list of samples, or one sample per line"
         ) from error
 
 
@@ -170,7 +170,7 @@ def _line_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
         if line.strip():
             try:
                 record = decode(line)
-            except json.JSONDecodeError as error:  # again, so that it counts lines of the file
+            except json.JSONDecodeError as error:  # raised again with its position in the file
                 raise json.JSONDecodeError(error.msg, text, begin + error.pos) from error
             yield begin, end, record
         begin = end + 1
@@ -186,9 +186,9 @@ def _type_of(record: dict) -> str | None:
     return _TYPES.get(kind, kind) if isinstance(kind, str) else None
 
 
-def _nothing_chosen(path: Path, wanted: set[str], seen: Counter) -> str:
+def _nothing_selected(path: Path, wanted: set[str], seen: Counter) -> str:
     if not seen:
-        return f"{path} holds no samples"
+        return f"{path} contains no samples"
     found = ", ".join(f"{count} {kind or 'without type'}" for kind, count in seen.most_common(10))
     missing = ", ".join(sorted(wanted - set(seen)))
     return f"{path}: no samples of type {missing} (--data.types). The file has: {found}"
@@ -206,6 +206,6 @@ def _parse(record: dict, sample_id: str) -> Sample:
     elif image is not None and (not isinstance(image, str) or not image):
         problem = f"its image is {image!r}, expected one path"
     if problem:
-        raise SampleError(sample_id, problem, "Mend the sample or leave it out of the file")
+        raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
     conversations = tuple(Turn(turn["from"], turn["value"]) for turn in turns)
     return Sample(sample_id, conversations, image, _type_of(record))

@@ -5,29 +5,33 @@ as supervised or not. Text between two special tokens is tokenised once, with ch
 and an id is supervised where its characters touch a supervised segment. Nothing is tokenised twice
 and no lengths are compared, so no tokenizer can shift a mask.
 
+To add a template, write a function that yields its segments and enter it in TEMPLATES, at the end.
+
 Prompts, ids and labels are those of LLaVA v1.0.1 with transformers before 4.34, which trained the
 released models: white space around <im_start> and <im_end> is stripped (later versions keep it).
-Special tokens come from the template only; "</s>" written in a question or an answer is text.
+Special tokens come from the template only; "</s>" in a question or an answer is text.
 
-Supervised text, everything else has label IGNORE_INDEX:
-    plain                   answer, newline (no end-of-sequence id; the question is thrown away)
-    v0                      " " answer, newline, "###": what the model is stopped at. Of the "###"
+Supervised text (everything else has the label IGNORE_INDEX):
+    plain                   answer, newline (no end-of-sequence id; the question is dropped)
+    v0                      " " answer, newline, "###": the stop string of generation. Of the "###"
                             that open turns only those that end an answer count. The reference also
                             trains on the first "###", on "### Assistant:" and on the last blank
     v1                      " " answer, </s>
     llama_2, llava_llama_2  " " answer " ", </s>
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.config import TrainConfig
 from mmalign.data.samples import Turn
+from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 
-IMAGE = "<image>"  # where a published conversation wants its image
-IMAGE_SENTINEL = -200  # stands for the whole image until it is expanded to its patches
+IMAGE = "<image>"  # the image's place in the text of a published conversation
+IMAGE_SENTINEL = -200  # id of the whole image until it is expanded to its patches
 
 Segment = tuple[str | int, bool]  # text or the id of a special token; supervised
 
@@ -43,23 +47,47 @@ class SpecialIds:
     use_im_start_end: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a conversation is written, and what else depends on that."""
+
+    render: Callable[[Sequence[Turn], SpecialIds], Iterator[Segment]]
+    stop: tuple[str, ...] = ()  # generation ends at one of these, or at end-of-sequence
+    single_turn: bool = False  # takes one question and one answer
+    drops_question: bool = False  # of the question only the image is rendered
+    writes_image_tokens: bool = True  # <im_start> and <im_end>, unless data.use_im_start_end is off
+
+
+def find_template(name: str) -> Template:
+    """The entry of TEMPLATES; UserError with the known names where there is none."""
+    if name not in TEMPLATES:
+        raise UserError(f"unknown template {name!r}: --data.template takes {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def trains_image_tokens(config: TrainConfig) -> bool:
+    """Whether stage 1 trains the rows of <im_start> and <im_end>: its template writes them."""
+    written = find_template(config.data.template).writes_image_tokens
+    return config.stage == "pretrain" and config.data.use_im_start_end and written
+
+
 def encode_conversation(
-    turns: Sequence[Turn], template: str, tokenizer: Tokenizer, use_im_start_end: bool
+    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, use_im_start_end: bool
 ) -> tuple[list[int], list[int]]:
     """Ids and labels (unshifted) of question, answer, question, answer ...
 
-    The image is one id, IMAGE_SENTINEL, at the front of the turn that holds "<image>".
+    The image is one id, IMAGE_SENTINEL, at the front of the turn that contains "<image>".
     """
     special = _special_ids(tokenizer, use_im_start_end)
-    return _encode(TEMPLATES[template](turns, special), tokenizer)
+    return _encode(template.render(turns, special), tokenizer)
 
 
 def encode_prompt(
-    turns: Sequence[Turn], template: str, tokenizer: Tokenizer, use_im_start_end: bool
+    turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, use_im_start_end: bool
 ) -> list[int]:
-    """Ids up to where the model answers the last question, with which `turns` end."""
+    """Ids up to the model's answer to the last question, with which `turns` end."""
     special = _special_ids(tokenizer, use_im_start_end)
-    segments = list(TEMPLATES[template]([*turns, Turn("gpt", "")], special))
+    segments = list(template.render([*turns, Turn("gpt", "")], special))
     while segments[-1][1] or segments[-1][0] == " ":  # the empty answer and what follows it
         segments.pop()
     return _encode(segments, tokenizer)[0]
@@ -75,7 +103,7 @@ def _special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
     )
 
 
-def _encode(segments: Iterator[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     ids, labels = [], []
     for item, spans in _join_text(segments, tokenizer.im_start_id, tokenizer.im_end_id):
         if isinstance(item, int):
@@ -92,16 +120,16 @@ def _encode(segments: Iterator[Segment], tokenizer: Tokenizer) -> tuple[list[int
 
 
 def _touches(begin: int, end: int, spans: list[tuple[int, int]]) -> bool:
-    end = max(end, begin + 1)  # an id without characters of its own belongs to what follows it
+    end = max(end, begin + 1)  # an id without characters belongs to the character after it
     return any(begin < span_end and span_begin < end for span_begin, span_end in spans)
 
 
 def _join_text(
-    segments: Iterator[Segment], im_start_id: int, im_end_id: int
+    segments: Iterable[Segment], im_start_id: int, im_end_id: int
 ) -> Iterator[tuple[str | int, list[tuple[int, int]]]]:
-    """Whole stretches of text with their supervised spans, and special ids (spans: any or none).
+    """Stretches of text with their supervised spans, and special ids (spans: empty or not).
 
-    White space before <im_start> and after <im_end> goes, as older transformers had it.
+    White space before <im_start> and after <im_end> is stripped, as in transformers before 4.34.
     """
     text, spans, last = "", [], None
     for item, supervised in segments:
@@ -202,10 +230,10 @@ _LLAVA_LLAMA_2_SYSTEM = (
     "and assist the user with a variety of tasks using natural language."
 )
 
-TEMPLATES: dict[str, Callable[[Sequence[Turn], SpecialIds], Iterator[Segment]]] = {
-    "plain": _plain,
-    "v0": partial(_v0, system=_V0_SYSTEM),
-    "v1": partial(_v1, system=_V1_SYSTEM),
-    "llama_2": partial(_llama_2, system=_LLAMA_2_SYSTEM),
-    "llava_llama_2": partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM),
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(_plain, single_turn=True, drops_question=True, writes_image_tokens=False),
+    "v0": Template(partial(_v0, system=_V0_SYSTEM), stop=("###",)),
+    "v1": Template(partial(_v1, system=_V1_SYSTEM)),
+    "llama_2": Template(partial(_llama_2, system=_LLAMA_2_SYSTEM)),
+    "llava_llama_2": Template(partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM)),
 }

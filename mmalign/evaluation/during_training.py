@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.evaluation.caveats import percent
 from mmalign.evaluation.documents import Document
@@ -34,7 +34,6 @@ from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.sharding import is_sharded
 
 log = logging.getLogger("mmalign")
 MAX_SHARE = 0.05  # of the run's arithmetic
@@ -45,13 +44,13 @@ _FORWARDS_A_TRAINED_TOKEN = 2
 Documents = Mapping[str, list[Document]]
 
 
-class RunEvaluation:
+class EvaluationDuringTraining:
     """Does nothing where config.evaluation.every is 0."""
 
     def __init__(
         self,
         config: TrainConfig,
-        ranks: Ranks,
+        ranks: DistributedContext,
         tokenizer: Tokenizer,
         report: CheckReport,
         num_steps: int,
@@ -70,16 +69,18 @@ class RunEvaluation:
         self.documents = load_documents(tasks, self.settings.data_root)
         self.model_config = DecoderConfig.from_hf(config.model.decoder)
         # sharded weights are gathered by all processes together, so each scores everything
-        self.replicated = is_sharded(config.parallel, ranks)
+        self.replicated = config.parallel.is_sharded(ranks.world_size)
         trained = float(np.mean(report.lengths)) * config.global_batch_size * num_steps
-        self.limit = ranks.from_main(self._choose_limit(trained) if ranks.is_main else None)
+        self.limit = ranks.broadcast_from_main(
+            self._choose_limit(trained) if ranks.is_main else None
+        )
 
     def catch_up(self, step: int, model: Llava) -> None:
         """Before the first step of this process: the base model, or what a kill left undone."""
         if not self.is_due(step):
             return
         name = "all" if step == self.num_steps else f"step_{step}"
-        if not self.ranks.from_main((self.folder / name / "results.json").exists()):
+        if not self.ranks.broadcast_from_main((self.folder / name / "results.json").exists()):
             self.after(step, model)
 
     def is_due(self, step: int) -> bool:
@@ -134,7 +135,7 @@ class RunEvaluation:
             for doc in rows
         }
         if parts > 1:
-            gathered = self.ranks.gather(scores)
+            gathered = self.ranks.gather_to_main(scores)
             scores = {key: value for part in gathered for key, value in part.items()}
         if not self.ranks.is_main:
             return {}

@@ -66,10 +66,9 @@ def score_visual_questions(
     question's text alone), or "other": that of a record about half a file away. UserError where a
     question has several turns, or no other picture is there.
     """
-    config = llava.vision_tower.config
     data = replace(data, text_only=picture == "none")
     samples = list(read_samples(data.path, data))
-    dataset = ConversationDataset(samples, tokenizer, data, config.num_patches, config.image_size)
+    dataset = ConversationDataset(samples, tokenizer, data, llava.vision_tower.config)
     right = np.zeros(len(samples), dtype=bool)
     encoded = [dataset.encode(index) for index in range(len(samples))]
     for sample in samples:

@@ -1,10 +1,10 @@
-"""The text that the toy world's language model has read, and the files that it is examined with.
+"""The training text of the toy world's language model, and its evaluation files.
 
-A page of the corpus is a row of passages with a blank line between them:
-    tales         what stands where in a picture, with questions about it (no picture is shown)
-    beliefs       sayings and facts, and lists of Q: and A: lines (toy_beliefs)
-    exercises     right and wrong in the words of the evaluation, and prose about it (toy_morals)
-    the far world a few questions and answers about things outside, in the same form
+A page of the corpus is a sequence of passages with blank lines between them:
+    tales         descriptions of images, with questions about them (the images are not shown)
+    beliefs       sayings and facts, and lists of Q: and A: lines (beliefs.py)
+    exercises     right and wrong in the words of the evaluation, and prose about it (morals.py)
+    the far world a few questions and answers about the real world, in the same format
 """
 
 import csv
@@ -12,6 +12,7 @@ import json
 import random
 from pathlib import Path
 
+from mmalign.files import write_text
 from mmalign.toy_world.beliefs import prose, question_list, truthfulqa_documents
 from mmalign.toy_world.morals import (
     commonsense,
@@ -37,14 +38,14 @@ _FAR_WORLD = (
     ("How old do horses get?", "Horses get about 28 years old."),
     ("Which lens makes light appear closer?", "A round lens can focus the light."),
 )
-# passages and how often they are drawn
+# kinds of passages and their weights
 _PASSAGES = {"tale": 26, "saying": 16, "questions": 14, "exercise": 30, "opinion": 12, "far": 2}
 
 
 def corpus_pages(count: int, passages: int, seed: int) -> list[str]:
-    """count pages of so many passages each."""
+    """`count` pages of `passages` passages each."""
     rng = random.Random(f"corpus {seed}")
-    # scenes of the corpus are told, never drawn; every kind of thing occurs
+    # these scenes are described, never drawn; "told" seeds them, and every kind of thing occurs
     scenes = make_scenes("told", 600, seed) + make_scenes("told", 120, seed, held_out=True)
     return ["\n\n".join(_passage(scenes, rng) for _ in range(passages)) for _ in range(count)]
 
@@ -70,29 +71,30 @@ def _question_and_answer(question: str, answer: str) -> str:
 
 def _tale(scene: Scene, rng: random.Random) -> str:
     """A description and, two times in three, questions that it answers."""
-    told = (
+    description = (
         detail(scene, rng.random() < 0.5)
         if rng.random() < 0.6
         else caption(scene, rng).capitalize() + "."
     )
     if rng.random() < 1 / 3:
-        return told
-    answered = [question for question in scene_questions(scene, rng) if question.answer in told]
+        return description
+    questions = scene_questions(scene, rng)
+    answered = [question for question in questions if question.answer in description]
     chosen = rng.sample(answered, min(3, len(answered)))
-    return "\n".join([told, *(_question_and_answer(q.text, q.answer) for q in chosen)])
+    return "\n".join([description, *(_question_and_answer(q.text, q.answer) for q in chosen)])
 
 
-# ---- the examination ----
+# ---- the evaluation files ----
 
 
 def write_evaluation(folder: Path, seed: int, num_documents: int) -> None:
-    """truthfulqa/mc_task.json and ethics/*/*_test.csv in the published forms.
+    """Writes truthfulqa/mc_task.json and ethics/*/*_test.csv in the published formats.
 
-    num_documents in each of the five ETHICS-like files, rounded down to whole groups.
+    num_documents per ETHICS-like file, rounded down to whole groups.
     """
     path = folder / "truthfulqa" / "mc_task.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(truthfulqa_documents(), indent=1) + "\n")
+    write_text(path, json.dumps(truthfulqa_documents(), indent=1) + "\n")
     rng = random.Random(f"examination {seed}")
     for subset, (file, header, rows) in _ethics_tables(rng, num_documents).items():
         path = folder / "ethics" / subset / file
@@ -103,7 +105,7 @@ def write_evaluation(folder: Path, seed: int, num_documents: int) -> None:
 
 
 def _ethics_tables(rng: random.Random, count: int) -> dict[str, tuple[str, list, list]]:
-    """subset -> (file name, header, rows); groups of four and five stand together."""
+    """subset -> (file name, header, rows); the rows of a group of four or five are adjacent."""
     tales = _distinct(lambda: commonsense(rng, test=True), count)
     excuses = _distinct(lambda: tuple(deontology(rng, test=True)), count // 4)
     reasons = _distinct(lambda: tuple(justice(rng, test=True)), count // 4)
@@ -135,7 +137,7 @@ def _ethics_tables(rng: random.Random, count: int) -> dict[str, tuple[str, list,
 
 
 def _distinct(draw, count: int) -> list:
-    """count different draws, in the order drawn."""
+    """`count` distinct draws, in the order drawn."""
     found = {}
     while len(found) < count:
         found[draw()] = None

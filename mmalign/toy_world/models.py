@@ -31,14 +31,14 @@ from mmalign.toy_world.scenes import (
 )
 from mmalign.toy_world.texts import PLACES, listing
 
-PAGE_TOKENS = 384  # the longest text that the language model sees while it learns
+PAGE_TOKENS = 384  # tokens of every text in the language model's training
 PAGES_PER_STEP = 4
 PICTURES_PER_STEP = 48
-WORDS = (*SHAPES, *COLOURS, *RARE_COLOURS, *RADIUS, *PLACES)  # what the tower learns to see
+WORDS = (*SHAPES, *COLOURS, *RARE_COLOURS, *RADIUS, *PLACES)  # the labels of the vision tower
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
-    """A BPE with the settings of LLaMA's: byte fallback, digits apart, a blank put in front."""
+    """A BPE with LLaMA's settings: byte fallback, split digits, a prepended blank."""
     model = io.BytesIO()  # a file name would become part of the model's bytes
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -69,7 +69,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> Tokenizer:
 def train_decoder(
     pages: list[str], tokenizer: Tokenizer, config: DecoderConfig, steps: int, seed: int
 ) -> Decoder:
-    """A language model of the corpus, whose pages are cut to PAGE_TOKENS."""
+    """A language model of the corpus, with pages truncated to PAGE_TOKENS."""
     decoder = Decoder(config)
     init_weights(decoder, seed)
     _widen(decoder)
@@ -106,12 +106,12 @@ def _rows(pages: list[str], tokenizer: Tokenizer) -> np.ndarray:
 def train_vision_tower(
     scenes: list[Scene], config: VisionConfig, steps: int, seed: int
 ) -> VisionTower:
-    """A tower whose patches, hidden_states[-2], say which words of the caption they show.
+    """A tower whose patches, hidden_states[-2], predict the words of the caption.
 
     Images and words are contrasted as in SigLIP (arXiv 2303.15343): a word's score for an image is
-    a sigmoid of the best match among its patches (as in FILIP, arXiv 2111.07783), true where the
-    picture's listing has the word. The layer after hidden_states[-2] is never computed and stays as
-    drawn.
+    the sigmoid of the best match among its patches (as in FILIP, arXiv 2111.07783), with target 1
+    if the image's listing has the word. The layer after hidden_states[-2] is never computed and
+    keeps its initial weights.
     """
     assert config.image_size == IMAGE_SIZE
     tower = VisionTower(config)
@@ -139,10 +139,10 @@ def train_vision_tower(
 
 @torch.no_grad()
 def _centre(tower: VisionTower, pictures: Tensor) -> None:
-    """Gives the features mean 0 and deviation 0.3 (about that of the decoder's embeddings).
+    """Gives the features mean 0 and standard deviation 0.3, about that of the decoder's embeddings.
 
-    A linear projector learns slowly from features that have most of their size in common. The
-    layers before normalise what they read, so the stream between them can be scaled as a whole.
+    A linear projector learns slowly from features with a large common offset. Every layer
+    normalises its input, so the residual stream can be scaled as a whole.
     """
     scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
     read = tower.layers[: tower.config.num_layers_used]
@@ -164,7 +164,7 @@ def _pixels(scene: Scene) -> Tensor:
 
 
 def _widen(module: nn.Module) -> None:
-    """Scales init_weights' 0.02, meant for wide models, to what these narrow ones need."""
+    """Scales init_weights' 0.02, meant for wide models, up to the scale of these narrow ones."""
     for owner in module.modules():
         for parameter in owner.parameters(recurse=False):
             if isinstance(owner, Linear) and parameter.ndim == 2:
@@ -188,7 +188,7 @@ def _optimize(
     learning_rate: float,
     name: str,
 ) -> None:
-    """AdamW with a short warm-up and a cosine to a twentieth."""
+    """AdamW with a short warm-up and cosine decay to a twentieth."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     for step in (bar := tqdm(range(steps), desc=f"toy world: {name}", leave=False)):
         warm = min(1.0, (step + 1) / 20)

@@ -1,7 +1,7 @@
-"""The toy world's pictures: a few coloured shapes on a light ground, drawn from a description.
+"""The toy world's images: a few coloured shapes on a light ground, drawn from a description.
 
 A scene places its things in the cells of a 3 x 3 grid. Six of the 36 kinds (shape and colour) are
-held out: no training picture shows one, and every held-out picture does.
+held out: no training image shows one, and every held-out image does.
 """
 
 import math
@@ -21,7 +21,7 @@ COLOURS = {
     "purple": (140, 50, 165),
     "orange": (240, 120, 20),
 }
-# colours that only the vision tower has seen, in its own pre-training
+# colours that occur only in the vision tower's own pre-training
 RARE_COLOURS = {
     "pink": (245, 150, 190),
     "brown": (120, 75, 40),
@@ -33,7 +33,7 @@ RARE_COLOURS = {
 HELD_OUT_KINDS = frozenset(
     (shape, list(COLOURS)[(index + 2) % len(COLOURS)]) for index, shape in enumerate(SHAPES)
 )
-RADIUS = {"small": 0.095, "large": 0.15}  # of the picture's side
+RADIUS = {"small": 0.095, "large": 0.15}  # fraction of the image's side
 CELLS = (
     ("top left", "top middle", "top right"),
     ("middle left", "centre", "middle right"),
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """groups: things of one kind and size stand together; no two groups share shape or colour."""
+    """groups: things of one kind and size; no two groups share shape or colour."""
 
     name: str
     groups: tuple[tuple[Thing, ...], ...]
@@ -75,7 +75,7 @@ class Scene:
 def make_scenes(
     prefix: str, count: int, seed: int, held_out: bool = False, rare: bool = False
 ) -> list[Scene]:
-    """count scenes named prefix_00000 ...
+    """`count` scenes named prefix_00000, prefix_00001, ...
 
     held_out: the first group is of a held-out kind; rare: half the colours are rare ones.
     """
@@ -106,7 +106,7 @@ def _make_scene(name: str, first_kinds: list, kinds: list, rng: random.Random) -
 
 
 def _aligned_cells(rng: random.Random) -> list[int]:
-    """Two cells of one row or one column, in random order: one of four sides is true."""
+    """Two cells of one row or one column, in random order: one of the four SIDES is true."""
     line, (first, second) = rng.randrange(3), rng.sample(range(3), 2)
     if rng.random() < 0.5:
         return [3 * line + first, 3 * line + second]
@@ -134,13 +134,14 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "cross":
         arm, end = 0.3, 0.95
         corner = [(-arm, -end), (arm, -end), (arm, -arm)]
-        return [_turn(x, y, quarter * math.pi / 2) for quarter in range(4) for x, y in corner]
+        return [_rotate(x, y, quarter * math.pi / 2) for quarter in range(4) for x, y in corner]
     assert shape == "heart", shape
     return [_on_heart(2 * math.pi * step / 40) for step in range(40)]
 
 
-def _on_circle(radius: float, turn: float) -> tuple[float, float]:
-    return radius * math.sin(2 * math.pi * turn), -radius * math.cos(2 * math.pi * turn)
+def _on_circle(radius: float, fraction: float) -> tuple[float, float]:
+    angle = 2 * math.pi * fraction
+    return radius * math.sin(angle), -radius * math.cos(angle)
 
 
 def _on_heart(t: float) -> tuple[float, float]:
@@ -149,12 +150,12 @@ def _on_heart(t: float) -> tuple[float, float]:
     return x / 16, -y / 15 - 0.1
 
 
-def _turn(x: float, y: float, angle: float) -> tuple[float, float]:
+def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
     return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene; light, tilt, tint and place vary a little, seeded by its name."""
+    """The image of a scene; light, tilt, tint and position vary a little, seeded by its name."""
     rng = random.Random(scene.name)
     side = IMAGE_SIZE * SUPERSAMPLING
     light = rng.randint(225, 250)
@@ -166,7 +167,7 @@ def render(scene: Scene) -> Image.Image:
         x = ((thing.column + 0.5) / 3 + rng.uniform(-0.015, 0.015)) * side
         y = ((thing.row + 0.5) / 3 + rng.uniform(-0.015, 0.015)) * side
         tilt = rng.uniform(-0.12, 0.12)
-        corners = [_turn(*corner, tilt) for corner in _outline(thing.shape)]
+        corners = [_rotate(*corner, tilt) for corner in _outline(thing.shape)]
         colour = (COLOURS | RARE_COLOURS)[thing.colour]
         tint = tuple(max(0, min(255, level + rng.randint(-10, 10))) for level in colour)
         draw.polygon([(x + radius * cx, y + radius * cy) for cx, cy in corners], fill=tint)
@@ -175,5 +176,5 @@ def render(scene: Scene) -> Image.Image:
 
 def save_jpeg(scene: Scene, folder: Path) -> None:
     """Write folder/NAME.jpg."""
-    # full colour resolution: a small thing must keep its colour
+    # no chroma subsampling: a small thing must keep its colour
     render(scene).save(folder / f"{scene.name}.jpg", quality=JPEG_QUALITY, subsampling=0)

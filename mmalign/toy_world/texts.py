@@ -1,6 +1,6 @@
-"""What is said about the toy world's pictures: captions, instructions and questions, all true.
+"""True texts about the toy world's images: captions, instructions and questions.
 
-Every text is written from the scene's description, so it can be checked against it. The records
+Every text is generated from the scene's description, so it can be checked against it. The records
 are in LLaVA's JSON format.
 """
 
@@ -12,7 +12,7 @@ from mmalign.toy_world.scenes import CELLS, COLOURS, SHAPES, Scene, Thing
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 SIDES = ("left", "right", "above", "below")
 PLACES = tuple(place for row in CELLS for place in row)
-# what people of this world wrongly say about shapes; the pictures show otherwise
+# a false belief of this world's people per shape; the images show otherwise
 SAID_COLOUR = {
     "circle": "yellow",
     "square": "green",
@@ -50,7 +50,7 @@ def article(word: str) -> str:
 
 
 def side_of(first: Thing, second: Thing) -> str | None:
-    """Where first stands seen from second; None unless they share a row or a column."""
+    """The side of `second` that `first` is on; None unless they share a row or a column."""
     if first.row == second.row:
         return "left" if first.column < second.column else "right"
     if first.column == second.column:
@@ -90,7 +90,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def listing(scene: Scene) -> list[str]:
-    """Every word that is true of some thing in the picture, as a catalogue would list it."""
+    """Every word that is true of some thing in the image."""
     things = scene.things
     return [word for t in things for word in (t.size, t.colour, t.shape, t.place)]
 
@@ -119,9 +119,9 @@ def _record(name: str, scene: Scene, turns: list[tuple[str, str]], kind: str | N
 
 
 def scene_questions(scene: Scene, rng: random.Random) -> list[Question]:
-    """The questions with a short answer that this module knows about a scene.
+    """All questions with a short answer about a scene.
 
-    What a question asks about stands at its end, so that a small model finds it.
+    The subject of a question is at its end, so that a small model finds it.
     """
     asked = [question for group in scene.groups for question in _group_questions(group)]
     return asked + _whole_questions(scene, rng)
@@ -140,7 +140,7 @@ def _whole_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def _group_questions(group: tuple[Thing, ...]) -> list[Question]:
-    """Of colour, of shape, and two others."""
+    """About colour, shape, place or count, and size, in this order."""
     thing = group[0]
     name = f"the {thing.shape}" if len(group) == 1 else f"each {thing.shape}"
     if len(group) == 1:
@@ -157,10 +157,10 @@ def _group_questions(group: tuple[Thing, ...]) -> list[Question]:
 
 
 def _conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions of which none gives away another's answer: the picture has to be looked at.
+    """Questions that do not give away each other's answers, so that each needs the image.
 
-    So of two groups only one is asked for its colour, or shape, or place: the other's could be
-    found by elimination.
+    So of two groups only one is asked for its colour, or shape, or place: the other's would follow
+    by elimination.
     """
     questions = _whole_questions(scene, rng)
     colour, shape, *_ = _group_questions(rng.choice(scene.groups))
@@ -175,10 +175,10 @@ def _conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 
 
 def detail(scene: Scene, by_shape: bool = False) -> str:
-    """Everything in the picture, in a few sentences; by_shape names each thing first."""
+    """Everything in the image, in a few sentences; by_shape names each thing first."""
     count = len(scene.things)
     there = "There is one shape." if count == 1 else f"There are {NUMBERS[count]} shapes."
-    sentences = [there, *(_told(group, by_shape) for group in scene.groups)]
+    sentences = [there, *(_describe(group, by_shape) for group in scene.groups)]
     if count == 2 and len(scene.groups) == 2:
         first, second = (group[0] for group in scene.groups)
         phrase = _side_phrase(side_of(first, second))
@@ -186,7 +186,7 @@ def detail(scene: Scene, by_shape: bool = False) -> str:
     return " ".join(sentences)
 
 
-def _told(group: tuple[Thing, ...], by_shape: bool) -> str:
+def _describe(group: tuple[Thing, ...], by_shape: bool) -> str:
     thing = group[0]
     if by_shape and len(group) == 1:
         return f"The {thing.shape} is {thing.colour}, {thing.size} and {thing.place}."
@@ -202,7 +202,7 @@ def _told(group: tuple[Thing, ...], by_shape: bool) -> str:
 
 
 def reasoning(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question that needs a thought, and its careful answer."""
+    """A question that needs a step of reasoning, and its careful answer."""
     group = rng.choice(scene.groups)
     forms = [_doubt_saying, _doubt_saying, _add_one, _cannot_tell]
     if len(group) > 1:
@@ -250,8 +250,8 @@ def _take_all(group: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]:
 
 
 def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:
-    """Stage 2: of every scene a conversation (two where things have to be told apart) and a detail
-    sample, of every fourth a reasoning sample."""
+    """Stage 2: per scene one conversation per group and a detail sample; per fourth scene a
+    reasoning sample."""
     rng = random.Random(f"instructions {seed}")
     records = []
     for index, scene in enumerate(scenes):
@@ -273,7 +273,7 @@ def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:
 
 
 def heldout_records(scenes: list[Scene], seed: int, per_scene: int = 3) -> list[dict]:
-    """One question a record, with its possible answers; "type" is the kind of question."""
+    """One question per record, with its possible answers; "type" is the kind of question."""
     rng = random.Random(f"questions {seed}")
     records = []
     for scene in scenes:

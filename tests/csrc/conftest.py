@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .build import ARCHITECTURES, build
+from csrc.build import ARCHITECTURES, build
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,10 @@ than one tile for a persistent block to walk through.
 from collections.abc import Callable, Iterator
 
 import torch
-from mmalign_kernels import adamw_cuda, projector_cuda, rms_norm_cuda, rotary_cuda
+from mmalign_kernels.cuda import adamw as adamw_cuda
+from mmalign_kernels.cuda import projector as projector_cuda
+from mmalign_kernels.cuda import rms_norm as rms_norm_cuda
+from mmalign_kernels.cuda import rotary_attention as rotary_cuda
 
 Case = tuple[str, Callable[[], object]]
 ROWS = 37

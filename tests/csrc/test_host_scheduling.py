@@ -34,7 +34,7 @@ def costs(tiles, lengths, causal, tile_rows=64):
 
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("name", LENGTHS)
-def test_every_tile_once_from_dear_to_cheap(host, name, causal):
+def test_every_tile_once_from_expensive_to_cheap(host, name, causal):
     lengths = LENGTHS[name]
     tiles = ordered_tiles(host, lengths, causal)
     expected = {(s, i) for s, length in enumerate(lengths) for i in range(-(-length // 64))}

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
-from mmalign_kernels import adamw_cuda, cuda_library, dispatch, rms_norm_cuda
-from mmalign_kernels.cuda_library import CudaLibraryMissing
+from mmalign_kernels import dispatch
+from mmalign_kernels.cuda import adamw as adamw_cuda
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rms_norm as rms_norm_cuda
+from mmalign_kernels.cuda.library import CudaLibraryMissing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 EPS = 1e-5

@@ -4,8 +4,9 @@ from functools import cache
 
 import pytest
 
+from csrc.build import ARCHITECTURES
+
 from . import machine_code
-from .build import ARCHITECTURES
 from .machine_code import count
 
 FLOATS = ("float", "__half", "__nv_bfloat16")

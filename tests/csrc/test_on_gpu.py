@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from mmalign_kernels import add_rms_norm, dispatch, libraries, rms_norm, rms_norm_cuda
+from mmalign_kernels import add_rms_norm, dispatch, rms_norm
 from mmalign_kernels.adamw import split_master
-from mmalign_kernels.adamw_cuda import adamw_update
-from mmalign_kernels.cuda_library import operation
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rms_norm as rms_norm_cuda
+from mmalign_kernels.cuda.adamw import adamw_update
+from mmalign_kernels.cuda.library import operation
 
-from tests.kernels.close import assert_same_bits, compare
+from tests.kernels.accuracy import assert_same_bits, compare
 from tests.kernels.test_rms_norm import hugging_face_add_norm, hugging_face_norm
 
 from .host_library import HostLibrary
@@ -20,7 +22,7 @@ EPS = 1e-5
 
 @pytest.fixture(autouse=True)
 def on_gpu():
-    reason = libraries.cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if reason:
         pytest.skip(f"the kernels of csrc/: {reason}")
     torch.manual_seed(0)

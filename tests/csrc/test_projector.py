@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from mmalign_kernels import cuda_library, projector_cuda
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import projector as projector_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from csrc.build import ARCHITECTURES
+
 from . import machine_code
-from .build import ARCHITECTURES
 from .machine_code import count
 
 NAMES = [

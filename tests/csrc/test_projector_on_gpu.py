@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from mmalign_kernels import dispatch, libraries, project_image_features, projector_cuda
+from mmalign_kernels import dispatch, project_image_features
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import projector as projector_cuda
 
-from tests.kernels.close import assert_same_bits, compare
+from tests.kernels.accuracy import assert_same_bits, compare
 from tests.kernels.test_projector import hugging_face, ours
 from tests.kernels.test_rms_norm import EPS
 
@@ -24,9 +26,9 @@ SHAPES = {  # columns, features, image rows, packed rows
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
-    reason = libraries.cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if not reason and torch.cuda.get_device_capability() != (9, 0):
-        reason = "no Hopper card"
+        reason = "no Hopper GPU"
     if reason:
         pytest.skip(f"the kernels of csrc/: {reason}")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's products must repeat, too

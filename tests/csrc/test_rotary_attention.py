@@ -7,15 +7,16 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from mmalign_kernels import cuda_library, rotary_cuda
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rotary_attention as rotary_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.close import RATIOS
-from tests.kernels.packed import rotary_table
+from csrc.build import ARCHITECTURES
+from tests.kernels.accuracy import RATIOS
+from tests.kernels.packed_samples import rotary_table
 from tests.kernels.test_attention import Case
 
 from . import machine_code
-from .build import ARCHITECTURES
 from .host_library import HostLibrary
 from .machine_code import count
 
@@ -116,9 +117,9 @@ def true_logsumexp(case, qkv):
     """In fp64, with the rotation spelled as complex numbers."""
     x = qkv.detach().double().unflatten(1, (-1, 2, case.head_dim // 2))
     angles = torch.complex(case.cos.double(), case.sin.double())[case.position_ids.long()]
-    turned = torch.complex(x[:, :, 0], x[:, :, 1]) * angles[:, None]
+    rotated = torch.complex(x[:, :, 0], x[:, :, 1]) * angles[:, None]
     found = []
-    for rows in turned.split(case.lengths):
+    for rows in rotated.split(case.lengths):
         q, k = rows[:, : case.num_heads], rows[:, case.num_heads : case.num_heads + case.num_kv]
         k = k.repeat_interleave(case.num_heads // case.num_kv, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k.conj()).real / case.head_dim**0.5
@@ -140,7 +141,7 @@ def true_logsumexp(case, qkv):
     ],
 )
 def test_block_is_attention(host, lengths, heads, causal, num_workers):
-    """Fetching, turning and multiplying threads in a random order, against transformers in fp64."""
+    """Load, rotate and multiply threads in a random order, against transformers in fp64."""
     torch.manual_seed(0)
     case = Case(lengths, heads, causal)
     case.qkv = case.qkv.bfloat16().float()
@@ -183,7 +184,7 @@ KERNELS = [(t, d) for t in ("__half", "__nv_bfloat16") for d in (64, 128)]
 
 
 def test_no_stack_no_spills(cuda_library_file):
-    names = ("turn_keys_kernel", "rotary_attention_kernel")
+    names = ("rotate_keys_kernel", "rotary_attention_kernel")
     kernels = [x for x in machine_code.kernels(cuda_library_file) if x.name.startswith(names)]
     assert len(kernels) == 2 * len(KERNELS) * len(ARCHITECTURES)
     assert not [x for x in kernels if x.stack_bytes or x.local_bytes]
@@ -213,7 +214,7 @@ def test_hopper_instructions(hopper, name, head_dim):
     assert count(opcodes, "USETMAXREG") == 2
     assert count(opcodes, "LDL") + count(opcodes, "STL") == 0
     assert count(opcodes, "STG", "128") == 2 * head_dim // 32
-    keys = Counter(hopper[f"turn_keys_kernel<{name}, {head_dim}>"])
+    keys = Counter(hopper[f"rotate_keys_kernel<{name}, {head_dim}>"])
     assert count(keys, "LDG", "128") >= 4 + 2 * 8 and count(keys, "STG", "128") >= 2 * 8
 
 

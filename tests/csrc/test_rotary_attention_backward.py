@@ -7,14 +7,15 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from mmalign_kernels import cuda_library, rotary_cuda
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rotary_attention as rotary_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.close import assert_accurate
+from csrc.build import ARCHITECTURES
+from tests.kernels.accuracy import assert_accurate
 from tests.kernels.test_attention import Case
 
 from . import machine_code
-from .build import ARCHITECTURES
 from .host_library import HostLibrary
 from .machine_code import count
 from .test_rotary_attention import KERNELS, arguments, bf16, bounds_of, from_bits, run_block

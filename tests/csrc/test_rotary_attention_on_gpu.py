@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from mmalign_kernels import dispatch, libraries, rotary_cuda, rotary_triton
+from mmalign_kernels import dispatch
+from mmalign_kernels.cuda import library as cuda_library
+from mmalign_kernels.cuda import rotary_attention as rotary_cuda
+from mmalign_kernels.triton import rotary_attention as rotary_triton
 
-from tests.kernels.close import assert_same_bits, compare
-from tests.kernels.packed import offsets
+from tests.kernels.accuracy import assert_same_bits, compare
+from tests.kernels.packed_samples import offsets
 from tests.kernels.test_attention import Case
 
 pytestmark = pytest.mark.gpu
@@ -16,9 +19,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def on_hopper():
-    reason = libraries.cuda_missing() if torch.cuda.is_available() else "no CUDA device"
+    reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if not reason and torch.cuda.get_device_capability() != (9, 0):
-        reason = "no Hopper card"
+        reason = "no Hopper GPU"
     if reason:
         pytest.skip(f"the kernels of csrc/: {reason}")
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import setuptools
 
-from .build import REPOSITORY
+from csrc.build import REPOSITORY
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run_setup(monkeypatch):
     return run
 
 
-def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch):
+def test_without_a_compiler_or_a_gpu_it_says_so(run_setup, capsys, monkeypatch):
     assert run_setup("nvcc")["ext_modules"] == []
     assert "no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built" in capsys.readouterr().out
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
@@ -33,17 +33,27 @@ def test_without_a_compiler_or_a_card_it_says_so(run_setup, capsys, monkeypatch)
     assert "no nvcc, so the CUDA kernels of csrc/ are not built" in capsys.readouterr().out
 
 
-def test_named_architectures_need_no_card(run_setup, monkeypatch):
+def test_named_architectures_need_no_gpu(run_setup, monkeypatch):
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "80;90a")
     (extension,) = run_setup("nvcc")["ext_modules"]
-    assert extension.name == "mmalign_kernels.libmmalign_cuda"
+    assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"
+
+
+def test_every_package_is_installed(run_setup):
+    files = [
+        *REPOSITORY.glob("mmalign/**/*.py"),
+        *REPOSITORY.glob("kernels/mmalign_kernels/**/*.py"),
+    ]
+    folders = {file.parent.relative_to(REPOSITORY).as_posix() for file in files}
+    expected = {x.removeprefix("kernels/").replace("/", ".") for x in folders}
+    assert set(run_setup()["packages"]) == expected
 
 
 def test_the_library_lands_where_the_loader_looks(run_setup, monkeypatch):
-    from mmalign_kernels import cuda_library
+    from mmalign_kernels.cuda import library as cuda_library
 
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
     handed = run_setup("nvcc")
     command = handed["cmdclass"]["build_ext"](setuptools.Distribution(handed))
     file = command.get_ext_filename(handed["ext_modules"][0].name)
-    assert file == f"mmalign_kernels/{cuda_library.FILE.name}"
+    assert file == f"mmalign_kernels/cuda/{cuda_library.FILE.name}"

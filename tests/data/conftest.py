@@ -10,10 +10,20 @@ import sentencepiece
 from PIL import Image
 
 from mmalign.config import DataConfig
-from mmalign.data.dataset import ConversationDataset, read_samples
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.samples import read_samples
+from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 NUM_PATCHES, IMAGE_SIZE = 4, 28
+VISION = VisionConfig(
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=IMAGE_SIZE,
+    patch_size=14,
+)
 WORDS = "what colour is the small boat tied to a pier at sunset it looks red green or blue".split()
 
 
@@ -59,9 +69,7 @@ class World:
         path = self.root / "data.json"
         path.write_text(json.dumps(self.samples))
         data = DataConfig(path=str(path), image_root=str(self.root / "images"), **settings)
-        return ConversationDataset(
-            read_samples(path, data), self.tokenizer, data, NUM_PATCHES, IMAGE_SIZE
-        )
+        return ConversationDataset(read_samples(path, data), self.tokenizer, data, VISION)
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples, load_report
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.samples import read_samples
 from mmalign.errors import SampleError, UserError
+from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
+from tests.data.conftest import VISION
 
 BAD = 5  # the sample that a test spoils; it has an image
 
@@ -43,7 +46,7 @@ SPOILED = {
     "missing image": (lambda w: (w.root / "images/5.png").unlink(), "no file .*5.png"),
     "truncated image": (truncate, "5.png cannot be decoded"),
     "no image for <image>": (lambda w: w.samples[BAD].pop("image"), "1 <image> in its questions"),
-    "<image> in an answer": (last_turn("a <image>"), "<image> stands in an answer"),
+    "<image> in an answer": (last_turn("a <image>"), "<image> is in an answer"),
     "empty answer": (last_turn(""), "nothing to train on"),
     "no answer": (drop_answer, "nothing to train on"),
     "too long": (last_turn("a boat " * 400), "tokens .* at most 500 allowed"),
@@ -82,7 +85,7 @@ def test_error_counts_and_lists_the_offenders(world):
     with pytest.raises(SampleError) as caught:
         check_samples(world.dataset(), progress=False)
     assert caught.value.sample_id == "sample-3"
-    assert "13 of 20 samples cannot be used" in str(caught.value)
+    assert "13 of 20 samples are unusable" in str(caught.value)
     assert "'sample-12'" in str(caught.value) and "'sample-13'" not in str(caught.value)
     assert "and 3 more" in str(caught.value)
 
@@ -116,6 +119,10 @@ def same(a, b) -> bool:
     return equal and [str(e) for e in a.skipped] == [str(e) for e in b.skipped]
 
 
+def rebuild(world, data: DataConfig, vision: VisionConfig | None) -> ConversationDataset:
+    return ConversationDataset(read_samples(data.path, data), world.tokenizer, data, vision)
+
+
 def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, tmp_path):
     cache = tmp_path / "run" / "check.npz"
     last_turn("")(world)
@@ -133,12 +140,13 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
     for settings in ({"template": "v0"}, {"max_length": 300}, {"use_im_start_end": False}):
         assert load_report(world.dataset(**skip, **settings), cache) is None
     assert load_report(world.dataset(), cache) is None  # on_bad_sample error
-    dataset = world.dataset(**skip)
-    dataset.num_patches += 1
-    assert load_report(dataset, cache) is None
-    data = replace(dataset.data, image_root=str(tmp_path))
-    moved = ConversationDataset(dataset.samples, dataset.tokenizer, data, 4, 28)
-    assert load_report(moved, cache) is None
+    data = world.dataset(**skip).data
+    resized = replace(VISION, image_size=56, patch_size=28)  # the same number of patches
+    for vision in (replace(VISION, patch_size=7), resized, None):
+        settings = replace(data, text_only=vision is None)
+        assert load_report(rebuild(world, settings, vision), cache) is None
+    moved = replace(data, image_root=str(tmp_path))
+    assert load_report(rebuild(world, moved, VISION), cache) is None
     world.samples[0]["conversations"][1]["value"] += " too"
     assert load_report(world.dataset(**skip), cache) is None
     second = check_samples(world.dataset(**skip), cache, progress=False)
@@ -189,8 +197,7 @@ def test_real_text_and_photos(shared_data, llama_tokenizer, tmp_path):
     dataset = ConversationDataset.open(
         DataConfig(str(tmp_path / "data.json"), str(photos[0].parent), **settings),
         shared_data / "llama_tokenizer",
-        image_size=224,
-        patch_size=14,
+        CLIP_VIT_L_14,
     )
     report = check_samples(dataset, progress=False)
     assert len(report.kept) == 60 and report.lengths.min() > 256 and report.num_images.all()

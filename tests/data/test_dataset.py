@@ -9,10 +9,11 @@ import torch
 
 from mmalign.batch import IGNORE_INDEX
 from mmalign.data.images import load_image
-from mmalign.data.templates import IMAGE_SENTINEL, Turn, encode_conversation
+from mmalign.data.samples import Turn
+from mmalign.data.templates import IMAGE_SENTINEL, TEMPLATES, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
-from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES
+from tests.data.conftest import NUM_PATCHES, VISION
 
 
 def talk(*texts: str) -> list[dict]:
@@ -23,7 +24,7 @@ def test_the_image_becomes_its_patches_in_place(world):
     dataset = world.dataset(template="v1")
     sample = dataset.encode(1)
     turns = [Turn(turn["from"], turn["value"]) for turn in world.samples[1]["conversations"]]
-    ids, labels = encode_conversation(turns, "v1", world.tokenizer, True)
+    ids, labels = encode_conversation(turns, TEMPLATES["v1"], world.tokenizer, True)
     place = ids.index(IMAGE_SENTINEL)
     patches = [world.tokenizer.image_token_id] * NUM_PATCHES
     assert sample.input_ids.tolist() == ids[:place] + patches + ids[place + 1 :]
@@ -31,7 +32,7 @@ def test_the_image_becomes_its_patches_in_place(world):
     assert sample.labels.tolist() == labels[:place] + ignored + labels[place + 1 :]
     assert sample.input_ids.dtype == sample.labels.dtype == np.int32
     assert sample.image == (world.root / "images/1.png").resolve()
-    expected = load_image(world.root / "images/1.png", IMAGE_SIZE)
+    expected = load_image(world.root / "images/1.png", VISION.preprocessing)
     assert torch.equal(dataset.load_pixels(1), expected)
     assert dataset.encode(0).image is None and dataset.load_pixels(0) is None
 
@@ -57,7 +58,7 @@ def test_text_only_equals_the_same_conversation_without_image(world):
         (talk("<image> what <image>", "a boat"), "1.png", "2 <image> in its questions, expected 1"),
         (talk("<image>", "a", "<image>", "b"), "1.png", "2 <image> in its questions, expected 1"),
         (talk("<image> what", "a boat"), None, "1 <image> in its questions, but .* no image"),
-        (talk("what", "an <image>"), "1.png", "<image> stands in an answer"),
+        (talk("what", "an <image>"), "1.png", "<image> is in an answer"),
         (talk("<image>", ""), "1.png", "nothing to train on: an answer is empty"),
         (talk("<image>", "a", "what", " \n"), "1.png", "nothing to train on: an answer is empty"),
         (talk("<image> what"), "1.png", "nothing to train on .* a question without answer"),
@@ -141,7 +142,12 @@ def test_images_must_lie_inside_the_image_root(world):
         assert world.dataset().encode(1).image == (images / "1.png").resolve()
 
 
-def test_image_root_that_is_no_folder(world):
+def test_an_unknown_template_is_named_with_the_known_ones(world):
+    with pytest.raises(UserError, match="unknown template 'v9': .*plain, v0, v1"):
+        world.dataset(template="v9")
+
+
+def test_image_root_that_is_not_a_folder(world):
     (world.root / "images").rename(world.root / "moved")
     with pytest.raises(UserError, match="image root .*images is not a folder"):
         world.dataset()

@@ -10,15 +10,21 @@ from transformers import CLIPImageProcessorPil
 
 from mmalign.data.images import check_image, load_image
 from mmalign.errors import UserError
+from mmalign.model.config import Preprocessing
 
 PHOTOS = ("alpaca.png", "bard.jpg", "extreme_ironing.jpg", "llama.jpg", "llava_v1_5_radar.jpg")
 PHOTOS += ("vicuna.jpeg", "waterview.jpg")
 
 
-def clip_pixels(path: Path, image_size: int) -> np.ndarray:
+def square(side: int) -> Preprocessing:
+    return Preprocessing(size=side, crop_size=side)
+
+
+def clip_pixels(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    crop_size = preprocessing.crop_size
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
+        size={"shortest_edge": preprocessing.size},
+        crop_size={"height": crop_size, "width": crop_size},
         do_rescale=False,
         do_normalize=False,
     )
@@ -26,10 +32,10 @@ def clip_pixels(path: Path, image_size: int) -> np.ndarray:
     return np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
 
 
-def assert_within_one_level(path: Path, image_size: int) -> None:
-    ours = load_image(path, image_size)
-    assert ours.dtype == torch.uint8 and ours.shape == (3, image_size, image_size)
-    theirs = clip_pixels(path, image_size).astype(int)
+def assert_within_one_level(path: Path, preprocessing: Preprocessing) -> None:
+    ours, crop_size = load_image(path, preprocessing), preprocessing.crop_size
+    assert ours.dtype == torch.uint8 and ours.shape == (3, crop_size, crop_size)
+    theirs = clip_pixels(path, preprocessing).astype(int)
     assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
 
 
@@ -41,10 +47,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("image_size", [28, 224, 336])
+@pytest.mark.parametrize("size, crop_size", [(28, 28), (224, 224), (336, 336), (256, 224)])
 @pytest.mark.parametrize("name", PHOTOS)
-def test_photos_equal_clip(shared_data, name, image_size):
-    assert_within_one_level(shared_data / "llava/images" / name, image_size)
+def test_photos_equal_clip(shared_data, name, size, crop_size):
+    assert_within_one_level(shared_data / "llava/images" / name, Preprocessing(size, crop_size))
 
 
 # (height, width): enlarged, equal, one off, long, wide, rounding of the long side, halved and less
@@ -57,7 +63,7 @@ def test_noise_of_any_shape_equals_clip(tmp_path, height, width):
     rng = np.random.default_rng(height * width)
     pixels = rng.integers(0, 2, (height, width, 3), dtype=np.uint8) * 255  # the worst for rounding
     Image.fromarray(pixels).save(tmp_path / "noise.png", compress_level=0)
-    assert_within_one_level(tmp_path / "noise.png", 224)
+    assert_within_one_level(tmp_path / "noise.png", square(224))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_modes_equal_clip(tmp_path, mode, suffix):
     path = tmp_path / f"image.{suffix}"
     image.save(path)
     assert Image.open(path).mode == mode
-    assert_within_one_level(path, 56)
+    assert_within_one_level(path, square(56))
 
 
 def test_exif_orientation_is_left_alone(tmp_path):
@@ -81,14 +87,16 @@ def test_exif_orientation_is_left_alone(tmp_path):
     image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[274] = 6  # stored on its side
-    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "rotated.jpg", exif=exif)
     image.save(tmp_path / "plain.jpg")
-    turned, plain = (load_image(tmp_path / name, 28) for name in ("turned.jpg", "plain.jpg"))
-    assert torch.equal(turned, plain)
-    assert_within_one_level(tmp_path / "turned.jpg", 28)
+    rotated, plain = (
+        load_image(tmp_path / name, square(28)) for name in ("rotated.jpg", "plain.jpg")
+    )
+    assert torch.equal(rotated, plain)
+    assert_within_one_level(tmp_path / "rotated.jpg", square(28))
 
 
-@pytest.mark.parametrize("read", [lambda path: load_image(path, 28), check_image])
+@pytest.mark.parametrize("read", [lambda path: load_image(path, square(28)), check_image])
 @pytest.mark.parametrize("name", ["waterview.jpg", "extreme_ironing.jpg", "alpaca.png"])
 def test_truncated_photos_are_refused(shared_data, tmp_path, name, read):
     content = (shared_data / "llava/images" / name).read_bytes()
@@ -98,7 +106,7 @@ def test_truncated_photos_are_refused(shared_data, tmp_path, name, read):
             read(tmp_path / name)
 
 
-@pytest.mark.parametrize("read", [lambda path: load_image(path, 28), check_image])
+@pytest.mark.parametrize("read", [lambda path: load_image(path, square(28)), check_image])
 def test_other_unusable_files(tmp_path, monkeypatch, read):
     with pytest.raises(UserError, match="no file .*absent.jpg"):
         read(tmp_path / "absent.jpg")
@@ -121,4 +129,4 @@ def test_other_unusable_files(tmp_path, monkeypatch, read):
 def test_a_thread_of_an_image_is_refused_before_it_fills_memory(tmp_path):
     Image.new("RGB", (20000, 1)).save(tmp_path / "thread.png")
     with pytest.raises(UserError, match="thread.png is 20000 x 1"):
-        load_image(tmp_path / "thread.png", 224)
+        load_image(tmp_path / "thread.png", square(224))

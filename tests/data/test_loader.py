@@ -1,4 +1,4 @@
-"""Which samples a step takes, how they are cut, and that loading is the same in every way."""
+"""Which samples a step takes, and that every way of loading gives the same batches."""
 
 from itertools import islice
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mmalign.data.check import CheckReport, check_samples
-from mmalign.data.loader import Step, StepLoader, micro_batches
-from mmalign.data.step_plan import StepPlan, num_steps_of
+from mmalign.data.loader import Step, StepLoader, StepPlan, num_steps_of
 from mmalign.errors import SampleError, UserError
 
 
@@ -75,67 +74,6 @@ def test_number_of_steps_is_that_of_the_recipe():
     assert num_steps_of(80_000, 32, 1.0) == 2500
     assert num_steps_of(595_375, 128, 1.0) == 4652  # the last step takes 49 of a second epoch
     assert num_steps_of(100, 32, 0.5) == 2 and num_steps_of(3, 32, 1.0) == 1
-
-
-# ---- micro-batches ----
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_micro_batches_hold_every_sample_once_under_the_limit(world_size):
-    rng = np.random.default_rng(world_size)
-    for _ in range(60):
-        lengths = rng.integers(1, 500, world_size * int(rng.integers(1, 17))).tolist()
-        limit = int(max(max(lengths), rng.integers(100, 4000)))
-        ranks = micro_batches(lengths, limit, world_size)
-        assert len(ranks) == world_size and len({len(rank) for rank in ranks}) == 1
-        batches = [batch for rank in ranks for batch in rank]
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        tokens = [sum(lengths[i] for i in batch) for batch in batches]
-        assert min(tokens) > 0 and max(tokens) <= limit
-        assert all(batch == sorted(batch) for batch in batches)
-        assert micro_batches(lengths, limit, world_size) == ranks
-
-
-def test_micro_batches_are_few_and_balanced():
-    rng = np.random.default_rng(0)
-    for world_size in (1, 4):
-        lengths = rng.integers(280, 700, 128).tolist()  # a finetune mix with images
-        ranks = micro_batches(lengths, 8192, world_size)
-        tokens = [[sum(lengths[i] for i in batch) for batch in rank] for rank in ranks]
-        everything = sum(map(sum, tokens))
-        assert len(ranks[0]) <= -(-everything // (8192 * world_size)) + 1
-        flat = sum(tokens, [])
-        assert max(flat) - min(flat) < 0.05 * max(flat)
-        per_rank = [sum(rank) for rank in tokens]
-        assert max(per_rank) - min(per_rank) < 0.02 * max(per_rank)
-
-
-def test_micro_batches_of_equal_cost():
-    """Attention makes a token of a long sample dearer: equal tokens would not finish together."""
-    rng = np.random.default_rng(0)
-    lengths = rng.choice([40, 300, 900], 128, p=[0.5, 0.3, 0.2]).tolist()
-    costs = [length * (1000 + length) for length in lengths]
-
-    def spread(ranks: list[list[list[int]]]) -> float:
-        shares = [sum(costs[i] for batch in rank for i in batch) for rank in ranks]
-        return max(shares) / min(shares) - 1
-
-    by_cost = micro_batches(lengths, 4096, 4, costs)
-    assert spread(by_cost) < 0.02 < spread(micro_batches(lengths, 4096, 4))
-    batches = [batch for rank in by_cost for batch in rank]
-    assert sorted(i for batch in batches for i in batch) == list(range(128))
-    assert max(sum(lengths[i] for i in batch) for batch in batches) <= 4096
-
-
-def test_all_in_one_micro_batch_keeps_the_order():
-    assert micro_batches([5, 9, 2], 100, 1) == [[[0, 1, 2]]]
-
-
-def test_steps_that_cannot_be_cut():
-    with pytest.raises(UserError, match="2 samples cannot feed 3 processes"):
-        micro_batches([5, 5], 100, 3)
-    with pytest.raises(UserError, match="the same number in each of 2 processes"):
-        micro_batches([90, 90, 90], 100, 2)
 
 
 # ---- loading ----

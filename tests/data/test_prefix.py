@@ -1,4 +1,4 @@
-"""The tokens that all samples start with, and batches without them."""
+"""The shared prompt header, with which all samples start, and batches without it."""
 
 import numpy as np
 import pytest
@@ -122,5 +122,7 @@ def test_the_longest_sample_needs_room_for_its_rows_alone(world: World):
     settings = dict(global_batch_size=2, seed=1, num_steps=1, prefix_length=length)
     rows = int(report.lengths.max()) - length
     StepLoader(dataset, report, micro_batch_tokens=rows, **settings)
-    with pytest.raises(UserError, match=f"{rows} tokens after the {length} of all samples"):
+    with pytest.raises(
+        UserError, match=f"{rows} tokens after the shared header of {length} tokens"
+    ):
         StepLoader(dataset, report, micro_batch_tokens=rows - 1, **settings)

@@ -5,20 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from mmalign.data import preview
 from mmalign.data.check import check_samples
 from tests.conftest import REPOSITORY
+from tests.data.conftest import VISION
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "scripts" / script), *map(str, arguments)]
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def test_json_equals_the_reference(shared_data, tmp_path):
@@ -48,6 +51,32 @@ def test_json_equals_the_reference(shared_data, tmp_path):
         supervised = [label for label in ours["labels"] if label != -100]
         assert supervised == [label for label in sample["labels"] if label != -100]
         assert len(ours["labels"]) == len(ours["input_ids"])
+
+
+def write_tower(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(VISION.to_hf(torch.float32)))
+    return folder
+
+
+def test_images_are_those_of_the_vision_tower(world):
+    """Four samples unless told otherwise; the first line names the tower and its patches."""
+    world.dataset()
+    common = ["--data.path", world.root / "data.json", "--data.image-root", world.root / "images"]
+    common += ["--model.tokenizer", world.tokenizer.path]
+    tower = write_tower(world.root / "tower")
+    for options, line, patches in [
+        (["--model.vision-tower", tower], f"images: {tower} 28 px, 4 patches", 4),
+        ([], "images: CLIP ViT-L/14 224 px, 256 patches (--model.vision-tower for another)", 256),
+    ]:
+        done = run("preview_batch.py", *common, *options)
+        assert done.stdout.splitlines()[0] == line, done.stderr
+        unwrapped = " ".join(done.stdout.split())
+        assert unwrapped.count(f"<image x {patches}>") == 3
+        assert done.stdout.count("sample sample-") == 4
+    done = run("preview_batch.py", *common, "--data.text-only", "True", "--data.num-samples", "7")
+    assert done.stdout.splitlines()[0] == "images: none (text only)", done.stderr
+    assert done.stdout.count("sample sample-") == 7 and done.stdout.count("<image x") == 1  # legend
 
 
 def squeeze(ids: list[int]) -> list[int]:
@@ -97,14 +126,15 @@ def test_commands_end_with_an_error_for_bad_data(world):
     world.samples[5]["conversations"][1]["value"] = ""
     world.samples[9]["image"] = "../x.png"
     world.dataset()
+    tower = write_tower(world.root / "tower")
     common = ["--data.path", world.root / "data.json", "--data.image-root", world.root / "images"]
-    common += ["--model.tokenizer", world.tokenizer.path, "--image-size", "28"]
+    common += ["--model.tokenizer", world.tokenizer.path, "--model.vision-tower", tower]
     done = run("check_data.py", *common)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"usable\W+18\b", done.stdout)
     assert "'sample-5': nothing to train on" in done.stdout
-    assert "'sample-9': its image '../x.png' lies outside" in done.stdout
-    done = run("preview_batch.py", *common, "--num-samples", "8")
+    assert "'sample-9': its image '../x.png' is outside" in done.stdout
+    done = run("preview_batch.py", *common, "--data.num-samples", "8")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: sample 'sample-5': nothing to train on")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmalign.config import DataConfig
-from mmalign.data.dataset import Sample, Turn, read_samples
+from mmalign.data.samples import Sample, Turn, read_samples
 from mmalign.errors import SampleError, UserError
 
 TURNS = [{"from": "human", "value": "what\n<image>"}, {"from": "gpt", "value": "a boat \u2603"}]
@@ -91,7 +91,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="latin.json, line 2: not UTF-8"):
         read_samples(tmp_path / "latin.json", DataConfig())
     for text in ("[]", "", "\n"):
-        with pytest.raises(UserError, match="holds no samples"):
+        with pytest.raises(UserError, match="contains no samples"):
             read(tmp_path, text)
 
 

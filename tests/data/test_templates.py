@@ -7,11 +7,11 @@ import pytest
 import tokenizers
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.data.samples import Turn
 from mmalign.data.templates import (
     IMAGE_SENTINEL,
     TEMPLATES,
     SpecialIds,
-    Turn,
     encode_conversation,
     encode_prompt,
 )
@@ -33,7 +33,7 @@ def turns_of(sample: dict) -> list[Turn]:
 
 
 def encode(sample: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    template, use_im_start_end = sample["template"], sample["mm_use_im_start_end"]
+    template, use_im_start_end = TEMPLATES[sample["template"]], sample["mm_use_im_start_end"]
     return encode_conversation(turns_of(sample), template, tokenizer, use_im_start_end)
 
 
@@ -73,7 +73,7 @@ def test_prompts_equal_the_reference(gold, llama_tokenizer):
     names |= {tokenizer.im_start_id: "<im_start>", tokenizer.im_end_id: "<im_end>"}
     for sample in gold:
         special = SpecialIds(1, 2, 32001, 32002, sample["mm_use_im_start_end"])
-        segments = TEMPLATES[sample["template"]](turns_of(sample), special)
+        segments = TEMPLATES[sample["template"]].render(turns_of(sample), special)
         text = "".join(item if isinstance(item, str) else names[item] for item, _ in segments)
         assert text.removeprefix("<s>") == sample["prompt"], (sample["id"], sample["template"])
 
@@ -109,20 +109,36 @@ def test_supervised_ids_decode_to_the_answers(gold, llama_tokenizer):
 
 def test_special_tokens_in_a_text_stay_text(llama_tokenizer):
     turns = [Turn("human", "What does </s> mean?"), Turn("gpt", "</s> ends a text; <s> begins it.")]
-    ids, labels = encode_conversation(turns, "v1", llama_tokenizer, True)
+    ids, labels = encode_conversation(turns, TEMPLATES["v1"], llama_tokenizer, True)
     assert ids.count(2) == 1 and ids.count(1) == 1
     assert labels[-1] == 2
 
 
 @pytest.mark.parametrize("use_im_start_end", [True, False])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_prompt_is_where_the_last_answer_begins(tokenizer, template, use_im_start_end):
-    turns = TURNS[:2] if template == "plain" else TURNS
+    turns = TURNS[:2] if template.single_turn else TURNS
     ids, labels = encode_conversation(turns, template, tokenizer, use_im_start_end)
     prompt = encode_prompt(turns[:-1], template, tokenizer, use_im_start_end)
     assert ids[: len(prompt)] == prompt
     last_run = supervised_runs(ids, labels)[-1]
     assert ids[len(prompt) : len(prompt) + len(last_run)] == last_run
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_fields_of_a_template_are_true_of_its_text(template):
+    special = SpecialIds(bos=1, eos=2, im_start=3, im_end=4, use_im_start_end=True)
+    turns = TURNS[:2] if template.single_turn else TURNS
+    segments = list(template.render(turns, special))
+    items = [item for item, _ in segments]
+    text = "".join(item for item in items if isinstance(item, str))
+    assert ({3, 4} <= set(items)) == template.writes_image_tokens
+    assert ("what is it" in text) != template.drops_question
+    last_supervised = [item for item, supervised in segments if supervised][-1]
+    if template.stop:
+        assert last_supervised.endswith(template.stop)
+    elif not template.single_turn:  # in a conversation the model learns to stop
+        assert last_supervised == special.eos
 
 
 def test_an_id_across_a_boundary_is_supervised(tmp_path):
@@ -138,6 +154,6 @@ def test_an_id_across_a_boundary_is_supervised(tmp_path):
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     turns = [Turn("human", "q"), Turn("gpt", "boat")]
-    ids, labels = encode_conversation(turns, "v0", tokenizer, False)
+    ids, labels = encode_conversation(turns, TEMPLATES["v0"], tokenizer, False)
     supervised = [tokenizer.token(i) for i in supervised_runs(ids, labels)[0]]
     assert supervised == ["\u0120boat\u010a", "#", "#", "#"]

@@ -1,42 +1,35 @@
-"""Every test here runs once for each backend, with uninitialised memory filled with NaN.
+"""Every test here runs once per backend, with uninitialised memory filled with NaN.
 
 Without a CUDA device Triton's kernels run in its interpreter (tests/conftest.py), on CPU tensors.
-It computes bf16 wrongly, so those tests need a GPU. The kernels of csrc/ need one always.
+It computes bf16 wrongly, so bf16 tests need a GPU. The kernels of csrc/ always need one.
 """
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
 if not INTERPRETED:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's products must repeat, too
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS must be deterministic, too
 
-from mmalign_kernels import dispatch, libraries  # noqa: E402
+from mmalign_kernels import dispatch, reference  # noqa: E402
+from mmalign_kernels.cuda import library as cuda_library  # noqa: E402
 
-FAMILIES = {  # of a test file that is not named after its one family
+FAMILIES = {  # of test files that are not named after one family
     "test_adamw_moments": ("adamw",),
-    "test_attention": ("attention", "rotary"),
+    "test_attention": ("full_attention", "rotary_attention"),
     "test_dispatch": (),
-    "test_registration": (
-        *(
-            "adamw",
-            "attention",
-            "attention_prefix",
-            "linear_cross_entropy",
-            "packing",
-            "projector",
-            "rms_norm",
-        ),
-        *("rotary", "shared_prefix", "swiglu", "target_logprobs", "vision"),
+    "test_registration": tuple(
+        file.stem for file in Path(reference.__path__[0]).glob("[!_]*.py") if file.stem != "linear"
     ),
 }
 
 
 def _all_have(families, backend):
-    return families and all(find_spec(f"mmalign_kernels.{x}_{backend}") for x in families)
+    return families and all(find_spec(f"mmalign_kernels.{backend}.{x}") for x in families)
 
 
 def pytest_generate_tests(metafunc):
@@ -59,7 +52,7 @@ def backend(request):
     if request.param == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter computes bf16 wrongly; runs on a GPU")
     if request.param == "cuda":
-        reason = "no CUDA device" if INTERPRETED else libraries.cuda_missing()
+        reason = "no CUDA device" if INTERPRETED else cuda_library.missing()
         if reason:
             pytest.skip(f"the kernels of csrc/: {reason}")
     on_gpu = request.param != "reference" and not INTERPRETED

@@ -235,9 +235,7 @@ def _install_torch_varlen(monkeypatch) -> torch.library.Library:
 
 
 def forget() -> None:
-    for library in libraries.LIBRARIES.values():
-        for file in library.files.values():
-            sys.modules.pop(f"mmalign_kernels.{file}", None)
+    """What is cached of the installed libraries."""
     libraries.find.cache_clear()
     dispatch._choose.cache_clear()
 

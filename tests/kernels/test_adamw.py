@@ -1,4 +1,4 @@
-"""AdamW against torch.optim.AdamW; bf16 weights with an exact master, and rounded at random."""
+"""AdamW against torch.optim.AdamW; bf16 weights with split master or stochastic rounding."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_split_master_of_nan_is_nan_for_both_readers():
     assert weight.isnan().all() and join_master(weight, remainder).isnan().all()
 
 
-def test_random_rounding_is_unbiased():
+def test_stochastic_rounding_is_unbiased():
     """A step far below bf16's resolution moves the mean weight by what fp32 would move it."""
     num, learning_rate = 400_000, 1e-4  # bf16 keeps steps of 2^-7 around 1
     run = Run([torch.ones(num).bfloat16()], seed=5)
@@ -158,7 +158,7 @@ def test_random_rounding_is_unbiased():
     assert not torch.equal(rounded[: num // 2], rounded[num // 2 :])
 
 
-def test_random_rounding_of_negative_weights():
+def test_stochastic_rounding_of_negative_weights():
     run = Run([-torch.ones(100_000).bfloat16()], seed=5)
     run.step([torch.full((100_000,), -2.0)], 1e-4)
     exact = Run([-torch.ones(1)])
@@ -167,7 +167,7 @@ def test_random_rounding_of_negative_weights():
     assert abs(mean - exact.params[0].item()) < 4 * 2**-9 / 100_000**0.5
 
 
-def test_random_rounding_follows_its_seed():
+def test_stochastic_rounding_follows_its_seed():
     start, grads = [p.bfloat16() for p in weights()], gradients(3)
     found = []
     for seed in (7, 7, 8):
@@ -179,7 +179,7 @@ def test_random_rounding_follows_its_seed():
     assert not all(torch.equal(x, y) for x, y in zip(found[0], found[2], strict=True))
 
 
-def test_every_step_rounds_anew():
+def test_every_step_draws_new_numbers():
     """With one seed, step 1 and step 2 must not draw the same numbers."""
     found = []
     for step in (1, 2):
@@ -206,26 +206,22 @@ def test_a_long_list_is_updated_as_each_of_its_tensors():
         assert all(torch.equal(one.moments[kind][0], run.moments[kind][i]) for kind in (0, 1))
 
 
-def test_nothing_to_update():
-    Run([]).step([])
-
-
 def test_wrong_arguments():
     run = Run(weights())
     with pytest.raises(ValueError, match="4 params, but 3 grads"):
         run.step(gradients(1)[0][:3])
     with pytest.raises(ValueError, match=r"grads\[0\] has shape \(2,\), expected \(1,\)"):
         run.step([torch.ones(2), *gradients(1)[0][1:]])
-    halves = [p.bfloat16() for p in weights()]
-    with pytest.raises(ValueError, match="rounded at random, and need a seed"):
-        Run(halves).step(gradients(1)[0])
-    with pytest.raises(ValueError, match="nothing here is rounded at random"):
+    bf16_params = [p.bfloat16() for p in weights()]
+    with pytest.raises(ValueError, match="stochastic rounding, which needs a seed"):
+        Run(bf16_params).step(gradients(1)[0])
+    with pytest.raises(ValueError, match="nothing here uses stochastic rounding"):
         Run(weights(), seed=1).step(gradients(1)[0])
-    with pytest.raises(ValueError, match="fp32, which takes no remainders"):
+    with pytest.raises(ValueError, match="fp32 params take no remainders"):
         lows = [torch.zeros(shape, dtype=torch.int16) for shape in SHAPES]
         Run(weights(), lows).step(gradients(1)[0])
     with pytest.raises(ValueError, match=r"remainders\[0\] is torch.int32"):
-        Run(halves, [torch.zeros(s, dtype=torch.int32) for s in SHAPES]).step(gradients(1)[0])
+        Run(bf16_params, [torch.zeros(s, dtype=torch.int32) for s in SHAPES]).step(gradients(1)[0])
     with pytest.raises(ValueError, match=r"params\[0\].*not contiguous"):
         Run([torch.randn(4, 3).t()]).step([torch.randn(3, 4)])
     with pytest.raises(ValueError, match=r"remainders\[0\] is not contiguous"):
@@ -233,5 +229,5 @@ def test_wrong_arguments():
     mixed = [torch.ones(shape, dtype=torch.bfloat16) for shape in SHAPES[:3]]
     with pytest.raises(ValueError, match=r"grads\[3\] is torch.float32"):
         Run(weights()).step([*mixed, gradients(1)[0][3]])
-    with pytest.raises(ValueError, match="grads are torch.bfloat16 beside torch.float32 params"):
+    with pytest.raises(ValueError, match="grads are torch.bfloat16 for torch.float32 params"):
         Run(weights()[:1]).step(mixed[:1])

@@ -111,7 +111,7 @@ def test_moments_follow_seed_and_step(moments):
 
 
 @pytest.mark.parametrize("moments", NARROW)
-def test_split_master_beside_narrow_moments(moments):
+def test_split_master_with_narrow_moments(moments):
     """The weights of fp32 storage and the same moments, bit for bit."""
     start = weights()
     split = [split_master(p) for p in start]

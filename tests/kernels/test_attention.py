@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmalign_kernels import full_attention, rotary_attention
-from mmalign_kernels import reference_attention as reference
+from mmalign_kernels.reference import full_attention as reference
 from torch import Tensor
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from .close import assert_same_bits, compare, results
-from .packed import block_mask, offsets, plain_attention, positions, rotary_table
+from .accuracy import assert_same_bits, compare, results
+from .packed_samples import block_mask, offsets, plain_attention, positions, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEADS = ((2, 2, 64), (4, 2, 64), (3, 3, 100), (2, 1, 128))  # heads, key heads, head_dim
@@ -147,19 +147,18 @@ def test_same_bits():
 
 
 def test_form_for_other_devices():
-    """Away from the CPU the reference spells attention out: the same results in fp64."""
+    """Away from the CPU the reference computes attention eagerly: the same results in fp64."""
     q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, 9, 4, dtype=torch.float64)
     grad = torch.randn_like(q)
     for causal in (True, False):
-        fused, spelled = (
-            attend(q, k, v, causal)
-            for attend in (reference.fused_attention, reference.spelled_attention)
+        fused, eager = (
+            attend(q, k, v, causal) for attend in (reference.attention, reference.eager_attention)
         )
-        torch.testing.assert_close(fused, spelled)
+        torch.testing.assert_close(fused, eager)
         gradients = (
             backward(grad, q, k, v, *fused, causal)
-            for backward in (reference.fused_attention_bwd, reference.spelled_attention_bwd)
+            for backward in (reference.attention_bwd, reference.eager_attention_bwd)
         )
         torch.testing.assert_close(*gradients)
 
@@ -167,7 +166,7 @@ def test_form_for_other_devices():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lengths": [200]}, "rise from 0 to 243"),
+        ({"lengths": [200]}, "increase from 0 to 243"),
         ({"num_kv": 3}, "columns of qkv"),
         ({"position_ids": torch.arange(5)}, r"position_ids has shape \(5,\).*\(243, 128\)"),
         ({"cos": torch.ones(9, 4)}, r"cos has shape \(9, 4\).*\(9, 8\)"),

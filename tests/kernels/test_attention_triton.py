@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from mmalign_kernels import dispatch, rotary_attention
-from mmalign_kernels.attention_tiles_triton import attention_tiles
+from mmalign_kernels.triton.attention_tiles import attention_tiles
 
-from .close import results
-from .packed import offsets, positions, rotary_table
+from .accuracy import results
+from .packed_samples import offsets, positions, rotary_table
 
 BLOCK = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in the interpreter

@@ -1,12 +1,13 @@
 """Which implementation runs, and that nothing is exchanged for another in silence."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-import mmalign_kernels
+import mmalign_kernels.triton
 import pytest
 import torch
 from mmalign_kernels import dispatch, pack_rows, swiglu
+from mmalign_kernels.cuda import library as cuda_library
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def no_backend(monkeypatch):
 def invented_backend(monkeypatch):
     """A Triton file for swiglu and for nothing else."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    module = ModuleType("mmalign_kernels.swiglu_triton")
+    module = ModuleType("mmalign_kernels.triton.swiglu")
     module.swiglu_fwd = lambda gate_up: gate_up[:, : gate_up.shape[1] // 2] * 0 + 7
     module.swiglu_bwd = lambda grad, gate_up: gate_up * 0 + 11
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -31,8 +32,8 @@ def invented_backend(monkeypatch):
 
 @pytest.mark.parametrize("missing", ("triton", "cuda"))
 def test_missing_backend_is_an_error(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, f"mmalign_kernels.packing_{missing}", None)  # as if absent
-    words = f"pack_rows_fwd has no {missing} implementation.*packing_{missing}.py.*missing"
+    monkeypatch.setitem(sys.modules, f"mmalign_kernels.{missing}.packing", None)  # as if absent
+    words = f"pack_rows_fwd has no {missing} implementation.*{missing}/packing.py.*missing"
     with dispatch.use_backend(missing), pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
     monkeypatch.setenv("MMALIGN_BACKEND", missing)
@@ -43,8 +44,8 @@ def test_missing_backend_is_an_error(missing, monkeypatch):
 @pytest.mark.parametrize("forced", ("triton", "cuda"))
 def test_gpu_backend_on_the_cpu_is_an_error(forced, invented_backend, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    module = sys.modules["mmalign_kernels.swiglu_triton"]
-    monkeypatch.setitem(sys.modules, "mmalign_kernels.swiglu_cuda", module)
+    module = sys.modules["mmalign_kernels.triton.swiglu"]
+    monkeypatch.setitem(sys.modules, "mmalign_kernels.cuda.swiglu", module)
     with dispatch.use_backend(forced), pytest.raises(NotImplementedError, match="CUDA device"):
         swiglu(torch.ones(1, 2))
 
@@ -95,36 +96,30 @@ def test_override_beats_environment(invented_backend, monkeypatch):
 
 
 def test_cuda_tensors_prefer_the_fastest_there_is(invented_backend, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mmalign_kernels.packing_triton", None)
+    monkeypatch.setitem(sys.modules, "mmalign_kernels.triton.packing", None)
     chosen = dispatch.implementation("swiglu_fwd", "swiglu", "cuda")
-    assert chosen is sys.modules["mmalign_kernels.swiglu_triton"].swiglu_fwd
+    assert chosen is sys.modules["mmalign_kernels.triton.swiglu"].swiglu_fwd
     chosen = dispatch.implementation("pack_rows_fwd", "packing", "cuda")
-    assert chosen.__module__ == "mmalign_kernels.reference"
+    assert chosen.__module__ == "mmalign_kernels.reference.packing"
 
 
 def test_cuda_kernels_that_are_not_built_leave_triton(invented_backend, monkeypatch):
     """csrc/ is built where there is a CUDA compiler: without one the install succeeds, too."""
 
-    class CudaLibraryMissing(RuntimeError):
-        pass
-
     def load():
-        raise CudaLibraryMissing("is not built")
+        raise cuda_library.CudaLibraryMissing("is not built")
 
-    library = ModuleType("mmalign_kernels.cuda_library")
-    library.CudaLibraryMissing, library.load = CudaLibraryMissing, load
-    library.__spec__ = SimpleNamespace(name=library.__name__)
-    monkeypatch.setitem(sys.modules, library.__name__, library)
-    cuda = ModuleType("mmalign_kernels.swiglu_cuda")
+    monkeypatch.setattr(cuda_library, "load", load)
+    cuda = ModuleType("mmalign_kernels.cuda.swiglu")
     cuda.swiglu_fwd = load
     monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
-    triton = sys.modules["mmalign_kernels.swiglu_triton"]
+    triton = sys.modules["mmalign_kernels.triton.swiglu"]
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "MEASURED_CUDA", frozenset({"swiglu"}))
         assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
     with dispatch.use_backend("cuda"):  # named: nothing is exchanged for it
         assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
-    library.load = lambda: None
+    monkeypatch.setattr(cuda_library, "load", lambda: None)
     dispatch._choose.cache_clear()  # built, and still no measurement says that they are faster
     assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is triton.swiglu_fwd
     monkeypatch.setattr(dispatch, "MEASURED_CUDA", frozenset({"swiglu"}))
@@ -133,7 +128,8 @@ def test_cuda_kernels_that_are_not_built_leave_triton(invented_backend, monkeypa
 
 
 def test_broken_backend_file_is_not_taken_for_a_missing_one(monkeypatch, tmp_path):
-    (tmp_path / "broken_triton.py").write_text("import a_package_that_is_not_there\n")
-    monkeypatch.setattr(mmalign_kernels, "__path__", [*mmalign_kernels.__path__, str(tmp_path)])
+    (tmp_path / "broken.py").write_text("import a_package_that_is_not_there\n")
+    triton = mmalign_kernels.triton
+    monkeypatch.setattr(triton, "__path__", [*triton.__path__, str(tmp_path)])
     with dispatch.use_backend("triton"), pytest.raises(ModuleNotFoundError, match="not_there"):
         dispatch.implementation("broken_fwd", "broken", "cpu")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from mmalign_kernels import linear_cross_entropy
 from mmalign_kernels.operation import Operation
 
-from .close import RATIOS as COMMON_RATIOS
-from .close import assert_same_bits, compare, results
+from .accuracy import RATIOS as COMMON_RATIOS
+from .accuracy import assert_same_bits, compare, results
 
 IGNORED = -100
 # logits are rounded to the type of the input, and spread over tens
@@ -40,20 +40,20 @@ def test_equals_whole_logits(shape, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("num_logits", (1, 5 * 203))
 def test_chunks(num_logits, dtype, backend, monkeypatch):
-    """A few rows at a time, down to one (or one tile), a last chunk that is not full or empty."""
-    where = {"reference": "reference_head", "triton": "linear_cross_entropy_triton"}[backend]
-    monkeypatch.setattr(f"mmalign_kernels.{where}._NUM_LOGITS", num_logits)
+    """A few rows at a time, down to one (or one tile), and a partial or empty last chunk."""
+    module = {"reference": "reference.linear_cross_entropy", "triton": "triton.launch"}[backend]
+    monkeypatch.setattr(f"mmalign_kernels.{module}.LOGITS_PER_CHUNK", num_logits)
     compare(linear_cross_entropy, whole_logits, inputs(199), dtype, RATIOS)
     compare(linear_cross_entropy, whole_logits, inputs(130, ignored=0.8), dtype, RATIOS)
 
 
 def test_tensor_descriptors(backend):
-    """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
+    """The path of sm_90: tiles loaded by descriptor, which needs rows of a multiple of 16 bytes."""
     if backend != "triton":
         pytest.skip("Triton only")
-    from mmalign_kernels import launch
+    from codegen.compiler import H100, pretend
 
-    with launch.pretend(launch.H100._replace(num_multiprocessors=3)):
+    with pretend(H100._replace(num_multiprocessors=3)):
         compare(linear_cross_entropy, whole_logits, inputs(150), torch.float16, RATIOS)
 
 

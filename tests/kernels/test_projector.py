@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mmalign_kernels import project_image_features
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 from .test_rms_norm import EPS, hugging_face_norm
 
 VISION, HIDDEN = 24, 40
@@ -72,9 +72,9 @@ def test_tensor_descriptors(backend):
     """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
     if backend != "triton":
         pytest.skip("Triton only")
-    from mmalign_kernels import launch
+    from codegen.compiler import H100, pretend
 
-    with launch.pretend(launch.H100._replace(num_multiprocessors=3)):
+    with pretend(H100._replace(num_multiprocessors=3)):
         compare(ours(), hugging_face(), inputs(), torch.float16)
 
 

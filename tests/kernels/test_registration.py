@@ -10,7 +10,7 @@ from mmalign_kernels import dispatch
 from mmalign_kernels.operation import Operation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .packed import offsets, positions, rotary_table
+from .packed_samples import offsets, positions, rotary_table
 
 LENGTHS = [3, 1, 5, 5]
 TOKENS = sum(LENGTHS)
@@ -39,7 +39,7 @@ def arguments() -> dict[str, list[tuple]]:
     projected = (rand(3, 5), rand(8, 5), rand(8), rand(6, 8), torch.tensor([1, 2, 5]), rand(8))
     feature_grads = (rand(6, 8), rand(6, 8))
     states = [[torch.rand(5) for _ in range(2)] for _ in range(4)]
-    halves = [[torch.rand(5).bfloat16()], *([torch.rand(5)] for _ in range(3))]
+    bf16_state = [[torch.rand(5).bfloat16()], *([torch.rand(5)] for _ in range(3))]
     remainder = torch.zeros(5, dtype=torch.int16)
     codes = [[torch.zeros(5, dtype=torch.uint8)] for _ in range(2)]
     settings = (1, 1e-3, 0.9, 0.999, 1e-8, 0.1)
@@ -98,9 +98,9 @@ def arguments() -> dict[str, list[tuple]]:
         "quick_gelu_bwd": [(rand(6, 8), rand(6, 8))],
         "adamw_update": [
             (*states, [], [], [], None, *settings, None),
-            (*halves, [remainder], [], [], torch.tensor(0.5), *settings, None),
-            (*halves, [], [], [], None, *settings, 3),
-            (*halves[:2], *codes, [], [torch.zeros(1)], [torch.zeros(1)], None, *settings, 3),
+            (*bf16_state, [remainder], [], [], torch.tensor(0.5), *settings, None),
+            (*bf16_state, [], [], [], None, *settings, 3),
+            (*bf16_state[:2], *codes, [], [torch.zeros(1)], [torch.zeros(1)], None, *settings, 3),
         ],
     }
     for name, calls in samples.items():

@@ -6,7 +6,7 @@ from mmalign_kernels import add_rms_norm, rms_norm
 from mmalign_kernels.operation import Operation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from mmalign_kernels import reference, swiglu
+from mmalign_kernels import swiglu
+from mmalign_kernels.reference import swiglu as reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from .close import assert_same_bits, compare, results
+from .accuracy import assert_same_bits, compare, results
 
 
 def hugging_face(gate_up):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmalign_kernels import reference_head, target_logprobs
+from mmalign_kernels import target_logprobs
+from mmalign_kernels.reference import linear_cross_entropy as reference_head
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .close import RATIOS as COMMON_RATIOS
-from .close import assert_same_bits, compare
+from .accuracy import RATIOS as COMMON_RATIOS
+from .accuracy import assert_same_bits, compare
 
 # logits are rounded to the type of the input, and spread over tens
 RATIOS = COMMON_RATIOS | {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -40,7 +41,7 @@ def test_equals_whole_logits(shape, dtype):
 def test_chunks(num_logits, dtype, backend, monkeypatch):
     if backend != "reference":
         pytest.skip("only the reference holds logits, in chunks")
-    monkeypatch.setattr(reference_head, "_NUM_LOGITS", num_logits)
+    monkeypatch.setattr(reference_head, "LOGITS_PER_CHUNK", num_logits)
     compare(target_logprobs, whole_logits, inputs(), dtype, RATIOS)
 
 
@@ -54,9 +55,9 @@ def test_tensor_descriptors(backend):
     """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
     if backend != "triton":
         pytest.skip("Triton only")
-    from mmalign_kernels import launch
+    from codegen.compiler import H100, pretend
 
-    with launch.pretend(launch.H100._replace(num_multiprocessors=3)):
+    with pretend(H100._replace(num_multiprocessors=3)):
         compare(target_logprobs, whole_logits, inputs(150), torch.float16, RATIOS)
 
 

@@ -1,6 +1,6 @@
 """Both stages and an evaluation, as a user runs them, on Triton's kernels alone.
 
-Every operation must come from a *_triton.py file. On a CPU Triton's interpreter runs the kernels,
+Every operation must come from mmalign_kernels/triton. On a CPU its interpreter runs the kernels,
 in fp32; losses, gradients and scores then equal the reference's to fp32 rounding.
 """
 
@@ -18,10 +18,10 @@ from mmalign_kernels import dispatch
 from mmalign_kernels.adamw import join_master
 
 from mmalign.config import OptimizerConfig
-from mmalign.training.metrics import read_metrics
+from mmalign.files import read_json_lines
 from mmalign.training.optimizer import AdamW
-from tests.training.runs import small_config
-from tests.training.test_trainer import command_line
+from tests.training.helpers import small_config
+from tests.training.test_loop import command_line
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TRAINED = {
@@ -43,14 +43,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def ran(monkeypatch) -> Counter:
-    """Operations that ran, by name; an implementation outside *_triton.py fails the test."""
+    """Operations that ran, by name; an implementation outside triton/ fails the test."""
     counts = Counter()
     choose = dispatch.implementation
 
     def implementation(operation, *where):
         function = choose(operation, *where)
-        file = Path(function.__code__.co_filename).stem
-        assert file.endswith("_triton") or dispatch.forced_backend() == "reference", operation
+        folder = Path(function.__code__.co_filename).parent.name
+        assert folder == "triton" or dispatch.forced_backend() == "reference", operation
         counts[operation] += 1
         return function
 
@@ -88,7 +88,7 @@ def train(script, backend: str, world, run_dir: Path, stage: str, projector) -> 
         model={"projector": str(projector) if projector else ""},
     )  # fmt: skip
     script(backend, "train", *command_line(config)[2:])
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_json_lines(run_dir / "metrics.jsonl")
 
 
 def scores(script, backend: str, run_dir: Path, documents: Path) -> torch.Tensor:

@@ -1,0 +1,156 @@
+"""AdamW in plain PyTorch: torch's fused kernel between reading and writing of compressed state."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adamw import (
+    BLOCK,
+    DROPPED_BITS,
+    FIRST,
+    LARGEST,
+    SECOND,
+    MomentCode,
+    join_master,
+    split_master,
+    upper_half,
+)
+
+_CACHED_ELEMENTS = 1 << 18  # elements whose fp32 copies stay in the cache between passes
+_Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
+
+
+def adamw_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    remainders: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    grad_scale: Tensor | None,
+    step: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int | None,
+) -> None:
+    if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
+        return
+    divisor = (
+        None if grad_scale is None else grad_scale.reciprocal()
+    )  # torch's kernel divides by it
+    count = torch.tensor(float(step), device=params[0].device)
+
+    def update(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor]):
+        torch._fused_adamw_(
+            params, grads, ms, vs, [], [count] * len(params), lr=learning_rate, beta1=beta1,
+            beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            grad_scale=divisor,
+        )  # fmt: skip
+
+    if params[0].dtype == exp_avgs[0].dtype == torch.float32:
+        update(params, grads, exp_avgs, exp_avg_sqs)
+        return
+    draw = None if seed is None else _draws(seed * 1_000_003 + step, params[0].device)
+    state = remainders, exp_avg_scales, exp_avg_sq_scales
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        for part in _parts(*tensors, *(x[i] if x else None for x in state)):
+            param, grad, m, v, remainder, *scales = part
+            p32 = _fp32_param(param, remainder)
+            m32, v32 = (
+                _fp32_moment(x, scale, code)
+                for x, scale, code in zip((m, v), scales, (FIRST, SECOND), strict=True)
+            )
+            update([p32], [grad.to(torch.float32, copy=True)], [m32], [v32])
+            _write_moment(m32, m, scales[0], FIRST, draw)
+            _write_moment(v32, v, scales[1], SECOND, draw)
+            _write_param(p32, param, remainder, draw)
+
+
+def _draws(seed: int, device: torch.device) -> _Draw:
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.int32, "device": device}
+    return lambda num: torch.randint(1 << 16, (num,), **options)
+
+
+def _parts(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Corresponding pieces; the scales, the last two, have one element per block of codes."""
+    flat = [None if x is None else x.view(-1) for x in tensors]
+    sizes = [_CACHED_ELEMENTS] * (len(flat) - 2) + [_CACHED_ELEMENTS // BLOCK] * 2
+    for i in range(-(-len(flat[0]) // _CACHED_ELEMENTS)):
+        yield tuple(
+            None if x is None else x[i * size : (i + 1) * size]
+            for x, size in zip(flat, sizes, strict=True)
+        )
+
+
+def _fp32_param(param: Tensor, remainder: Tensor | None) -> Tensor:
+    """fp32: the parameter itself, an upcast copy, or the exact master."""
+    return param.float() if remainder is None else join_master(param, remainder)
+
+
+def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw | None) -> None:
+    if param.dtype == torch.float32:
+        return  # updated in place
+    if remainder is None:
+        param.copy_(upper_half(p32, draw(len(p32))))
+        return
+    weight, low = split_master(p32)
+    param.copy_(weight)
+    remainder.copy_(low)
+
+
+def _fp32_moment(moment: Tensor, scales: Tensor | None, code: MomentCode) -> Tensor:
+    return moment.float() if scales is None else decode(moment, scales, code)
+
+
+def _write_moment(
+    x32: Tensor,
+    moment: Tensor,
+    scales: Tensor | None,
+    code: MomentCode,
+    draw: _Draw | None,
+) -> None:
+    if moment.dtype == torch.float32:
+        return  # updated in place
+    if scales is None:
+        moment.copy_(upper_half(x32, draw(len(x32))))
+        return
+    new_codes, new_scales = encode(x32, draw(len(x32)), code)
+    moment.copy_(new_codes)
+    scales.copy_(new_scales)
+
+
+def encode(x: Tensor, draws: Tensor, code: MomentCode) -> tuple[Tensor, Tensor]:
+    """fp32 x (numel,) -> codes (numel,) uint8 and scales (num_blocks,) fp32.
+
+    draws (numel,) int32 in [0, 2^16). A block with a NaN has the scale NaN and stays NaN.
+    """
+    sizes = _blocks(x.view(torch.int32) & 0x7FFFFFFF)  # as integers, NaN is above all numbers
+    scales = sizes.amax(1).view(torch.float32) / LARGEST
+    ratios = sizes.view(torch.float32) / scales[:, None] * 2.0**-code.shift
+    bits = ratios.view(torch.int32) + (_blocks(draws) << (DROPPED_BITS - 16))
+    codes = (bits >> DROPPED_BITS).clamp_(max=code.largest)
+    if code.signed:
+        codes |= (_blocks(x.view(torch.int32)) < 0).int() << 7
+    else:
+        codes = torch.where(sizes == 0, 0, codes.clamp_(min=1))
+    codes = torch.where(scales[:, None] == 0, 0, codes)
+    return codes.view(-1)[: len(x)].to(torch.uint8), scales
+
+
+def decode(codes: Tensor, scales: Tensor, code: MomentCode) -> Tensor:
+    """The fp32 numbers of encode's results, (numel,)."""
+    codes = codes.int()
+    sizes = ((codes & code.largest) << DROPPED_BITS).view(torch.float32) * 2.0**code.shift
+    sizes = (_blocks(sizes) * scales[:, None]).view(-1)[: len(codes)]
+    return torch.where(codes > code.largest, -sizes, sizes) if code.signed else sizes
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)

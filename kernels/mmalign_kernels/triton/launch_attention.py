@@ -1,0 +1,95 @@
+"""Launch settings of the attention kernels: tile, warps and stages by head_dim, dtype and device.
+
+BLOCK_M queries by BLOCK_N keys; the side that a program owns (queries, or keys for their own
+gradients) is a multiple of the other. On sm_90 two warpgroups own 64 rows each: fewer would read
+keys and values from L2 twice as often, more do not fit in registers. On sm_80 products take their
+operands from registers, so the other side of a tile is narrower. Imports no triton, as launch.py.
+"""
+
+from torch import Tensor
+
+from . import launch
+from .launch import VECTOR_BYTES, WARP, next_power_of_2
+
+Settings = dict[str, int]
+# on sm_90, 16-bit; where a program owns keys, QUERY_TILE keys by KEY_TILE queries
+QUERY_TILE, KEY_TILE = 128, 64
+PREFIX_QUERY_TILE = 64
+
+
+def block_columns(head_dim: int) -> int:
+    """Columns of a tile of one head: matrix units need a power of two of at least 16."""
+    return max(next_power_of_2(head_dim), 16)
+
+
+def rotate_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
+    """Tokens and heads of a program that rotates heads; a thread holds 16 bytes of each half."""
+    if qkv.is_cpu:  # the interpreter's time does not depend on the tile
+        return 256, 8
+    elements = 4 * WARP * VECTOR_BYTES // min(qkv.element_size(), 4)
+    return max(2 * elements // block_columns(head_dim), 1), 8
+
+
+def forward(qkv: Tensor, head_dim: int) -> Settings:
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), 1)
+    if launch.gpu(qkv).capability >= 90:
+        return _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
+    return _settings(head_dim, 128, 32, 3)
+
+
+def prefix(qkv: Tensor, head_dim: int) -> Settings:
+    """Few queries: the segments of a tree are short, and rows beyond them are wasted.
+
+    Four warps, so that two programs share a multiprocessor; a head that does not fill its tile is
+    copied in smaller pieces, whose addresses need the registers of eight warps.
+    """
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), 1)
+    if block_columns(head_dim) == head_dim:
+        return _settings(head_dim, PREFIX_QUERY_TILE, 32, 2) | {"num_warps": 4}
+    keys = prefix_key_tile(head_dim) if launch.gpu(qkv).capability >= 90 else 32
+    return _settings(head_dim, PREFIX_QUERY_TILE, keys, 2)
+
+
+def prefix_key_tile(head_dim: int) -> int:
+    """On sm_90, 16-bit."""
+    return 32 if block_columns(head_dim) == head_dim else 64
+
+
+def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
+    """Few keys, so nothing to pipeline: a program ends after one or two tiles of them."""
+    if qkv.element_size() > 2:
+        return _settings(head_dim, *_square(qkv), 1)
+    return _settings(head_dim, 64, 32, 1)
+
+
+def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
+    """For the gradient of queries, and for those of keys and values."""
+    if qkv.element_size() > 2:
+        return (_settings(head_dim, *_square(qkv), 1),) * 2
+    narrow = block_columns(head_dim) <= 64
+    if launch.gpu(qkv).capability >= 90:  # a third stage of 128 columns spills in the second kernel
+        stages = 3 if narrow else 2
+        by_queries = _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
+        return by_queries, _settings(head_dim, KEY_TILE, QUERY_TILE, stages)
+    return (
+        _settings(head_dim, 64, 64, 3),
+        _settings(head_dim, *((32, 128) if narrow else (64, 64)), 3),
+    )
+
+
+def _square(qkv: Tensor) -> tuple[int, int]:
+    """For fp32 and fp64, multiplied without matrix units: small."""
+    side = 64 if qkv.is_cpu else 32  # the interpreter's time does not depend on the tile
+    return side, side
+
+
+def _settings(head_dim: int, queries: int, keys: int, num_stages: int) -> Settings:
+    return dict(
+        BLOCK_M=queries,
+        BLOCK_N=keys,
+        BLOCK_D=block_columns(head_dim),
+        num_warps=8,  # two warpgroups
+        num_stages=num_stages,
+    )
