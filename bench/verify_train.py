@@ -30,6 +30,7 @@ from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.data.packing import pack_samples
+from mmalign.data.templates import trains_image_tokens
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload, batch_flops
@@ -137,7 +138,7 @@ def build_model(case: Case, device: torch.device) -> Llava:
     """Random weights on `device`, with what the recipe trains marked."""
     model = random_llava(case.size, case.config.stage, device, DTYPES[case.config.precision])
     config = case.config
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     return model.to(device).train()
 
 

@@ -26,7 +26,7 @@ from typing import get_args
 from mmalign.batch import PackedBatch
 from mmalign.config import LoraConfig, LoraTarget, ShortcutConfig, Stage, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.projector import Projector
+from mmalign.model.projector import ProjectorShape
 from mmalign.system import GPUS
 
 
@@ -56,6 +56,12 @@ class Workload:
             if not config.data.text_only:
                 vision = VisionConfig.from_hf(config.model.vision_tower)
         return cls(decoder, vision, config.stage, config.lora)
+
+    @property
+    def projector(self) -> ProjectorShape | None:
+        if self.vision is None:
+            return None
+        return ProjectorShape(self.vision.hidden_size, self.decoder.hidden_size)
 
     @property
     def trains_decoder(self) -> bool:
@@ -234,8 +240,7 @@ def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
 def _projector_flops(workload: Workload, num_images: int, backward: bool) -> int:
     if workload.vision is None:
         return 0
-    sizes = workload.vision.hidden_size, workload.decoder.hidden_size
-    return Projector.flops(*sizes, num_images * workload.vision.num_patches, backward)
+    return workload.projector.flops(num_images * workload.vision.num_patches, backward)
 
 
 def tower_flops(vision: VisionConfig, num_images: int) -> Flops:

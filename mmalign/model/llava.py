@@ -91,7 +91,8 @@ class Llava(nn.Module):
         if num_images:
             features = self.vision_tower(batch.pixel_values)
         else:  # keeps the projector in the graph
-            features = self.projector.weight.new_empty(0, self.vision_tower.config.hidden_size)
+            weight = self.decoder.embed_tokens.weight
+            features = weight.new_empty(0, self.vision_tower.config.hidden_size)
         embeddings = {}
         if self.image_token_embeddings is not None:
             embeddings = dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))

@@ -19,6 +19,28 @@ _PREFIXES = ("mm_projector.", "multi_modal_projector.")
 _SHOWN = 10  # names in a message
 
 
+@dataclass(frozen=True)
+class ProjectorShape:
+    """What FLOPs and the memory plan need to know, without a model."""
+
+    vision_hidden_size: int
+    hidden_size: int
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter."""
+        return {"weight": (self.hidden_size, self.vision_hidden_size), "bias": (self.hidden_size,)}
+
+    @property
+    def saved_per_row(self) -> int:
+        """Numbers that the backward pass reads of each row: the features."""
+        return self.vision_hidden_size
+
+    def flops(self, num_rows: int, backward: bool) -> int:
+        """Of the forward pass, or of both; the features need no gradient."""
+        return (4 if backward else 2) * num_rows * self.vision_hidden_size * self.hidden_size
+
+
 class Projector(Linear):
     """weight (hidden_size, vision_hidden_size) and bias, initialised as torch.nn.Linear does."""
 
@@ -49,24 +71,16 @@ class Projector(Linear):
             norm.eps,
         )
 
-    # ---- from shapes alone ----
-
-    @staticmethod
-    def shapes(vision_hidden_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter."""
-        return {"weight": (hidden_size, vision_hidden_size), "bias": (hidden_size,)}
-
-    @staticmethod
-    def flops(vision_hidden_size: int, hidden_size: int, num_rows: int, backward: bool) -> int:
-        """Of the forward pass, or of both; the features need no gradient."""
-        return (4 if backward else 2) * num_rows * vision_hidden_size * hidden_size
-
-    @staticmethod
-    def saved_per_row(vision_hidden_size: int, hidden_size: int) -> int:
-        """Numbers that the backward pass reads of each row: the features."""
-        return vision_hidden_size
-
     # ---- names in files ----
+
+    @classmethod
+    def from_tensors(
+        cls, state: dict[str, Tensor], vision_hidden_size: int, hidden_size: int
+    ) -> "Projector":
+        """The projector that read_tensors returned. Raises UserError for other sizes."""
+        projector = cls(vision_hidden_size, hidden_size)
+        projector.load_tensors(state)
+        return projector
 
     @torch.no_grad()
     def load_tensors(self, state: dict[str, Tensor]) -> None:
@@ -80,13 +94,17 @@ class Projector(Linear):
             parameter.copy_(state[name])
 
     @staticmethod
-    def read_tensors(tensors: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+    def read_tensors(
+        tensors: dict[str, Tensor], source: object, hf_config: dict | None = None
+    ) -> dict[str, Tensor]:
         """Parameters by name from the tensors of a file, in any of the three spellings.
 
         LLaVA: model.mm_projector.weight. Hugging Face: multi_modal_projector.linear_1.weight, where
-        linear_2 has to be the identity with zero bias. Ours: weight. Raises UserError naming
-        `source` for anything that is not one linear layer.
+        linear_2 has to be the identity with zero bias; hf_config is config.json. Ours: weight.
+        Raises UserError naming `source` for anything that is not one linear layer.
         """
+        if hf_config is not None:
+            _check_hf_config(hf_config, source)
         state = {_without_prefix(name): tensor for name, tensor in tensors.items()}
         if "linear_1.weight" in state:
             _check_identity(state, source)
@@ -136,6 +154,13 @@ def _without_prefix(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.rpartition(prefix)[2]
     return name
+
+
+def _check_hf_config(hf: dict, source: object) -> None:
+    hf = {"multimodal_projector_bias": True} | hf  # a later option: older folders do not write it
+    found = {name: hf.get(name) for name in Projector.HF_CONFIG}
+    if found != Projector.HF_CONFIG:
+        raise UserError(f"{source}/config.json: expected {Projector.HF_CONFIG}, found {found}")
 
 
 def _check_identity(state: dict[str, Tensor], source: object) -> None:

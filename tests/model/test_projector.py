@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from mmalign.errors import UserError
 from mmalign.model.hf import load_projector
-from mmalign.model.projector import Projector
+from mmalign.model.projector import Projector, ProjectorShape
 from tests.model.tiny import GROUPED_QUERY, hf_llava
 
 
@@ -21,14 +21,13 @@ def projector():
 def test_tensors_in_all_three_spellings():
     ours = Projector(48, 128)
     expected = {name: p.detach() for name, p in ours.named_parameters()}
-    assert {name: x.shape for name, x in expected.items()} == Projector.shapes(48, 128)
+    assert {name: x.shape for name, x in expected.items()} == ProjectorShape(48, 128).parameters
     llava = {f"model.mm_projector.{name}": tensor for name, tensor in expected.items()}
     nested = {f"model.{name}": tensor for name, tensor in ours.to_hf_tensors().items()}
     for tensors in (ours.to_tensors(), llava, ours.to_hf_tensors(), nested):
         state = Projector.read_tensors(tensors, "file")
         assert state.keys() == expected.keys()
-        other = Projector(48, 128)
-        other.load_tensors(state)
+        other = Projector.from_tensors(state, 48, 128)
         assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
 
 

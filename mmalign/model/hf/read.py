@@ -49,10 +49,9 @@ def load_llava(
     if not is_llava(folder):
         return Llava(decoder, None, None, tokenizer)
     tower = load_vision_tower(folder, dtype)
-    projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
-    llava = Llava(decoder, tower, projector, tokenizer)
-    llava.load_projector(load_projector(folder))
-    return llava
+    sizes = tower.config.hidden_size, decoder.config.hidden_size
+    projector = Projector.from_tensors(load_projector(folder), *sizes).to(dtype)
+    return Llava(decoder, tower, projector, tokenizer)
 
 
 def load_decoder(
@@ -217,12 +216,11 @@ def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
 
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
-    # the bias is a later option, which older folders have without saying so
-    hf = {"multimodal_projector_bias": True} | read_hf_config(folder)
-    expected = Projector.HF_CONFIG | VisionConfig.from_hf(folder).llava_fields
+    hf = read_hf_config(folder)
+    expected = VisionConfig.from_hf(folder).llava_fields
     found = {name: hf.get(name) for name in expected}
     if found != expected:
         raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
     files = WeightFiles.of_folder(folder)
     keys = [key for key in files.keys() if "multi_modal_projector." in key]
-    return Projector.read_tensors({key: files.read(key).clone() for key in keys}, folder)
+    return Projector.read_tensors({key: files.read(key).clone() for key in keys}, folder, hf)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from mmalign.config import LoraTarget, TrainConfig
 from mmalign.data.templates import trains_image_tokens
 from mmalign.flops import Workload
-from mmalign.model.projector import Projector
 from mmalign.model.recompute import Recompute, policy_by_layer
 from mmalign.system import DTYPES
 
@@ -76,8 +75,7 @@ class Activations:
             self._stream(saved, 0, tokens)
         if workload.vision:
             rows = batch.images * workload.vision.num_patches
-            sizes = workload.vision.hidden_size, decoder.hidden_size
-            size = rows * Projector.saved_per_row(*sizes)
+            size = rows * workload.projector.saved_per_row
             saved.add("image features", "features", size * self.itemsize)
         if self.trains_image_tokens:
             saved.add("image features", "masks", 2 * tokens)

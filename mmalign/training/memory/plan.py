@@ -24,7 +24,6 @@ from mmalign_kernels.triton import launch
 
 from mmalign.config import TrainConfig
 from mmalign.flops import Workload, adapted_projections
-from mmalign.model.projector import Projector
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training.memory.activations import Activations, MicroBatch, Saved
@@ -80,7 +79,7 @@ def parameters(workload: Workload, trains_image_tokens: bool) -> Iterator[Matric
             yield Matrices("layer", (rank, columns), layers, True)
             yield Matrices("layer", (rows, rank), layers, True)
     if workload.vision:
-        for shape in Projector.shapes(workload.vision.hidden_size, hidden).values():
+        for shape in workload.projector.parameters.values():
             yield Matrices("root", shape, 1, True)
         with torch.device("meta"):
             tower = sum(p.numel() for p in VisionTower(workload.vision).parameters())
