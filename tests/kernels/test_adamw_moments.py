@@ -150,11 +150,11 @@ def test_nan_stays_in_its_block():
 
 def test_wrong_moments():
     run = Run(weights(), moments=torch.uint8)
-    with pytest.raises(ValueError, match="need a seed"):
+    with pytest.raises(ValueError, match="needs a seed"):
         run.step(gradients(1)[0])
     run = Run(weights(), moments=torch.uint8, seed=1)
     run.scales = [None, None]
-    with pytest.raises(ValueError, match="need scales"):
+    with pytest.raises(ValueError, match="only 8-bit codes take scales"):
         run.step(gradients(1)[0])
     run = Run(weights(), moments=torch.uint8, seed=1)
     run.scales[1][2] = torch.zeros(3)
