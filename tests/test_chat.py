@@ -206,8 +206,8 @@ def test_interrupted_answer_is_forgotten(run, monkeypatch):
 
 
 ERRORS = {
-    "no folder": (["--model", "nowhere"], "nowhere is no folder"),
-    "folder of runs": (["--model", "{run}/.."], "is no run, but holds some: name .*/run"),
+    "no folder": (["--model", "nowhere"], "nowhere is not a directory"),
+    "folder of runs": (["--model", "{run}/.."], "is not a run; it contains runs: name .*/run"),
     "no template": (["--model", "{text}"], "Set --template to one of v0, v1"),
     "no tower": (
         ["--model", "{text}", "--template", "v1", "--image", "{run}/picture.png"],

@@ -277,7 +277,7 @@ def test_exports_load_in_transformers(world):
     with torch.no_grad():
         length = torch.tensor([0, len(ids)], dtype=torch.int32)
         positions = torch.arange(len(ids), dtype=torch.int32)
-        hidden = ours(torch.tensor(ids), positions, length, len(ids))
+        hidden = ours(torch.tensor(ids), ours.packed_positions(positions, length, len(ids)))
         expected = llama(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(hidden @ ours.lm_head.weight.T, expected, atol=1e-4, rtol=0)
 
