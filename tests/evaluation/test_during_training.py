@@ -22,7 +22,7 @@ from mmalign.tokenizer import Tokenizer
 from mmalign.training.loop import train
 from tests.training.conftest import WORDS
 from tests.training.helpers import exported_weights, losses, small_config
-from tests.training.test_trainer import train_interrupted
+from tests.training.test_loop import train_interrupted
 from tests.training.train_processes import start
 
 TASKS = ("truthfulqa", "ethics_virtue")

@@ -21,7 +21,7 @@ from mmalign.config import OptimizerConfig
 from mmalign.files import read_json_lines
 from mmalign.training.optimizer import AdamW
 from tests.training.helpers import small_config
-from tests.training.test_trainer import command_line
+from tests.training.test_loop import command_line
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TRAINED = {
