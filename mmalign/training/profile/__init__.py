@@ -7,7 +7,7 @@ CUDA; pytorch.org/memory_viz) and profile.md: the time of each category beside i
 import logging
 import re
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -17,7 +17,7 @@ from mmalign.errors import UserError
 from mmalign.files import write_text
 from mmalign.flops import Workload
 from mmalign.system import DTYPES
-from mmalign.training.profile.ranges import ProfilerRange, ranges_of
+from mmalign.training.profile.ranges import ProfilerRange, ranges_of, wrapped
 from mmalign.training.profile.roofline import MeasuredPeaks, measure_peaks, roofline_bounds
 from mmalign.training.profile.timeline import Timeline, read_timeline
 from mmalign.training.telemetry import memory
@@ -94,7 +94,8 @@ class StepProfiler:
 
     def _start(self, num_warmup: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.running.enter_context(ranges_of(self.trainer, self.data_wait.close))
+        self.running.enter_context(ranges_of(self.trainer))
+        self.running.enter_context(wrapped(self.trainer, "train_step", self._end_data_wait))
         activities = [ProfilerActivity.CPU]
         if self.trainer.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -108,6 +109,10 @@ class StepProfiler:
                 on_trace_ready=lambda p: p.export_chrome_trace(str(self.folder / "trace.json.gz")),
             )
         )
+
+    def _end_data_wait(self, *args) -> AbstractContextManager:
+        self.data_wait.close()
+        return nullcontext()
 
     def _write(self) -> None:
         config, device = self.trainer.config, self.trainer.ranks.device

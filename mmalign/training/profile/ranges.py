@@ -5,7 +5,7 @@ not profiled does not know of them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 
 import torch
@@ -38,65 +38,43 @@ class ProfilerRange:
 
 
 @contextmanager
-def ranges_of(trainer: Trainer, step_begins: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside: phases of the step, every layer's forward and backward pass, and every operation.
-
-    step_begins is called before each train_step.
-    """
-    phases = {
-        "copy to device": (PackedBatch, "to"),
-        "backward": (Tensor, "backward"),
-        "gradient norm": (trainer.optimizer, "gradient_norm"),
-        "optimizer": (trainer.optimizer, "step"),
-    }
+def ranges_of(trainer: Trainer) -> Iterator[None]:
+    """Inside: phases of the step, every layer's forward and backward pass, and every operation."""
+    optimizer, modules = trainer.optimizer, {"forward": trainer.parallel.model}
     with ExitStack() as stack:
-        for name, (owner, method) in phases.items():
-            stack.enter_context(_replaced(owner, method, partial(_in_range, name)))
-        stack.enter_context(_replaced(Operation, "run", _operation_in_range))
-        stack.enter_context(_replaced(trainer, "train_step", partial(_after, step_begins)))
-        modules = _ModuleRanges({"forward": trainer.parallel.model, **_parts(trainer.model)})
-        stack.callback(modules.remove)
+        for owner, method, range_of in (
+            (PackedBatch, "to", lambda *_: ProfilerRange("copy to device")),
+            (Tensor, "backward", lambda *_: ProfilerRange("backward")),
+            (optimizer, "gradient_norm", lambda *_: ProfilerRange("gradient norm")),
+            (optimizer, "step", lambda *_: ProfilerRange("optimizer")),
+            (Operation, "run", lambda x, *_: ProfilerRange(f"{OPERATION_PREFIX}{x.name}")),
+        ):
+            stack.enter_context(wrapped(owner, method, range_of))
+        hooks = _ModuleRanges(modules | _parts(trainer.model))
+        stack.callback(hooks.remove)
         yield
 
 
 @contextmanager
-def _replaced(owner: object, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Inside, owner.name is wrap(owner.name)."""
-    own = vars(owner).get(name)
-    setattr(owner, name, wrap(getattr(owner, name)))
+def wrapped(
+    owner: object, method: str, around: Callable[..., AbstractContextManager]
+) -> Iterator[None]:
+    """Inside, calls of owner.method run within the context around(*arguments)."""
+    function, own = getattr(owner, method), vars(owner).get(method)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        with around(*args):
+            return function(*args, **kwargs)
+
+    setattr(owner, method, call)
     try:
         yield
     finally:
         if own is None:  # an object's method is its class's
-            delattr(owner, name)
+            delattr(owner, method)
         else:
-            setattr(owner, name, own)
-
-
-def _in_range(name: str, function: Callable) -> Callable:
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        with ProfilerRange(name):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def _after(first: Callable[[], None], function: Callable) -> Callable:
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        first()
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-def _operation_in_range(run: Callable) -> Callable:
-    def wrapped(operation: Operation, *args):
-        with ProfilerRange(f"{OPERATION_PREFIX}{operation.name}"):
-            return run(operation, *args)
-
-    return wrapped
+            setattr(owner, method, own)
 
 
 class _ModuleRanges:
