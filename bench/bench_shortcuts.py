@@ -18,11 +18,11 @@ from bench.samples import Samples, samples_of, typical_step
 from bench.train_sides import MmalignStep
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
-from mmalign.data.packing import micro_batches, pack_samples
-from mmalign.flops import Workload
+from mmalign.data.loader import micro_batches
+from mmalign.data.packing import pack_samples
+from mmalign.flops import Workload, required_flops
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.shortcuts import needed_flops
 
 HEADER_TOKENS = 37  # of template v0, with LLaMA's tokenizer
 NONE = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
@@ -137,7 +137,7 @@ class Shortcuts:
     def _flops(self, shortcuts: ShortcutConfig) -> int:
         workload = Workload(self.size.decoder, self.size.vision, self.stage)
         labels = [sample.labels[1:] for sample in self.samples.encoded]
-        return needed_flops(
+        return required_flops(
             workload,
             shortcuts,
             self.samples.lengths,

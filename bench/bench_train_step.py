@@ -147,7 +147,9 @@ class TrainStep:
             precision=self.of.precision,
             recompute="auto",
         )
-        plan = MemoryPlan(config, Workload.of(model, config), capacity, "cuda")
+        vision = model.vision_tower and model.vision_tower.config
+        workload = Workload.from_config(config, model.decoder.config, vision)
+        plan = MemoryPlan(config, workload, capacity, "cuda")
         chosen = plan.recommend()
         model.decoder.set_recompute(chosen.recompute, chosen.recompute_layers)
         self.recompute = flags_of(chosen)

@@ -28,8 +28,9 @@ from bench.record import Record, write_part
 from bench.samples import draw_samples
 from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
-from mmalign.data.packing import micro_batches, pack_samples
-from mmalign.distributed import Ranks
+from mmalign.data.loader import micro_batches
+from mmalign.data.packing import pack_samples
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload, batch_flops
 from mmalign.model.llava import Llava
@@ -156,7 +157,7 @@ def measure_steps(
     planned = plan.at(micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
     batches = step_batches(case, micro_batch_tokens, num_samples)
     optimizer = AdamW(model.trainable_parameters(), case.config.optimizer)
-    with Telemetry(case.config, Ranks(0, 1, device)) as telemetry:
+    with Telemetry(case.config, DistributedContext(0, 1, device)) as telemetry:
         for _ in range(rounds[0]):
             optimizer_step(model, optimizer, batches, device)
         if device.type == "cuda":

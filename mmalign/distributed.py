@@ -12,17 +12,19 @@ import torch.distributed as dist
 from mmalign.errors import UserError
 from mmalign.system import choose_device
 
-PATIENCE = timedelta(days=7)  # waiting for the main process to check data or to export takes long
-# how gloo, NCCL and the store say that another process is gone
+CPU_GROUP_TIMEOUT = timedelta(days=7)  # the main process may check data or export for hours
+# how gloo, NCCL and the store say that a rank has exited
 LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "got 0 bytes")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
+    """This process's rank and device, and the collectives that the trainer uses."""
+
     rank: int
     world_size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None  # on the host, for waits that may be long
+    cpu_group: dist.ProcessGroup | None = None  # gloo, for waits that may take long
 
     @property
     def is_main(self) -> bool:
@@ -30,28 +32,28 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(group=self.patient)
+            dist.barrier(group=self.cpu_group)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, in place; the host does not wait for a GPU."""
+        """Sum over all ranks, in place; the host does not wait for a GPU."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def from_main(self, value):
+    def broadcast_from_main(self, value):
         """The main process's value, on every process."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.patient)
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
-    def gather(self, value) -> list:
-        """Every process's value in order on the main process, nothing on the others."""
+    def gather_to_main(self, value) -> list:
+        """Every rank's value, in order, on the main process; an empty list on the others."""
         if self.world_size == 1:
             return [value]
         box = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, box, dst=0, group=self.patient)
+        dist.gather_object(value, box, dst=0, group=self.cpu_group)
         return box or []
 
     @contextmanager
@@ -65,13 +67,13 @@ class Ranks:
 
 
 @contextmanager
-def start_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
-    """Joins the process group that torchrun set up in the environment, if any, and leaves it.
+def start_distributed(device: str, timeout_minutes: float) -> Iterator[DistributedContext]:
+    """Joins the process group that torchrun describes in the environment, and leaves it at the end.
 
-    A collective operation that takes longer than timeout_minutes ends the run.
+    Without torchrun it is one process. A collective that takes longer than timeout_minutes fails.
 
     Raises:
-        UserError: another process has ended, or this one has no GPU of its own.
+        UserError: another rank has exited, or this one has no GPU of its own.
     """
     chosen = choose_device(device)
     if chosen.type == "cuda":
@@ -79,20 +81,20 @@ def start_ranks(device: str, timeout_minutes: float) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
-        yield Ranks(0, 1, chosen)
+        yield DistributedContext(0, 1, chosen)
         return
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
     try:
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Ranks(rank, world_size, chosen, patient)
+        cpu_group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
+        yield DistributedContext(rank, world_size, chosen, cpu_group)
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST):
             raise
         raise UserError(
-            f"process {rank} has lost the connection to another one, which has ended: look for "
-            "the message of that one. The same command continues the run"
+            f"rank {rank} lost its connection to a rank that exited; see that rank's log. Fix the "
+            "cause there and rerun the same command to resume."
         ) from error
     finally:
         dist.destroy_process_group()
@@ -103,5 +105,5 @@ def _check_gpu(device: torch.device) -> None:
     if device.index is not None and device.index >= visible:
         raise UserError(
             f"process {device.index} of this node has no GPU: {visible} visible. Start as many "
-            "processes a node as it has GPUs, each of which sees all of them"
+            "processes per node as it has GPUs, and let each process see all of them."
         )

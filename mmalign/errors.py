@@ -1,4 +1,4 @@
-"""Errors that a user caused and can mend: each names the item, what was expected and what came."""
+"""Errors that a user can fix: each says what was expected, what was found and what to do."""
 
 
 class UserError(ValueError):

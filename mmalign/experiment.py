@@ -10,7 +10,7 @@ from mmalign.evaluation.report import write_report
 from mmalign.evaluation.visual_questions import score_run
 from mmalign.recipes import RECIPES
 from mmalign.toy_world import toy_world
-from mmalign.training.trainer import train
+from mmalign.training.loop import train
 
 
 @dataclass(frozen=True)

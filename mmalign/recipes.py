@@ -1,15 +1,15 @@
-"""Named runs: one for every row of the paper's recipe, and the toy world's.
+"""Named runs: one per row of the paper's recipe, and those of the toy world.
 
-Sources: the paper's released scripts and checkpoints (global batch, steps and what trains were read
-off the released trainer states). Paths of weights and data are given on the command line; the
-tiny recipes make theirs.
+Sources: the paper's released scripts and checkpoints (global batch, steps and trained parameters
+are those of the released trainer states). The command line gives the paths of weights and data;
+the tiny recipes make their own.
 """
 
 from dataclasses import replace
 
 from mmalign.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-# ---- stage 1: the projector learns on 595k image-caption pairs ----
+# ---- stage 1: the projector trains on 595k image-caption pairs ----
 
 PRETRAIN_7B = TrainConfig(
     stage="pretrain",
@@ -20,11 +20,11 @@ PRETRAIN_7B = TrainConfig(
     recompute="auto",
 )
 
-# ---- stage 2: projector and decoder learn on 80k visual instructions ----
+# ---- stage 2: projector and decoder train on 80k visual instructions ----
 
-# 8 bytes a weight, so that all of a 7B model learns on one card of 80 GB with gradient clipping:
-# weight, gradient and both moments in bf16, rounded at random. Where an exact fp32 master is to be
-# kept: --optimizer.master split with --optimizer.moments 8bit needs as much.
+# 8 bytes per weight, so that a whole 7B model trains on one 80 GB GPU with gradient clipping:
+# weight, gradient and both moments in bf16 with stochastic rounding. For an exact fp32 master in
+# the same memory: --optimizer.master split --optimizer.moments 8bit.
 FINETUNE_7B = TrainConfig(
     stage="finetune",
     data=DataConfig(template="llava_llama_2", num_workers=8),
@@ -66,7 +66,8 @@ def _with_data(config: TrainConfig, **changes) -> TrainConfig:
 
 
 def _with_lora(config: TrainConfig, **changes) -> TrainConfig:
-    exact = replace(config.optimizer, master="split", moments="fp32")  # of adapters it is little
+    # adapter state is small, so keep it exact
+    exact = replace(config.optimizer, master="split", moments="fp32")
     lora = LoraConfig(rank=64, alpha=16.0, dropout=0.05, **changes)
     return replace(config, lora=lora, optimizer=exact)
 

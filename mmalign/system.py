@@ -1,9 +1,10 @@
-"""The machine and the versions that a run or an evaluation used."""
+"""Devices, GPUs that we know, and the versions that a run or an evaluation used."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,38 @@ from mmalign.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by --precision
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """None: not published, or not measured."""
+
+    name: str  # for scripts/plan_memory.py --gpu
+    pattern: str  # found in what torch.cuda.get_device_name returns
+    bf16_flops: float | None  # dense, with fp32 accumulation
+    memory_gib: float | None  # that CUDA reports, rounded down
+
+
+# Rates are half of what a data sheet gives with sparsity. From NVIDIA's data sheets of H100, H200,
+# B200 (HGX), A100 and L40S, and for the others the white papers of GA102 and Ada. The first pattern
+# that matches a device's name holds.
+GPUS = (
+    Gpu("h100-pcie", r"\bH100 PCIe", 756e12, None),
+    Gpu("h100-nvl", r"\bH[12]00 NVL", 835.5e12, None),
+    Gpu("h200", r"\bG?H200\b", 989.4e12, 139.7),
+    Gpu("h100-80g", r"\bG?H[18]00\b", 989.4e12, 79.1),
+    Gpu("b200", r"\bB200\b", 2250e12, 178.3),
+    Gpu("a100-40g", r"\bA100.*40GB", 312e12, 39.4),
+    Gpu("a100-80g", r"\bA[18]00\b", 312e12, 79.1),
+    Gpu("l40s", r"\bL40S\b", 362e12, 44.3),
+    Gpu("a40", r"\bA40\b", None, 44.3),
+    Gpu("a6000", r"\bRTX A6000\b", 154.8e12, 47.4),
+    Gpu("a10g", r"\bA10G\b", None, 22.0),
+    Gpu("rtx-4090", r"\bRTX 4090\b", 165.2e12, 23.5),
+    Gpu("rtx-3090", r"\bRTX 3090\b(?! Ti)", 71e12, 23.5),
+)
+
+
 def choose_device(device: str) -> torch.device:
-    """auto takes a GPU where there is one; under torchrun each process its own."""
+    """auto: a GPU where there is one; under torchrun each process has its own."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if device == "auto":

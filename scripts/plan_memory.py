@@ -18,15 +18,32 @@ from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
 from mmalign.training.memory.plan import MemoryPlan
-from mmalign.training.memory.published import published_workload
-from mmalign.training.memory.table import GPUS, capacity_of, check, flags_of, render, total_of
+from mmalign.training.memory.table import (
+    MEMORY_GIB,
+    capacity_of,
+    check,
+    flags_of,
+    published_workload,
+    render,
+    total_of,
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    recipe: tyro.conf.Suppress[str]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpu: str = "h100-80g"
+    """a100-40g, a100-80g, h100-80g, h200, b200, l40s, a40, a6000, a10g, rtx-3090, rtx-4090, GiB."""
+    world_size: int = 1
+    """Processes that torchrun starts."""
 
 
 @dataclass(frozen=True)
 class PlanMemory:
     recipe: tyro.conf.Suppress[str]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    gpu: Annotated[str, tyro.conf.arg(help=f"GiB, or {', '.join(GPUS)}.")] = "h100-80g"
+    gpu: Annotated[str, tyro.conf.arg(help=f"GiB, or {', '.join(MEMORY_GIB)}.")] = "h100-80g"
     world_size: int = 1
     """Processes that torchrun starts."""
 
@@ -38,7 +55,7 @@ def report(options: PlanMemory) -> str:
     workload = published_workload(config, options.recipe)
     plan = MemoryPlan(config, workload, capacity_of(options.gpu), "cuda", world_size)
     chosen = check(plan)
-    gpus = options.gpu if options.gpu in GPUS else "a GPU"
+    gpus = options.gpu if options.gpu in MEMORY_GIB else "a GPU"
     gpus += f" of {plan.capacity / 2**30:.1f} GiB ({plan.capacity / 1e9:.1f} GB)"
     if world_size > 1:
         gpus = f"{world_size} x {gpus}, --parallel.sharding {parallel.sharding}"

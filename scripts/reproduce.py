@@ -13,7 +13,7 @@ import tyro
 
 from mmalign.errors import UserError
 from mmalign.experiment import PAPER, TINY, run_experiment
-from mmalign.training.stop_signal import Stopped
+from mmalign.training.guards import Stopped
 
 
 def main() -> None:

@@ -4,26 +4,27 @@
     python scripts/train.py tiny-finetune --run-dir runs/finetune --model.projector runs/pretrain
     python scripts/train.py tiny-pretrain --run-dir runs/profiled --profile 10:13
 
-The same command continues a stopped run; one that was asked to stop exits with code 75.
---help lists the recipes, RECIPE --help its fields.
+The same command resumes a stopped run; one that a signal stopped exits with code 75.
+--help lists the recipes, RECIPE --help its fields; scripts/README.md explains them.
 """
 
 import logging
 import os
 import sys
 
-from mmalign.command_line import parse_recipe
+import tyro
+
 from mmalign.errors import UserError
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
+from mmalign.training.guards import Stopped
+from mmalign.training.loop import train
 from mmalign.training.run_folder import config_json
-from mmalign.training.stop_signal import Stopped
-from mmalign.training.trainer import train
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = parse_recipe(RECIPES, "train.py", __doc__)
+    config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
     if config.print_config:
         print(config_json(config))
         return
@@ -35,7 +36,7 @@ def main() -> None:
             report = write_report(config.run_dir / "report.md", stages, evaluations={})
             print(f"curves and settings: {report}")
     except Stopped as stopped:
-        if is_main:  # every process has stopped after the same step
+        if is_main:  # every rank has stopped after the same step
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except UserError as error:

@@ -150,12 +150,13 @@ def test_figures_of_llama2_7b():
 
 
 def test_packed_batch_and_trained_model(tmp_path):
-    """Workload.of sees what set_trainable marks; batch_flops reads the batch as it is packed."""
+    """from_config agrees with set_trainable; batch_flops reads the batch as it is packed."""
     model = tiny.ours(tiny.hf_llava(**tiny.GROUPED_QUERY), tmp_path)
     samples = tiny.mixed_samples()
     config = TrainConfig("finetune", data=DataConfig(), lora=LoraConfig(rank=2))
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
-    workload = Workload.of(model, config)
+    model.set_trainable(config.stage, config.lora, train_image_tokens=False)
+    shapes = model.decoder.config, model.vision_tower.config
+    workload = Workload.from_config(config, *shapes)
     adapters = sum(p.numel() for n, p in model.trainable_parameters().items() if "lora" in n)
     flops = batch_flops(workload, tiny.pack(samples))
     lengths = [len(sample.input_ids) for sample in samples]

@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from mmalign.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mmalign.data.samples import read_samples
 from mmalign.evaluation.evaluation import evaluate_model
-from mmalign.training.trainer import train
-from tests.training.runs import losses
+from mmalign.training.loop import train
+from tests.training.helpers import losses
 
 
 def json_lines(path: Path) -> list[dict]:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.training.stop_signal import Stopped
+from mmalign.training.guards import Stopped
 from scripts import reproduce
 
 

@@ -19,8 +19,7 @@ from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.errors import SampleError
-from mmalign.model.config import VisionConfig
-from mmalign.model.published import CLIP_VIT_L_14
+from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 _STYLES = {"supervised": "bold green", "image": "cyan", "special": "dim", "text": ""}

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mmalign.batch import IGNORE_INDEX
-from mmalign.config import DataConfig
+from mmalign.config import TrainConfig
 from mmalign.data.samples import Turn
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
@@ -65,9 +65,10 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def writes_image_tokens(data: DataConfig) -> bool:
-    """Whether <im_start> and <im_end> are written around the images of this data."""
-    return data.use_im_start_end and find_template(data.template).writes_image_tokens
+def trains_image_tokens(config: TrainConfig) -> bool:
+    """Whether stage 1 trains the rows of <im_start> and <im_end>: its template writes them."""
+    written = find_template(config.data.template).writes_image_tokens
+    return config.stage == "pretrain" and config.data.use_im_start_end and written
 
 
 def encode_conversation(

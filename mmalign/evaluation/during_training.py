@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import Evaluation, Plan, make_items
 from mmalign.evaluation.items import Items, read_results
@@ -36,7 +36,7 @@ class EvaluationDuringTraining:
     def __init__(
         self,
         config: TrainConfig,
-        ranks: Ranks,
+        ranks: DistributedContext,
         tokenizer: Tokenizer,
         report: CheckReport,
         num_steps: int,
@@ -55,9 +55,11 @@ class EvaluationDuringTraining:
             config.precision,
         )
         # sharded weights are gathered by all processes together, so each scores everything
-        self.sharded = config.parallel.sharding != "none" and ranks.world_size > 1
+        self.sharded = config.parallel.is_sharded(ranks.world_size)
         trained = float(np.mean(report.lengths)) * config.global_batch_size * num_steps
-        self.limit = ranks.from_main(self._choose_limit(trained) if ranks.is_main else None)
+        self.limit = ranks.broadcast_from_main(
+            self._choose_limit(trained) if ranks.is_main else None
+        )
         self.plan: Plan | None = None  # of the first `limit` documents, made once
         self.scores: dict[str, float] = {}  # for metrics.jsonl
         self.scored_step: int | None = None
@@ -68,7 +70,7 @@ class EvaluationDuringTraining:
         if not self.is_due(first_step):
             return
         name = "all" if first_step == self.num_steps else f"step_{first_step}"
-        if not self.ranks.from_main((self.folder / name / "results.json").exists()):
+        if not self.ranks.broadcast_from_main((self.folder / name / "results.json").exists()):
             self.after(first_step, model)
 
     def is_due(self, step: int) -> bool:
@@ -109,7 +111,7 @@ class EvaluationDuringTraining:
         device = self.ranks.device
         answers = model.with_decoder(lambda decoder: self.evaluation.score(decoder, plan, device))
         if not self.sharded:
-            shares = self.ranks.gather(answers)
+            shares = self.ranks.gather_to_main(answers)
             answers = {key: value for share in shares for key, value in share.items()}
         return make_items(documents, answers) if self.ranks.is_main else {}
 

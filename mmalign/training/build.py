@@ -1,15 +1,20 @@
-"""From a configuration to what the loop needs: paths filled in, dataset, model."""
+"""From a configuration to the parts of a run: paths, dataset, loader and model."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from mmalign.config import TrainConfig
+from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.loader import StepLoader
 from mmalign.data.samples import read_samples
+from mmalign.data.templates import trains_image_tokens
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
-from mmalign.flops import Workload
+from mmalign.files import write_text
+from mmalign.flops import Workload, required_flops
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
@@ -17,18 +22,21 @@ from mmalign.model.projector import Projector
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world
-from mmalign.training.shortcuts import needed_flops
 
 log = logging.getLogger("mmalign")
 TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
+MIN_PREFIX_TOKENS = 8  # below this, joining the prefix costs more than it saves
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills in what a recipe leaves open; raises UserError for what the user has to give."""
+    """Fills in what a recipe leaves open; raises UserError for paths that the user must give."""
     model, data, evaluation = config.model, config.data, config.evaluation
     if data.text_only:
         if config.stage == "pretrain":
-            raise UserError("stage pretrain trains the projector; data.text_only leaves no image")
+            raise UserError(
+                "stage pretrain trains the projector, but --data.text-only removes every image. "
+                "Use --data.text-only False, or a finetune recipe"
+            )
         model = replace(model, vision_tower="", projector="")
         data = replace(data, image_root="")
     paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
@@ -64,52 +72,107 @@ def _fill(value: str, toy_path: Path) -> str:
     return str(toy_path) if value == TOY_WORLD else value
 
 
+# ---- data ----
+
+
 def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
     samples, text_only = read_samples(config.data.path, config.data), config.data.text_only
     vision = None if text_only else VisionConfig.from_hf(config.model.vision_tower)
     return ConversationDataset(samples, tokenizer, config.data, vision)
 
 
+def check_data(
+    config: TrainConfig, dataset: ConversationDataset, ranks: DistributedContext
+) -> CheckReport:
+    """The main process checks, and lists skipped samples; the others read what it remembered."""
+    with ranks.main_first():
+        cache = config.run_dir / "data_check.npz"
+        report = check_samples(dataset, cache, progress=ranks.is_main)
+        if report.skipped and ranks.is_main:
+            path = config.run_dir / "skipped_samples.txt"
+            log.warning("%d samples skipped (listed in %s)", len(report.skipped), path)
+            write_text(path, "".join(f"{error}\n" for error in report.skipped))
+    return report
+
+
+def shared_prefix(config: TrainConfig, report: CheckReport) -> list[int]:
+    """Token ids of the header whose keys and values are computed once per run; often empty."""
+    wanted = config.shortcuts.frozen_prefix and config.stage == "pretrain"
+    if not wanted or len(report.prefix) < MIN_PREFIX_TOKENS:
+        return []
+    return report.prefix.tolist()
+
+
+def build_loader(
+    config: TrainConfig,
+    dataset: ConversationDataset,
+    report: CheckReport,
+    ranks: DistributedContext,
+    num_steps: int,
+    first_step: int,
+    prefix_length: int,
+) -> StepLoader:
+    """Raises UserError for what does not fit; prefix_length: as in PackedBatch."""
+    return StepLoader(
+        dataset,
+        report,
+        global_batch_size=config.global_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+        num_steps=num_steps,
+        start_step=first_step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        require_images=config.stage == "pretrain",
+        prefix_length=prefix_length,
+        cost=sample_cost(config, prefix_length),
+    )
+
+
 def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, int], int]:
-    """(tokens, targets, images) of a sample -> FLOPs that its training takes with the shortcuts.
+    """(tokens, targets, images) of a sample -> FLOPs of training on it with the shortcuts.
 
     From configurations alone. prefix_length: as in PackedBatch; it counts among the tokens.
     """
-    vision = None if config.data.text_only else VisionConfig.from_hf(config.model.vision_tower)
-    decoder = DecoderConfig.from_hf(config.model.decoder)
-    workload = Workload(decoder, vision, config.stage, config.lora)
+    workload = Workload.from_config(config)
 
     def cost(num_tokens: int, num_loss_tokens: int, num_images: int) -> int:
         sample = [num_tokens], num_loss_tokens, num_images
-        return needed_flops(workload, config.shortcuts, *sample, prefix_length).total
+        return required_flops(workload, config.shortcuts, *sample, prefix_length).total
 
     return cost
 
 
-def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: Sequence[int] = ()) -> Llava:
-    """The model with its pre-trained weights and with what the stage trains marked."""
-    dtype, options = DTYPES[config.precision], (tokenizer, config.shortcuts, prefix_ids)
+# ---- model ----
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]) -> Llava:
+    """The model with its pre-trained weights; what the stage trains requires gradients.
+
+    prefix_ids: of tokens before every sample that have no rows (PackedBatch.prefix_length).
+    """
+    dtype, extra = DTYPES[config.precision], (config.shortcuts, prefix_ids)
     if config.data.text_only:
         decoder = load_decoder(config.model.decoder, dtype)
-        model = Llava(decoder, None, None, *options)
+        model = Llava(decoder, None, None, tokenizer, *extra)
     else:
         decoder = load_decoder(
             config.model.decoder, dtype, num_added_tokens=_num_missing_rows(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
         projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
-        model = Llava(decoder, tower, projector, *options)
+        model = Llava(decoder, tower, projector, tokenizer, *extra)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))
         elif config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     model.decoder.set_recompute(config.recompute, config.recompute_layers)
     return model
 
 
 def _num_missing_rows(config: TrainConfig, tokenizer: Tokenizer) -> int:
-    """Rows of image tokens that the decoder's vocabulary lacks; an export of ours has them."""
+    """Rows of image tokens that the decoder's vocabulary lacks; our exports have them already."""
     added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
     vocab_size = DecoderConfig.from_hf(config.model.decoder).vocab_size
     return max(0, tokenizer.vocab_size + added - vocab_size)

@@ -1,9 +1,9 @@
-"""What a finished run leaves: Hugging Face folders and the projector, under run_dir/export."""
+"""The results of a run under run_dir/export: Hugging Face folders, projector and adapter."""
 
 import logging
 
 from mmalign.config import TrainConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.model.hf import export_llama, export_llava, save_projector
 from mmalign.model.hf.adapter import export_adapter
@@ -14,23 +14,27 @@ from mmalign.tokenizer import Tokenizer
 log = logging.getLogger("mmalign")
 
 
-def export(model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """The main process writes. Of a sharded model one unit at a time is gathered, by all."""
+def export(
+    model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: DistributedContext
+) -> None:
+    """Called by all ranks, which gather a sharded model unit by unit; the main process writes."""
     folder = config.run_dir / "export"
     try:
         with unsharded(model):
             _write(model, config, tokenizer, ranks)
     except OSError as error:
         raise UserError(
-            f"{folder} could not be written: {error}. All steps are safe in the last checkpoint; "
-            "free some space and give the same command again."
+            f"{folder} could not be written: {error}. All steps are safe in the last checkpoint. "
+            "Free some space and rerun the same command to export."
         ) from error
     if ranks.is_main:
         log.info("exported to %s", folder)
     ranks.barrier()
 
 
-def _write(model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
+def _write(
+    model: Llava, config: TrainConfig, tokenizer: Tokenizer, ranks: DistributedContext
+) -> None:
     folder = config.run_dir / "export"
     writes = ranks.is_main
     if not config.data.text_only and writes:

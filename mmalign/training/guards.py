@@ -1,7 +1,8 @@
-"""Steps that must not change the weights, and steps that somebody should look at."""
+"""Steps that must not change the weights, losses worth a look, and the request to stop."""
 
 import logging
 import math
+import signal
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -10,78 +11,115 @@ import torch
 from torch import Tensor
 
 from mmalign.errors import UserError
+from mmalign.training.step_result import StepNumbers
 
 log = logging.getLogger("mmalign")
-MOST_SKIPPED = 10  # steps in a row: the weights stay as they are, so more of it will not help
+MAX_SKIPPED = 10  # consecutive steps: the weights no longer change, so more will not help
 WINDOW = 50  # losses that the median is taken of
-LEAST = 20  # losses below which a median says little
+MIN_LOSSES = 20  # below this a median says little
 
 
-class UpdateGate:
-    """Decides on the device whether a step changes the weights, so the host need not wait.
+class NonFiniteGuard:
+    """Decides on the device whether a step may change the weights, so the host need not wait.
 
-    Where the run is to stop (on_non_finite "error") the gate stays shut after the first step that
-    is not finite: the host sees it one step later, and saves what was before it.
+    With on_non_finite "error" it stays closed after the first non-finite step: the host sees that
+    step one step later, and saves the weights from before it.
     """
 
     def __init__(self, on_non_finite: str, device: torch.device):
-        self.stops = on_non_finite == "error"
+        self.stops_run = on_non_finite == "error"
         self.open = torch.ones((), dtype=torch.bool, device=device)
         self.num_skipped = 0
 
     def allows(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """() bool: loss and gradients of all processes are finite (and were so before)."""
+        """() bool: the loss and the gradients of all ranks are finite (and always have been)."""
         finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-        if self.stops:
+        if self.stops_run:
             self.open = finite = finite & self.open
         return finite
 
-    def check(self, step: int, loss: float, norm: float, allowed: bool, ids: list[str]) -> None:
-        """On the host: raises UserError, or says that the step was skipped."""
-        if allowed:
+    def check(self, step: int, numbers: StepNumbers, sample_ids: list[str]) -> None:
+        """On the host: raises UserError for a non-finite step, or warns that it was skipped."""
+        if numbers.finite:
             self.num_skipped = 0
             return
-        what = f"the loss of step {step} is {loss}"
-        if math.isfinite(loss):
-            what = f"the gradient norm of step {step} is {norm} (its loss is {loss:.4f})"
-        samples = f"Its samples: {', '.join(ids)}."
-        if self.stops:
+        what = f"the loss of step {step} is {numbers.loss}"
+        if math.isfinite(numbers.loss):
+            what = f"the gradient norm of step {step} is {numbers.gradient_norm}"
+            what += f" (its loss is {numbers.loss:.4f})"
+        samples = f"Its samples: {', '.join(sample_ids)}."
+        if self.stops_run:
             raise UserError(
-                f"{what}. {samples} Look at them with scripts/preview_batch.py, or lower "
-                "--optimizer.learning-rate; --on-non-finite skip leaves such steps out. The "
+                f"{what}. {samples} Inspect them with scripts/preview_batch.py, lower "
+                "--optimizer.learning-rate, or skip such steps with --on-non-finite skip. The "
                 "last checkpoint is from before this step."
             )
         self.num_skipped += 1
-        log.warning("%s: it did not change the weights. %s", what, samples)
-        if self.num_skipped == MOST_SKIPPED:
+        log.warning("%s: the step was skipped. %s", what, samples)
+        if self.num_skipped == MAX_SKIPPED:
             raise UserError(
-                f"{what}, the {MOST_SKIPPED}th step in a row, so no step changes the weights any "
-                "more. Lower --optimizer.learning-rate in a new --run-dir."
+                f"{what}, the {MAX_SKIPPED}th step in a row, so the weights no longer change. "
+                "Start again in a new --run-dir with a lower --optimizer.learning-rate."
             )
 
 
-class LossWatch:
-    """Reports a loss far above the median of those before it."""
+class LossSpikeDetector:
+    """Reports a loss far above the median of the losses before it."""
 
-    def __init__(self, factor: float, earlier: Iterable[float] = ()):
-        """earlier: losses of the steps that a continued run has behind it."""
+    def __init__(self, factor: float, earlier_losses: Iterable[float] = ()):
+        """earlier_losses: of the steps before a resumed run's first one."""
         if factor <= 1:
-            raise UserError(f"--loss-spike-factor {factor}: expected a number above 1")
+            raise UserError(
+                f"--loss-spike-factor {factor}: expected a number above 1, such as the default 3"
+            )
         self.factor = factor
-        self.losses = deque((x for x in earlier if math.isfinite(x)), maxlen=WINDOW)
+        self.losses = deque((x for x in earlier_losses if math.isfinite(x)), maxlen=WINDOW)
 
-    def see(self, step: int, loss: float, ids: list[str]) -> bool:
-        """Whether this step is a spike; says so in the log, with the step's samples."""
+    def update(self, step: int, loss: float, sample_ids: list[str]) -> bool:
+        """Whether this step's loss is a spike; if so, logs it with the step's samples."""
         spike = False
-        if len(self.losses) >= LEAST:
+        if len(self.losses) >= MIN_LOSSES:
             median = statistics.median(self.losses)
             spike = loss > self.factor * median
             if spike:
                 log.warning(
                     "step %d: loss %.4f is more than %g times the median %.4f of the last %d "
                     "steps. Its samples: %s",
-                    *(step, loss, self.factor, median, len(self.losses), ", ".join(ids)),
+                    *(step, loss, self.factor, median, len(self.losses), ", ".join(sample_ids)),
                 )
         if math.isfinite(loss):
             self.losses.append(loss)
         return spike
+
+
+class Stopped(Exception):
+    """A signal stopped the run; everything is saved, and the same command resumes it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class StopSignal:
+    """Inside, SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT request a stop after this step.
+
+    A second signal has its usual effect.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.previous: dict[int, object] = {}  # handlers by signal
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _on_signal(self, number, frame) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

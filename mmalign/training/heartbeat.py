@@ -1,4 +1,4 @@
-"""Who is where: each process tells the others, so that one that is stuck can be named."""
+"""Per-rank progress reports, used to name the rank that hangs."""
 
 import logging
 import threading
@@ -7,11 +7,11 @@ from collections import defaultdict
 
 import torch.distributed as dist
 
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 
 log = logging.getLogger("mmalign")
-# what a process does in a step, in this order
+# the phases of a step, in this order
 PHASES = (
     "starting",
     "waiting for data",
@@ -23,20 +23,20 @@ PHASES = (
 
 
 class Heartbeat:
-    """Use as a context manager around the loop, which tells `at` where it is.
+    """Use as a context manager around the loop, which reports its progress with `at`.
 
-    A thread puts that into the process group's store. Where the loop has not moved for 80% of the
-    time after which the process group gives up, it logs where every process is, those that are
-    furthest behind first.
+    A thread publishes that in the process group's store. When the loop has not moved for 80% of
+    the process group's timeout, it logs where every rank is, the ones furthest behind first.
     """
 
-    def __init__(self, ranks: Ranks, timeout_minutes: float):
+    def __init__(self, ranks: DistributedContext, timeout_minutes: float):
         self.ranks, self.patience = ranks, timeout_minutes * 60 * 0.8
-        self.interval = min(5.0, self.patience / 4)  # seconds between what a process tells
+        self.interval = min(5.0, self.patience / 4)  # seconds between two reports
         self.place, self.since = (0, "starting"), time.monotonic()
         self.stopped = threading.Event()
-        self.reported = None
-        self.thread = None
+        self.logged: tuple[int, str] | None = None  # the place that was reported as stuck
+        self.store: dist.Store | None = None
+        self.thread: threading.Thread | None = None
         if ranks.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
             self.store = dist.PrefixStore("mmalign/heartbeat", store)
@@ -44,8 +44,8 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self.thread:
-            self._tell()
-            self.ranks.barrier()  # now every process has a key
+            self._publish()
+            self.ranks.barrier()  # now every rank has a key
             self.thread.start()
         return self
 
@@ -54,39 +54,43 @@ class Heartbeat:
         if self.thread:
             self.thread.join()
         if self.thread and isinstance(error, RuntimeError) and _is_timeout(error):
-            raise UserError(f"{self.report()}. The process group gave up waiting") from error
+            raise UserError(
+                f"{self.report()}. The process group timed out. Fix the cause and rerun the same "
+                "command to resume, with a larger --parallel.timeout-minutes if the rank was only "
+                "slow."
+            ) from error
 
-    def at(self, step: int, doing: str) -> None:
-        """step: optimizer steps, counted from 1 as in metrics.jsonl."""
-        self.place, self.since = (step, doing), time.monotonic()
+    def at(self, step: int, phase: str) -> None:
+        """step: counted from 1, as in metrics.jsonl; phase: one of PHASES."""
+        self.place, self.since = (step, phase), time.monotonic()
 
     def _watch(self) -> None:
         while not self.stopped.wait(self.interval):
             try:
-                self._tell()
-            except RuntimeError:  # the process that keeps the store has ended: the loop sees it too
+                self._publish()
+            except RuntimeError:  # the process with the store has exited: the loop sees it too
                 return
             place = self.place
-            if time.monotonic() - self.since > self.patience and place != self.reported:
-                self.reported = place
-                log.error(self.report())
+            if time.monotonic() - self.since > self.patience and place != self.logged:
+                self.logged = place
+                log.error("%s", self.report())
 
-    def _tell(self) -> None:
-        step, doing = self.place
+    def _publish(self) -> None:
+        step, phase = self.place
         seconds = time.monotonic() - self.since
-        self.store.set(str(self.ranks.rank), f"{step} {seconds:.0f} {time.time():.0f} {doing}")
+        self.store.set(str(self.ranks.rank), f"{step} {seconds:.0f} {time.time():.0f} {phase}")
 
     def report(self) -> str:
-        """Ranks by place, the one furthest behind first."""
+        """Ranks by place, the ones furthest behind first."""
         places = defaultdict(list)
         for rank in range(self.ranks.world_size):
             try:
-                told = self.store.get(str(rank)).decode()
+                published = self.store.get(str(rank)).decode()
             except RuntimeError as error:
                 return f"no progress, and the process group's store does not answer: {error}"
-            step, seconds, when, doing = told.split(" ", 3)
+            step, seconds, when, phase = published.split(" ", 3)
             silent = time.time() - int(when)
-            places[int(step), PHASES.index(doing)].append((rank, int(seconds), silent))
+            places[int(step), PHASES.index(phase)].append((rank, int(seconds), silent))
         parts = []
         for (step, phase), ranks in sorted(places.items()):
             names = ", ".join(str(rank) for rank, _, _ in ranks)
@@ -95,9 +99,9 @@ class Heartbeat:
             if silent > 3 * self.interval:  # frozen or gone, with all its threads
                 part += f" when last heard of {silent:.0f} s ago"
             parts.append(part)
-        return f"no progress: {'; '.join(parts)}. Look at the first one's node and log"
+        return f"no progress: {'; '.join(parts)}. See the log and the node of the first one"
 
 
 def _is_timeout(error: RuntimeError) -> bool:
-    text = str(error).lower()  # gloo's and NCCL's words
+    text = str(error).lower()  # in gloo's and NCCL's words
     return "timed out" in text or "timeout" in text

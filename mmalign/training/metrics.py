@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object a step), the progress bar, and TensorBoard where asked for."""
+"""metrics.jsonl (one object per step), the progress bar, and TensorBoard on request."""
 
 import json
 import sys
@@ -6,17 +6,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mmalign.training.telemetry import progress
+from mmalign.files import read_json_lines, write_json_lines
 
 
 class Metrics:
-    """Written by the main process. A continued run drops the lines after its checkpoint."""
+    """Written by the main process; a context manager that closes its files.
+
+    A resumed run drops the lines after its checkpoint, since it runs these steps again.
+    """
 
     def __init__(
         self, run_dir: Path, name: str, first_step: int, num_steps: int, tensorboard: bool
     ):
+        """name: of the progress bar; first_step: optimizer steps before this process's first."""
         path = run_dir / "metrics.jsonl"
-        kept = keep_lines(path, first_step)
+        kept = _keep_lines(path, first_step)
         self.earlier_losses = [record["loss"] for record in kept if "loss" in record]
         self.file = open(path, "a", buffering=1)  # line by line: a killed run keeps what it printed
         self.bar = tqdm(
@@ -33,6 +37,15 @@ class Metrics:
 
             self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
 
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
     def log(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
         self.bar.set_postfix_str(progress(record), refresh=False)
@@ -42,30 +55,30 @@ class Metrics:
                 if key != "step" and not isinstance(value, list):
                     self.tensorboard.add_scalar(key, value, record["step"])
 
-    def close(self) -> None:
-        self.file.close()
-        self.bar.close()
-        if self.tensorboard:
-            self.tensorboard.close()
 
-
-def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of a metrics.jsonl; a line torn by a kill can only be the last."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def keep_lines(path: Path, last_step: int) -> list[dict]:
-    """Drops the lines of steps after `last_step`, which a continued run writes again."""
+def _keep_lines(path: Path, last_step: int) -> list[dict]:
+    """Drops the lines of steps after `last_step`, and returns the others."""
     if not path.exists():
         return []
-    kept = [record for record in read_metrics(path) if record["step"] <= last_step]
-    torn = path.with_suffix(".tmp")
-    torn.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    torn.replace(path)  # a kill leaves the old lines or the new ones
+    kept = [record for record in read_json_lines(path, ["step"]) if record["step"] <= last_step]
+    write_json_lines(path, kept)
     return kept
+
+
+def progress(record: dict) -> str:
+    """The part of a step's record that the progress bar shows."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"{record['samples_per_second']:,.1f} samples/s",
+        f"{record['tflops_per_second']:,.3g} TFLOP/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    parts.append(f"data wait {record['data_wait_share']:.0%}")
+    parts.append(f"{record['memory_peak_bytes'] / 2**30:.1f} GiB")
+    if "power_watts" in record:
+        parts.append(f"{record['power_watts']:.0f} W")
+    if record.get("throttle_reasons"):
+        parts.append(f"throttled: {', '.join(record['throttle_reasons'])}")
+    return "  ".join(parts)

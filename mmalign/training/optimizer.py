@@ -1,6 +1,7 @@
-"""AdamW over named parameters, with clipping by the global norm folded into the update."""
+"""What the trainer asks of an optimizer, and AdamW with clipping folded into the update."""
 
 from functools import partial
+from typing import Protocol
 
 import torch
 from mmalign_kernels import adamw_step
@@ -17,15 +18,40 @@ from mmalign.training.sharding import total_norm
 MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
+class Optimizer(Protocol):
+    """All that the trainer, the memory plan and checkpoints use of an optimizer."""
+
+    step_count: int  # updates so far; set when a run resumes
+
+    def arm(self, learning_rate: float, allowed: Tensor | None) -> None:
+        """With update_in_backward, before the backward pass of the step's last micro-batch."""
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of all gradients; a 0-dim fp32 tensor on the device, no host sync."""
+
+    def step(self, learning_rate: float, gradient_norm: Tensor, allowed: Tensor | None) -> None:
+        """One update with clipped gradients; no change where allowed, () bool, is False."""
+
+    def zero_grad(self) -> None:
+        """Frees the gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat tensors by name, without the parameters; a checkpoint is loaded into them."""
+
+    @staticmethod
+    def state_bytes(numel: int, num_dims: int, itemsize: int, config: OptimizerConfig) -> int:
+        """Bytes of state for a parameter (or shard) of numel elements of itemsize bytes."""
+
+
 class AdamW:
     """torch.optim.AdamW's arithmetic in fp32, on shards where parameters are sharded.
 
-    fp32 parameters are updated as they are. Of a bf16 parameter config.master says what is kept:
-    an int16 remainder, the lower half of an exact fp32 master whose upper half is the parameter
-    ("split"); an fp32 copy; or nothing, and the update is rounded at random. Moments narrower than
-    fp32 are rounded at random; vectors keep theirs in fp32, they weigh nothing.
+    fp32 parameters are updated in place. For a bf16 parameter config.master says what is kept:
+    an int16 tensor with the low 16 bits of an exact fp32 master whose high bits are the parameter
+    ("split"); an fp32 copy; or nothing, with stochastic rounding of the update. Moments narrower
+    than fp32 use stochastic rounding; 1-D parameters keep fp32 moments, whose memory is negligible.
 
-    Gradients have the parameters' type and add up in it over the micro-batches of a step.
+    Gradients have the parameters' dtype and accumulate in it over the micro-batches of a step.
     """
 
     def __init__(
@@ -35,19 +61,19 @@ class AdamW:
         seed: int = 0,
         world_size: int = 1,
     ):
-        """seed: of the random rounding; it and the step alone decide, so a continued run repeats.
+        """seed: of stochastic rounding, which depends on it and the step alone.
 
-        Raises UserError for what update_in_backward excludes.
+        Raises UserError for settings that update_in_backward excludes.
         """
         self.parameters, self.config, self.seed = parameters, config, seed
         self.step_count = 0
-        halves = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
-        kept = halves if config.master == "split" else {}
-        self.remainder = {
+        in_bf16 = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
+        split = in_bf16 if config.master == "split" else {}
+        self.remainder = {  # low 16 bits of the fp32 master
             name: torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
-            for name, p in kept.items()
+            for name, p in split.items()
         }
-        copied = halves if config.master == "fp32-copy" else {}
+        copied = in_bf16 if config.master == "fp32-copy" else {}
         self.master = {name: p.detach().float() for name, p in copied.items()}
         self.exp_avg = {name: _moment(p, config) for name, p in parameters.items()}
         self.exp_avg_sq = {name: _moment(p, config) for name, p in parameters.items()}
@@ -56,14 +82,13 @@ class AdamW:
         self.exp_avg_sq_scale = {name: _scales(name, parameters[name]) for name in codes}
         self._names = list(parameters)
         self._armed: tuple[float, Tensor | None] | None = None
-        self._norms: list[Tensor] = []  # of the gradients that the backward pass has used up
+        self._norms: list[Tensor] = []  # of gradients that the backward pass applied and freed
         check_update_in_backward(config, world_size)
         if config.update_in_backward:
             for name, p in parameters.items():
-                p.register_post_accumulate_grad_hook(partial(self._use_up, name))
+                p.register_post_accumulate_grad_hook(partial(self._update_and_free, name))
 
     def gradient_norm(self) -> Tensor:
-        """Global norm of all gradients; a 0-dim fp32 tensor, no host sync."""
         if self._norms:
             norms, self._norms = self._norms, []
             return torch.linalg.vector_norm(torch.stack(norms))
@@ -73,10 +98,10 @@ class AdamW:
     def step(
         self, learning_rate: float, gradient_norm: Tensor, allowed: Tensor | None = None
     ) -> None:
-        """One update, the gradients scaled down to max_grad_norm where their norm is above it.
+        """One update, with the gradients scaled down to max_grad_norm where their norm exceeds it.
 
-        allowed: () bool on the device; where it is False nothing changes, and the host need not
-        know. After `arm` the backward pass has made the update, and this only counts it.
+        allowed: () bool on the device; where it is False nothing changes, without the host knowing.
+        After `arm` the backward pass has made the update, and this only counts it.
         """
         self.step_count += 1
         if self._armed is not None:
@@ -102,17 +127,16 @@ class AdamW:
     # ---- update in the backward pass ----
 
     def arm(self, learning_rate: float, allowed: Tensor | None = None) -> None:
-        """Before the backward pass of a step's last micro-batch, with config.update_in_backward.
+        """Lets the next backward pass update each parameter once its gradient is complete.
 
-        Each parameter is updated as soon as its gradient is complete, and the gradient is freed.
-        Where allowed, () bool, is False nothing changes; a gradient that is not finite leaves its
-        own parameter as it is.
+        The gradient is then freed. Where allowed, () bool, is False nothing changes; a non-finite
+        gradient leaves its own parameter unchanged.
         """
         self._armed, self._norms = (learning_rate, allowed), []
 
     @torch.no_grad()
-    def _use_up(self, name: str, parameter: Parameter) -> None:
-        if self._armed is None:  # not the step's last micro-batch: gradients add up
+    def _update_and_free(self, name: str, parameter: Parameter) -> None:
+        if self._armed is None:  # not the step's last micro-batch: gradients accumulate
             return
         learning_rate, allowed = self._armed
         norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
@@ -121,7 +145,7 @@ class AdamW:
         self._update([name], self.step_count + 1, learning_rate, finite.float())
         parameter.grad = None
 
-    # ---- the update of parameters that are kept alike ----
+    # ---- the update of parameters with the same kind of state ----
 
     def _update(
         self, names: list[str], step: int, learning_rate: float, scale: Tensor | None
@@ -176,14 +200,13 @@ class AdamW:
         return [local(tensors[name].detach()) for name in names]
 
     def _draw_seed(self, name: str) -> int:
-        """Another one for every call and shard: equal draws would round together."""
+        """Different for every call and shard: equal draws would round in the same direction."""
         index = self._names.index(name) * 2**16 + _shard_index(self.parameters[name])
         return (self.seed * 2**32 + index) % 2**43
 
     def state(self) -> dict[str, Tensor]:
-        """Flat tensors that a checkpoint stores and loads in place, the parameters included."""
+        """Flat tensors by name, without the parameters."""
         kinds = {
-            "parameter": self.parameters,
             "master": self.master,
             "remainder": self.remainder,
             "exp_avg": self.exp_avg,
@@ -197,37 +220,48 @@ class AdamW:
             for name, tensor in tensors.items()
         }
 
+    @staticmethod
+    def state_bytes(numel: int, num_dims: int, itemsize: int, config: OptimizerConfig) -> int:
+        """Of a parameter (or shard) with numel elements of itemsize bytes, in num_dims dimensions.
+
+        Master weight (bf16 parameters only), both moments, and the scales of 8-bit moments.
+        """
+        moment = moment_dtype(num_dims, config)
+        scales = 4 * num_blocks(numel) if moment == torch.uint8 else 0
+        master = {"split": 2, "fp32-copy": 4, "stochastic": 0}[config.master]
+        return (master * numel if itemsize == 2 else 0) + 2 * (moment.itemsize * numel + scales)
+
 
 def check_update_in_backward(config: OptimizerConfig, world_size: int) -> None:
-    """UserError for what it excludes."""
+    """Raises UserError for settings that update_in_backward excludes."""
     if not config.update_in_backward:
         return
     if config.max_grad_norm > 0:
         raise UserError(
-            "--optimizer.update-in-backward updates a weight before the gradients of the others "
-            f"are known, but --optimizer.max-grad-norm {config.max_grad_norm:g} scales all of them "
-            "by their common norm. Turn one of them off: --optimizer.max-grad-norm 0, or "
+            "--optimizer.update-in-backward updates a weight before the other gradients are known, "
+            f"but --optimizer.max-grad-norm {config.max_grad_norm:g} scales all of them by their "
+            "global norm. Turn one of them off: --optimizer.max-grad-norm 0, or "
             "--optimizer.update-in-backward False"
         )
     if world_size > 1:
         raise UserError(
             "--optimizer.update-in-backward updates a weight before its gradients are summed over "
-            f"the {world_size} processes of this run. Give --optimizer.update-in-backward False"
+            f"the {world_size} processes of this run. Use --optimizer.update-in-backward False"
         )
 
 
-def moment_dtype(shape: torch.Size | tuple[int, ...], config: OptimizerConfig) -> torch.dtype:
-    """How the moments of a parameter of this shape are kept."""
-    return MOMENT_DTYPES[config.moments] if len(shape) > 1 else torch.float32
+def moment_dtype(num_dims: int, config: OptimizerConfig) -> torch.dtype:
+    """Of both moments of a parameter with this number of dimensions."""
+    return MOMENT_DTYPES[config.moments] if num_dims > 1 else torch.float32
 
 
 def _moment(parameter: Parameter, config: OptimizerConfig) -> Tensor:
-    dtype = moment_dtype(parameter.shape, config)
+    dtype = moment_dtype(parameter.dim(), config)
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def _scales(name: str, parameter: Parameter) -> Tensor:
-    """fp32, one for 128 neighbours: by rows where rows are whole blocks, so that they shard."""
+    """fp32, one per block of 128 elements; by rows where a row is whole blocks, so they shard."""
     shape = (num_blocks(parameter.numel()),)
     if parameter.shape[-1] % BLOCK == 0:
         shape = (*parameter.shape[:-1], parameter.shape[-1] // BLOCK)
@@ -241,13 +275,13 @@ def _scales(name: str, parameter: Parameter) -> Tensor:
 
 def cannot_shard_codes(name: str, shape: tuple[int, ...]) -> UserError:
     return UserError(
-        f"--optimizer.moments 8bit: the rows of {name} {shape} are no whole blocks of {BLOCK}, so "
-        "its scales cannot be sharded. Give --optimizer.moments bf16, or --parallel.sharding none"
+        f"--optimizer.moments 8bit: the row length of {name} {shape} is not a multiple of {BLOCK}, "
+        "so its scales cannot be sharded. Use --optimizer.moments bf16 or --parallel.sharding none"
     )
 
 
 def _shard_index(parameter: Parameter) -> int:
-    """Which part of the whole this process holds; replicas of a part have the same index."""
+    """Index of this process's shard of the parameter; replicas of a shard share it."""
     if not isinstance(parameter, DTensor):
         return 0
     mesh, index = parameter.device_mesh, 0

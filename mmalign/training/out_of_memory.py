@@ -1,8 +1,8 @@
-"""What a run that runs out of memory leaves behind, and which knob it names.
+"""Out of memory: which step, which settings help, and a memory snapshot.
 
-On a GPU the allocator remembers where its last allocations came from, all the time: PyTorch puts
-the Python trace of one at about 2 microseconds (docs/stable/torch_cuda_memory), some milliseconds
-of a 7B step's seconds, on the host, ahead of the device.
+On a GPU the allocator always records the Python traces of its last allocations. PyTorch puts one
+trace at about 2 microseconds (docs/stable/torch_cuda_memory): some milliseconds of the seconds of a
+7B step, on the host, which runs ahead of the device.
 """
 
 import logging
@@ -14,16 +14,16 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.data.loader import Step
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 
 log = logging.getLogger("mmalign")
-HISTORY_ENTRIES = 50_000  # allocations and releases; some steps of a 7B model, about 50 MB
+HISTORY_ENTRIES = 50_000  # allocations and frees: a few steps of a 7B model, about 50 MB
 
 
 @contextmanager
 def memory_history(device: torch.device) -> Iterator[None]:
-    """Inside, CUDA's allocator remembers which lines allocated; nothing on a CPU."""
+    """Inside, CUDA's allocator records which lines allocate; a no-op on a CPU."""
     if device.type != "cuda":
         yield
         return
@@ -38,11 +38,11 @@ def memory_history(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(
-    config: TrainConfig, ranks: Ranks, step: Step | None = None
+    config: TrainConfig, ranks: DistributedContext, step: Step | None = None
 ) -> Iterator[None]:
     """Turns an out-of-memory error of the block into a UserError, with a snapshot on a GPU.
 
-    step: the optimizer step in flight; None while the model is being built.
+    step: the optimizer step that runs; None while the model is being built.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def _numbers(step: Step | None, config: TrainConfig) -> str:
     largest = tokens.index(max(tokens))
     longest = max(batch.max_seqlen for batch in step.batches)
     return (
-        f"This process's part of the step: {len(tokens)} micro-batches, {sum(samples)} samples, "
+        f"This rank's part of the step: {len(tokens)} micro-batches, {sum(samples)} samples, "
         f"{sum(tokens)} tokens; the largest micro-batch has {tokens[largest]} tokens in "
         f"{samples[largest]} samples, {step.batches[largest].num_loss_tokens} of them supervised; "
         f"the longest sample has {longest} tokens. "
@@ -86,42 +86,42 @@ def _numbers(step: Step | None, config: TrainConfig) -> str:
 
 
 def _remedies(config: TrainConfig, step: Step | None) -> str:
-    """The knobs that are not yet turned, the cheapest first."""
-    knobs = []
+    """Settings that would help and are not in use yet, the cheapest first."""
+    settings = []
     if step:
         longest = max(batch.max_seqlen for batch in step.batches)
         largest = max(len(batch.input_ids) for batch in step.batches)
         if longest < largest:
             half = max(longest, largest // 2)
-            knobs.append(
+            settings.append(
                 f"lower --micro-batch-tokens (now {config.micro_batch_tokens}), for example to "
-                f"{half}, not below the longest sample of the data: the same run continues"
+                f"{half}, not below the longest sample of the data: the same run resumes"
             )
         else:
-            knobs.append(
-                f"leave out long samples: a --data.max-length below {config.data.max_length} with "
+            settings.append(
+                f"leave out long samples: --data.max-length below {config.data.max_length} with "
                 "--data.on-bad-sample skip (needs a new --run-dir)"
             )
     if step and (config.recompute, config.recompute_layers) != ("full", None):
-        knobs.append(f"--recompute mlp or full (now {config.recompute}): the same run continues")
+        settings.append(f"--recompute mlp or full (now {config.recompute}): the same run resumes")
     if config.stage == "finetune" and config.lora.rank == 0 and config.optimizer.moments != "8bit":
-        knobs.append("--optimizer.moments 8bit (new --run-dir)")
+        settings.append("--optimizer.moments 8bit (new --run-dir)")
     if config.precision == "fp32":
-        knobs.append("--precision bf16 (new --run-dir) halves weights and activations")
+        settings.append("--precision bf16 (new --run-dir) halves weights and activations")
     if config.stage == "finetune" and config.lora.rank == 0:
-        knobs.append(
-            "--lora.rank 64 (new --run-dir) needs no gradients and moments of the whole decoder"
+        settings.append(
+            "--lora.rank 64 (new --run-dir): no gradients and moments of the whole decoder"
         )
     if config.lora.rank and config.lora.train_embeddings:
-        knobs.append("--lora.train-embeddings False (new --run-dir)")
-    knobs.append("a smaller --model.decoder, or a device with more memory")
-    return "Turn one of these knobs: " + "; ".join(knobs) + "."
+        settings.append("--lora.train-embeddings False (new --run-dir)")
+    settings.append("a smaller --model.decoder, or a device with more memory")
+    return "Change one of these settings: " + "; ".join(settings) + "."
 
 
 def _snapshot(path: Path, device: torch.device) -> str:
-    """Writes what the allocator holds; says where, or why not."""
+    """Writes the allocator's blocks; returns where, or why not."""
     if device.type != "cuda":
-        return "(A memory snapshot is made on CUDA devices only.)"
+        return "(PyTorch takes memory snapshots on CUDA devices only.)"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))

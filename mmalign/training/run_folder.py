@@ -1,4 +1,4 @@
-"""config.json of a run folder: settings and versions, and whether a command fits it."""
+"""config.json of a run folder: settings and versions, and whether a command matches them."""
 
 import dataclasses
 import json
@@ -8,21 +8,22 @@ import time
 from pathlib import Path
 
 from mmalign.config import TrainConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
+from mmalign.files import read_json, write_text
 from mmalign.system import versions
 
-# fields that may differ between the start of a run and its continuation
+# fields that may differ when a run resumes
 FREE_FIELDS = (
     "run_dir",
     "device",
     "tensorboard",
     "peak_tflops",
     "profile",
-    "micro_batch_tokens",  # changes rounding only, and is what helps when memory runs out
+    "micro_batch_tokens",  # changes rounding only, and helps when memory runs out
     "recompute",  # as above
     "recompute_layers",
-    "on_non_finite",  # the remedy that the error names
+    "on_non_finite",  # its error message proposes the change
     "loss_spike_factor",
     "print_config",
     "checkpoint.every",
@@ -30,12 +31,8 @@ FREE_FIELDS = (
     "shortcuts.frozen_prefix",  # changes rounding only
     "parallel.sharding",  # checkpoints do not depend on how many processes wrote them
     "parallel.shard_size",
-    "parallel.reduce_dtype",
-    "parallel.reduce_once",
-    "parallel.reshard_after_forward",
-    "parallel.prefetch",
     "parallel.timeout_minutes",
-    "evaluation.every",  # changes nothing of the training
+    "evaluation.every",  # training does not depend on it
     "evaluation.batch_tokens",  # changes rounding only
     "data.num_workers",
     "data.check_images",
@@ -43,55 +40,56 @@ FREE_FIELDS = (
 
 
 def config_json(config: TrainConfig, **extra) -> str:
+    """extra: further top-level entries."""
     return json.dumps(dataclasses.asdict(config) | extra, indent=2, default=str)
 
 
 def write_config(config: TrainConfig) -> None:
-    """config.json of a new run; for a folder that has one, checks that it is the same run."""
+    """Writes config.json of a new run; in a folder that has one, checks that it is the same run."""
     path = config.run_dir / "config.json"
     if path.exists():
-        _check_same_run(json.loads(path.read_text()), config, path)
+        _check_same_run(read_json(path), config, path)
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    torn = path.with_suffix(".tmp")
-    torn.write_text(config_json(config, command=sys.argv, versions=versions()))
-    torn.rename(path)
+    write_text(path, config_json(config, command=sys.argv, versions=versions()))
 
 
-def as_begun(config: TrainConfig) -> TrainConfig:
-    """micro_batch_tokens "auto" as the run in run_dir decided it when it began.
+def with_first_decision(config: TrainConfig) -> TrainConfig:
+    """micro_batch_tokens "auto" as the run in run_dir resolved it when it first started.
 
-    Memory that is free differs from start to start, and another size would round otherwise.
+    Free memory differs from start to start, and another size would change the rounding.
     """
     path = config.run_dir / "config.json"
     if config.micro_batch_tokens != "auto" or not path.exists():
         return config
-    decided = json.loads(path.read_text())["micro_batch_tokens"]
+    decided = read_json(path)["micro_batch_tokens"]
     return dataclasses.replace(config, micro_batch_tokens=decided)
 
 
-def check_shared(run_dir: Path, ranks: Ranks, patience: float = 60.0) -> None:
-    """Raises UserError on all processes where one does not see what the main one writes.
+def check_shared(run_dir: Path, ranks: DistributedContext, patience: float = 60.0) -> None:
+    """Raises UserError on all ranks if one of them does not see the files of the main process.
 
     patience: seconds that a network file system may take to show a new file on other nodes.
     """
     if ranks.world_size == 1:
         return
-    mark = run_dir / f"seen_from_{ranks.from_main(socket.gethostname())}"
+    mark = run_dir / f"seen_from_{ranks.broadcast_from_main(socket.gethostname())}"
     if ranks.is_main:
         mark.touch()
     ranks.barrier()
     end = time.monotonic() + patience
     while not (seen := mark.exists()) and time.monotonic() < end:
         time.sleep(0.2)
-    told = ranks.gather(None if seen else f"process {ranks.rank} on {socket.gethostname()}")
-    blind = ranks.from_main([name for name in told if name])
+    missing = ranks.gather_to_main(
+        None if seen else f"process {ranks.rank} on {socket.gethostname()}"
+    )
+    blind = ranks.broadcast_from_main([name for name in missing if name])
     if ranks.is_main:
         mark.unlink()
     if blind:
         raise UserError(
             f"--run-dir {run_dir}: what process 0 writes there is not seen by {', '.join(blind)}. "
-            "Give a folder on a disk that all nodes share"
+            "Use a folder on a disk that all nodes share"
         )
 
 
@@ -114,6 +112,6 @@ def _check_same_run(saved: dict, config: TrainConfig, path: Path) -> None:
     ]
     if changed:
         raise UserError(
-            f"{path.parent} holds a run with another configuration: {'; '.join(changed)}. "
-            "Give the command that started it, or another --run-dir."
+            f"{path.parent} contains a run with another configuration: {'; '.join(changed)}. "
+            "Rerun the command that started it, or use another --run-dir."
         )

@@ -1,8 +1,7 @@
-"""What a run says about its speed and its machine: rates, MFU, memory; on NVIDIA cards power,
-energy, clock, temperature and throttling.
+"""Rates, MFU and memory of a step; on NVIDIA GPUs power, energy, clock, temperature, throttling.
 
-Nothing here waits for the device: rates come from what the loop has timed, CUDA's memory counters
-live on the host, and NVML is asked by a thread of its own, whose last answer each step takes.
+Nothing here waits for the device: the loop measures the times, CUDA's memory counters live on the
+host, and a thread of its own polls NVML, whose latest values each step takes.
 """
 
 import logging
@@ -14,13 +13,13 @@ from types import ModuleType
 import torch
 
 from mmalign.config import TrainConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import peak_bf16_flops
 
 log = logging.getLogger("mmalign")
 
-# nvml.h: bits of nvmlDeviceGetCurrentClocksEventReasons that slow the card down
+# nvml.h: bits of nvmlDeviceGetCurrentClocksEventReasons that slow the GPU down
 THROTTLE_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -31,30 +30,30 @@ THROTTLE_REASONS = {
 
 
 class Telemetry:
-    """Use as a context manager around the loop: the card is watched inside."""
+    """Use as a context manager around the loop: inside, NVML is polled."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks):
-        """Only the main process, which writes the metrics, asks about its card."""
+    def __init__(self, config: TrainConfig, ranks: DistributedContext):
+        """Only the main process, which writes the metrics, polls its GPU."""
         self.device = ranks.device
         self.peak_flops = _peak_flops(config, ranks.device) if ranks.is_main else None
-        self.card = _open_card(ranks.device) if ranks.is_main else None
+        self.gpu = _open_gpu(ranks.device) if ranks.is_main else None
 
     def __enter__(self) -> "Telemetry":
-        if self.card:
-            self.card.start()
+        if self.gpu:
+            self.gpu.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.card:
-            self.card.stop()
+        if self.gpu:
+            self.gpu.stop()
 
     def record(
         self, *, tokens: int, samples: int, flops: int, seconds: float, data_seconds: float
     ) -> dict:
         """Fields of a step's line in metrics.jsonl.
 
-        tokens and samples of all processes; flops of this process's share, so tflops_per_second
-        and mfu are those of its device. seconds: the whole step, data_seconds of it for data.
+        tokens and samples of all ranks; flops of this rank's share, so tflops_per_second and mfu
+        are those of its device. seconds: the whole step, data_seconds of them waiting for data.
         """
         rate = flops / seconds
         fields = {
@@ -65,30 +64,11 @@ class Telemetry:
         }
         if self.peak_flops:
             fields["mfu"] = rate / self.peak_flops
-        return fields | memory(self.device) | (self.card.latest() if self.card else {})
-
-
-def progress(record: dict) -> str:
-    """The part of a step's record that the progress bar shows."""
-    parts = [
-        f"loss {record['loss']:.4f}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"{record['samples_per_second']:,.1f} samples/s",
-        f"{record['tflops_per_second']:,.3g} TFLOP/s",
-    ]
-    if "mfu" in record:
-        parts.append(f"mfu {record['mfu']:.1%}")
-    parts.append(f"data wait {record['data_wait_share']:.0%}")
-    parts.append(f"{record['memory_peak_bytes'] / 2**30:.1f} GiB")
-    if "power_watts" in record:
-        parts.append(f"{record['power_watts']:.0f} W")
-    if record.get("throttle_reasons"):
-        parts.append(f"throttled: {', '.join(record['throttle_reasons'])}")
-    return "  ".join(parts)
+        return fields | memory(self.device) | (self.gpu.latest() if self.gpu else {})
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes that tensors hold now and held at most on a GPU; on a CPU the process's peak."""
+    """Bytes of tensors, now and at their peak, on a GPU; on a CPU the process's peak."""
     if device.type == "cuda":
         return {
             "memory_allocated_bytes": torch.cuda.memory_allocated(device),
@@ -99,10 +79,12 @@ def memory(device: torch.device) -> dict[str, int]:
 
 
 def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
-    """The denominator of MFU; None where it is not known, which is said once."""
+    """The denominator of MFU; None where it is unknown, which is logged once."""
     if config.peak_tflops is not None:
         if config.peak_tflops <= 0:
-            raise UserError(f"--peak-tflops {config.peak_tflops}: expected a rate above 0")
+            raise UserError(
+                f"--peak-tflops {config.peak_tflops}: expected a rate above 0, such as 989.4"
+            )
         return config.peak_tflops * 1e12
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -110,12 +92,15 @@ def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     else:
         name, peak = "the CPU", None
     if peak is None:
-        log.info("no mfu: the %s peak of %s is unknown; --peak-tflops", config.precision, name)
+        log.info(
+            "no mfu: the %s peak of %s is unknown; set it with --peak-tflops",
+            *(config.precision, name),
+        )
     return peak
 
 
-def _open_card(device: torch.device) -> "Card | None":
-    """NVML's view of the device; where there is none, says once why."""
+def _open_gpu(device: torch.device) -> "GpuMonitor | None":
+    """NVML's view of the device; without one, logs the reason once."""
     if device.type != "cuda":
         return None
     try:
@@ -125,14 +110,14 @@ def _open_card(device: torch.device) -> "Card | None":
         return None
     try:
         uuid = torch.cuda.get_device_properties(device).uuid
-        return Card(pynvml, f"GPU-{uuid}")
+        return GpuMonitor(pynvml, f"GPU-{uuid}")
     except pynvml.NVMLError as error:
         log.info("no power, clocks and temperature: NVML says %s", error)
         return None
 
 
-class Card:
-    """Asks NVML every `interval` seconds, in a thread. A value that the card lacks is left out."""
+class GpuMonitor:
+    """Polls NVML every `interval` seconds in a thread; leaves out what the GPU does not report."""
 
     def __init__(self, nvml: ModuleType, uuid: str, interval: float = 1.0):
         self.nvml, self.interval = nvml, interval
@@ -161,7 +146,7 @@ class Card:
             self.sample()
 
     def sample(self) -> None:
-        questions = {
+        readings = {
             "power_watts": self._power,
             "energy_joules": self._energy,
             "sm_clock_mhz": self._clock,
@@ -169,21 +154,21 @@ class Card:
             "throttle_reasons": self._throttle_reasons,
         }
         values = {}
-        for name, ask in questions.items():
+        for name, read in readings.items():
             if name in self.unsupported:
                 continue
             try:
-                values[name] = ask()
+                values[name] = read()
             except self.nvml.NVMLError as error:
                 self.unsupported.add(name)
                 log.info("no %s: NVML says %s", name, error)
-        self.values = values  # replaced whole: the loop never sees half a sample
+        self.values = values  # replaced as a whole: the loop never sees a half-updated sample
 
     def _power(self) -> float:
-        return self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000  # given in mW
+        return self.nvml.nvmlDeviceGetPowerUsage(self.handle) / 1000  # in mW
 
     def _energy(self) -> float:
-        """Since the loop's start; the card counts mJ since its driver was loaded."""
+        """Since the start of the loop; the GPU counts mJ since its driver was loaded."""
         total = self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
         if self.first_energy is None:
             self.first_energy = total

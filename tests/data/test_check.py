@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mmalign.model.published import CLIP_VIT_L_14
 from PIL import Image
 
 from mmalign.batch import IGNORE_INDEX
@@ -16,7 +15,7 @@ from mmalign.data.check import check_samples, load_report
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
 from mmalign.errors import SampleError, UserError
-from mmalign.model.config import VisionConfig
+from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from tests.data.conftest import VISION
 
 BAD = 5  # the sample that a test spoils; it has an image

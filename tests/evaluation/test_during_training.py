@@ -16,14 +16,14 @@ from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.during_training import largest_limit
 from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.items import read_items, read_results
+from mmalign.files import read_json_lines
 from mmalign.model.hf import export_llama, load_decoder
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.metrics import read_metrics
-from mmalign.training.trainer import train
+from mmalign.training.loop import train
 from tests.training.conftest import WORDS
-from tests.training.processes import start
-from tests.training.runs import exported_weights, losses, small_config
-from tests.training.test_trainer import train_interrupted
+from tests.training.helpers import exported_weights, losses, small_config
+from tests.training.test_loop import train_interrupted
+from tests.training.train_processes import start
 
 TASKS = ("truthfulqa", "ethics_virtue")
 NUM_DOCUMENTS = 15
@@ -116,7 +116,9 @@ def test_what_it_leaves_behind(pair):
     folder = scored.run_dir / "evaluation"
     names = {path.name for path in folder.iterdir()}
     assert names == {"step_0", "step_2", "step_4", "step_6", "all"}
-    records = {record["step"]: record for record in read_metrics(scored.run_dir / "metrics.jsonl")}
+    records = {
+        record["step"]: record for record in read_json_lines(scored.run_dir / "metrics.jsonl")
+    }
     for step, record in records.items():
         assert ("evaluation/ethics_virtue" in record) == (step in (2, 4, 6))
     for step in (2, 4, 6):

@@ -12,6 +12,7 @@ from mmalign.config import DataConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import pack_samples
 from mmalign.data.samples import read_samples
+from mmalign.data.templates import trains_image_tokens
 from mmalign.errors import UserError
 from mmalign.evaluation.visual_questions import score_run, score_visual_questions
 from mmalign.model.hf import load_decoder, load_vision_tower
@@ -58,7 +59,7 @@ def llava(world, tokenizer, data) -> Llava:
     projector = Projector(tower.config.hidden_size, decoder.config.hidden_size)
     model = Llava(decoder, tower, projector, tokenizer)
     config = RECIPES["tiny-finetune"][1]
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     dataset = open_dataset(data, tokenizer, model)
     batch = pack(dataset, range(len(dataset)), tokenizer)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=3e-3)

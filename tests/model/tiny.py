@@ -21,6 +21,7 @@ from transformers import (
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
+from mmalign.data.templates import trains_image_tokens
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
@@ -133,7 +134,7 @@ def stage(name: str, template: str = "v1", **lora) -> TrainConfig:
 
 
 def set_trainable(model: Llava, config: TrainConfig) -> None:
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
+from mmalign.data.templates import trains_image_tokens
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.layers import init_weights
@@ -19,7 +20,7 @@ def tiny_llava(tokenizer: ImageTokens, config: TrainConfig) -> Llava:
     model = Llava(decoder, tower, Projector(48, 64), tokenizer)
     init_weights(model, seed=0)
     torch.manual_seed(0)  # the adapters' draw
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones are seen, shards fit any number of processes, writing is atomic."""
+"""Checkpoints: corrupt ones are detected, shards fit any number of processes, writing is atomic."""
 
 import shutil
 import threading
@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from mmalign.config import LoraConfig, ParallelConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.training import checkpoint
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
-from mmalign.training.trainer import train
-from tests.training.processes import start
-from tests.training.runs import exported_weights, losses, small_config
+from mmalign.training.loop import train
+from tests.training.helpers import exported_weights, losses, small_config
+from tests.training.train_processes import start
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def state(value: float = 0.0) -> dict[str, torch.Tensor]:
@@ -36,7 +36,7 @@ def one_file(folder: Path) -> Path:
     return next(path for path in folder.iterdir() if path.suffix == ".distcp")
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "flipped": lambda folder: one_file(folder).write_bytes(
         (data := one_file(folder).read_bytes())[:99] + bytes([data[99] ^ 1]) + data[100:]
     ),
@@ -45,30 +45,30 @@ DAMAGES = {
     "file lost": lambda folder: one_file(folder).unlink(),
     "metadata lost": lambda folder: (folder / ".metadata").unlink(),
     "manifest lost": lambda folder: (folder / "manifest.json").unlink(),
-    "manifest torn": lambda folder: (folder / "manifest.json").write_text('{"step": 6, "fil'),
+    "manifest incomplete": lambda folder: (folder / "manifest.json").write_text('{"step": 6, "fil'),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_seen_and_the_one_before_taken(tmp_path, caplog, damage):
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupt_checkpoint_is_seen_and_the_one_before_taken(tmp_path, caplog, corruption):
     saved(tmp_path, 2, 4, 6)
-    DAMAGES[damage](tmp_path / "step_6")
+    CORRUPTIONS[corruption](tmp_path / "step_6")
     checkpoints = Checkpoints(tmp_path, 3, ALONE, collective=False)
     assert checkpoints.latest_step() == 4
-    assert "checkpoint of step 6 is damaged" in caplog.text
-    assert "Continuing from step 4" in caplog.text
+    assert "checkpoint of step 6 is corrupt" in caplog.text
+    assert "Resuming from step 4" in caplog.text
     read = state()
     checkpoints.load(4, read)
     assert all(torch.equal(tensor, state(4.0)[name]) for name, tensor in read.items())
-    checkpoints.start(6, state(6.0))  # the damaged one is not in the way
+    checkpoints.start(6, state(6.0))  # the corrupt one is not in the way
     checkpoints.wait()
     assert Checkpoints(tmp_path, 3, ALONE, collective=False).latest_step() == 6
 
 
 def test_no_intact_checkpoint_is_an_error(tmp_path):
     saved(tmp_path, 2)
-    DAMAGES["flipped"](tmp_path / "step_2")
-    with pytest.raises(UserError, match="step 2 is damaged.*No intact one is left"):
+    CORRUPTIONS["flipped"](tmp_path / "step_2")
+    with pytest.raises(UserError, match="step 2 is corrupt.*No intact checkpoint is left"):
         Checkpoints(tmp_path, 3, ALONE, collective=False).latest_step()
 
 

@@ -19,9 +19,9 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.config import TrainConfig
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset
-from mmalign.training.trainer import train
+from mmalign.training.loop import train
 from tests.training.conftest import IMAGE_SIZE
-from tests.training.runs import losses, small_config
+from tests.training.helpers import losses, small_config
 
 STEPS = 20
 

@@ -15,16 +15,17 @@ from mmalign_kernels.dispatch import use_backend
 
 from mmalign.config import ParallelConfig
 from mmalign.data.loader import StepLoader
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
+from mmalign.files import read_json_lines
 from mmalign.training import run_folder
-from mmalign.training.guards import LEAST, MOST_SKIPPED, LossWatch
+from mmalign.training.guards import MAX_SKIPPED, MIN_LOSSES, LossSpikeDetector
 from mmalign.training.heartbeat import Heartbeat
-from mmalign.training.metrics import read_metrics
+from mmalign.training.loop import train
 from mmalign.training.sharding import ParallelModel
-from mmalign.training.trainer import Trainer, train
-from tests.training.processes import Running, start
-from tests.training.runs import exported_weights, losses, small_config
+from mmalign.training.trainer import Trainer
+from tests.training.helpers import exported_weights, losses, small_config
+from tests.training.train_processes import Running, start
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan")])
@@ -50,20 +51,18 @@ def test_a_skipped_update_changes_nothing(backend, scale):
 @pytest.fixture
 def spoil(monkeypatch):
     """spoil(steps): the projector's gradient is NaN at the end of these steps, counted from 1."""
-    backward, number = ParallelModel.backward, [0]
+    finish_gradients, number = ParallelModel.finish_gradients, [0]
 
     def begin(steps):
         number[0] = 0
 
-        def spoiled(self, batch, num_loss_tokens, last):
-            share = backward(self, batch, num_loss_tokens, last)
-            number[0] += last
-            if last and number[0] in steps:
-                projector = self.replica.projector
-                projector.weight.grad[0, 0] = float("nan")
-            return share
+        def spoiled(self):
+            finish_gradients(self)
+            number[0] += 1
+            if number[0] in steps:
+                self.model.projector.weight.grad[0, 0] = float("nan")
 
-        monkeypatch.setattr(ParallelModel, "backward", spoiled)
+        monkeypatch.setattr(ParallelModel, "finish_gradients", spoiled)
 
     return begin
 
@@ -93,8 +92,8 @@ def test_skipping_leaves_the_step_out(small_world, tmp_path, spoil, caplog, monk
     config = replace(config, checkpoint=replace(config.checkpoint, every=2))
     weights, train_step = [], Trainer.train_step
 
-    def watched(trainer, step, data_seconds):
-        launched = train_step(trainer, step, data_seconds)
+    def watched(trainer, step, *flags):
+        launched = train_step(trainer, step, *flags)
         weights.append(trainer.model.decoder.lm_head.weight.detach().clone())
         return launched
 
@@ -102,7 +101,7 @@ def test_skipping_leaves_the_step_out(small_world, tmp_path, spoil, caplog, monk
     train(config)
     same = [torch.equal(*pair) for pair in zip(weights, weights[1:], strict=False)]
     assert same == [False, True, False, False, False]
-    records = read_metrics(config.run_dir / "metrics.jsonl")
+    records = read_json_lines(config.run_dir / "metrics.jsonl")
     assert [record["step"] for record in records if "skipped" in record] == [3]
     assert "gradient norm of step 3 is nan" in caplog.text
     assert all(weight.isfinite().all() for weight in exported_weights(config.run_dir).values())
@@ -111,20 +110,20 @@ def test_skipping_leaves_the_step_out(small_world, tmp_path, spoil, caplog, monk
 def test_skipping_for_ever_is_an_error(small_world, tmp_path, spoil):
     spoil(set(range(3, 100)))
     config = small_config(small_world, tmp_path, on_non_finite="skip", num_steps=30)
-    with pytest.raises(UserError, match=f"{MOST_SKIPPED}th step in a row"):
+    with pytest.raises(UserError, match=f"{MAX_SKIPPED}th step in a row"):
         train(config)
-    assert len(losses(tmp_path)) in (MOST_SKIPPED + 2, MOST_SKIPPED + 1)
+    assert len(losses(tmp_path)) in (MAX_SKIPPED + 2, MAX_SKIPPED + 1)
 
 
 def test_loss_spikes_are_reported_with_their_samples(caplog):
-    watch = LossWatch(factor=3.0, earlier=[2.0] * (LEAST - 1))
-    assert not watch.see(20, 100.0, ["early"])  # too few losses to tell
-    assert not watch.see(21, 5.9, ["fine"]) and not caplog.text
-    assert watch.see(22, 6.1, ["a-7", "b-8"])
+    detector = LossSpikeDetector(factor=3.0, earlier_losses=[2.0] * (MIN_LOSSES - 1))
+    assert not detector.update(20, 100.0, ["early"])  # too few losses to tell
+    assert not detector.update(21, 5.9, ["fine"]) and not caplog.text
+    assert detector.update(22, 6.1, ["a-7", "b-8"])
     assert "step 22: loss 6.1000 is more than 3 times the median 2.0000" in caplog.text
     assert "a-7, b-8" in caplog.text
     with pytest.raises(UserError, match="loss-spike-factor"):
-        LossWatch(factor=1.0)
+        LossSpikeDetector(factor=1.0)
 
 
 def wait_for_steps(running: Running, run_dir: Path, number: int) -> None:
@@ -165,10 +164,10 @@ def test_a_process_that_is_frozen_is_told_by_its_silence(monkeypatch):
     store, now = torch.distributed.HashStore(), time.time()
     for rank, step, when in ((1, 7, now - 100), (0, 8, now)):
         monkeypatch.setattr(time, "time", lambda when=when: when)
-        beat = Heartbeat(Ranks(0, 1, torch.device("cpu")), timeout_minutes=1.0)
-        beat.ranks, beat.store = Ranks(rank, 2, torch.device("cpu")), store
+        beat = Heartbeat(DistributedContext(0, 1, torch.device("cpu")), timeout_minutes=1.0)
+        beat.ranks, beat.store = DistributedContext(rank, 2, torch.device("cpu")), store
         beat.at(step, "computing")
-        beat._tell()
+        beat._publish()
     assert beat.report().startswith(
         "no progress: rank 1 in step 7, computing for 0 s when last heard of 100 s ago; "
         "rank 0 in step 8, computing for 0 s. "
@@ -186,7 +185,7 @@ def test_who_loses_another_process_says_so_and_what_is_safe(small_world, tmp_pat
     os.kill(running.processes[1].pid, signal.SIGKILL)
     assert running.wait() == [1, -signal.SIGKILL]
     text, done = running.outputs()[0], len(losses(config.run_dir))
-    assert "process 0 has lost the connection to another one" in text and "Traceback" not in text
+    assert "rank 0 lost its connection to a rank that exited" in text and "Traceback" not in text
     names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     newest = max(int(name.removeprefix("step_")) for name in names)  # and no other name
     if sharding == "none":
@@ -234,12 +233,12 @@ def test_a_step_on_a_gpu_never_waits(small_world, tmp_path, monkeypatch):
     """PyTorch raises at an operation in which the host waits for the device."""
     train_step = Trainer.train_step
 
-    def watched(trainer, step, data_seconds):
+    def watched(trainer, step, *flags):
         if step.index < 2:  # kernels are compiled and loaded
-            return train_step(trainer, step, data_seconds)
+            return train_step(trainer, step, *flags)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return train_step(trainer, step, data_seconds)
+            return train_step(trainer, step, *flags)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from mmalign.config import LoraConfig, ParallelConfig
-from mmalign.training.metrics import read_metrics
-from tests.training.processes import Running, start
-from tests.training.runs import exported_weights, small_config
+from mmalign.files import read_json_lines
+from tests.training.helpers import exported_weights, small_config
+from tests.training.train_processes import Running, start
 
 NUM_KILLS = int(os.environ.get("MMALIGN_KILLS", 0))
 NUM_STEPS = max(10, 3 * NUM_KILLS)
@@ -82,7 +82,7 @@ def assert_same_lines(whole: Path, killed: Path) -> None:
 
 
 def losses_by_step(run_dir: Path) -> dict[int, float]:
-    records = read_metrics(run_dir / "metrics.jsonl")
+    records = read_json_lines(run_dir / "metrics.jsonl")
     return {record["step"]: record["loss"] for record in records}
 
 

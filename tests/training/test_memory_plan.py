@@ -11,19 +11,23 @@ import torch
 import tyro
 
 from mmalign.config import OptimizerConfig, TrainConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
-from mmalign.flops import Workload
 from mmalign.model.recompute import POLICIES
 from mmalign.recipes import RECIPES
+from mmalign.training.loop import train
 from mmalign.training.memory import table as memory_table
 from mmalign.training.memory.activations import Activations, MicroBatch
 from mmalign.training.memory.plan import MemoryPlan
-from mmalign.training.memory.published import published_workload
 from mmalign.training.optimizer import AdamW
-from mmalign.training.trainer import train
-from tests.training.runs import small_config
-from tests.training.saved import decoder_config, random_batch, saving, small_model, train_config
+from tests.training.activations_kept import (
+    decoder_config,
+    random_batch,
+    saving,
+    small_model,
+    train_config,
+)
+from tests.training.helpers import small_config, workload_of
 
 CASES = {
     "pretrain": train_config("pretrain"),
@@ -47,26 +51,26 @@ LENGTHS = (40, 7, 66, 1, 30)
 H100 = memory_table.capacity_of("h100-80g")
 
 
-@pytest.mark.parametrize("prunes", (True, False))
+@pytest.mark.parametrize("last_layer_rows", (True, False))
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("case", CASES)
-def test_activations_are_those_that_the_graph_keeps(case, decoder, prunes):
+def test_activations_are_those_that_the_graph_keeps(case, decoder, last_layer_rows):
     config = CASES[case]
     if decoder == "tied" and case == "pretrain":
         pytest.skip("a tied lm_head cannot learn two rows alone")
-    config = replace(config, shortcuts=replace(config.shortcuts, last_layer_rows=prunes))
+    config = replace(config, shortcuts=replace(config.shortcuts, last_layer_rows=last_layer_rows))
     num_images = 0 if config.data.text_only else 2
     model = small_model(DECODERS[decoder], config).train()
     batch = random_batch(LENGTHS, num_images)
-    planned = Activations.of(Workload.of(model, config), config, "cpu")
+    planned = Activations.from_config(workload_of(model, config), config, "cpu")
     for policy in POLICIES:
         for num_layers in (None, 1):
             model.decoder.set_recompute(policy, num_layers)
-            with saving(model, batch) as saved:
+            with saving(model, batch) as kept:
                 loss = model(batch)
             sizes = MicroBatch(sum(LENGTHS), batch.num_loss_tokens, num_images)
-            total = sum(planned.kept(sizes, policy, num_layers).values())
-            assert total == saved.bytes, (policy, num_layers)
+            total = sum(planned.saved(sizes, policy, num_layers).values())
+            assert total == kept.bytes, (policy, num_layers)
             del loss
 
 
@@ -78,10 +82,10 @@ def test_weights_gradients_and_state_are_those_that_are_made(case, master, momen
     optimizer = OptimizerConfig(master=master, moments=moments)
     config = replace(CASES[case], optimizer=optimizer, precision="bf16")
     model = small_model(decoder_config(), config).bfloat16()
-    plan = MemoryPlan(config, Workload.of(model, config), 0, "cpu")
+    plan = MemoryPlan(config, workload_of(model, config), 0, "cpu")
     trained = model.trainable_parameters()
     state = AdamW(trained, optimizer).state()
-    made = sum(x.nbytes for name, x in state.items() if not name.startswith("parameter."))
+    made = sum(x.nbytes for x in state.values())
     fixed = plan.fixed()
     assert fixed["optimizer state"] == made
     assert fixed["weights"] == sum(p.nbytes for p in model.parameters())
@@ -92,12 +96,12 @@ def test_weights_gradients_and_state_are_those_that_are_made(case, master, momen
 
 def plan_of(recipe: str, capacity: int = H100, world_size: int = 1, **changes) -> MemoryPlan:
     config = replace(RECIPES[recipe][1], **changes)
-    workload = published_workload(config, recipe)
+    workload = memory_table.published_workload(config, recipe)
     return MemoryPlan(config, workload, capacity, "cuda", world_size)
 
 
 def test_7b_on_80_gb():
-    """The figures of the design: 8 bytes a weight leave 8k tokens without a product run twice."""
+    """The figures of the design: 8 bytes per weight leave 8k tokens without a product run twice."""
     plan = plan_of("finetune-7b")
     chosen = memory_table.check(plan)
     assert (chosen.recompute, chosen.recompute_layers) == ("elementwise", None)
@@ -114,16 +118,18 @@ def test_7b_on_80_gb():
 
 
 def test_activations_of_a_token():
-    """Without row pruning, LLaMA2-7B keeps x, q, k, v, o, x, gate, up and little else: 2.98 MB."""
+    """Without last_layer_rows: x, q, k, v, o, x, gate, up and little else, 2.98 MB per token."""
     config = replace(RECIPES["finetune-7b"][1], recompute="elementwise")
     config = replace(config, shortcuts=replace(config.shortcuts, last_layer_rows=False))
-    workload = published_workload(config, "finetune-7b")
-    kept = Activations.of(workload, config, "cuda").kept(MicroBatch(1000, 0, 0), "elementwise")
-    layers = kept["residual stream"] + kept["attention"] + kept["mlp"]
+    workload = memory_table.published_workload(config, "finetune-7b")
+    saved = Activations.from_config(workload, config, "cuda").saved(
+        MicroBatch(1000, 0, 0), "elementwise"
+    )
+    layers = saved["residual stream"] + saved["attention"] + saved["mlp"]
     assert layers / 1000 == pytest.approx(2.98e6, rel=0.01)
 
 
-def test_fp32_state_of_7b_is_refused_with_the_knobs():
+def test_fp32_state_of_7b_is_refused_with_remedies():
     plan = plan_of("finetune-7b", optimizer=OptimizerConfig())
     with pytest.raises(UserError) as error:
         memory_table.check(plan)
@@ -137,22 +143,24 @@ def test_fp32_state_of_7b_is_refused_with_the_knobs():
         memory_table.check(too_many)
 
 
-def test_each_knob_that_a_refusal_names_makes_it_fit():
+def test_each_remedy_that_a_refusal_names_makes_it_fit():
     changes = {"recompute": "none", "optimizer": OptimizerConfig(moments="bf16")}
     with pytest.raises(UserError) as error:
         memory_table.check(plan_of("finetune-7b", **changes))
-    knobs = [x.strip() for x in str(error.value).partition("makes it fit:")[2].strip().split("\n")]
-    assert len(knobs) == 6
-    for knob in knobs:
-        if match := re.match(r"a device with (\d+) GB of", knob):
+    remedies = [
+        x.strip() for x in str(error.value).partition("makes it fit:")[2].strip().split("\n")
+    ]
+    assert len(remedies) == 6
+    for remedy in remedies:
+        if match := re.match(r"a device with (\d+) GB of", remedy):
             memory_table.check(plan_of("finetune-7b", capacity=int(match[1]) * 10**9, **changes))
             continue
-        devices = re.search("on ([0-9]+) devices", knob)
-        flags = [x for x in re.findall(r"--[^(,]+", knob) if "run-dir" not in x]
+        devices = re.search("on ([0-9]+) devices", remedy)
+        flags = [x for x in re.findall(r"--[^(,]+", remedy) if "run-dir" not in x]
         settings = " ".join(flags).split()
         config = replace(RECIPES["finetune-7b"][1], **changes)
         config = tyro.cli(TrainConfig, default=config, args=settings)
-        workload = published_workload(config, "finetune-7b")
+        workload = memory_table.published_workload(config, "finetune-7b")
         size = int(devices[1]) if devices else 1
         memory_table.check(MemoryPlan(config, workload, H100, "cuda", size))
 
@@ -213,7 +221,7 @@ def test_codes_that_cannot_be_sharded_are_refused_before_anything_is_loaded():
     parallel = replace(RECIPES["finetune-7b"][1].parallel, sharding="full")
     optimizer = OptimizerConfig(moments="8bit")
     changes = {"world_size": 8, "parallel": parallel, "optimizer": optimizer}
-    with pytest.raises(UserError, match=r"\(3200, 8640\) are no whole blocks of 128"):
+    with pytest.raises(UserError, match=r"\(3200, 8640\) is not a multiple of 128"):
         memory_table.check(plan_of("finetune-open-llama-3b", **changes))
     memory_table.check(plan_of("finetune-7b", **changes))
 
@@ -231,11 +239,11 @@ def test_a_run_refuses_before_it_loads_anything(small_world, tmp_path, monkeypat
     ids=["a new process", "after another stage", "beside another process"],
 )
 def test_free_memory_of_a_gpu(monkeypatch, free, kept, expected):
-    """In GB, of a card with 85: the allocator's cache is ours, another process's memory is not."""
+    """In GB, of a GPU with 85: the allocator's cache is ours, another process's memory is not."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 10**9, 85 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (kept + 3) * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * 10**9)
-    ranks = Ranks(0, 1, torch.device("cuda"))
+    ranks = DistributedContext(0, 1, torch.device("cuda"))
     assert memory_table._free_memory(ranks) == (expected * 10**9, "free on the GPU")
 
 
@@ -263,9 +271,11 @@ def plan_memory(monkeypatch, capsys):
 
 
 def test_command_line(small_world, plan_memory):
-    cards = ("--gpu", "a100-40g", "--world-size", "8")
-    printed = plan_memory("finetune-7b", *cards, "--parallel.sharding", "full")
-    assert "finetune-7b on 8 x a100-40g of 39.4 GiB (42.3 GB), --parallel.sharding full" in printed
+    devices = ("--gpu", "a100-40g", "--world-size", "8")
+    printed = plan_memory("finetune-7b", *devices, "--parallel.sharding", "full")
+    assert (
+        "finetune-7b on 8 x a100-40g with 39.4 GiB (42.3 GB), --parallel.sharding full" in printed
+    )
     assert "optimizer state" in printed and "most tokens that fit" in printed
     assert "recommended: --recompute elementwise --micro-batch-tokens 8192" in printed
     whole = plan_memory("finetune-7b", "--world-size", "8")
@@ -274,5 +284,5 @@ def test_command_line(small_world, plan_memory):
     printed = plan_memory("finetune-7b", *folders, str(small_world.vision_tower))
     assert "recommended: --recompute none" in printed
     assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
-    assert "not one of a100-40g" in plan_memory("finetune-7b", "--gpu", "abacus")
-    assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
+    assert "expected one of h200" in plan_memory("finetune-7b", "--gpu", "abacus")
+    assert "a GPU with 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")

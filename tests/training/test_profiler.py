@@ -10,9 +10,11 @@ import pytest
 import torch
 from mmalign_kernels.operation import Operation
 
+from mmalign.batch import PackedBatch
 from mmalign.data.dataset import ConversationDataset
 from mmalign.errors import UserError
-from mmalign.training.metrics import read_metrics
+from mmalign.files import read_json_lines
+from mmalign.training.loop import train
 from mmalign.training.optimizer import AdamW
 from mmalign.training.profile import ranges, steps_to_profile
 from mmalign.training.profile.timeline import (
@@ -28,9 +30,9 @@ from mmalign.training.profile.timeline import (
     OPTIMIZER,
     read_timeline,
 )
-from mmalign.training.trainer import train
+from mmalign.training.trainer import Trainer
 from tests.model import tiny
-from tests.training.runs import exported_weights, losses, small_config
+from tests.training.helpers import CPU, exported_weights, losses, small_config
 
 
 def trace_ranges(run_dir) -> list[dict]:
@@ -41,7 +43,7 @@ def trace_ranges(run_dir) -> list[dict]:
 
 
 def table(run_dir) -> dict[str, list[float | None]]:
-    """category -> [ms a step, share in %, floor ...] of profile.md."""
+    """category -> [ms per step, share in %, bound ...] of profile.md."""
     rows = re.findall(r"^\| (.+?) \| ([^a-z|][^|]*\|.*)\|$", profile_md(run_dir), re.MULTILINE)
     return {
         name.strip("*"): [
@@ -74,11 +76,11 @@ def test_profile_changes_nothing_and_adds_up(small_world, tmp_path, stage):
     ranges_found = trace_ranges(profiled.run_dir)
     steps = [e for e in ranges_found if re.fullmatch(r"step \d+", e["name"])]
     assert [event["name"] for event in steps] == ["step 3", "step 4"]
-    stages = ("data wait", "forward", "backward", "gradient norm", "optimizer")
-    for stage_name in stages:  # all that a step waits for and does is inside of it
-        found = [event for event in ranges_found if event["name"] == stage_name]
-        assert len(found) >= len(steps), stage_name
-        assert all(any(inside(event, step) for step in steps) for event in found), stage_name
+    phases = ("data wait", "forward", "backward", "gradient norm", "optimizer")
+    for phase in phases:  # all that a step waits for and does is inside of it
+        found = [event for event in ranges_found if event["name"] == phase]
+        assert len(found) >= len(steps), phase
+        assert all(any(inside(event, step) for step in steps) for event in found), phase
     assert sum(measured.seconds.values()) == pytest.approx(sum(e["dur"] for e in steps) / 1e6)
     assert min(measured.seconds.values()) >= 0
     for category in (MATRIX, ATTENTION, NORMS, ELEMENTWISE, LOSS, OPTIMIZER, DATA_WAIT, IDLE):
@@ -111,15 +113,15 @@ def test_a_slow_category_shows_up(small_world, tmp_path, monkeypatch):
     train(config)
     rows = table(tmp_path)
     assert rows[OPTIMIZER][0] >= 150 and rows[DATA_WAIT][0] >= 8 * 20
-    assert rows[OPTIMIZER][2] < 1 and rows[DATA_WAIT][2] == 0  # their floors
+    assert rows[OPTIMIZER][2] < 1 and rows[DATA_WAIT][2] == 0  # their bounds
 
 
-def test_ranges_by_stage_and_layer(small_world, tmp_path):
+def test_ranges_by_phase_and_layer(small_world, tmp_path):
     config = small_config(small_world, tmp_path, micro_batch_tokens=700, num_steps=3, profile="2:3")
     train(config)
     found = trace_ranges(tmp_path)
     names = [event["name"] for event in found]
-    micro_batches = read_metrics(tmp_path / "metrics.jsonl")[1]["micro_batches"]
+    micro_batches = read_json_lines(tmp_path / "metrics.jsonl")[1]["micro_batches"]
     assert micro_batches > 1
     for name in ("forward", "backward", "vision tower", "projector", "vision layer 1"):
         assert names.count(name) == micro_batches, name
@@ -150,13 +152,24 @@ def inside(event: dict, outer: dict) -> bool:
 
 def test_nothing_is_left_when_no_profile_runs(tmp_path):
     model = tiny.ours(tiny.hf_llava(**tiny.GROUPED_QUERY), tmp_path)
-    run, nothing = Operation.run, ranges.stage("forward")
-    assert nothing is ranges.stage("backward")  # one object, which does nothing
-    with ranges.ranges_of(model):
-        assert Operation.run is not run and ranges.stage("forward") is not nothing
+    config = tiny.stage("finetune")
+    model.set_trainable(config.stage, config.lora, train_image_tokens=False)
+    trainer = Trainer(config, CPU, model, num_steps=1)
+    before = wrapped(trainer)
+    with ranges.ranges_of(trainer):
+        assert all(now is not was for now, was in zip(wrapped(trainer), before, strict=True))
         assert any(module._forward_hooks for module in model.modules())
-    assert Operation.run is run and ranges.stage("forward") is nothing
+    assert wrapped(trainer) == before and not {"step", "train_step"} & {
+        *vars(trainer),
+        *vars(trainer.optimizer),
+    }
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def wrapped(trainer) -> list:
+    optimizer = trainer.optimizer
+    functions = Operation.run, PackedBatch.to, torch.Tensor.backward
+    return [*functions, optimizer.step, optimizer.gradient_norm, trainer.train_step]
 
 
 def test_steps_are_counted_as_in_the_metrics():
@@ -171,7 +184,7 @@ def test_steps_are_counted_as_in_the_metrics():
 def test_a_continued_run_profiles_what_is_left(small_world, tmp_path):
     config = small_config(small_world, tmp_path, num_steps=4, profile="2:5")
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))
-    stopped = AdamW.step
+    stopped, run = AdamW.step, Operation.run
 
     def interrupt(optimizer, *args):
         if optimizer.step_count == 2:
@@ -183,10 +196,10 @@ def test_a_continued_run_profiles_what_is_left(small_world, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert not (tmp_path / "profile" / "profile.md").exists()
-    assert ranges.stage("forward") is ranges.stage("backward")  # the profile was taken down
+    assert Operation.run is run  # the ranges were removed
     train(config)
     assert profile_md(tmp_path).startswith("# Profile of steps 3, 4\n")
-    assert "Step 3 was this process's first" in profile_md(tmp_path)
+    assert "Step 3 was the first of this process" in profile_md(tmp_path)
 
 
 @pytest.mark.gpu
@@ -202,5 +215,5 @@ def test_profile_of_a_gpu(small_world, tmp_path):
     assert not any(name.startswith(("aten::", "mmalign::")) for _, name, *_ in measured.operations)
     assert (tmp_path / "profile" / "memory_snapshot.pickle").stat().st_size > 0
     assert set(table(tmp_path)) == {*CATEGORIES, "step"}
-    record = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    record = read_json_lines(tmp_path / "metrics.jsonl")[-1]
     assert 0 < record["memory_allocated_bytes"] <= record["memory_peak_bytes"]

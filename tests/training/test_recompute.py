@@ -5,7 +5,13 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.model.recompute import POLICIES, policy_by_layer
-from tests.training.saved import decoder_config, random_batch, saving, small_model, train_config
+from tests.training.activations_kept import (
+    decoder_config,
+    random_batch,
+    saving,
+    small_model,
+    train_config,
+)
 
 CASES = {
     "pretrain": train_config("pretrain"),

@@ -8,14 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmalign.config import LoraConfig, ShortcutConfig
-from mmalign.flops import Workload, batch_flops, model_flops
+from mmalign.flops import Workload, batch_flops, model_flops, required_flops
 from mmalign.model import llava
-from mmalign.training.shortcuts import needed_flops
-from mmalign.training.trainer import train
+from mmalign.training.loop import train
 from tests.model import tiny
 from tests.model.tiny import HEADER, following, without_prefix
 from tests.test_flops import CLIP_VIT_L, LLAMA2_7B
-from tests.training.runs import exported_weights, losses, small_config
+from tests.training.helpers import exported_weights, losses, small_config, workload_of
 
 PLAIN = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
 
@@ -44,7 +43,7 @@ def test_a_run_with_shortcuts_equals_a_plain_one(small_world, tmp_path, kind):
         assert error <= 1e-5 * weight.norm(), f"{name}: {error:.1e}"
 
 
-def test_the_prefix_is_computed_once_a_run(small_world, tmp_path, monkeypatch):
+def test_the_prefix_is_computed_once_per_run(small_world, tmp_path, monkeypatch):
     lengths, compute = [], llava.prefix_key_values
 
     def counting(decoder, token_ids):
@@ -80,7 +79,7 @@ def products(model, batch) -> int:
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "lora"])
-def test_needed_flops_are_those_that_torch_counts(tmp_path, kind, monkeypatch):
+def test_required_flops_are_those_that_torch_counts(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(
         sys.modules["mmalign_kernels.reference.linear"], "_HAS_ONEDNN", False
     )  # whose products it misses
@@ -97,28 +96,28 @@ def test_needed_flops_are_those_that_torch_counts(tmp_path, kind, monkeypatch):
         model(ours)  # computes the prefix
     with_shortcuts = products(model, ours)
     model.shortcuts = PLAIN
-    workload = Workload.of(model, config)
+    workload = workload_of(model, config)
     sizes = [len(x.input_ids) for x in samples], whole.num_loss_tokens, len(whole.pixel_values)
-    needed = needed_flops(workload, ShortcutConfig(), *sizes, ours.prefix_length)
-    spared = model_flops(workload, *sizes) - needed
-    assert spared.projections > 0 and (spared.adapters > 0) == (kind == "lora")
-    assert products(model, whole) - with_shortcuts == spared.projections + spared.adapters
+    required = required_flops(workload, ShortcutConfig(), *sizes, ours.prefix_length)
+    saved = model_flops(workload, *sizes) - required
+    assert saved.projections > 0 and (saved.adapters > 0) == (kind == "lora")
+    assert products(model, whole) - with_shortcuts == saved.projections + saved.adapters
     assert batch_flops(workload, ours) == batch_flops(workload, whole)  # MFU's do not change
 
 
-def test_flops_that_the_shortcuts_spare_at_7b():
-    """The figures of mmalign/training/shortcuts.py."""
+def test_flops_that_the_shortcuts_save_at_7b():
+    """The figures of mmalign/flops.py."""
     pretrain = Workload(LLAMA2_7B, CLIP_VIT_L, "pretrain")
     finetune = Workload(LLAMA2_7B, CLIP_VIT_L, "finetune")
     rows, both = ShortcutConfig(frozen_prefix=False), ShortcutConfig()
 
-    def spared(workload, shortcuts, *sizes) -> float:
+    def saved(workload, shortcuts, *sizes) -> float:
         return (
             1
-            - needed_flops(workload, shortcuts, *sizes).total
+            - required_flops(workload, shortcuts, *sizes).total
             / model_flops(workload, *sizes[:3]).total
         )
 
-    assert spared(pretrain, rows, [330], 22, 1) == pytest.approx(0.0236, abs=1e-4)
-    assert spared(pretrain, both, [330], 22, 1, 37) == pytest.approx(0.1302, abs=1e-4)
-    assert spared(finetune, both, [550], 242, 1) == pytest.approx(0.0142, abs=1e-4)
+    assert saved(pretrain, rows, [330], 22, 1) == pytest.approx(0.0236, abs=1e-4)
+    assert saved(pretrain, both, [330], 22, 1, 37) == pytest.approx(0.1302, abs=1e-4)
+    assert saved(finetune, both, [550], 242, 1) == pytest.approx(0.0142, abs=1e-4)

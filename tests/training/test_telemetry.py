@@ -1,4 +1,4 @@
-"""Rates and MFU of a step, and what a card says, through a stand-in for pynvml."""
+"""Rates and MFU of a step, and what a GPU reports, through a stand-in for pynvml."""
 
 import inspect
 import json
@@ -9,17 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmalign.distributed import Ranks
 from mmalign.errors import UserError
-from mmalign.flops import Workload, step_flops
+from mmalign.files import read_json_lines
+from mmalign.flops import step_flops
 from mmalign.training import telemetry
-from mmalign.training.build import resolve
-from mmalign.training.metrics import read_metrics
-from mmalign.training.telemetry import Card, Telemetry, progress
-from mmalign.training.trainer import Trainer, train
-from tests.training.runs import small_config
-
-CPU = Ranks(0, 1, torch.device("cpu"))
+from mmalign.training.loop import train
+from mmalign.training.metrics import progress
+from mmalign.training.telemetry import GpuMonitor, Telemetry
+from tests.training.helpers import CPU, small_config, small_loop
 
 
 class NVMLError(Exception):
@@ -88,22 +85,22 @@ def test_the_stand_in_has_the_signatures_and_constants_of_pynvml():
     assert {bit: name for name, bit in reasons.items()} == telemetry.THROTTLE_REASONS
 
 
-def test_card_reports_in_watts_joules_and_names():
-    card = Card(FakeNVML(), "GPU-c0ffee")
-    card.sample()
-    first = card.latest()
-    card.sample()
+def test_gpu_reports_in_watts_joules_and_names():
+    gpu = GpuMonitor(FakeNVML(), "GPU-c0ffee")
+    gpu.sample()
+    first = gpu.latest()
+    gpu.sample()
     assert first["power_watts"] == 652.5 and first["energy_joules"] == 0
-    assert card.latest()["energy_joules"] == 1.5
+    assert gpu.latest()["energy_joules"] == 1.5
     assert first["sm_clock_mhz"] == 1755 and first["temperature_celsius"] == 61
     assert first["throttle_reasons"] == ["power cap", "hardware thermal"]
 
 
-def test_card_is_asked_by_a_thread_of_its_own():
+def test_gpu_is_asked_by_a_thread_of_its_own():
     nvml, asked_by = FakeNVML(), []
     again = threading.Event()
-    card = Card(nvml, "GPU-c0ffee", interval=0.001)
-    sample = card.sample
+    gpu = GpuMonitor(nvml, "GPU-c0ffee", interval=0.001)
+    sample = gpu.sample
 
     def note_and_sample():
         asked_by.append(threading.current_thread().name)
@@ -111,21 +108,21 @@ def test_card_is_asked_by_a_thread_of_its_own():
         if len(asked_by) > 2:
             again.set()
 
-    card.sample = note_and_sample
-    card.start()
+    gpu.sample = note_and_sample
+    gpu.start()
     assert again.wait(10)
     before = len(nvml.calls)
-    assert card.latest()["power_watts"] == 652.5  # the loop only takes what is there
-    card.stop()
+    assert gpu.latest()["power_watts"] == 652.5  # the loop only takes what is there
+    gpu.stop()
     assert set(asked_by[1:]) == {"nvml"} and before and nvml.calls[-1] == "nvmlShutdown"
 
 
-def test_what_a_card_cannot_say_is_left_out_and_told_once(caplog):
+def test_what_a_gpu_does_not_report_is_left_out_and_logged_once(caplog):
     caplog.set_level(logging.INFO, logger="mmalign")
-    card = Card(FakeNVML(missing=("energy",)), "GPU-c0ffee")
-    card.sample()
-    card.sample()
-    assert "energy_joules" not in card.latest() and "power_watts" in card.latest()
+    gpu = GpuMonitor(FakeNVML(missing=("energy",)), "GPU-c0ffee")
+    gpu.sample()
+    gpu.sample()
+    assert "energy_joules" not in gpu.latest() and "power_watts" in gpu.latest()
     assert [record.message for record in caplog.records] == [
         "no energy_joules: NVML says Not Supported"
     ]
@@ -134,25 +131,25 @@ def test_what_a_card_cannot_say_is_left_out_and_told_once(caplog):
 def test_without_nvidia_ml_py_it_says_so_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="mmalign")
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    assert telemetry._open_card(torch.device("cuda")) is None
+    assert telemetry._open_gpu(torch.device("cuda")) is None
     assert len(caplog.records) == 1 and "nvidia-ml-py" in caplog.text
 
 
-def test_card_is_found_by_its_uuid(monkeypatch):
+def test_gpu_is_found_by_its_uuid(monkeypatch):
     properties = SimpleNamespace(uuid="c0ffee")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNVML())
-    assert telemetry._open_card(torch.device("cuda", 1)).handle == "handle"
+    assert telemetry._open_gpu(torch.device("cuda", 1)).handle == "handle"
 
 
 def test_peak_is_given_published_or_unknown(small_world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    gpu = torch.device("cuda")
+    cuda = torch.device("cuda")
     bf16 = small_config(small_world, tmp_path, precision="bf16")
     fp32 = small_config(small_world, tmp_path)
     given = small_config(small_world, tmp_path, peak_tflops=0.5)
-    assert telemetry._peak_flops(bf16, gpu) == 989.4e12
-    assert telemetry._peak_flops(fp32, gpu) is None  # a bf16 rate is no denominator for fp32
+    assert telemetry._peak_flops(bf16, cuda) == 989.4e12
+    assert telemetry._peak_flops(fp32, cuda) is None  # a bf16 rate is no denominator for fp32
     assert telemetry._peak_flops(fp32, CPU.device) is None
     assert telemetry._peak_flops(given, CPU.device) == 0.5e12
 
@@ -188,12 +185,11 @@ def test_every_step_of_a_run_has_its_rates(small_world, tmp_path):
         micro_batch_tokens=500,
     )
     train(config)
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    trainer = Trainer(resolve(small_config(small_world, tmp_path / "again", num_steps=2)), CPU)
-    workload = Workload.of(trainer.model, trainer.config)
-    for record, step in zip(records, trainer.loader, strict=True):
+    records = read_json_lines(tmp_path / "metrics.jsonl")
+    loop = small_loop(small_config(small_world, tmp_path / "again", num_steps=2))
+    for record, step in zip(records, loop.loader, strict=True):
         flops = record["tflops_per_second"] * record["seconds"] * 1e12
-        assert flops == pytest.approx(step_flops(workload, step).total, rel=1e-9)
+        assert flops == pytest.approx(step_flops(loop.workload, step.batches).total, rel=1e-9)
         assert record["mfu"] == pytest.approx(record["tflops_per_second"] / 0.1)
         assert record["data_wait_share"] == record["data_wait_seconds"] / record["seconds"]
         assert record["memory_peak_bytes"] > 0

@@ -1,4 +1,4 @@
-"""Categories of hand-written traces, and the floors of a small step counted by hand."""
+"""Categories of hand-written traces, and the roofline bounds of a small step counted by hand."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from mmalign.config import LoraConfig, ShortcutConfig, TrainConfig
 from mmalign.flops import Workload, step_flops
 from mmalign.model.config import DecoderConfig
-from mmalign.training.profile.roofline import Ceilings, floors
+from mmalign.training.profile.roofline import MeasuredPeaks, roofline_bounds
 from mmalign.training.profile.timeline import (
     ATTENTION,
     COMMUNICATION,
@@ -108,7 +108,7 @@ def test_on_a_gpu_kernels_belong_to_what_launched_them():
     }
 
 
-def test_floors_are_flops_and_bytes_over_the_ceilings(small_world):
+def test_bounds_are_flops_and_bytes_over_the_peaks(small_world):
     samples = tiny.text_samples()
     batch = tiny.pack(samples)
     step = type("Step", (), {"batches": [batch, batch]})
@@ -116,14 +116,15 @@ def test_floors_are_flops_and_bytes_over_the_ceilings(small_world):
     workload = Workload(decoder, None, "finetune", LoraConfig())
     parameter = torch.nn.Parameter(torch.zeros(10, 10))
     config = TrainConfig("finetune", shortcuts=ShortcutConfig(last_layer_rows=False))
-    least = floors(workload, [step], {"p": parameter}, torch.float32, Ceilings(1.0, 1e12), config)
-    flops, tokens = step_flops(workload, step), 2 * 50
-    assert least[MATRIX] == flops.projections / 1e12 and least[LOSS] == flops.lm_head / 1e12
+    peaks = MeasuredPeaks(1.0, 1e12)
+    bounds = roofline_bounds(workload, [step], {"p": parameter}, torch.float32, peaks, config)
+    flops, tokens = step_flops(workload, step.batches), 2 * 50
+    assert bounds[MATRIX] == flops.projections / 1e12 and bounds[LOSS] == flops.lm_head / 1e12
     # rms_norm: 2 of x forward, 3 backward; four add_rms_norms: 4 and 4; weights and their gradients
     norm_rows = 5 + 4 * 8
     weights = 2 * (3 + 4 * 3)  # of 2 micro-batches: read forward and backward, gradient written
-    assert least[NORMS] == 4 * 64 * (norm_rows * tokens + weights)
-    assert least[ELEMENTWISE] == 4 * tokens * (2 * 8 * 96 + 2 * 64)  # SwiGLU 3 + 5; embeddings
+    assert bounds[NORMS] == 4 * 64 * (norm_rows * tokens + weights)
+    assert bounds[ELEMENTWISE] == 4 * tokens * (2 * 8 * 96 + 2 * 64)  # SwiGLU 3 + 5; embeddings
     # parameter and two moments read and written, gradient read twice (its norm)
-    assert least[OPTIMIZER] == 100 * 4 * 8
-    assert least[DATA_WAIT] == least[IDLE] == 0 and least[COMMUNICATION] is None
+    assert bounds[OPTIMIZER] == 100 * 4 * 8
+    assert bounds[DATA_WAIT] == bounds[IDLE] == 0 and bounds[COMMUNICATION] is None

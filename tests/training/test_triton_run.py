@@ -18,10 +18,10 @@ from mmalign_kernels import dispatch
 from mmalign_kernels.adamw import join_master
 
 from mmalign.config import OptimizerConfig
-from mmalign.training.metrics import read_metrics
+from mmalign.files import read_json_lines
 from mmalign.training.optimizer import AdamW
-from tests.training.runs import small_config
-from tests.training.test_trainer import command_line
+from tests.training.helpers import small_config
+from tests.training.test_loop import command_line
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TRAINED = {
@@ -88,7 +88,7 @@ def train(script, backend: str, world, run_dir: Path, stage: str, projector) -> 
         model={"projector": str(projector) if projector else ""},
     )  # fmt: skip
     script(backend, "train", *command_line(config)[2:])
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_json_lines(run_dir / "metrics.jsonl")
 
 
 def scores(script, backend: str, run_dir: Path, documents: Path) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""manifest.json of a checkpoint: every file's size and checksum, so that damage is seen."""
+"""manifest.json of a checkpoint: size and checksum of every file, to detect corruption."""
 
-import json
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mmalign.errors import UserError
+from mmalign.files import read_json, write_json
 
 NAME = "manifest.json"
 _CHUNK = 1 << 22
@@ -16,28 +18,24 @@ def describe(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
 
 
 def write(folder: Path, step: int, files: dict[str, dict[str, int]]) -> None:
-    """On the disk before it returns. Written last: a folder without it is half-written."""
-    with open(folder / NAME, "w") as file:
-        json.dump({"step": step, "files": files}, file, indent=1)
-        flush(file)
+    """On the disk before it returns. Written last: a folder without it is incomplete."""
+    write_json(folder / NAME, {"step": step, "files": files})
     flush_folder(folder)
 
 
-def damage(folder: Path) -> str | None:
+def corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Reads all of it."""
     try:
-        files = json.loads((folder / NAME).read_text())["files"]
-    except FileNotFoundError:
-        return f"{NAME} is missing: it was never completely written"
-    except (ValueError, KeyError, TypeError):
-        return f"{NAME} cannot be read"
+        files = read_json(folder / NAME, "The checkpoint was never completely written.")["files"]
+    except (UserError, KeyError) as error:
+        return str(error)
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if size(path) != expected["bytes"]:
             return f"{name} has {size(path)} bytes instead of {expected['bytes']}"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 releases Python's lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # crc32 releases the GIL
         sums = pool.map(crc32, [folder / name for name in files])
         for (name, expected), found in zip(files.items(), sums, strict=True):
             if found != expected["crc32"]:
@@ -57,13 +55,8 @@ def crc32(path: Path) -> int:
     return value
 
 
-def flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def flush_folder(folder: Path) -> None:
-    """Makes names in a folder (new files, a rename) as durable as the files."""
+    """Makes the names in a folder (new files, renames) as durable as the files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

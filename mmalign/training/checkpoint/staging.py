@@ -1,4 +1,4 @@
-"""The copy of the training state on the host that a checkpoint is written from."""
+"""The host copy of the training state, from which a checkpoint is written."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from mmalign.model.shards import local
 
 
 class Staging:
-    """Its memory, as large as this process's part of the state, is kept for the next copy.
+    """Its buffers, as large as this rank's part of the state, are reused by the next copy.
 
-    Pinned beside a GPU, so that the copy runs at the bus's speed.
+    Pinned if there is a GPU, so that the copy runs at the speed of the bus.
     """
 
     def __init__(self, device: torch.device):
@@ -20,7 +20,7 @@ class Staging:
         self.mesh: DeviceMesh | None = None
 
     def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same values on the host; a shard stays the shard of its whole."""
+        """The same values on the host; a DTensor stays a DTensor."""
         for name, tensor in state.items():
             part = local(tensor)
             if name not in self.buffers:
@@ -37,7 +37,7 @@ class Staging:
         if self.mesh is None:
             mesh = tensor.device_mesh
             names = mesh.mesh_dim_names
-            # shards on the host need a mesh of the host, or they would be moved to the device
+            # shards on the host need a CPU mesh, or they would be moved to the device
             self.mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=names)
         return DTensor.from_local(
             buffer,

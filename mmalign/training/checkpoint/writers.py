@@ -1,4 +1,4 @@
-"""The processes that write a checkpoint: one alone, or all together."""
+"""The ranks that write a checkpoint: one alone, or all together."""
 
 import warnings
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Alone:
-    """One process writes everything, whatever the others do."""
+    """One rank writes everything, whatever the others do."""
 
     is_first = True
     rank = 0
 
     def share(self, work: Callable[[], Any]) -> list:
-        """What `work` returned on every process, after all are done with it.
+        """Results of `work` on every rank, after all have finished it.
 
         An error on one of them is raised on all, so that none waits for another.
         """
@@ -30,7 +30,7 @@ class Alone:
             dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
     def own_files(self, folder: Path) -> list[str]:
-        """Names of the files that this process wrote."""
+        """Names of the files that this rank wrote."""
         shards = f"__{self.rank}_"
         return sorted(
             path.name
@@ -40,7 +40,7 @@ class Alone:
 
 
 class Together(Alone):
-    """All processes write their shards; used in their writing threads only."""
+    """All ranks write their shards; for their writing threads only."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank = group, dist.get_rank(group)
@@ -50,7 +50,7 @@ class Together(Alone):
         try:
             mine = (work(), None)
         except Exception as error:
-            mine = (None, f"{type(error).__name__}: {error} (process {self.rank})")
+            mine = (None, f"{type(error).__name__}: {error} (rank {self.rank})")
         results = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(results, mine, group=self.group)
         for _, error in results:

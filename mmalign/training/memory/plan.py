@@ -1,16 +1,14 @@
-"""What a run needs of one device's memory, and the largest micro-batch that fits, from shapes.
+"""The memory that a run needs on one device, and the largest micro-batch that fits, from shapes.
 
-LLaMA2-7B in bf16 on an H100 of 80 GB: tokens that fit with `elementwise`, `mlp` and `full` beside 8
-bytes a weight are 8.9k, 16k and 54k, where performance estimates by hand said 8.1k, 14k and 51k;
-beside 6 bytes 13k, 23k and 78k, by hand 12k, 22k and 77k; stage 1 with `none` 22k, by hand 20k. By
-hand the card had 82 GB, CUDA reports 84.9; a token of `elementwise` took 3.23 MB, here 3.16, of
-which 0.12 are fragmentation. `none` takes 4.4 MB in stage 2 (6.4k tokens): weight gradients read
-the results of RMSNorm and SwiGLU, too.
+Counted besides weights, optimizer state and activations: lm_head's gradient, which is held in fp32
+from the forward pass on (0.5 GB for LLaMA2-7B); a second gradient of the largest matrix while
+micro-batches accumulate; with DDP all gradients once more in its buckets, if a step has several
+micro-batches. update_in_backward frees gradients only where a step is one micro-batch.
 
-Besides, lm_head's gradient is held in fp32 from the forward pass on (0.5 GB), and summing gradients
-over micro-batches needs another one of the largest matrix. update_in_backward frees gradients only
-where a step is one micro-batch; otherwise they are counted whole. DDP holds all gradients in its
-buckets, and those of a step with several micro-batches once more.
+LLaMA2-7B in bf16 on an 80 GB H100 with 8 bytes per weight: 8.9k, 16k and 54k tokens fit with
+`elementwise`, `mlp` and `full`; stage 1 with `none` fits 22k. A token takes 3.16 MB with
+`elementwise` and 4.4 MB with `none`, where weight gradients also read the results of RMSNorm and
+SwiGLU.
 """
 
 import math
@@ -20,37 +18,39 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from mmalign_kernels.adamw import BLOCK, num_blocks
+from mmalign_kernels.adamw import BLOCK
+from mmalign_kernels.reference import linear_cross_entropy as reference_head
+from mmalign_kernels.triton import launch
 
 from mmalign.config import TrainConfig
 from mmalign.flops import Workload, adapted_projections
 from mmalign.model.projector import Projector
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
-from mmalign.training.memory.activations import Activations, Kept, MicroBatch
-from mmalign.training.optimizer import moment_dtype
+from mmalign.training.memory.activations import Activations, MicroBatch, Saved
+from mmalign.training.optimizer import AdamW
 
 STEP = 128  # micro_batch_tokens are planned in multiples of it
-ENOUGH_TOKENS = 8192  # matrix products are as fast as they get: rather recompute than go below
-MOST_TOKENS = 16384  # a larger micro-batch gains nothing
-# LLaVA's data, means; image tokens included, in stage 1 without a header that all samples share
-# (shortcuts.frozen_prefix; v0's 37 tokens would be more rows of the same kind, and its constant
-# keys and values, 19 MB with LLaMA2-7B, are too few to plan for)
+ENOUGH_TOKENS = 8192  # matrix products reach full speed: rather recompute than go below
+MAX_TOKENS = 16384  # a larger micro-batch gains nothing
+# means of LLaVA's data, image tokens included; in stage 1 without the shared prefix (v0: 37 tokens,
+# whose keys and values, 19 MB with LLaMA2-7B, are negligible)
 SAMPLE_TOKENS = {"pretrain": 300, "finetune": 550}
 SAMPLE_LOSS_TOKENS = {"pretrain": 22, "finetune": 242}
 CONTEXT_BYTES = {"cuda": 10**9, "cpu": 0}  # CUDA's context, compiled kernels, cuBLAS's workspace
-FRAGMENTED = {
-    "cuda": 0.04,
-    "cpu": 0.0,
-}  # of activations and workspace: sizes vary from step to step
-LOGITS = {"cuda": 1 << 27, "cpu": 1 << 22}  # held at a time by linear_cross_entropy
+# fraction of activations and workspace, whose sizes vary from step to step
+FRAGMENTATION = {"cuda": 0.04, "cpu": 0.0}
+MAX_LOGITS = {
+    "cuda": launch.LOGITS_PER_CHUNK,
+    "cpu": reference_head.LOGITS_PER_CHUNK,
+}  # that linear_cross_entropy holds
 
 
 @dataclass(frozen=True)
 class Matrices:
     """`count` parameters of one shape."""
 
-    unit: str  # layer, root: what FSDP2 cuts and gathers together; replicated: never cut
+    unit: str  # FSDP unit: layer or root; replicated: never sharded
     shape: tuple[int, ...]
     count: int
     trained: bool
@@ -60,27 +60,20 @@ class Matrices:
         return math.prod(self.shape) * self.count
 
 
-def parameters(workload: Workload, splits_token_rows: bool) -> Iterator[Matrices]:
-    """Every parameter of the model, as Llava.set_trainable leaves it."""
-    decoder, learns = workload.decoder, workload.trains_decoder
-    hidden, inner, layers = (
-        decoder.hidden_size,
-        decoder.intermediate_size,
-        decoder.num_hidden_layers,
-    )
-    heads, keys, _ = decoder.qkv_sizes
+def parameters(workload: Workload, trains_image_tokens: bool) -> Iterator[Matrices]:
+    """Every parameter of the model, in the stage of the workload."""
+    decoder, trained = workload.decoder, workload.trains_decoder
+    hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
+    layers, (q_size, kv_size, _) = decoder.num_hidden_layers, decoder.qkv_sizes
     tables = 1 if decoder.tie_word_embeddings else 2
     yield Matrices("root", (decoder.vocab_size, hidden), tables, workload.trains_embeddings)
-    yield Matrices("root", (hidden,), 1, learns)
-    for shape in (
-        (heads + 2 * keys, hidden),
-        (hidden, heads),
-        (2 * inner, hidden),
-        (hidden, inner),
-    ):
-        yield Matrices("layer", shape, layers, learns)
-    yield Matrices("layer", (hidden,), layers, learns)
-    yield Matrices("replicated", (hidden,), layers, learns)  # input_layernorm
+    yield Matrices("root", (hidden,), 1, trained)
+    attention = (q_size + 2 * kv_size, hidden), (hidden, q_size)
+    mlp = (2 * intermediate, hidden), (hidden, intermediate)
+    for shape in (*attention, *mlp):
+        yield Matrices("layer", shape, layers, trained)
+    yield Matrices("layer", (hidden,), layers, trained)
+    yield Matrices("replicated", (hidden,), layers, trained)  # input_layernorm
     rank = workload.adapter_rank
     if rank:
         for rows, columns in adapted_projections(workload):
@@ -92,7 +85,7 @@ def parameters(workload: Workload, splits_token_rows: bool) -> Iterator[Matrices
         with torch.device("meta"):
             tower = sum(p.numel() for p in VisionTower(workload.vision).parameters())
         yield Matrices("replicated", (tower,), 1, False)
-    if splits_token_rows:
+    if trains_image_tokens:
         yield Matrices("root", (2, hidden), 1, True)
 
 
@@ -106,22 +99,22 @@ class MemoryPlan:
     device_type: str
     world_size: int = 1
 
-    # ---- what does not depend on the micro-batch ----
+    # ---- independent of the micro-batch ----
 
     @cached_property
     def activations(self) -> Activations:
-        return Activations.of(self.workload, self.config, self.device_type)
+        return Activations.from_config(self.workload, self.config, self.device_type)
 
     @cached_property
     def parameters(self) -> list[Matrices]:
-        return list(parameters(self.workload, self.activations.splits_token_rows))
+        return list(parameters(self.workload, self.activations.trains_image_tokens))
 
     @property
     def itemsize(self) -> int:
         return self.activations.itemsize
 
     def fixed(self) -> dict[str, int]:
-        """Weights, optimizer state, and what the device and sharding take besides."""
+        """Weights, optimizer state, weights gathered by FSDP2, and the device's context."""
         gathered = self._gathered() if self.num_shards > 1 else 0
         return {
             "weights": sum(self._local(x) * self.itemsize for x in self.parameters),
@@ -141,22 +134,21 @@ class MemoryPlan:
 
     @property
     def unshardable(self) -> tuple[int, ...] | None:
-        """Shape of a matrix whose 8-bit moments cannot be cut: its rows are no whole blocks."""
+        """Shape of a matrix whose 8-bit moments cannot be sharded, or None.
+
+        Its row length is not a multiple of BLOCK.
+        """
         if self.num_shards == 1 or self.config.optimizer.moments != "8bit":
             return None
-        cut = (x.shape for x in self.parameters if x.trained and x.unit != "replicated")
-        return next((shape for shape in cut if len(shape) > 1 and shape[-1] % BLOCK), None)
+        sharded = (x.shape for x in self.parameters if x.trained and x.unit != "replicated")
+        return next((shape for shape in sharded if len(shape) > 1 and shape[-1] % BLOCK), None)
 
     def _local(self, x: Matrices) -> int:
         return x.numel if x.unit == "replicated" else -(-x.numel // self.num_shards)
 
     def _state(self, x: Matrices) -> int:
-        optimizer, numel = self.config.optimizer, self._local(x)
-        moment = moment_dtype(x.shape, optimizer)
-        scales = 4 * num_blocks(numel) if moment == torch.uint8 else 0
-        kept = {"split": 2, "fp32-copy": 4, "stochastic": 0}[optimizer.master]
-        master = kept * numel if self.itemsize == 2 else 0
-        return master + 2 * (moment.itemsize * numel + scales)
+        optimizer = self.config.optimizer
+        return AdamW.state_bytes(self._local(x), len(x.shape), self.itemsize, optimizer)
 
     def _layer_bytes(self, trained_only: bool = False) -> int:
         layers = self.workload.decoder.num_hidden_layers
@@ -164,15 +156,14 @@ class MemoryPlan:
         return sum(x.numel for x in counted if x.unit == "layer") * self.itemsize // layers
 
     def _gathered(self) -> int:
-        parallel, layers = self.config.parallel, self.workload.decoder.num_hidden_layers
-        at_once = min(layers, 1 + parallel.prefetch) if parallel.reshard_after_forward else layers
+        """The root unit, the layer that computes and the one that is gathered ahead."""
         root = sum(x.numel for x in self.parameters if x.unit == "root") * self.itemsize
-        return root + at_once * self._layer_bytes()
+        return root + min(2, self.workload.decoder.num_hidden_layers) * self._layer_bytes()
 
-    # ---- what does ----
+    # ---- dependent on the micro-batch ----
 
     def batch(self, tokens: int) -> MicroBatch:
-        """A micro-batch of that size of samples as LLaVA's are in the mean."""
+        """A micro-batch of this size made of average samples of LLaVA's data."""
         stage = self.workload.stage
         images = -(-tokens // SAMPLE_TOKENS[stage]) if self.workload.vision else 0
         rows = -(-tokens * SAMPLE_LOSS_TOKENS[stage] // SAMPLE_TOKENS[stage])
@@ -181,49 +172,51 @@ class MemoryPlan:
     def at(self, tokens: int, policy: Recompute, num_layers: int | None = None) -> dict[str, int]:
         """All bytes by kind, with micro-batches of so many tokens."""
         batch = self.batch(tokens)
-        kept = self.activations.kept(batch, policy, num_layers)
+        saved = self.activations.saved(batch, policy, num_layers)
         workspace = self._workspace(batch, policy)
-        lost = int(FRAGMENTED[self.device_type] * (sum(kept.values()) + workspace))
+        fragmentation = int(FRAGMENTATION[self.device_type] * (sum(saved.values()) + workspace))
         return {
             **self.fixed(),
             "gradients": self._gradients(tokens),
-            **{f"activations: {kind}": num_bytes for kind, num_bytes in kept.items()},
+            **{f"activations: {kind}": num_bytes for kind, num_bytes in saved.items()},
             "workspace": workspace,
-            "fragmentation": lost,
+            "fragmentation": fragmentation,
         }
 
     def _gradients(self, tokens: int) -> int:
         trained = [x for x in self.parameters if x.trained]
-        largest = max(math.prod(x.shape) for x in trained) * self.itemsize  # new beside the sum
+        largest = (
+            max(math.prod(x.shape) for x in trained) * self.itemsize
+        )  # accumulates into the sum
         config = self.config
         step = SAMPLE_TOKENS[config.stage] * config.global_batch_size // self.world_size
         if config.optimizer.update_in_backward and step <= tokens:
             return 2 * largest
         own = sum(self._local(x) for x in trained) * self.itemsize
         if self.num_shards == 1:
-            apart = self.world_size > 1 and step > tokens  # summed up beside DDP's buckets
+            apart = self.world_size > 1 and step > tokens  # accumulated beside DDP's buckets
             return own + (own if apart else largest)
-        if config.parallel.reduce_once and step > tokens:  # whole ones until they are summed
+        if step > tokens:  # unsharded ones until they are reduced, once per step
             return own + sum(x.numel for x in trained) * self.itemsize
         return own + 2 * self._layer_bytes(trained_only=True)
 
     def _workspace(self, batch: MicroBatch, policy: Recompute) -> int:
-        """The most that is held for a moment beside what is kept: at the head, or in a layer."""
+        """The largest temporary memory beside what is saved: at lm_head, or in a layer."""
         decoder, tokens = self.workload.decoder, batch.tokens
-        hidden, inner = decoder.hidden_size, decoder.intermediate_size
-        mlp = {"none": inner, "elementwise": 2 * inner + hidden}.get(policy, 4 * inner + hidden)
+        hidden, size = decoder.hidden_size, decoder.intermediate_size
+        mlp = {"none": size, "elementwise": 2 * size + hidden}.get(policy, 4 * size + hidden)
         attention = 2 * sum(decoder.qkv_sizes)  # the gradient, rotated queries and keys
-        again = 0
+        recomputed = 0
         if policy == "full":
-            kept = Kept()
-            self.activations.layer(kept, 0, "none", tokens, None)
-            again = sum(kept.by_kind().values())
+            saved = Saved()
+            self.activations.layer(saved, 0, "none", tokens, None)
+            recomputed = sum(saved.by_kind().values())
         layer = tokens * (2 * hidden + max(mlp, attention)) * self.itemsize
-        return max(self.logits(batch), again + layer)
+        return max(self.logits(batch), recomputed + layer)
 
     def logits(self, batch: MicroBatch) -> int:
         """Bytes of logits that exist at a time."""
-        decoder, most = self.workload.decoder, LOGITS[self.device_type]
+        decoder, most = self.workload.decoder, MAX_LOGITS[self.device_type]
         if self.device_type == "cpu" and self.workload.trains_embeddings:
             most = max(most, decoder.hidden_size * decoder.vocab_size)
         return min(most, batch.loss_rows * decoder.vocab_size) * self.itemsize
@@ -243,11 +236,11 @@ class MemoryPlan:
         return low * STEP
 
     def recommend(self) -> TrainConfig:
-        """The configuration with every "auto" of micro_batch_tokens and recompute decided.
+        """The configuration with "auto" of micro_batch_tokens and recompute resolved.
 
-        Of the policies the one that computes least again with ENOUGH_TOKENS in a micro-batch, or
-        the one that takes the largest micro-batch. Where the size is given: with this size, in as
-        few layers as it takes. What does not fit at all is left to the caller, who sees the total.
+        The policy is the one that recomputes least with ENOUGH_TOKENS in a micro-batch, or else the
+        one with the largest micro-batch. Where the size is given: with this size, and in as few
+        layers as possible. A configuration that does not fit is returned, too: see `total`.
         """
         config = self.config
         if config.recompute != "auto":
@@ -263,7 +256,7 @@ class MemoryPlan:
         return self._with_tokens(chosen)
 
     def _choices(self) -> Iterator[tuple[Recompute, int | None]]:
-        """Ways to recompute, the cheapest first."""
+        """Ways to recompute (policy, first N layers), the cheapest first."""
         yield "none", None
         yield "elementwise", None
         layers = self.workload.decoder.num_hidden_layers
@@ -275,4 +268,4 @@ class MemoryPlan:
         if config.micro_batch_tokens != "auto":
             return config
         most = self.most_tokens(config.recompute, config.recompute_layers)
-        return replace(config, micro_batch_tokens=min(most, MOST_TOKENS))
+        return replace(config, micro_batch_tokens=min(most, MAX_TOKENS))

@@ -1,4 +1,4 @@
-"""The memory plan in words: for a device by name, as a table, and before a run begins."""
+"""The memory plan in words: for a GPU by name, as a table, and before a run starts."""
 
 import gc
 import logging
@@ -11,32 +11,21 @@ from pathlib import Path
 import torch
 
 from mmalign.config import TrainConfig
-from mmalign.distributed import Ranks
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload
-from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
 from mmalign.model.recompute import POLICIES
+from mmalign.system import GPUS
+from mmalign.training.build import TOY_WORLD
 from mmalign.training.memory.plan import CONTEXT_BYTES, STEP, MemoryPlan
 from mmalign.training.optimizer import cannot_shard_codes, check_update_in_backward
-from mmalign.training.run_folder import as_begun
+from mmalign.training.run_folder import with_first_decision
 
 log = logging.getLogger("mmalign")
 
-# GiB that CUDA reports as the whole memory of the card, rounded down
-GPUS = {
-    "a100-40g": 39.4,
-    "a100-80g": 79.1,
-    "h100-80g": 79.1,
-    "h200": 139.7,
-    "b200": 178.3,
-    "l40s": 44.3,
-    "a40": 44.3,
-    "a6000": 47.4,
-    "a10g": 22.0,
-    "rtx-3090": 23.5,
-    "rtx-4090": 23.5,
-}
-NARROWER = (  # optimizer states that a refusal proposes
+MEMORY_GIB = {gpu.name: gpu.memory_gib for gpu in GPUS if gpu.memory_gib}
+SMALLER_STATES = (  # optimizer states that a refusal proposes
     {"moments": "bf16"},
     {"moments": "8bit"},
     {"master": "stochastic"},
@@ -46,25 +35,34 @@ NARROWER = (  # optimizer states that a refusal proposes
 
 
 def capacity_of(gpu: str) -> int:
-    """Bytes of a card by its name in GPUS, or from its GiB."""
+    """Bytes of a GPU by its name in MEMORY_GIB, or from a number of GiB."""
     try:
-        gib = GPUS[gpu] if gpu in GPUS else float(gpu)
+        gib = MEMORY_GIB[gpu] if gpu in MEMORY_GIB else float(gpu)
     except ValueError:
-        raise UserError(f"--gpu {gpu}: not one of {', '.join(GPUS)}, nor a number of GiB") from None
+        raise UserError(
+            f"--gpu {gpu}: expected one of {', '.join(MEMORY_GIB)}, or a number of GiB"
+        ) from None
     return int(gib * 2**30)
 
 
-def workload_of(config: TrainConfig) -> Workload:
-    """From the configurations in config.model's folders. Image tokens get their rows."""
-    decoder = DecoderConfig.from_hf(config.model.decoder)
-    if config.data.text_only:
-        return Workload(decoder, None, config.stage, config.lora)
-    vision = VisionConfig.from_hf(config.model.vision_tower)
-    return Workload(decoder, vision, config.stage, config.lora)
+def published_workload(config: TrainConfig, recipe: str) -> Workload:
+    """Of the folders that config names, or else of the published models of the recipe."""
+    model = config.model
+    if TOY_WORLD in (model.decoder, model.vision_tower):
+        raise UserError(
+            f"{recipe}: the toy world is built when it is first used, and fits every device. Plan "
+            "a recipe of a published model, or add --model.decoder and --model.vision-tower"
+        )
+    if model.decoder and (model.vision_tower or config.data.text_only):
+        return Workload.from_config(config)
+    if model.decoder or model.vision_tower:
+        raise UserError("use --model.decoder and --model.vision-tower together, or neither")
+    decoder = OPENLLAMA_3B if "open-llama-3b" in recipe else LLAMA2_7B
+    return Workload.from_config(config, decoder, None if config.data.text_only else CLIP_VIT_L_14)
 
 
 def render(plan: MemoryPlan) -> str:
-    """GB by kind (columns: policies) with the plan's micro-batch, and what fits at most."""
+    """GB by kind (columns: policies) with the plan's micro-batch, and the most tokens that fit."""
     chosen = plan.recommend()
     tokens, num_layers = chosen.micro_batch_tokens, chosen.recompute_layers
     layers = {x: num_layers if x == chosen.recompute else None for x in POLICIES}
@@ -87,22 +85,21 @@ def render(plan: MemoryPlan) -> str:
 
 
 def flags_of(config: TrainConfig) -> str:
-    """The decided knobs as they are written on the command line."""
-    layers = config.recompute_layers
-    limited = "" if layers is None else f" --recompute-layers {layers}"
-    return (
-        f"--recompute {config.recompute}{limited} --micro-batch-tokens {config.micro_batch_tokens}"
-    )
+    """The plan's choices as flags; policies of some layers only are those of "auto"."""
+    recompute = config.recompute
+    if config.recompute_layers is not None:
+        recompute = f"auto ({recompute} in {config.recompute_layers} layers)"
+    return f"--recompute {recompute} --micro-batch-tokens {config.micro_batch_tokens}"
 
 
 def total_of(plan: MemoryPlan) -> float:
-    """GB of a plan whose configuration is decided."""
+    """GB of a plan whose configuration has no "auto"."""
     config = plan.config
     return plan.total(config.micro_batch_tokens, config.recompute, config.recompute_layers) / 1e9
 
 
 def check(plan: MemoryPlan) -> TrainConfig:
-    """plan.recommend(), or UserError with the table and the knobs where it does not fit."""
+    """plan.recommend(); raises UserError with the table and remedies where it does not fit."""
     if plan.unshardable:
         raise cannot_shard_codes("a matrix", plan.unshardable)
     chosen = plan.recommend()
@@ -111,22 +108,22 @@ def check(plan: MemoryPlan) -> TrainConfig:
     tokens, capacity = chosen.micro_batch_tokens, plan.capacity / 1e9
     total = total_of(replace(plan, config=chosen))
     what = f"micro-batches of {tokens} tokens need" if tokens else "without a micro-batch it needs"
-    knobs = "".join(f"\n  {knob}" for knob in _knobs(plan, chosen))
+    remedies = "".join(f"\n  {remedy}" for remedy in _remedies(plan, chosen))
     raise UserError(
         f"this run does not fit: {what} {total:.1f} GB, and there are {capacity:.1f}.\n\n"
-        f"{render(plan)}\n\nEach of these alone makes it fit:{knobs}"
+        f"{render(plan)}\n\nEach of these alone makes it fit:{remedies}"
     )
 
 
 def _fits(plan: MemoryPlan, chosen: TrainConfig) -> bool:
-    """What fragmentation may take is planned for, but its estimate alone refuses nothing."""
-    needed = plan.at(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
-    total = sum(needed.values()) - needed["fragmentation"]
+    """Fragmentation is planned for, but its estimate alone refuses nothing."""
+    required = plan.at(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
+    total = sum(required.values()) - required["fragmentation"]
     return chosen.micro_batch_tokens > 0 and total <= plan.capacity
 
 
-def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
-    """What makes it fit, the cheapest first."""
+def _remedies(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
+    """Changes that make it fit, the cheapest first."""
 
     def helps(plan: MemoryPlan = plan, **changes) -> bool:
         config = replace(plan.config, **changes)
@@ -149,22 +146,22 @@ def _knobs(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
             f"--parallel.sharding full, on {n} devices (torchrun)" for n in islice(enough, 1)
         )
     tokens = chosen.micro_batch_tokens or STEP
-    needed = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens)))
+    required = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens)))
     device = "device" if plan.device_type == "cuda" else "machine"
-    yield f"a {device} with {needed:.0f} GB of free memory"
+    yield f"a {device} with {required:.0f} GB of free memory"
 
 
 def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
-    """Runs that keep less, kind by kind and the mildest first: flags, and what they change."""
+    """Runs with less state, kind by kind and the mildest first: flags, and what they change."""
     if config.precision == "fp32":
         yield [("--precision bf16", {"precision": "bf16"})]
     if config.stage == "finetune":
         yield [
             (
-                " ".join(f"--optimizer.{name} {value}" for name, value in kept.items()),
-                {"optimizer": replace(config.optimizer, **kept)},
+                " ".join(f"--optimizer.{name} {value}" for name, value in state.items()),
+                {"optimizer": replace(config.optimizer, **state)},
             )
-            for kept in NARROWER
+            for state in SMALLER_STATES
         ]
     lora = config.lora
     if config.stage == "finetune" and lora.rank == 0:
@@ -174,32 +171,34 @@ def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
         yield [("--lora.train-embeddings False", {"lora": without})]
 
 
-def plan_run(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Before anything is loaded: config with every "auto" decided, or UserError."""
+def plan_run(config: TrainConfig, ranks: DistributedContext) -> TrainConfig:
+    """Before anything is loaded: config with "auto" resolved; raises UserError if it cannot fit."""
     check_update_in_backward(config.optimizer, ranks.world_size)
     capacity, where = _free_memory(ranks)
-    config = as_begun(config)
-    plan = MemoryPlan(config, workload_of(config), capacity, ranks.device.type, ranks.world_size)
-    chosen = check(ranks.from_main(plan))  # one decision for all processes
+    config = with_first_decision(config)
+    workload = Workload.from_config(config)
+    plan = MemoryPlan(config, workload, capacity, ranks.device.type, ranks.world_size)
+    chosen = check(ranks.broadcast_from_main(plan))  # one decision for all ranks
     if ranks.is_main:
         total, flags = total_of(replace(plan, config=chosen)), flags_of(chosen)
         log.info("memory: %.1f of %.1f GB %s, planned with %s", total, capacity / 1e9, where, flags)
     return chosen
 
 
-def _free_memory(ranks: Ranks) -> tuple[int, str]:
+def _free_memory(ranks: DistributedContext) -> tuple[int, str]:
     """Bytes that this process may use, and of what."""
     if ranks.device.type == "cuda":
         gc.collect()  # what an earlier stage of this process has left
-        free, whole = torch.cuda.mem_get_info(ranks.device)
-        # not free, but ours: the context, which the plan counts, and what the allocator keeps
-        kept = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
-        return min(free + kept + CONTEXT_BYTES["cuda"], whole), "free on the GPU"
+        free, total = torch.cuda.mem_get_info(ranks.device)
+        # not free, but ours: the context, which the plan counts, and the allocator's cache
+        cached = torch.cuda.memory_reserved(ranks.device)
+        cached -= torch.cuda.memory_allocated(ranks.device)
+        return min(free + cached + CONTEXT_BYTES["cuda"], total), "free on the GPU"
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     path = Path("/proc/meminfo")
     if path.exists():
         fields = dict(line.split(":") for line in path.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
         return free // sharing, "of free RAM"
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // sharing, "of all RAM (what of it is free is not known here)"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // sharing, "of total RAM (free memory unknown on this platform)"

@@ -1,30 +1,27 @@
 """--profile FIRST:END: a trace, a memory snapshot and profile.md of a few steps.
 
 Under run_dir/profile: trace.json.gz (chrome://tracing, ui.perfetto.dev), memory_snapshot.pickle (on
-CUDA; pytorch.org/memory_viz) and profile.md: time by category beside the floor of each category.
+CUDA; pytorch.org/memory_viz) and profile.md: the time of each category beside its roofline bound.
 """
 
-import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mmalign.config import TrainConfig
 from mmalign.data.loader import Step
-from mmalign.distributed import Ranks
 from mmalign.errors import UserError
+from mmalign.files import write_text
 from mmalign.flops import Workload
-from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
-from mmalign.training.profile.ranges import ranges_of, stage
-from mmalign.training.profile.roofline import Ceilings, floors, measure_ceilings
+from mmalign.training.profile.ranges import ProfilerRange, ranges_of
+from mmalign.training.profile.roofline import MeasuredPeaks, measure_peaks, roofline_bounds
 from mmalign.training.profile.timeline import Timeline, read_timeline
 from mmalign.training.telemetry import memory
+from mmalign.training.trainer import Trainer
 
 log = logging.getLogger("mmalign")
 
@@ -37,64 +34,74 @@ def steps_to_profile(text: str, num_steps: int) -> range:
     steps = range(int(match[1]), int(match[2])) if match else range(0)
     if not steps or steps[0] < 1 or steps[-1] > num_steps:
         raise UserError(
-            f"--profile {text}: expected FIRST:END with 1 <= FIRST < END <= {num_steps + 1}, the "
-            f"run's {num_steps} steps counted from 1 and END not included; 10:13 is 10, 11 and 12"
+            f"--profile {text}: expected FIRST:END with 1 <= FIRST < END <= {num_steps + 1}. Steps "
+            f"are counted from 1 to {num_steps}, END is not included: 10:13 is 10, 11 and 12"
         )
     return steps
 
 
 class StepProfiler:
-    """Use as a context manager around the loop, and `watch` what the loop iterates.
+    """A context manager around the loop over the steps, which calls `step_done` after each.
 
-    The step before the first is a warm-up where there is one: the profiler runs, and forgets it.
+    The range of a step begins before the wait for its data. The step before the first one is a
+    warm-up, if there is one: torch.profiler runs and discards it.
     """
 
-    def __init__(self, config: TrainConfig, num_steps: int, first_step: int, ranks: Ranks):
-        """first_step: steps that the run has behind it; the main process profiles the others."""
-        asked = steps_to_profile(config.profile, num_steps)
-        self.steps = [number for number in asked if number > first_step and ranks.is_main]
-        if asked and first_step >= asked[-1] and ranks.is_main:
-            log.info("--profile %s: these steps are done already", config.profile)
-        self.first_step, self.config, self.device = first_step, config, ranks.device
+    def __init__(self, trainer: Trainer, workload: Workload, first_step: int):
+        """first_step: optimizer steps of the run before this process's first one."""
+        config, is_main = trainer.config, trainer.ranks.is_main
+        asked = steps_to_profile(config.profile, trainer.num_steps)
+        self.steps = [number for number in asked if number > first_step and is_main]
+        if asked and first_step >= asked[-1] and is_main:
+            log.info("--profile %s: the run is past these steps", config.profile)
+        self.trainer, self.workload, self.first_step = trainer, workload, first_step
         self.folder = config.run_dir / "profile"
         self.profiled: list[Step] = []
-        self.resources = ExitStack()
         self.profiler: profile | None = None
+        self.running = ExitStack()  # the profiler and what it wraps
+        self.step_range = ExitStack()
+        self.data_wait = ExitStack()
 
     def __enter__(self) -> "StepProfiler":
+        self._begin_step(self.first_step + 1)
         return self
 
     def __exit__(self, *exception) -> None:
-        self.resources.close()
+        for ranges in (self.data_wait, self.step_range, self.running):
+            ranges.close()
 
-    def watch(self, steps: Iterable[tuple[Step, float]], model: Llava) -> Iterator:
-        """The same items. The range of a step holds the wait for it and what the loop does."""
-        if not self.steps:
-            yield from steps
-            return
-        iterator = iter(steps)
-        for number in itertools.count(self.first_step + 1):
-            if number == max(self.steps[0] - 1, self.first_step + 1):
-                self._start(model, warmup=self.steps[0] - number)
-            with stage(f"step {number}") if number in self.steps else nullcontext():
-                with stage("data wait"):
-                    item = next(iterator, None)
-                if item is None:
-                    return
-                yield item
-            if self.profiler:
-                self._step_done(number, item[0], model)
+    def step_done(self, step: Step) -> None:
+        """After all that belongs to a step; the next one begins."""
+        number = step.index + 1
+        self.step_range.close()
+        if number in self.steps:
+            self.profiled.append(step)
+        if self.profiler:
+            self.profiler.step()
+        if self.steps and number == self.steps[-1]:
+            self.running.close()
+            self.profiler = None
+            self._write()
+            self.profiled.clear()
+        self._begin_step(number + 1)
 
-    def _start(self, model: Llava, warmup: int) -> None:
+    def _begin_step(self, number: int) -> None:
+        if self.steps and number == max(self.steps[0] - 1, self.first_step + 1):
+            self._start(num_warmup=self.steps[0] - number)
+        if number in self.steps:
+            self.step_range.enter_context(ProfilerRange(f"step {number}"))
+            self.data_wait.enter_context(ProfilerRange("data wait"))
+
+    def _start(self, num_warmup: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.resources.enter_context(ranges_of(model))
+        self.running.enter_context(ranges_of(self.trainer, self.data_wait.close))
         activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
+        if self.trainer.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with warnings.catch_warnings():  # profile.md says which step had no warm-up
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
-            plan = schedule(wait=0, warmup=warmup, active=len(self.steps), repeat=1)
-        self.profiler = self.resources.enter_context(
+            plan = schedule(wait=0, warmup=num_warmup, active=len(self.steps), repeat=1)
+        self.profiler = self.running.enter_context(
             profile(
                 activities=activities,
                 schedule=plan,
@@ -102,80 +109,66 @@ class StepProfiler:
             )
         )
 
-    def _step_done(self, number: int, step: Step, model: Llava) -> None:
-        if number in self.steps:
-            self.profiled.append(step)
-        self.profiler.step()
-        if number == self.steps[-1]:
-            self.resources.close()
-            self.profiler = None
-            self._write(model)
-            self.profiled.clear()
-
-    def _write(self, model: Llava) -> None:
-        if self.device.type == "cuda":
+    def _write(self) -> None:
+        config, device = self.trainer.config, self.trainer.ranks.device
+        if device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory_snapshot.pickle"))
-        dtype = DTYPES[self.config.precision]
-        ceilings = measure_ceilings(self.device, dtype)
-        least = floors(
-            Workload.of(model, self.config),
-            self.profiled,
-            model.trainable_parameters(),
-            dtype,
-            ceilings,
-            self.config,
+        dtype = DTYPES[config.precision]
+        peaks = measure_peaks(device, dtype)
+        bounds = roofline_bounds(
+            self.workload, self.profiled, self.trainer.parameters, dtype, peaks, config
         )
         measured = read_timeline(self.folder / "trace.json.gz")
-        text = report(measured, least, ceilings, self.profiled, self.device)
+        text = report(measured, bounds, peaks, self.profiled, device)
         if self.steps[0] == self.first_step + 1:
-            text += f"Step {self.steps[0]} was this process's first: it holds warming up.\n"
-        (self.folder / "profile.md").write_text(text)
+            text += f"Step {self.steps[0]} was the first of this process: it includes warm-up.\n"
+        write_text(self.folder / "profile.md", text)
         log.info("profile of %d steps: %s", measured.num_steps, self.folder / "profile.md")
 
 
 def report(
     measured: Timeline,
-    least: dict[str, float | None],
-    ceilings: Ceilings,
+    bounds: dict[str, float | None],
+    peaks: MeasuredPeaks,
     steps: list[Step],
     device: torch.device,
 ) -> str:
-    """profile.md: where the time of `steps` went and what the least would have been."""
+    """profile.md: where the time of `steps` went, beside the roofline bounds."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     numbers = ", ".join(str(step.index + 1) for step in steps)
     tokens = sum(len(batch.input_ids) for step in steps for batch in step.batches)
-    known = sum(seconds for seconds in least.values() if seconds)
-    wall, peak = measured.wall, memory(device)["memory_peak_bytes"]
+    known = sum(seconds for seconds in bounds.values() if seconds)
+    wall, peak_bytes = measured.wall, memory(device)["memory_peak_bytes"]
     head = (
         f"# Profile of steps {numbers}\n\n"
-        f"On {name}: {wall / len(steps) * 1e3:,.1f} ms a step, the wait for data included; "
-        f"{tokens / wall:,.0f} tokens/s of this process, under the profiler, which slows the host "
-        f"down. The floor is {known / len(steps) * 1e3:,.1f} ms a step, {known / wall:.0%} of it. "
-        f"Peak memory: {peak / 2**30:.2f} GiB.\n"
-        f"\nCeilings, measured right after: copy {ceilings.copy_bytes_per_second / 1e9:,.1f} GB/s, "
-        f"matrix products {ceilings.matrix_flops_per_second / 1e12:,.3g} TFLOP/s. A floor is the "
-        "FLOP model's products over the one, or the bytes that must be read and written over the "
-        "other; waiting, copies and idling need none.\n"
+        f"On {name}: {wall / len(steps) * 1e3:,.1f} ms per step, including the wait for data; "
+        f"{tokens / wall:,.0f} tokens/s of this rank, with the profiler on, which slows the host. "
+        f"The roofline bound is {known / len(steps) * 1e3:,.1f} ms per step, {known / wall:.0%} of "
+        f"that. Peak memory: {peak_bytes / 2**30:.2f} GiB.\n"
+        f"\nPeaks measured right after: copy {peaks.copy_bytes_per_second / 1e9:,.1f} GB/s, "
+        f"matrix products {peaks.matrix_flops_per_second / 1e12:,.3g} TFLOP/s. A roofline bound is "
+        "the required FLOPs over the one, or the bytes that must be read and written over the "
+        "other; waiting, copies and idle time have none.\n"
     )
-    return "\n".join([head, _categories(measured, least), _operations(measured), _files(device)])
+    return "\n".join([head, _categories(measured, bounds), _operations(measured), _files(device)])
 
 
-def _categories(measured: Timeline, least: dict[str, float | None]) -> str:
+def _categories(measured: Timeline, bounds: dict[str, float | None]) -> str:
     rows = [
-        "| category | ms a step | share | floor, ms | above the floor, ms | times the floor |",
+        "| category | ms per step | share | bound, ms | above bound, ms | times bound |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     per_step = 1e3 / measured.num_steps
     for category, seconds in measured.seconds.items():
-        floor = least[category]
+        bound = bounds[category]
         cells = [category, f"{seconds * per_step:,.2f}", f"{seconds / measured.wall:.1%}"]
-        if floor is None:
+        if bound is None:
             cells += ["-", "-", "-"]
         else:
-            times = f"{seconds / floor:.1f}" if floor else "-"
-            cells += [f"{floor * per_step:,.2f}", f"{(seconds - floor) * per_step:,.2f}", times]
+            times = f"{seconds / bound:.1f}" if bound else "-"
+            cells += [f"{bound * per_step:,.2f}", f"{(seconds - bound) * per_step:,.2f}", times]
         rows.append(f"| {' | '.join(cells)} |")
-    known = sum(seconds for seconds in least.values() if seconds)
+    known = sum(seconds for seconds in bounds.values() if seconds)
     cells = ["**step**", f"{measured.wall * per_step:,.2f}", "100.0%", f"{known * per_step:,.2f}"]
     cells += [f"{(measured.wall - known) * per_step:,.2f}", f"{measured.wall / known:.1f}"]
     return "\n".join([*rows, f"| {' | '.join(cells)} |", ""])
@@ -184,7 +177,7 @@ def _categories(measured: Timeline, least: dict[str, float | None]) -> str:
 def _operations(measured: Timeline, most: int = 20) -> str:
     rows = [
         f"The {most} longest operations:\n",
-        "| operation | category | ms a step | calls a step |",
+        "| operation | category | ms per step | calls per step |",
         "|---|---|---:|---:|",
     ]
     for category, name, seconds, calls in measured.operations[:most]:
@@ -202,5 +195,5 @@ def _files(device: torch.device) -> str:
     if device.type == "cuda":
         lines.append("memory_snapshot.pickle: the allocator's blocks; pytorch.org/memory_viz.")
     else:
-        lines.append("No memory snapshot: PyTorch records the blocks of CUDA's allocator only.")
+        lines.append("No memory snapshot: PyTorch records only the blocks of CUDA's allocator.")
     return "\n".join(lines) + "\n"

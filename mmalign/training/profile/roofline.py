@@ -1,8 +1,8 @@
-"""The least time that each category of a step can take on a device, from its measured ceilings.
+"""Roofline bounds: the least time of each category of a step, from a device's measured peaks.
 
-Matrix products and attention: the FLOP model, less what shortcuts spare, over the rate of a large
-matrix product; attention and all else: bytes that have to be read and written once
-(mmalign_kernels.costs) over the rate of a large copy. Waiting, copies and idling need no time.
+Matrix products and attention: the required FLOPs over the rate of a large matrix product. Attention
+and the other categories: bytes that must be read and written once (mmalign_kernels.costs) over the
+bandwidth of a large copy. Waiting, copies and idle time have a bound of 0.
 """
 
 import time
@@ -15,7 +15,7 @@ from mmalign_kernels import costs, linear
 from mmalign.batch import PackedBatch
 from mmalign.config import OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
-from mmalign.flops import Flops, Workload, num_images
+from mmalign.flops import Flops, Workload, num_images, required_flops
 from mmalign.training.profile.timeline import (
     ATTENTION,
     COMMUNICATION,
@@ -28,17 +28,16 @@ from mmalign.training.profile.timeline import (
     NORMS,
     OPTIMIZER,
 )
-from mmalign.training.shortcuts import needed_flops
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class MeasuredPeaks:
     copy_bytes_per_second: float  # read and written
     matrix_flops_per_second: float
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """A second or less of large copies and products on random data, in the run's type."""
+def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
+    """Large copies and matrix products on random data, in the run's dtype; about a second."""
     on_gpu = device.type == "cuda"
     numel, size = (1 << 27, 8192) if on_gpu else (1 << 24, 1024)
     with torch.no_grad():
@@ -49,11 +48,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         shape = (2, size, size)
         x, weight = torch.randn(shape, device=device, dtype=dtype, generator=generator)
         product = _fastest(lambda: linear(x, weight), device)
-    return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
+    return MeasuredPeaks(2 * source.nbytes / copy, 2 * size**3 / product)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, repeats: int = 8) -> float:
-    """Seconds of one call, warm."""
+    """Seconds of one call, after warm-up."""
     seconds = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
@@ -64,19 +63,19 @@ def _fastest(call: Callable[[], object], device: torch.device, repeats: int = 8)
     return min(seconds[2:])
 
 
-def floors(
+def roofline_bounds(
     workload: Workload,
     steps: list[Step],
     parameters: dict[str, torch.nn.Parameter],
     dtype: torch.dtype,
-    ceilings: Ceilings,
+    peaks: MeasuredPeaks,
     config: TrainConfig,
 ) -> dict[str, float | None]:
-    """Seconds by category for one process's part of `steps`; None: unknown (communication).
+    """Seconds by category for one rank's part of `steps`; None: unknown (communication).
 
-    parameters: those that learn; dtype: of weights and activations.
+    parameters: the trained ones; dtype: of weights and activations.
     """
-    flops = sum((_needed(workload, config, b) for step in steps for b in step.batches), Flops())
+    flops = sum((_required(workload, config, b) for step in steps for b in step.batches), Flops())
     moved = {ATTENTION: 0, NORMS: 0, ELEMENTWISE: 0}
     for step in steps:
         for batch in step.batches:
@@ -84,7 +83,7 @@ def floors(
             tower = _tower_bytes(workload, len(batch.pixel_values), dtype.itemsize)
             for category in moved:
                 moved[category] += decoder[category] + tower[category]
-    rate, bandwidth = ceilings.matrix_flops_per_second, ceilings.copy_bytes_per_second
+    rate, bandwidth = peaks.matrix_flops_per_second, peaks.copy_bytes_per_second
     products = flops.projections + flops.adapters + flops.projector + flops.tower
     attention = (flops.attention + flops.tower_attention) / rate
     return {
@@ -101,10 +100,10 @@ def floors(
     }
 
 
-def _needed(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
+def _required(workload: Workload, config: TrainConfig, batch: PackedBatch) -> Flops:
     lengths = (batch.cu_seqlens.diff() + batch.prefix_length).tolist()
     sizes = lengths, batch.num_loss_tokens, num_images(workload, batch)
-    return needed_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
+    return required_flops(workload, config.shortcuts, *sizes, batch.prefix_length)
 
 
 def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> dict[str, int]:
@@ -120,8 +119,8 @@ def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> 
     norm = (
         costs.add_rms_norm_forward(*rows).bytes + costs.add_rms_norm_backward(*rows, trained).bytes
     )
-    inner = (tokens, decoder.intermediate_size, itemsize)
-    swiglu = costs.swiglu_forward(*inner).bytes + costs.swiglu_backward(*inner).bytes
+    gated = (tokens, decoder.intermediate_size, itemsize)
+    swiglu = costs.swiglu_forward(*gated).bytes + costs.swiglu_backward(*gated).bytes
     return {
         ATTENTION: layers * attention,
         NORMS: first_norm + 2 * layers * norm,
@@ -149,14 +148,14 @@ def _tower_bytes(workload: Workload, num_images: int, itemsize: int) -> dict[str
 
 
 def _optimizer_bytes(parameters: dict[str, torch.nn.Parameter], optimizer: OptimizerConfig) -> int:
-    """The update, and one more look at the gradients for their norm."""
+    """The update, and reading the gradients once more for their norm."""
     total = 0
     for parameter in parameters.values():
         numel, size = parameter.numel(), parameter.element_size()
-        halves = parameter.dtype == torch.bfloat16
-        mode = optimizer.master if halves and optimizer.master != "fp32-copy" else "fp32"
+        in_bf16 = parameter.dtype == torch.bfloat16
+        mode = optimizer.master if in_bf16 and optimizer.master != "fp32-copy" else "fp32"
         moments = optimizer.moments if parameter.dim() > 1 else "fp32"
         total += costs.adamw_step(numel, mode, size, moments).bytes + numel * size
-        if halves and optimizer.master == "fp32-copy":
+        if in_bf16 and optimizer.master == "fp32-copy":
             total += numel * size  # the weight, rounded from its copy
     return total

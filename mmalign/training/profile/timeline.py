@@ -1,9 +1,9 @@
-"""Where the time of profiled steps went: every instant of a step belongs to one category.
+"""The time of profiled steps by category: every instant of a step belongs to exactly one.
 
-Read from the trace that torch.profiler writes (Chrome's trace format, times in microseconds). On a
-CPU an instant belongs to the innermost operation that runs on the loop's thread; on a GPU to the
-kernel that runs, otherwise to the wait for data, otherwise to nothing: so the categories of a step
-add up to its wall time. Kernels take the category of the code that launched them.
+Read from torch.profiler's trace (Chrome's trace format, times in microseconds). On a CPU an instant
+belongs to the innermost operation that runs on the loop's thread; on a GPU to the running kernel,
+or else to the wait for data, or else to idle time. So the categories of a step add up to its wall
+time. Kernels take the category of the code that launched them.
 """
 
 import gzip
@@ -20,7 +20,7 @@ MATRIX, ATTENTION, NORMS = "matrix products", "attention", "norms"
 ELEMENTWISE, LOSS, OPTIMIZER = "activation and elementwise", "loss with lm_head", "optimizer"
 COMMUNICATION, DATA_WAIT, COPIES = "communication", "data wait", "copies"
 IDLE = "idle and other"
-# where kernels overlap, the first of these has the instant
+# where kernels overlap, the instant belongs to the first of these
 CATEGORIES = (
     *(MATRIX, ATTENTION, NORMS, ELEMENTWISE, LOSS, OPTIMIZER),
     *(COMMUNICATION, COPIES, DATA_WAIT, IDLE),
@@ -56,7 +56,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class _Open:
-    """An event that is running, and what its inside counts as."""
+    """A running event, and the category of what is inside it."""
 
     end: float
     category: str
@@ -65,7 +65,7 @@ class _Open:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """The timeline of a trace file of ours (.json or .json.gz)."""
+    """The timeline of one of our trace files (.json or .json.gz)."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt") as file:
         return timeline(json.load(file)["traceEvents"])
@@ -115,7 +115,7 @@ def _decide(name: str, parent: _Open) -> tuple[str, bool]:
 
 
 def _is_host_work(event: dict) -> bool:
-    """Operations, and the ranges that decide; those of layers and stages only cut the view."""
+    """Operations, and the ranges that decide a category; those of layers and phases do not."""
     if event.get("cat") in ("cpu_op", "cuda_runtime", "cuda_driver"):
         return True
     rules = (*_RULES, *_LOOSE_RULES)
@@ -125,13 +125,13 @@ def _is_host_work(event: dict) -> bool:
 
 
 def _walk(events: list[dict]) -> Iterator[tuple[dict, list[_Open]]]:
-    """Each event of one thread, in order, with the events that hold it, itself last."""
+    """Each event of one thread, in order, with the events that enclose it, itself last."""
     stack = [_Open(float("inf"), IDLE, False, "")]
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
         while event["ts"] >= stack[-1].end:
             stack.pop()
         category, decided = _decide(event["name"], stack[-1])
-        # inside of what has decided, the outer name tells more: the operation, not its parts
+        # inside a range that has decided, the outer name is the useful one: the operation
         name = stack[-1].name if stack[-1].decided else event["name"]
         end = min(event["ts"] + event["dur"], stack[-1].end)
         stack.append(_Open(end, category, decided, name))
@@ -156,7 +156,7 @@ def _host_times(events: list[dict], step: dict, times: Counter, calls: Counter) 
 
 
 def _advance(running: list[_Open], now: float, until: float, times: Counter) -> float:
-    """Gives the time from `now` to `until` to the innermost event that runs."""
+    """Assigns the time from `now` to `until` to the innermost running event."""
     while running and now < until:
         innermost = running[-1]
         stop = min(innermost.end, until)
@@ -194,7 +194,7 @@ def _kernel_intervals(
 def _sweep(
     intervals: list[tuple[float, float, str, str]], steps: list[dict], times: Counter
 ) -> None:
-    """Gives every instant of the steps to the first category, in CATEGORIES' order, that runs."""
+    """Assigns every instant of the steps to the first running category, in CATEGORIES' order."""
     order = {category: i for i, category in enumerate(CATEGORIES)}
     for step in steps:
         begin, end = step["ts"], step["ts"] + step["dur"]

@@ -1,6 +1,6 @@
 """A run that meets its fate after a given step, in a process of its own.
 
-python -m tests.training.interrupted CONFIG.pickle {kill,fill-disk} STEP
+python -m tests.training.train_interrupted CONFIG.pickle {kill,fill-disk} STEP
 """
 
 import os
@@ -10,14 +10,15 @@ import signal
 import sys
 
 from mmalign.errors import UserError
-from mmalign.training import trainer
+from mmalign.training.loop import train
+from mmalign.training.metrics import Metrics
 
 
 def main() -> None:
     path, fate, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
     with open(path, "rb") as file:
         config = pickle.load(file)
-    log = trainer.Metrics.log
+    log = Metrics.log
 
     def log_and_meet_fate(metrics, record):
         log(metrics, record)
@@ -26,9 +27,9 @@ def main() -> None:
         if record["step"] == step and fate == "fill-disk":  # a limit on file sizes stands in
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    trainer.Metrics.log = log_and_meet_fate
+    Metrics.log = log_and_meet_fate
     try:
-        trainer.train(config)
+        train(config)
     except UserError as error:
         sys.exit(f"error: {error}")
 

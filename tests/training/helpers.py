@@ -1,4 +1,4 @@
-"""Short runs on the small world, and what they left behind."""
+"""Short runs on the small world, and what they leave behind."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from mmalign.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mmalign.training.metrics import read_metrics
+from mmalign.distributed import DistributedContext
+from mmalign.files import read_json_lines
+from mmalign.flops import Workload
+from mmalign.model.llava import Llava
+from mmalign.tokenizer import Tokenizer
+from mmalign.training.build import resolve
+from mmalign.training.loop import TrainingLoop, build_loop
+
+CPU = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def small_config(world, run_dir: Path, stage: str = "finetune", **changes) -> TrainConfig:
@@ -42,8 +50,19 @@ def small_config(world, run_dir: Path, stage: str = "finetune", **changes) -> Tr
     )
 
 
+def small_loop(config: TrainConfig) -> TrainingLoop:
+    """The loop that train(config) runs in one process."""
+    config = resolve(config)
+    return build_loop(config, CPU, Tokenizer.from_pretrained(config.model.tokenizer))
+
+
+def workload_of(model: Llava, config: TrainConfig) -> Workload:
+    vision = model.vision_tower.config if model.vision_tower else None
+    return Workload.from_config(config, model.decoder.config, vision)
+
+
 def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl")]
+    return [record["loss"] for record in read_json_lines(run_dir / "metrics.jsonl")]
 
 
 def exported_weights(run_dir: Path) -> dict[str, torch.Tensor]:

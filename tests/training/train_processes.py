@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
-from mmalign.training.trainer import train
+from mmalign.training.guards import Stopped
+from mmalign.training.loop import train
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
@@ -86,6 +87,6 @@ def _run(config, rank, world_size, port, folder, prepare) -> None:
             prepare(rank)
         try:
             train(config)
-        except UserError as error:
+        except (UserError, Stopped) as error:
             print(f"error: {error}")
             sys.exit(1)

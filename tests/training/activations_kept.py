@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig, LoraConfig, TrainConfig
+from mmalign.data.templates import trains_image_tokens
 from mmalign.model import recompute
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
@@ -62,7 +63,7 @@ def small_model(decoder: DecoderConfig, config: TrainConfig) -> Llava:
         model = Llava(Decoder(decoder), tower, projector, IMAGE_TOKENS, config.shortcuts)
     init_weights(model, seed=1)
     torch.manual_seed(0)
-    model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_b" in name:
