@@ -9,7 +9,7 @@ from mmalign.training.guards import Stopped
 from scripts import reproduce
 
 
-def ends_with(error: UserError, monkeypatch) -> int | str:
+def ends_with(error: Exception, monkeypatch) -> int | str:
     """The exit code of the command where the experiment raises `error`, or what it exits with."""
 
     def stops(experiment):

@@ -20,6 +20,7 @@ from mmalign.evaluation.tasks import (
     resolve_tasks,
     summarize,
 )
+from mmalign.evaluation.tasks.task import Document, FreeForm, OpenDocument
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate
@@ -53,7 +54,7 @@ class Evaluation:
 
     def plan(self, documents: Documents) -> Plan:
         """Tokenises everything; raises UserError for what the model's context cannot hold."""
-        scored = [doc for task in _of_kind(documents, "loglikelihood") for doc in documents[task]]
+        scored = _scored(documents)
         scoring = plan_scoring(
             self.tokenizer,
             [request for document in scored for request in document.requests],
@@ -63,19 +64,20 @@ class Evaluation:
             progress=self.progress and bool(scored),
             names=[document.name for document in scored for _ in document.requests],
         )
-        generated = _of_kind(documents, "generate")
-        prompts = {task: self._prompts(task, documents[task]) for task in generated}
+        prompts = {
+            task.name: self._prompts(task, documents[task.name]) for task in _generated(documents)
+        }
         return Plan(documents, scoring, prompts)
 
-    def _prompts(self, task: str, documents: Sequence) -> list[Prompt]:
+    def _prompts(self, task: FreeForm, documents: Sequence[OpenDocument]) -> list[Prompt]:
         prompts = [Prompt(self.tokenizer.encode(document.prompt)) for document in documents]
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        num_new, context = TASKS[task].options.max_new_tokens, self.model_config
-        if longest + num_new > context.max_position_embeddings:
+        num_new, context = task.options.max_new_tokens, self.model_config.max_position_embeddings
+        if longest + num_new > context:
             raise UserError(
-                f"{task}: the longest prompt has {longest} tokens and its answer up to {num_new}, "
-                f"more than the model's context of {context.max_position_embeddings}. Leave this "
-                "task out or evaluate a model with a longer context"
+                f"{task.name}: the longest prompt has {longest} tokens and its answer up to "
+                f"{num_new}, more than the model's context of {context}. Leave this task out or "
+                "evaluate a model with a longer context"
             )
         return prompts
 
@@ -85,19 +87,18 @@ class Evaluation:
             return {}
         scores = iter(run_plan(decoder, plan.scoring, device, self.progress))
         return {
-            (task, document.doc_id): [next(scores) for _ in document.requests]
-            for task in _of_kind(plan.documents, "loglikelihood")
-            for document in plan.documents[task]
+            (document.task, document.doc_id): [next(scores) for _ in document.requests]
+            for document in _scored(plan.documents)
         }
 
     def generate(self, decoder: Decoder, plan: Plan) -> Answers:
-        """What the model writes after all prompts."""
+        """The model's continuations of all prompts."""
         llava, answers = Llava(decoder, None, None, self.tokenizer), {}
-        for task, prompts in plan.prompts.items():
-            options = TASKS[task].options
-            found = generate(llava, self.tokenizer, prompts, options, progress=self.progress)
-            for document, generation in zip(plan.documents[task], found, strict=True):
-                answers[task, document.doc_id] = generation
+        for task in _generated(plan.documents):
+            prompts, documents = plan.prompts[task.name], plan.documents[task.name]
+            found = generate(llava, self.tokenizer, prompts, task.options, progress=self.progress)
+            for document, generation in zip(documents, found, strict=True):
+                answers[task.name, document.doc_id] = generation
         return answers
 
     def write(self, output: Path, items: Items, about: dict, cost: dict) -> dict:
@@ -128,8 +129,13 @@ def make_items(documents: Documents, answers: Answers) -> Items:
     }
 
 
-def _of_kind(documents: Documents, kind: str) -> list[str]:
-    return [task for task in documents if TASKS[task].kind == kind]
+def _scored(documents: Documents) -> list[Document]:
+    names = [name for name in documents if TASKS[name].kind == "loglikelihood"]
+    return [document for name in names for document in documents[name]]
+
+
+def _generated(documents: Documents) -> list[FreeForm]:
+    return [task for name in documents if isinstance(task := TASKS[name], FreeForm)]
 
 
 # ---- the command ----
@@ -166,21 +172,32 @@ def evaluate_model(
     output = make_folder(output)
     with _timed(seconds, "load"):
         decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
-    answers: Answers = {}
-    if plan.scoring.encoded:
-        with _timed(seconds, "score"):
-            answers |= evaluation.score(decoder, plan, target)
-    if plan.prompts:
-        with _timed(seconds, "generate"):
-            answers |= evaluation.generate(decoder, plan)
+    answers = _run(evaluation, decoder, plan, target, seconds)
     about = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
-    about |= {"limit": limit}
-    about |= {"cache_bytes": plan.scoring.cache_bytes(model_config, DTYPES[precision])}
+    cache_bytes = plan.scoring.cache_bytes(model_config, DTYPES[precision])
+    about |= {"limit": limit, "cache_bytes": cache_bytes}
     items = make_items(documents, answers)
     results = evaluation.write(output, items, about, _cost(plan.scoring, seconds))
     if not quiet:
         print_results(results, output)
     return results
+
+
+def _run(
+    evaluation: Evaluation,
+    decoder: Decoder,
+    plan: Plan,
+    device: torch.device,
+    seconds: dict[str, float],
+) -> Answers:
+    answers: Answers = {}
+    if plan.scoring.encoded:
+        with _timed(seconds, "score"):
+            answers |= evaluation.score(decoder, plan, device)
+    if plan.prompts:
+        with _timed(seconds, "generate"):
+            answers |= evaluation.generate(decoder, plan)
+    return answers
 
 
 def find_weights(model: str | Path) -> Path:

@@ -48,7 +48,7 @@ def _not_above_references(name: str, summary: dict) -> list[str]:
     findings = []
     if within:
         listed = [f"{what} ({percent(references[what])})" for what in within]
-        findings.append(f"cannot be told from {_either(listed)}")
+        findings.append(f"cannot be distinguished from {_either(listed)}")
     if high < references[best]:
         findings.append(f"is below {best} ({percent(references[best])})")
     score = f"{name}: {percent(summary['acc'])} ({percent_interval(summary['interval'])})"

@@ -85,8 +85,8 @@ def test_two_copies_of_a_model_in_the_report(tmp_path):
     folders = [make_evaluation(tmp_path / name, answers) for name in ("a", "b")]
     report = write_report(tmp_path / "out" / "report.md", {}, name_evaluations(folders)).read_text()
     assert (
-        "No difference between b and a can be told from zero on ethics_commonsense, ethics_virtue."
-        in report
+        "No difference between b and a can be distinguished from zero on ethics_commonsense, "
+        "ethics_virtue." in report
     )
     assert "flipped" not in report
     assert (tmp_path / "out" / "flipped.jsonl").read_text() == ""
@@ -103,8 +103,8 @@ def test_a_model_that_always_says_yes(tmp_path):
     report = write_report(tmp_path / "out" / "report.md", {}, folders).read_text()
     assert 'ethics_commonsense: the model answers "yes" to 100.0% of the documents.' in report
     assert (
-        "ethics_commonsense: 52.0 (42.3 to 61.5) cannot be told from chance (50.0), always yes "
-        "(52.0) or always no (48.0)." in report
+        "ethics_commonsense: 52.0 (42.3 to 61.5) cannot be distinguished from chance (50.0), "
+        "always yes (52.0) or always no (48.0)." in report
     )
     assert "Scores of **yes** to read with care:" in report
     assert "Scores of **knows**" not in report

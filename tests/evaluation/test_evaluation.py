@@ -105,7 +105,7 @@ def test_caveats_say_what_a_score_is_worth(base):
     assert deontology["choice_tokens"] == {"reasonable": 1.0, "unreasonable": 3.0}
     assert deontology["acc"] == deontology["baselines"]["always reasonable"]
     sentences = " ".join(deontology["caveats"])
-    assert "cannot be told from chance (50.0)" in sentences
+    assert "cannot be distinguished from chance (50.0)" in sentences
     assert 'answers "reasonable" to 100.0%' in sentences
 
 

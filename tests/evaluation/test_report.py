@@ -56,7 +56,7 @@ def test_report(tmp_path):
     assert "| all | 300 | **80.0** (75.1 to 84.1) | **40.0** (" in text
     assert "| colour | 100 | 90.0 | 40.0 | 30.0 | 25.0 |" in text
     assert "| ethics_virtue | 100 | **50.0** (" in text
-    assert "cannot be told from chance (50.0)" in text
+    assert "cannot be distinguished from chance (50.0)" in text
     assert "| pretrain | 60 | 240 | 6,000 | 3.000 |" in text
     assert "| model | base: base; tuned: tuned |" in text
     for figure in ("scores.png", "training.png"):

@@ -105,7 +105,8 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         lowest = min(row["interval"][0] for rows in scored.values() for row in rows.values())
-        axes.set_xlim(min(0, 100 * lowest), 100)  # a difference of similarities can be negative
+        left = min(0, 10 * np.floor(10 * lowest))  # a difference of similarities can be negative
+        axes.set_xlim(left, 100)
         axes.set_xlabel("score (%), with 95% interval")
         figure.legend(handles=models, loc="outside upper center", ncols=_legend_columns(models))
         figure.legend(handles=references, loc="outside lower center", ncols=len(references))

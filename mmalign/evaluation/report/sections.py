@@ -41,7 +41,7 @@ def summary(base: str, comparisons: Mapping[str, dict], visual: dict | None) -> 
             )
         if unresolved := [task for task in rows if not is_resolved(rows[task])]:
             sentences.append(
-                f"No difference between {name} and {base} can be told from zero on "
+                f"No difference between {name} and {base} can be distinguished from zero on "
                 f"{', '.join(unresolved)}."
             )
     if visual:

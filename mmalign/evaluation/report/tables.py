@@ -125,7 +125,7 @@ def print_comparison(comparison: dict) -> None:
         table.add_row(*comparison_row(name, row), style=style)
     console.print(table)
     if not any(map(is_resolved, comparison["tasks"].values())):
-        console.print("No difference can be told from zero.")
+        console.print("No difference can be distinguished from zero.")
     if flipped := comparison["flipped"]:
         console.print(f"{len(flipped):,} documents flipped; the first of each task:")
     for document in first_flipped(flipped, 1):

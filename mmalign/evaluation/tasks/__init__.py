@@ -6,11 +6,11 @@ comparison, report and help text take it from here. task.py says what a task has
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import ethics, truthfulqa, truthfulqa_gen
-from mmalign.evaluation.tasks.task import AnyDocument, Mean, Task
+from mmalign.evaluation.tasks.task import Mean, Task
 
 _FILES = (truthfulqa, ethics, truthfulqa_gen)  # in the order of tables
 
@@ -18,7 +18,7 @@ ENTRIES: dict[str, Task | Mean] = {x.name: x for file in _FILES for x in file.TA
 TASKS = {name: x for name, x in ENTRIES.items() if isinstance(x, Task)}
 MEANS = {name: x for name, x in ENTRIES.items() if isinstance(x, Mean)}
 
-Documents = Mapping[str, list[AnyDocument]]  # by task
+Documents = Mapping[str, list[Any]]  # by task: Document, or OpenDocument where it generates
 
 
 def _tasks_by_choice() -> dict[str, list[str]]:

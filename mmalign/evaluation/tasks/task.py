@@ -16,7 +16,7 @@ import numpy as np
 from mmalign.evaluation.metrics import caveats, exact_match, mean_tokens
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.statistics import effective_n, mean_of_tasks_interval, wilson_interval
-from mmalign.model.generate import Generation, GenerationOptions
+from mmalign.model.generate import GenerationOptions
 
 HARNESS_2023 = "lm-evaluation-harness 00209e10f (September 2023), zero-shot"
 WILSON = "95% Wilson"
@@ -50,9 +50,6 @@ class OpenDocument:
     task: str
     doc_id: int  # index in the file
     prompt: str
-
-
-AnyDocument = Document | OpenDocument
 
 
 def request_bytes(documents: Sequence[Document]) -> bytes:
@@ -249,7 +246,7 @@ def choice_tokens(items: Sequence[dict], true: Sequence[Sequence[int]]) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class FreeForm(Task):
-    """The model continues each prompt; a subclass scores the text."""
+    """The model continues the prompt of each OpenDocument; make_items scores the Generation."""
 
     kind = "generate"
     item_keys = frozenset(("task", "doc_id", "question", "answer", "reason", "scores", "sha256"))
@@ -257,11 +254,6 @@ class FreeForm(Task):
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {"generation": asdict(self.options)}
-
-    @abstractmethod
-    def make_items(
-        self, documents: Sequence[OpenDocument], answers: Sequence[Generation]
-    ) -> list[dict]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
