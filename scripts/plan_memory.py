@@ -30,16 +30,6 @@ from mmalign.training.memory.table import (
 
 
 @dataclass(frozen=True)
-class Arguments:
-    recipe: tyro.conf.Suppress[str]
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    gpu: str = "h100-80g"
-    """a100-40g, a100-80g, h100-80g, h200, b200, l40s, a40, a6000, a10g, rtx-3090, rtx-4090, GiB."""
-    world_size: int = 1
-    """Processes that torchrun starts."""
-
-
-@dataclass(frozen=True)
 class PlanMemory:
     recipe: tyro.conf.Suppress[str]
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]

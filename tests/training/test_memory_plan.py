@@ -273,9 +273,7 @@ def plan_memory(monkeypatch, capsys):
 def test_command_line(small_world, plan_memory):
     devices = ("--gpu", "a100-40g", "--world-size", "8")
     printed = plan_memory("finetune-7b", *devices, "--parallel.sharding", "full")
-    assert (
-        "finetune-7b on 8 x a100-40g with 39.4 GiB (42.3 GB), --parallel.sharding full" in printed
-    )
+    assert "finetune-7b on 8 x a100-40g of 39.4 GiB (42.3 GB), --parallel.sharding full" in printed
     assert "optimizer state" in printed and "most tokens that fit" in printed
     assert "recommended: --recompute elementwise --micro-batch-tokens 8192" in printed
     whole = plan_memory("finetune-7b", "--world-size", "8")
@@ -285,4 +283,4 @@ def test_command_line(small_world, plan_memory):
     assert "recommended: --recompute none" in printed
     assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
     assert "expected one of h200" in plan_memory("finetune-7b", "--gpu", "abacus")
-    assert "a GPU with 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
+    assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
