@@ -1,20 +1,97 @@
-"""How each library is called, and whether it is there: the other side of every comparison.
+"""Variants of an operation: ours by backend, PyTorch's own, and how each library is called.
 
-Every function takes the inputs of a benchmark's case. Libraries are imported at their first use,
-which is a check or a warm-up.
+Every function takes the inputs of a case. Libraries are imported at their first use, which is a
+verification or a warm-up.
 """
 
 from collections.abc import Callable
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from mmalign_kernels import dispatch, libraries
 from torch import Tensor
 
+from bench.comparison import BACKWARD, BOTH, FORWARD, LOSS_ONLY, SCORE, STEP
+from bench.shapes import ON_GPU
+
 Inputs = SimpleNamespace
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a library takes the data: entered once and untimed."""
+
+    leaves: tuple[str, ...] | None = None  # what gradients are taken of; None: the case's
+    enter: Callable[[Inputs], Inputs] = lambda inputs: inputs  # differentiable
+    exit: Callable[[Inputs, Tensor], Tensor] = lambda inputs, output: output  # to verify it
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    function: Callable[[Inputs], Tensor | tuple[Tensor, ...]]
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    layout: Layout = Layout()
+    context: Callable[[], AbstractContextManager] = nullcontext
+    directions: tuple[str, ...] = (FORWARD, BACKWARD, BOTH, STEP, LOSS_ONLY, SCORE)
+    compiled: bool = False
+    comparable: bool = True  # moves the bytes that the operation's cost counts
+
+
+# ---- ours ----
+
+
+def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Variant]:
+    """mmalign's operation by its own kernels, best first; then by each library that serves it."""
+    served = [name for name, one in libraries.LIBRARIES.items() if family in one.files]
+    names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "reference")}
+    names |= {f"{library} through mmalign": library for library in served}
+    return [
+        Variant(
+            name,
+            function,
+            partial(_our_missing, backend, family),
+            layout,
+            partial(dispatch.use_backend, backend),
+        )
+        for name, backend in names.items()
+    ]
+
+
+def _our_missing(backend: str, family: str) -> str | None:
+    if backend == "reference":
+        return None
+    known = backend in libraries.LIBRARIES
+    if not known and find_spec(f"mmalign_kernels.{family}_{backend}") is None:
+        return f"{family} has no {backend} kernel"
+    if not ON_GPU:
+        return f"{backend} needs a CUDA device"
+    if backend == "triton":
+        return None
+    reason = libraries.find(backend)[1] if known else libraries.cuda_missing()
+    return None if reason is None else f"{backend} {reason.partition('. ')[0]}"
+
+
+# ---- PyTorch's and the libraries' ----
+
+
+def on_gpu() -> str | None:
+    return None if ON_GPU else "timed on a GPU only"
+
+
+def torch_variants(function: Callable, layout: Layout = Layout()) -> list[Variant]:
+    """PyTorch's own: eager, and compiled on a GPU."""
+    return [
+        Variant("torch eager", function, layout=layout),
+        Variant("torch.compile", function, on_gpu, layout, compiled=True),
+    ]
+
 
 # the module that only the library which is meant has: other packages are also called apex
 LIBRARIES = {
@@ -29,18 +106,22 @@ LIBRARIES = {
     "cut-cross-entropy": "cut_cross_entropy",
     "torchao": "torchao",
 }
-ON_A_CPU = ("transformers",)
 
 
-def missing(library: str) -> Callable[[torch.device], str | None]:
-    """For Variant.missing: the reason, or None where the library can run on the device."""
+def missing(library: str) -> Callable[[], str | None]:
+    """For Variant.missing: why the library cannot run on this machine."""
 
-    def reason(device: torch.device) -> str | None:
-        if device.type != "cuda" and library not in ON_A_CPU:
+    def reason() -> str | None:
+        if not ON_GPU and library != "transformers":
             return f"{library} needs a CUDA device"
         return None if find_spec(LIBRARIES[library]) else f"{library} is not installed"
 
     return reason
+
+
+def peer(library: str, function: Callable, layout: Layout = Layout(), **more) -> Variant:
+    """The variant that is called as its library."""
+    return Variant(library, function, missing(library), layout, **more)
 
 
 @cache
@@ -52,7 +133,7 @@ def liger() -> object:
     return library("liger_kernel.transformers.functional")
 
 
-# norms
+# ---- norms ----
 
 
 def llama_norm(inputs: Inputs) -> Tensor:
@@ -120,7 +201,7 @@ def apex_layer_norm(inputs: Inputs) -> Tensor:
     return norms.fused_layer_norm_affine(inputs.x, inputs.weight, inputs.bias, size, inputs.eps)
 
 
-# activations
+# ---- activations ----
 
 
 def llama_activation(inputs: Inputs) -> Tensor:
@@ -140,7 +221,7 @@ def clip_activation(inputs: Inputs) -> Tensor:
     return library("transformers.activations").ACT2FN["quick_gelu"](inputs.x)
 
 
-# rows
+# ---- rows ----
 
 
 def flash_pack(inputs: Inputs) -> Tensor:
@@ -152,7 +233,7 @@ def flash_unpack(inputs: Inputs) -> Tensor:
     return padding.index_put_first_axis(inputs.packed, inputs.positions, inputs.num_rows)
 
 
-# the language-model head
+# ---- the language-model head ----
 
 
 def liger_loss(inputs: Inputs) -> Tensor:
