@@ -46,9 +46,7 @@ RMS_NORM = Operation(
     [
         *ours("rms_norm", lambda i: rms_norm(i.x, i.weight, i.eps)),
         *EAGER,
-        Variant(
-            "torch rms_norm", lambda i: F.rms_norm(i.x, i.weight.shape, i.weight, eps=i.eps)
-        ),
+        Variant("torch rms_norm", lambda i: F.rms_norm(i.x, i.weight.shape, i.weight, eps=i.eps)),
         peer("transformers", peers.llama_norm),
         peer("liger-kernel", peers.liger_norm),
         peer("quack", peers.quack_norm),

@@ -25,25 +25,28 @@ def measured_peaks(device: torch.device) -> dict:
     A copy counts bytes read and written. The product is square; on a CPU the faster of PyTorch's
     own and mmalign_kernels.linear counts. Needs 5 GB of a GPU, and frees them.
     """
-    on_gpu = device.type == "cuda"
-    size, numel, dtype = (8192, 1 << 30, torch.bfloat16) if on_gpu else (2048, 1 << 26, None)
     with torch.no_grad():
-        source = torch.randn(numel, device=device, dtype=dtype)
-        target = torch.empty_like(source)
-        a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
-        square = f"{'bf16' if on_gpu else 'fp32'} {size}x{size}x{size}"
-        calls = {"copy": lambda: target.copy_(source), square: lambda: a @ b}
-        if not on_gpu:
-            calls[f"{square} mmalign_kernels.linear"] = lambda: linear(a, b)
-        taken = measure(calls, device)
-    seconds = {name: timing.median for name, timing in taken.items()}
-    copy_seconds, copied = seconds.pop("copy"), 2 * source.nbytes
-    fastest = min(seconds, key=seconds.get)
-    del calls, source, target
-    if on_gpu:
+        peaks = _measure(device)
+    if device.type == "cuda":
         torch.cuda.empty_cache()
+    return peaks
+
+
+def _measure(device: torch.device) -> dict:
+    on_gpu = device.type == "cuda"
+    dtype, numel, size = (torch.bfloat16, 1 << 30, 8192) if on_gpu else (None, 1 << 26, 2048)
+    source = torch.randn(numel, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+    square = f"{'bf16' if on_gpu else 'fp32'} {size}x{size}x{size}"
+    calls = {"copy": lambda: target.copy_(source), square: lambda: a @ b}
+    if not on_gpu:
+        calls[f"{square} mmalign_kernels.linear"] = lambda: linear(a, b)
+    seconds = {name: timing.median for name, timing in measure(calls, device).items()}
+    copy_seconds = seconds.pop("copy")
+    fastest = min(seconds, key=seconds.get)
     return {
-        "copy_bytes_per_second": copied / copy_seconds,
+        "copy_bytes_per_second": 2 * source.nbytes / copy_seconds,
         "matmul_flops_per_second": 2 * size**3 / seconds[fastest],
         "matmul": fastest,
     }
