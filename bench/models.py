@@ -4,6 +4,7 @@ Ours is drawn on its device, without files; Hugging Face's parameters are views 
 models of 7B need the memory of one and nothing has to be compared or copied.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bench import shapes
-from mmalign.config import DataConfig, TrainConfig
+from mmalign.config import DataConfig, ShortcutConfig, TrainConfig
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
@@ -72,25 +73,40 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
 
 
 def random_llava(size: Size, stage: str, device: torch.device, dtype: torch.dtype) -> Llava:
-    """Ours, with the parameters of `stage` marked for training."""
+    """Ours, with what `stage` trains marked; template plain, so no rows of image tokens."""
     vocab_size = size.decoder.vocab_size + NUM_IMAGE_TOKENS
     decoder = random_decoder(replace(size.decoder, vocab_size=vocab_size), device, dtype)
     tower = _drawn(VisionTower, size.vision, device, dtype)
     projector = Projector(size.vision.hidden_size, size.decoder.hidden_size).to(device, dtype)
-    first = size.image_token_id
-    tokens = SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
-    model = Llava(decoder, tower, projector, tokens)
-    set_stage(model, stage)
+    model = Llava(decoder, tower, projector, _tokens(size.image_token_id))
+    set_trainable(model, TrainConfig(stage=stage, data=DataConfig(template="plain")))
     return model.train()
 
 
-def set_stage(model: Llava, stage: str) -> None:
-    """pretrain trains the projector alone (template plain writes no <im_start>)."""
-    model.set_stage(TrainConfig(stage=stage, data=DataConfig(template="plain")))
+def set_trainable(model: Llava, config: TrainConfig) -> None:
+    # MERGE: model.set_trainable(config.stage, config.lora, config.trains_image_tokens)
+    model.set_stage(config)
+
+
+def with_shortcuts(
+    model: Llava, stage: str, shortcuts: ShortcutConfig, prefix_ids: Sequence[int]
+) -> Llava:
+    """Another model of the same weights."""
+    # MERGE: Llava(..., shortcuts=shortcuts, prefix_ids=prefix_ids), without the last two lines
+    tokens = _tokens(model.image_token_id)
+    other = Llava(model.decoder, model.vision_tower, model.projector, tokens).train()
+    set_trainable(other, TrainConfig(stage=stage, data=DataConfig(template="plain")))
+    other.shortcuts = shortcuts
+    other.follow_prefix(prefix_ids)
+    return other
+
+
+def _tokens(first: int) -> SimpleNamespace:
+    return SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
 
 
 def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Norms 1, biases 0, all else normal(0, 0.02), never in memory twice."""
+    """Norms 1, biases 0, all else normal(0, 0.02); no second copy exists at any time."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,10 +1,10 @@
-"""One optimizer step of our program and of Hugging Face's classes, on batches that are ready.
+"""One optimizer step of the trainer and of Hugging Face's classes, on batches that are ready.
 
-A step is forward, backward, the gradients' global norm, clipping and AdamW. Reading, tokenising and
-collating samples is in neither side's time; each batch lies on the device as its side wants it.
+A step is forward, backward, the gradients' global norm, clipping and AdamW. Data preparation is
+excluded from all timings; every batch is on the device in the layout that its side takes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -12,67 +12,139 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from bench.comparison import Calls
 from bench.models import Size, hugging_face_llava
 from bench.samples import Samples
+from bench.shapes import DEVICE, ON_GPU
 from mmalign.batch import IGNORE_INDEX, PackedBatch
-from mmalign.config import OptimizerConfig
+from mmalign.config import OptimizerConfig, TrainConfig
+from mmalign.data.loader import Step
 from mmalign.data.packing import pack_samples
+from mmalign.distributed import Ranks
 from mmalign.flops import Workload, model_flops
 from mmalign.model.llava import Llava
+from mmalign.model.recompute import set_recompute
 from mmalign.training.optimizer import AdamW
 
-OPTIMIZER = OptimizerConfig(learning_rate=2e-5)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0)
+# beside bf16 weights torch's AdamW keeps bf16 moments, so ours does, too: 8 bytes per weight
+OPTIMIZER_BF16 = replace(OPTIMIZER, master="stochastic", moments="bf16")
+NUM_STEPS = 1000  # of the learning rate's schedule
 
 
-# beside bf16 weights torch's AdamW keeps bf16 moments, so ours does, too: 8 bytes a weight
-IN_BF16 = replace(OPTIMIZER, master="stochastic", moments="bf16")
+class Trainer:
+    """MERGE: delete this class, import mmalign.training.trainer.Trainer, which has this interface.
+
+    Until the trainer can be built without files, this is its step.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, model: Llava, num_steps: int):
+        self.model = model
+        self.optimizer = AdamW(model.trainable_parameters(), config.optimizer)
+
+    def train_step(self, step: Step) -> None:
+        for batch in step.batches:
+            (self.model(batch) / step.num_loss_tokens).backward()
+        rate, norm = self.optimizer.config.learning_rate, self.optimizer.gradient_norm()
+        self.optimizer.step(rate, norm)
+        self.optimizer.zero_grad()
 
 
 class MmalignStep:
-    def __init__(self, model: Llava, batches: list[PackedBatch], device: torch.device):
-        self.model, self.optimizer = model, None
-        self.config = optimizer_config(model.decoder.embed_tokens.weight.dtype)
-        self.batches = [batch.to(device) for batch in batches]
-        self.num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+    """`start` makes the optimizer's state, `stop` frees it."""
+
+    def __init__(self, model: Llava, config: TrainConfig, batches: list[PackedBatch]):
+        self.model, self.config = model, config
+        loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+        tokens = sum(len(batch.input_ids) for batch in batches)
+        batches = [batch.to(DEVICE) for batch in batches]
+        self.step = Step(0, [], batches, loss_tokens, tokens)
+        self.trainer: Trainer | None = None
 
     def start(self) -> None:
-        """A fresh optimizer; its state is what a step needs beside the weights."""
-        self.optimizer = AdamW(self.model.trainable_parameters(), self.config)
+        # MERGE: self.model.decoder.set_recompute(...); DistributedContext(0, 1, DEVICE)
+        set_recompute(self.model.decoder, self.config.recompute, self.config.recompute_layers)
+        if self.trainer is None:
+            self.trainer = Trainer(self.config, Ranks(0, 1, DEVICE), self.model, NUM_STEPS)
 
     def stop(self) -> None:
-        self.optimizer = None
+        self.trainer = None
 
-    def __call__(self) -> Tensor:
-        """The loss of the step."""
-        total = 0.0
-        for batch in self.batches:
-            loss = self.model(batch) / self.num_loss_tokens
-            loss.backward()
-            total += loss.detach()
-        self.optimizer.step(OPTIMIZER.learning_rate, self.optimizer.gradient_norm())
-        self.optimizer.zero_grad()
-        return total
+    def __call__(self) -> None:
+        self.trainer.train_step(self.step)
 
     @torch.no_grad()
     def loss(self) -> float:
-        return sum(self.model(batch).item() for batch in self.batches) / self.num_loss_tokens
+        return sum(self.model(x).item() for x in self.step.batches) / self.step.num_loss_tokens
 
 
-def optimizer_config(dtype: torch.dtype) -> OptimizerConfig:
-    return IN_BF16 if dtype == torch.bfloat16 else OPTIMIZER
+def step_config(stage: str, precision: str, micro_batch_tokens: int) -> TrainConfig:
+    return TrainConfig(
+        stage=stage,
+        optimizer=OPTIMIZER_BF16 if precision == "bf16" else OPTIMIZER,
+        precision=precision,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+def packed_batches(
+    samples: Samples, batches: list[list[int]], image_token_id: int, prefix_length: int = 0
+) -> list[PackedBatch]:
+    return [
+        pack_samples(
+            [samples.encoded[i] for i in indices],
+            [samples.pixels[i] for i in indices],
+            image_token_id,
+            prefix_length,
+        )
+        for indices in batches
+    ]
+
+
+def step_flops(size: Size, stage: str, samples: Samples) -> int:
+    """Required FLOPs of a step on these samples: no padding, nothing twice."""
+    workload = Workload(size.decoder, size.vision, stage)
+    return model_flops(workload, samples.lengths, samples.num_loss_tokens, len(samples)).total
+
+
+def step_calls(steps: Mapping[str, "MmalignStep | HuggingFaceStep"]) -> Calls:
+    """On a GPU the state of one optimizer exists at a time: it is made anew, untimed."""
+
+    def prepare(name: str) -> None:
+        if ON_GPU:
+            for other in steps.keys() - {name}:
+                steps[other].stop()
+        steps[name].start()
+
+    return Calls(
+        {name: lambda _, step=step: step() for name, step in steps.items()},
+        {name: lambda name=name: prepare(name) for name in steps},
+    )
+
+
+# ---- Hugging Face's side ----
+
+Names = dict[ModuleType, dict[str, object]]  # of Python modules
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    model: nn.Module
+    replaced: Names = field(default_factory=dict)  # what Liger puts into transformers' modules
 
 
 class HuggingFaceStep:
     """What transformers' Trainer does between two batches, with the optimizer that it chooses."""
 
-    def __init__(self, peer: "HuggingFaceModel", batches: list[dict[str, Tensor]]):
+    def __init__(self, peer: HuggingFaceModel, batches: list[dict[str, Tensor]]):
         self.peer, self.batches, self.optimizer = peer, batches, None
         self.parameters = [p for p in peer.model.parameters() if p.requires_grad]
         self.num_loss_tokens = sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches)
 
     def start(self) -> None:
+        if self.optimizer is not None:
+            return
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=OPTIMIZER.learning_rate,
@@ -91,18 +163,13 @@ class HuggingFaceStep:
     def stop(self) -> None:
         self.optimizer = None
 
-    def __call__(self) -> Tensor:
-        """The loss of the step."""
-        total = 0.0
+    def __call__(self) -> None:
         with installed(self.peer.replaced):
             for batch in self.batches:
-                loss = self._loss(batch)
-                loss.backward()
-                total += loss.detach()
+                self._loss(batch).backward()
         nn.utils.clip_grad_norm_(self.parameters, OPTIMIZER.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -112,15 +179,6 @@ class HuggingFaceStep:
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         count = self.num_loss_tokens  # as Trainer gives it: the mean over all micro-batches
         return self.peer.model(**batch, num_items_in_batch=count, return_dict=True).loss
-
-
-Names = dict[ModuleType, dict[str, object]]  # of Python modules
-
-
-@dataclass(frozen=True)
-class HuggingFaceModel:
-    model: nn.Module
-    replaced: Names = field(default_factory=dict)  # what Liger puts into transformers' modules
 
 
 def hugging_face_model(model: Llava, checkpointing: bool, liger: bool) -> HuggingFaceModel:
@@ -133,7 +191,7 @@ def hugging_face_model(model: Llava, checkpointing: bool, liger: bool) -> Huggin
 
 
 def _apply_liger(theirs: nn.Module) -> Names:
-    """Patches this model alone; functions that Liger replaces for all models are given back."""
+    """Patches this model alone; functions that Liger replaces for all models are restored."""
     from liger_kernel.transformers import apply_liger_kernel_to_llava
 
     modules = [import_module(f"transformers.models.{n}.modeling_{n}") for n in ("llama", "llava")]
@@ -163,22 +221,8 @@ def installed(replaced: Names) -> Iterator[None]:
             vars(module).update(names)
 
 
-def packed_batches(
-    samples: Samples, batches: list[list[int]], image_token_id: int
-) -> list[PackedBatch]:
-    return [
-        pack_samples(
-            [samples.encoded[i] for i in indices],
-            [samples.pixels[i] for i in indices],
-            image_token_id,
-        )
-        for indices in batches
-    ]
-
-
 def padded_batch(samples: Samples, indices: list[int], model: Llava) -> dict[str, Tensor]:
-    """Padded on the right; the very pixel values that our vision tower computes with."""
-    device = model.projector.weight.device
+    """Padded on the right, with the pixel values that our vision tower computes with."""
     encoded = [samples.encoded[i] for i in indices]
     shape = len(encoded), max(len(sample.input_ids) for sample in encoded)
     input_ids = torch.zeros(shape, dtype=torch.long)
@@ -189,26 +233,7 @@ def padded_batch(samples: Samples, indices: list[int], model: Llava) -> dict[str
         input_ids[row, :length] = torch.from_numpy(sample.input_ids)
         labels[row, :length] = torch.from_numpy(sample.labels)
         attention_mask[row, :length] = 1
-    pixels = torch.stack([samples.pixels[i] for i in indices]).to(device)
+    pixels = torch.stack([samples.pixels[i] for i in indices]).to(DEVICE)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     return batch | {"pixel_values": model.vision_tower.normalize_pixels(pixels)}
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """What PyTorch's CPU allocator held at most during a call, above its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()
-    held = highest = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()  # negative where memory is given back
-            highest = max(highest, held)
-    return highest
-
-
-def step_flops(size: Size, stage: str, samples: Samples) -> int:
-    """What a step on these samples must compute: no padding, nothing twice."""
-    workload = Workload(size.decoder, size.vision, stage)
-    loss_tokens = sum(int((one.labels[1:] != IGNORE_INDEX).sum()) for one in samples.encoded)
-    return model_flops(workload, samples.lengths, loss_tokens, len(samples)).total
