@@ -134,10 +134,6 @@ def torch_rows(mode: str) -> list[Variant]:
     ]
 
 
-def apex_adam(params: list[Tensor], **settings) -> torch.optim.Optimizer:
-    return library("apex.optimizers").FusedAdam(params, adam_w_mode=True, **settings)
-
-
 def torchao(name: str) -> Variant:
     """_AdamW: moments in bf16. AdamW8bit: moments in 8 bits. Stochastic rounding of weights."""
 
@@ -152,9 +148,8 @@ def torchao(name: str) -> Variant:
 OURS = ours("adamw", our_step, Layout(enter=_ours, exit=_joined))
 FORMULA = Variant("formula", formula, layout=FRESH)
 COMPILED = Variant("torch.compile", formula, on_gpu, FRESH, compiled=True)
-APEX = Variant("apex", step, missing("apex optimizers"), optimizer(apex_adam))
 PEERS = {
-    FP32: [*torch_rows(FP32), COMPILED, APEX],
+    FP32: [*torch_rows(FP32), COMPILED],
     SPLIT: torch_rows(SPLIT),
     STOCHASTIC: [*torch_rows(STOCHASTIC), COMPILED, torchao("_AdamW"), torchao("AdamW8bit")],
 }

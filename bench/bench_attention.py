@@ -1,12 +1,12 @@
 """Attention within packed samples: rotary and causal in the decoder, full in the CLIP tower.
 
-Libraries that rotate no packed samples get q and k from a compiled rotation. Masks and index
-tables, which a model makes once for all its layers, are made untimed.
+flash-attn, xformers and torch's varlen attention run as mmalign's backends of these names; their q
+and k are rotated first. Masks and index tables, which a model makes once for all its layers, are
+made untimed.
 """
 
 from collections.abc import Callable
 from functools import cache
-from inspect import signature
 from itertools import pairwise
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.comparison import MATMUL, each
 from bench.operation import Case, Operation, costs_of
-from bench.peers import Inputs, Layout, Variant, library, liger, missing, on_gpu, ours, peer
+from bench.peers import Inputs, Layout, Variant, library, liger, missing, on_gpu, ours
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -116,59 +116,6 @@ def _with_block_mask(i: Inputs) -> Inputs:
 FLEX = Layout(enter=_with_block_mask)
 
 
-def torch_varlen(i: Inputs) -> Tensor:
-    varlen_attn = library("torch.nn.attention.varlen").varlen_attn
-    causal = {"window_size": (-1, 0 if i.causal else -1)}
-    if "window_size" not in signature(varlen_attn).parameters:  # before torch 2.11
-        causal = {"is_causal": i.causal}
-    cu_seqlens, longest = i.cu_seqlens, i.max_seqlen
-    q, k, v = packed_heads(i, compiled_rotate)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal).flatten(1)
-
-
-def flash(i: Inputs) -> Tensor:
-    """flash-attn's own rotation, which restarts in every sample."""
-    cu_seqlens, longest = i.cu_seqlens, i.max_seqlen
-    q, k, v = i.qkv.view(len(i.qkv), 3, i.num_heads, -1).unbind(1)
-    if i.rotary:
-        rotation = library("flash_attn.layers.rotary").apply_rotary_emb
-        cos, sin = (x[:longest].to(q.dtype) for x in (i.cos, i.sin))
-        q, k = (rotation(x, cos, sin, cu_seqlens=cu_seqlens, max_seqlen=longest) for x in (q, k))
-    attention = library("flash_attn").flash_attn_varlen_func
-    return attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=i.causal).flatten(1)
-
-
-def flash3(i: Inputs) -> Tensor:
-    q, k, v = packed_heads(i, compiled_rotate)
-    out = library("flash_attn_interface").flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=i.cu_seqlens,
-        cu_seqlens_k=i.cu_seqlens,
-        max_seqlen_q=i.max_seqlen,
-        max_seqlen_k=i.max_seqlen,
-        causal=i.causal,
-    )
-    return (out[0] if isinstance(out, tuple) else out).flatten(1)  # older: with the logsumexp
-
-
-def xformers(i: Inputs) -> Tensor:
-    q, k, v = (x[None] for x in packed_heads(i, compiled_rotate))
-    attention = library("xformers.ops").memory_efficient_attention
-    return attention(q, k, v, attn_bias=i.bias)[0].flatten(1)
-
-
-def _with_bias(i: Inputs) -> Inputs:
-    biases = library("xformers.ops.fmha.attn_bias")
-    kind = biases.BlockDiagonalCausalMask if i.causal else biases.BlockDiagonalMask
-    i.bias = kind.from_seqlens(i.lengths)
-    return i
-
-
-XFORMERS = Layout(enter=_with_bias)
-
-
 # ---- padded batches: one sample per row, padding on the right ----
 
 
@@ -247,10 +194,6 @@ EAGER = Variant("torch eager, sample by sample", sample_by_sample)
 PEERS = [
     EAGER,
     Variant("torch.compile, flex_attention", flex, on_gpu, FLEX, compiled=True),
-    Variant("torch varlen_attn", torch_varlen, on_gpu),
-    peer("flash-attn", flash),
-    peer("flash-attn 3", flash3),
-    peer("xformers", xformers, XFORMERS),
     Variant("cuDNN sdpa, padded", cudnn_sdpa, on_gpu, PADDED),
     Variant("transformers sdpa, padded", transformers_sdpa, missing("transformers"), PADDED),
 ]

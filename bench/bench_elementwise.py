@@ -116,11 +116,7 @@ def eager_unpack(i: SimpleNamespace) -> torch.Tensor:
 EAGER_PACK = torch_variants(lambda i: i.x[i.positions])
 PACK_ROWS = Operation(
     "pack_rows",
-    [
-        *ours("packing", lambda i: pack_rows(i.x, i.positions)),
-        *EAGER_PACK,
-        peer("flash-attn", peers.flash_pack),
-    ],
+    [*ours("packing", lambda i: pack_rows(i.x, i.positions)), *EAGER_PACK],
     EAGER_PACK[0],
     COPY,
 )
@@ -130,7 +126,6 @@ UNPACK_ROWS = Operation(
     [
         *ours("packing", lambda i: unpack_rows(i.packed, i.positions, i.num_rows)),
         *EAGER_UNPACK,
-        peer("flash-attn", peers.flash_unpack),
     ],
     EAGER_UNPACK[0],
     COPY,

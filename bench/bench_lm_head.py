@@ -14,7 +14,7 @@ from mmalign_kernels import costs, linear_cross_entropy, target_logprobs
 from bench import peers
 from bench.comparison import BOTH, LOSS_ONLY, MATMUL, SCORE, each
 from bench.operation import Case, Operation
-from bench.peers import Layout, Variant, missing, ours, peer, torch_variants
+from bench.peers import Layout, Variant, ours, peer, torch_variants
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -62,7 +62,6 @@ LINEAR_CROSS_ENTROPY = Operation(
         Variant("torch eager, supervised rows", supervised),
         peer("transformers", peers.transformers_loss),
         peer("liger-kernel", peers.liger_loss),
-        Variant("liger-kernel, fp32 sums", peers.liger_loss_fp32, missing("liger-kernel")),
         peer("quack", peers.quack_loss),
         peer("cut-cross-entropy", peers.cce_loss),
     ],

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmalign_kernels import add_rms_norm, costs, layer_norm, project_image_features, rms_norm
 
 from bench import peers
-from bench.comparison import COPY, FORWARD, each
+from bench.comparison import COPY, each
 from bench.operation import Case, Operation, costs_of
 from bench.peers import Variant, missing, ours, peer, torch_variants
 from bench.shapes import (
@@ -50,9 +50,6 @@ RMS_NORM = Operation(
         peer("transformers", peers.llama_norm),
         peer("liger-kernel", peers.liger_norm),
         peer("quack", peers.quack_norm),
-        peer("flash-attn", peers.flash_norm),
-        Variant("apex", peers.apex_norm, missing("apex normalization")),
-        peer("xformers", peers.xformers_norm, directions=(FORWARD,)),
     ],
     EAGER[0],
     COPY,
@@ -66,7 +63,6 @@ ADD_RMS_NORM = Operation(
         peer("transformers", peers.llama_add_norm),
         peer("liger-kernel", peers.liger_add_norm),
         peer("quack", peers.quack_add_norm),
-        peer("flash-attn", peers.flash_add_norm),
     ],
     EAGER_ADD[0],
     COPY,
@@ -207,7 +203,6 @@ LAYER_NORM = Operation(
         *ours("vision", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
         *EAGER_LAYER_NORM,
         peer("liger-kernel", peers.liger_layer_norm),
-        Variant("apex", peers.apex_layer_norm, missing("apex normalization")),
     ],
     EAGER_LAYER_NORM[0],
     COPY,

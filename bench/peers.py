@@ -12,7 +12,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import torch
 import torch.nn.functional as F
 from mmalign_kernels import dispatch, libraries
 from torch import Tensor
@@ -93,16 +92,11 @@ def torch_variants(function: Callable, layout: Layout = Layout()) -> list[Varian
     ]
 
 
-# the module that only the library which is meant has: other packages are also called apex
 LIBRARIES = {
     "transformers": "transformers",
     "liger-kernel": "liger_kernel",
     "quack": "quack",
     "flash-attn": "flash_attn_2_cuda",
-    "flash-attn 3": "flash_attn_interface",
-    "xformers": "xformers",
-    "apex normalization": "fused_layer_norm_cuda",
-    "apex optimizers": "amp_C",
     "cut-cross-entropy": "cut_cross_entropy",
     "torchao": "torchao",
 }
@@ -173,34 +167,6 @@ def quack_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
     )
 
 
-def flash_norm(inputs: Inputs) -> Tensor:
-    norms = library("flash_attn.ops.triton.layer_norm")
-    return norms.rms_norm_fn(inputs.x, inputs.weight, None, eps=inputs.eps)
-
-
-def flash_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    norms = library("flash_attn.ops.triton.layer_norm")
-    return norms.rms_norm_fn(
-        inputs.x, inputs.weight, None, residual=inputs.residual, eps=inputs.eps, prenorm=True
-    )
-
-
-def xformers_norm(inputs: Inputs) -> Tensor:
-    """It has no backward pass."""
-    with torch.no_grad():
-        return library("xformers.ops.rmsnorm").rms_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def apex_norm(inputs: Inputs) -> Tensor:
-    norms, size = library("apex.normalization.fused_layer_norm"), inputs.weight.shape
-    return norms.fused_rms_norm_affine(inputs.x, inputs.weight, size, inputs.eps)
-
-
-def apex_layer_norm(inputs: Inputs) -> Tensor:
-    norms, size = library("apex.normalization.fused_layer_norm"), inputs.weight.shape
-    return norms.fused_layer_norm_affine(inputs.x, inputs.weight, inputs.bias, size, inputs.eps)
-
-
 # ---- activations ----
 
 
@@ -221,35 +187,12 @@ def clip_activation(inputs: Inputs) -> Tensor:
     return library("transformers.activations").ACT2FN["quick_gelu"](inputs.x)
 
 
-# ---- rows ----
-
-
-def flash_pack(inputs: Inputs) -> Tensor:
-    return library("flash_attn.bert_padding").index_first_axis(inputs.x, inputs.positions)
-
-
-def flash_unpack(inputs: Inputs) -> Tensor:
-    padding = library("flash_attn.bert_padding")
-    return padding.index_put_first_axis(inputs.packed, inputs.positions, inputs.num_rows)
-
-
 # ---- the language-model head ----
 
 
 def liger_loss(inputs: Inputs) -> Tensor:
     return liger().liger_fused_linear_cross_entropy(
         inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def liger_loss_fp32(inputs: Inputs) -> Tensor:
-    """The weight's gradient summed in fp32 over its chunks."""
-    return liger().liger_fused_linear_cross_entropy(
-        inputs.hidden_states,
-        inputs.weight,
-        inputs.target_ids,
-        reduction="sum",
-        accum_dtype=torch.float32,
     )
 
 
