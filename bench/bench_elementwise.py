@@ -1,15 +1,15 @@
 """SwiGLU, CLIP's quick GELU, and rows between the packed and the padded layout."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from mmalign_kernels import costs, pack_rows, quick_gelu, swiglu, unpack_rows
 
-from bench import peers
 from bench.comparison import COPY, each
 from bench.operation import Case, Operation, costs_of
-from bench.peers import Layout, ours, peer, torch_variants
+from bench.peers import Layout, library, liger, ours, peer, torch_variants
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -23,6 +23,10 @@ from bench.shapes import (
 from mmalign.model.config import DecoderConfig, VisionConfig
 
 ITEMSIZE = DTYPE.itemsize
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return library("transformers.activations").ACT2FN[name]
 
 
 # ---- SwiGLU: silu(gate) * up, of the fused projection ----
@@ -45,9 +49,8 @@ SWIGLU = Operation(
     [
         *ours("swiglu", lambda i: swiglu(i.gate_up)),
         *EAGER_SWIGLU,
-        peer("transformers", peers.llama_activation, SPLIT),
-        peer("liger-kernel", peers.liger_swiglu, SPLIT),
-        peer("flash-attn", peers.flash_swiglu, SPLIT),
+        peer("transformers", lambda i: activation("silu")(i.gate) * i.up, SPLIT),
+        peer("liger-kernel", lambda i: liger().liger_swiglu(i.gate, i.up), SPLIT),
     ],
     EAGER_SWIGLU[0],
     COPY,
@@ -80,7 +83,7 @@ QUICK_GELU = Operation(
     [
         *ours("vision", lambda i: quick_gelu(i.x)),
         *EAGER_GELU,
-        peer("transformers", peers.clip_activation),
+        peer("transformers", lambda i: activation("quick_gelu")(i.x)),
     ],
     EAGER_GELU[0],
     COPY,

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from mmalign_kernels import costs, linear_cross_entropy, target_logprobs
 
-from bench import peers
 from bench.comparison import BOTH, LOSS_ONLY, MATMUL, SCORE, each
 from bench.operation import Case, Operation
-from bench.peers import Layout, Variant, ours, peer, torch_variants
+from bench.peers import Layout, Variant, library, liger, ours, peer, torch_variants
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -50,6 +49,18 @@ def supervised(i: SimpleNamespace) -> torch.Tensor:
     return F.cross_entropy(logits, i.target_ids[rows], reduction="sum")
 
 
+def transformers_loss(i: SimpleNamespace) -> torch.Tensor:
+    """LlamaForCausalLM: logits of every row, in fp32 for the loss."""
+    logits = F.linear(i.hidden_states, i.weight).float()
+    loss = library("transformers.loss.loss_utils").fixed_cross_entropy
+    return loss(logits, i.target_ids, num_items_in_batch=1)
+
+
+def cce(rows: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, reduction: str):
+    loss = library("cut_cross_entropy").linear_cross_entropy
+    return loss(rows, weight, target_ids, reduction=reduction)
+
+
 EAGER_LOSS = torch_variants(eager_loss)
 LINEAR_CROSS_ENTROPY = Operation(
     "linear_cross_entropy",
@@ -60,10 +71,20 @@ LINEAR_CROSS_ENTROPY = Operation(
         ),
         *EAGER_LOSS,
         Variant("torch eager, supervised rows", supervised),
-        peer("transformers", peers.transformers_loss),
-        peer("liger-kernel", peers.liger_loss),
-        peer("quack", peers.quack_loss),
-        peer("cut-cross-entropy", peers.cce_loss),
+        peer("transformers", transformers_loss),
+        peer(
+            "liger-kernel",
+            lambda i: liger().liger_fused_linear_cross_entropy(
+                i.hidden_states, i.weight, i.target_ids, reduction="sum"
+            ),
+        ),
+        peer(
+            "quack",
+            lambda i: library("quack.linear_cross_entropy").chunked_linear_cross_entropy(
+                i.hidden_states, i.weight, i.target_ids, reduction="sum"
+            ),
+        ),
+        peer("cut-cross-entropy", lambda i: cce(i.hidden_states, i.weight, i.target_ids, "sum")),
     ],
     EAGER_LOSS[0],
     MATMUL,
@@ -115,6 +136,10 @@ def every_row(i: SimpleNamespace) -> torch.Tensor:
     return logprobs[i.target_rows, i.target_ids]
 
 
+def from_logits(i: SimpleNamespace, cross_entropy) -> torch.Tensor:
+    return -cross_entropy(F.linear(i.rows, i.weight), i.target_ids, reduction="none")
+
+
 def _rows(i: SimpleNamespace) -> SimpleNamespace:
     i.rows = i.hidden_states[i.target_rows]
     return i
@@ -131,9 +156,9 @@ TARGET_LOGPROBS = Operation(
         ),
         *EAGER_LOGPROBS,
         Variant("lm_eval's way", every_row),
-        peer("liger-kernel", peers.liger_logprobs, ROWS),
-        peer("quack", peers.quack_logprobs, ROWS),
-        peer("cut-cross-entropy", peers.cce_logprobs, ROWS),
+        peer("liger-kernel", lambda i: from_logits(i, liger().liger_cross_entropy), ROWS),
+        peer("quack", lambda i: from_logits(i, library("quack").cross_entropy), ROWS),
+        peer("cut-cross-entropy", lambda i: -cce(i.rows, i.weight, i.target_ids, "none"), ROWS),
     ],
     EAGER_LOGPROBS[0],
     MATMUL,

@@ -6,10 +6,18 @@ import torch
 import torch.nn.functional as F
 from mmalign_kernels import add_rms_norm, costs, layer_norm, project_image_features, rms_norm
 
-from bench import peers
 from bench.comparison import COPY, each
 from bench.operation import Case, Operation, costs_of
-from bench.peers import Variant, missing, ours, peer, torch_variants
+from bench.peers import (
+    Variant,
+    library,
+    liger,
+    llama_norm,
+    missing,
+    ours,
+    peer,
+    torch_variants,
+)
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -35,7 +43,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 # ---- RMSNorm; a frozen weight needs no gradient ----
 
 
-def eager_add(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(i: SimpleNamespace, norm) -> tuple[torch.Tensor, torch.Tensor]:
     residual = i.x + i.residual
     return norm(residual, i.weight, i.eps), residual
 
@@ -47,22 +55,30 @@ RMS_NORM = Operation(
         *ours("rms_norm", lambda i: rms_norm(i.x, i.weight, i.eps)),
         *EAGER,
         Variant("torch rms_norm", lambda i: F.rms_norm(i.x, i.weight.shape, i.weight, eps=i.eps)),
-        peer("transformers", peers.llama_norm),
-        peer("liger-kernel", peers.liger_norm),
-        peer("quack", peers.quack_norm),
+        peer("transformers", lambda i: llama_norm(i.x, i.weight, i.eps)),
+        peer("liger-kernel", lambda i: liger().liger_rms_norm(i.x, i.weight, i.eps)),
+        peer("quack", lambda i: library("quack").rmsnorm(i.x, i.weight, eps=i.eps)),
     ],
     EAGER[0],
     COPY,
 )
-EAGER_ADD = torch_variants(eager_add)
+EAGER_ADD = torch_variants(lambda i: add_norm(i, norm))
 ADD_RMS_NORM = Operation(
     "add_rms_norm",
     [
         *ours("rms_norm", lambda i: add_rms_norm(i.x, i.residual, i.weight, i.eps)),
         *EAGER_ADD,
-        peer("transformers", peers.llama_add_norm),
-        peer("liger-kernel", peers.liger_add_norm),
-        peer("quack", peers.quack_add_norm),
+        peer("transformers", lambda i: add_norm(i, llama_norm)),
+        peer(
+            "liger-kernel",
+            lambda i: liger().liger_fused_add_rms_norm(i.x, i.residual, i.weight, i.eps),
+        ),
+        peer(
+            "quack",
+            lambda i: library("quack").rmsnorm(
+                i.x, i.weight, residual=i.residual, eps=i.eps, prenorm=True
+            ),
+        ),
     ],
     EAGER_ADD[0],
     COPY,
@@ -127,7 +143,7 @@ def scattered(i: SimpleNamespace, norm) -> tuple[torch.Tensor, torch.Tensor]:
     projected = F.linear(i.features, i.weight, i.bias)
     mask = i.mask[:, None].expand_as(i.hidden_states)
     hidden_states = i.hidden_states.masked_scatter(mask, projected)
-    return hidden_states, norm(SimpleNamespace(x=hidden_states, weight=i.norm_weight, eps=i.eps))
+    return hidden_states, norm(hidden_states, i.norm_weight, i.eps)
 
 
 EAGER_PROJECTOR = torch_variants(eager_projector)
@@ -141,10 +157,10 @@ PROJECTOR = Operation(
             ),
         ),
         *EAGER_PROJECTOR,
-        peer("transformers", lambda i: scattered(i, peers.llama_norm)),
+        peer("transformers", lambda i: scattered(i, llama_norm)),
         Variant(
             "transformers, liger-kernel",
-            lambda i: scattered(i, peers.liger_norm),
+            lambda i: scattered(i, liger().liger_rms_norm),
             missing("liger-kernel"),
         ),
     ],
@@ -202,7 +218,7 @@ LAYER_NORM = Operation(
     [
         *ours("vision", lambda i: layer_norm(i.x, i.weight, i.bias, i.eps)),
         *EAGER_LAYER_NORM,
-        peer("liger-kernel", peers.liger_layer_norm),
+        peer("liger-kernel", lambda i: liger().liger_layer_norm(i.x, i.weight, i.bias, i.eps)),
     ],
     EAGER_LAYER_NORM[0],
     COPY,

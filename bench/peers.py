@@ -12,7 +12,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import torch.nn.functional as F
 from mmalign_kernels import dispatch, libraries
 from torch import Tensor
 
@@ -96,7 +95,6 @@ LIBRARIES = {
     "transformers": "transformers",
     "liger-kernel": "liger_kernel",
     "quack": "quack",
-    "flash-attn": "flash_attn_2_cuda",
     "cut-cross-entropy": "cut_cross_entropy",
     "torchao": "torchao",
 }
@@ -127,105 +125,7 @@ def liger() -> object:
     return library("liger_kernel.transformers.functional")
 
 
-# ---- norms ----
-
-
-def llama_norm(inputs: Inputs) -> Tensor:
-    """LlamaRMSNorm's formula runs as the module does, with the weight of the inputs."""
-    return _llama_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def llama_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    residual = inputs.x + inputs.residual
-    return _llama_norm(residual, inputs.weight, inputs.eps), residual
-
-
-def _llama_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    norm = library("transformers.models.llama.modeling_llama").LlamaRMSNorm
-    return norm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x)
-
-
-def liger_norm(inputs: Inputs) -> Tensor:
-    return liger().liger_rms_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def liger_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return liger().liger_fused_add_rms_norm(inputs.x, inputs.residual, inputs.weight, inputs.eps)
-
-
-def liger_layer_norm(inputs: Inputs) -> Tensor:
-    return liger().liger_layer_norm(inputs.x, inputs.weight, inputs.bias, inputs.eps)
-
-
-def quack_norm(inputs: Inputs) -> Tensor:
-    return library("quack").rmsnorm(inputs.x, inputs.weight, eps=inputs.eps)
-
-
-def quack_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return library("quack").rmsnorm(
-        inputs.x, inputs.weight, residual=inputs.residual, eps=inputs.eps, prenorm=True
-    )
-
-
-# ---- activations ----
-
-
-def llama_activation(inputs: Inputs) -> Tensor:
-    """What LlamaMLP does between its projections."""
-    return library("transformers.activations").ACT2FN["silu"](inputs.gate) * inputs.up
-
-
-def liger_swiglu(inputs: Inputs) -> Tensor:
-    return liger().liger_swiglu(inputs.gate, inputs.up)
-
-
-def flash_swiglu(inputs: Inputs) -> Tensor:
-    return library("flash_attn.ops.activations").swiglu(inputs.gate, inputs.up)
-
-
-def clip_activation(inputs: Inputs) -> Tensor:
-    return library("transformers.activations").ACT2FN["quick_gelu"](inputs.x)
-
-
-# ---- the language-model head ----
-
-
-def liger_loss(inputs: Inputs) -> Tensor:
-    return liger().liger_fused_linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def quack_loss(inputs: Inputs) -> Tensor:
-    return library("quack.linear_cross_entropy").chunked_linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def cce_loss(inputs: Inputs) -> Tensor:
-    return library("cut_cross_entropy").linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def transformers_loss(inputs: Inputs) -> Tensor:
-    """LlamaForCausalLM: logits of every row, in fp32 for the loss."""
-    logits = F.linear(inputs.hidden_states, inputs.weight).float()
-    return library("transformers.loss.loss_utils").fixed_cross_entropy(
-        logits, inputs.target_ids, num_items_in_batch=1
-    )
-
-
-def cce_logprobs(inputs: Inputs) -> Tensor:
-    loss = library("cut_cross_entropy").linear_cross_entropy
-    return -loss(inputs.rows, inputs.weight, inputs.target_ids, reduction="none")
-
-
-def liger_logprobs(inputs: Inputs) -> Tensor:
-    logits = F.linear(inputs.rows, inputs.weight)
-    return -liger().liger_cross_entropy(logits, inputs.target_ids, reduction="none")
-
-
-def quack_logprobs(inputs: Inputs) -> Tensor:
-    logits = F.linear(inputs.rows, inputs.weight)
-    return -library("quack").cross_entropy(logits, inputs.target_ids, reduction="none")
+def llama_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """LlamaRMSNorm's formula runs as the module does, with the given weight."""
+    module = library("transformers.models.llama.modeling_llama").LlamaRMSNorm
+    return module.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x)

@@ -139,9 +139,9 @@ def test_recomputation_changes_no_loss():
 
 
 def test_a_recipes_step_is_its_batch_and_changes_the_weights():
-    compared = RecipeStep(TINY, "tiny-finetune", [600, 2048], num_samples=3)
+    compared = RecipeStep(TINY, "tiny-finetune", [900, 2048], num_samples=3)
     made = compared.calls(compared.variants)
-    for name, tokens in zip(compared.variants, (600, 2048), strict=True):
+    for name, tokens in zip(compared.variants, (900, 2048), strict=True):
         made.prepare[name]()
         step = made.calls[name].__defaults__[0]
         batches = step.step.batches
