@@ -59,7 +59,8 @@ class MmalignStep:
         loss_tokens = sum(batch.num_loss_tokens for batch in batches)
         tokens = sum(len(batch.input_ids) for batch in batches)
         batches = [batch.to(DEVICE) for batch in batches]
-        self.step = Step(0, [], batches, loss_tokens, tokens)
+        # past the warm-up, whose first rate may be 0
+        self.step = Step(NUM_STEPS // 2, [], batches, loss_tokens, tokens)
         self.trainer: Trainer | None = None
 
     def start(self) -> None:
