@@ -259,11 +259,12 @@ if ON_GPU:
     SHAPES.append((*DECODER_SHAPES[0], "wide mix"))
 
 
-@each(ROTARY.comparisons([rotary_case(*shape) for shape in SHAPES]))
-def test_rotary_attention(comparison, compare):
-    compare(comparison)
+COMPARISONS = [
+    *ROTARY.comparisons([rotary_case(*shape) for shape in SHAPES]),
+    *FULL.comparisons([full_case(*shape) for shape in VISION_SHAPES]),
+]
 
 
-@each(FULL.comparisons([full_case(*shape) for shape in VISION_SHAPES]))
-def test_full_attention(comparison, compare):
+@each(COMPARISONS)
+def test_attention(comparison, compare):
     compare(comparison)

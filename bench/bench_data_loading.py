@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from bench.comparison import Calls, WrongResult, each
+from bench.comparison import Calls, Comparison, WrongResult, each
 from bench.documents import tokenizer_model
 from bench.samples import JPEG_SIZE, JpegFiles, write_jpeg_files
 from bench.shapes import CLIP_VIT_L_14
@@ -33,7 +33,7 @@ DECODE, PROCESSOR = "PIL decode alone", "transformers CLIPImageProcessor"
 
 
 @dataclass
-class Loading:
+class Loading(Comparison):
     """One stage's samples."""
 
     stage: str
@@ -47,9 +47,6 @@ class Loading:
     def case(self) -> str:
         width, height = JPEG_SIZE
         return f"{self.stage}, {SAMPLES} samples with JPEG files of {width}x{height}"
-
-    def missing(self, variant: str) -> str | None:
-        return None
 
     def calls(self, variants: Sequence[str]) -> Calls:
         self.folder = tempfile.TemporaryDirectory(prefix="mmalign-images-")

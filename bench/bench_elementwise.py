@@ -70,11 +70,6 @@ def swiglu_case(config: DecoderConfig, tokens: int) -> Case:
     )
 
 
-@each(SWIGLU.comparisons([swiglu_case(*shape) for shape in DECODER_SHAPES]))
-def test_swiglu(comparison, compare):
-    compare(comparison)
-
-
 # ---- quick GELU ----
 
 EAGER_GELU = torch_variants(lambda i: i.x * torch.sigmoid(1.702 * i.x))
@@ -101,11 +96,6 @@ def quick_gelu_case(config: VisionConfig, images: int) -> Case:
             costs.quick_gelu_backward(rows * size, ITEMSIZE),
         ),
     )
-
-
-@each(QUICK_GELU.comparisons([quick_gelu_case(*shape) for shape in VISION_SHAPES]))
-def test_quick_gelu(comparison, compare):
-    compare(comparison)
 
 
 # ---- packing: samples of the finetune mix, padded to the longest ----
@@ -166,11 +156,14 @@ def packing_case(config: DecoderConfig, tokens: int, packed: bool) -> Case:
 PACKING_SHAPES = DECODER_SHAPES[:2]  # the width of the rows makes no difference
 
 
-@each(PACK_ROWS.comparisons([packing_case(*shape, packed=False) for shape in PACKING_SHAPES]))
-def test_pack_rows(comparison, compare):
-    compare(comparison)
+COMPARISONS = [
+    *SWIGLU.comparisons([swiglu_case(*shape) for shape in DECODER_SHAPES]),
+    *QUICK_GELU.comparisons([quick_gelu_case(*shape) for shape in VISION_SHAPES]),
+    *PACK_ROWS.comparisons([packing_case(*shape, packed=False) for shape in PACKING_SHAPES]),
+    *UNPACK_ROWS.comparisons([packing_case(*shape, packed=True) for shape in PACKING_SHAPES]),
+]
 
 
-@each(UNPACK_ROWS.comparisons([packing_case(*shape, packed=True) for shape in PACKING_SHAPES]))
-def test_unpack_rows(comparison, compare):
+@each(COMPARISONS)
+def test_elementwise(comparison, compare):
     compare(comparison)

@@ -115,11 +115,6 @@ if ON_GPU:  # the three tokens that a LLaVA model adds: no longer a round number
     LOSS_CASES.append(loss_case(*FIRST, "finetune", vocab_size=FIRST[0].vocab_size + 3))
 
 
-@each(LINEAR_CROSS_ENTROPY.comparisons(LOSS_CASES))
-def test_linear_cross_entropy(comparison, compare):
-    compare(comparison)
-
-
 # ---- log-probabilities; several targets may be read from one row ----
 
 
@@ -188,6 +183,12 @@ def logprobs_case(config: DecoderConfig, tokens: int) -> Case:
     )
 
 
-@each(TARGET_LOGPROBS.comparisons([logprobs_case(*shape) for shape in DECODER_SHAPES]))
-def test_target_logprobs(comparison, compare):
+COMPARISONS = [
+    *LINEAR_CROSS_ENTROPY.comparisons(LOSS_CASES),
+    *TARGET_LOGPROBS.comparisons([logprobs_case(*shape) for shape in DECODER_SHAPES]),
+]
+
+
+@each(COMPARISONS)
+def test_lm_head(comparison, compare):
     compare(comparison)

@@ -115,16 +115,6 @@ def rms_norm_cases(add: bool) -> list[Case]:
     return [frozen, *(rms_norm_case(*shape, add) for shape in DECODER_SHAPES)]
 
 
-@each(RMS_NORM.comparisons(rms_norm_cases(add=False)))
-def test_rms_norm(comparison, compare):
-    compare(comparison)
-
-
-@each(ADD_RMS_NORM.comparisons(rms_norm_cases(add=True)))
-def test_add_rms_norm(comparison, compare):
-    compare(comparison)
-
-
 # ---- the projector: image features into the packed hidden states, then layer 0's RMSNorm ----
 
 TOWER = VISION_SHAPES[0][0]
@@ -203,11 +193,6 @@ def projector_case(config: DecoderConfig, tokens: int) -> Case:
     )
 
 
-@each(PROJECTOR.comparisons([projector_case(*shape) for shape in DECODER_SHAPES]))
-def test_project_image_features(comparison, compare):
-    compare(comparison)
-
-
 # ---- CLIP's LayerNorm ----
 
 EAGER_LAYER_NORM = torch_variants(  # transformers' CLIP calls the same function
@@ -243,6 +228,14 @@ def layer_norm_case(config: VisionConfig, images: int) -> Case:
     )
 
 
-@each(LAYER_NORM.comparisons([layer_norm_case(*shape) for shape in VISION_SHAPES]))
-def test_layer_norm(comparison, compare):
+COMPARISONS = [
+    *RMS_NORM.comparisons(rms_norm_cases(add=False)),
+    *ADD_RMS_NORM.comparisons(rms_norm_cases(add=True)),
+    *PROJECTOR.comparisons([projector_case(*shape) for shape in DECODER_SHAPES]),
+    *LAYER_NORM.comparisons([layer_norm_case(*shape) for shape in VISION_SHAPES]),
+]
+
+
+@each(COMPARISONS)
+def test_norms(comparison, compare):
     compare(comparison)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from bench.comparison import SCORE, STEP, Calls, each
+from bench.comparison import SCORE, STEP, Calls, Comparison, each
 from bench.documents import documents, tokenizer_model
 from bench.models import CPU_SMALL, LLAMA2_7B, Size, random_decoder, random_llava
 from bench.samples import Samples, samples_of
@@ -25,7 +25,7 @@ SHORT_IMAGES = replace(SIZE, vision=replace(SIZE.vision, image_size=56))  # near
 
 
 @dataclass
-class Growth:
+class Growth(Comparison):
     """Rows are amounts; `seconds` by amount, as far as they are measured."""
 
     name: str
@@ -43,9 +43,6 @@ class Growth:
     @property
     def variants(self) -> list[str]:
         return [f"{amount} {self.unit}" for amount in self.amounts]
-
-    def missing(self, variant: str) -> str | None:
-        return None
 
     def figures(self, variant: str, seconds: float) -> dict:
         amount = int(variant.split()[0])

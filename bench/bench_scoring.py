@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizer
 
 from bench import documents
-from bench.comparison import MATMUL, SCORE, Calls, WrongResult, each
+from bench.comparison import MATMUL, SCORE, Calls, Comparison, WrongResult, each
 from bench.documents import Request
 from bench.models import CPU_LARGE, LLAMA2_7B, Size, hugging_face_llama, random_decoder
 from bench.shapes import DEVICE, ON_GPU
@@ -37,7 +37,7 @@ TOLERANCE = {"fp32": (1e-3, 0.0), "bf16": (0.1, 5e-3)}  # absolute, and relative
 
 
 @dataclass
-class Scoring:
+class Scoring(Comparison):
     """One model on about `limit` documents of each task; without a limit on all of them."""
 
     size: Size

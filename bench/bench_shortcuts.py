@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from bench.bench_train_step import LOSS_TOLERANCE, rates
-from bench.comparison import STEP, Calls, WrongResult, each
+from bench.comparison import STEP, Calls, Comparison, WrongResult, each
 from bench.models import (
     CPU_LARGE,
     LLAMA2_7B,
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 @dataclass
-class Shortcuts:
+class Shortcuts(Comparison):
     size: Size
     stage: str
     batch_size: int
@@ -62,9 +62,6 @@ class Shortcuts:
     @property
     def variants(self) -> list[str]:
         return list(VARIANTS[self.stage])
-
-    def missing(self, variant: str) -> str | None:
-        return None
 
     @cached_property
     def samples(self) -> Samples:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from bench.comparison import MATMUL, STEP, Calls, CannotRun, WrongResult, each
+from bench.comparison import MATMUL, STEP, Calls, CannotRun, Comparison, WrongResult, each
 from bench.models import (
     CPU_LARGE,
     CPU_SMALL,
@@ -100,7 +100,7 @@ class Peer:
 
 
 @dataclass
-class TrainStep:
+class TrainStep(Comparison):
     size: Size
     stage: str
     batch_size: int  # samples per optimizer step
@@ -196,7 +196,7 @@ class TrainStep:
 
 
 @dataclass
-class RecipeStep:
+class RecipeStep(Comparison):
     size: Size
     recipe: str
     micro_batch_tokens: Sequence[int]
@@ -211,19 +211,19 @@ class RecipeStep:
 
     @property
     def case(self) -> str:
-        return f"{self.recipe}, {self.size.name}, {len(self.samples)} samples"
+        return f"{self.recipe}, {self.size.name}, {self.batch_size} samples"
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_samples or self.config.global_batch_size
 
     @property
     def variants(self) -> list[str]:
         return [f"mmalign, {tokens} tokens per micro-batch" for tokens in self.micro_batch_tokens]
 
-    def missing(self, variant: str) -> str | None:
-        return None
-
     @cached_property
     def samples(self) -> Samples:
-        count = self.num_samples or self.config.global_batch_size
-        return draw_samples(self.config.stage, count, self.size)
+        return draw_samples(self.config.stage, self.batch_size, self.size)
 
     def calls(self, variants: Sequence[str]) -> Calls:
         config = self.config
@@ -269,11 +269,6 @@ if ON_GPU:  # micro-batches of 16 and 4 samples are those of LLaVA's and of the 
     ]
 
 
-@each(TRAIN_STEPS)
+@each([*TRAIN_STEPS, *RECIPE_STEPS])
 def test_train_step(comparison, compare):
-    compare(comparison)
-
-
-@each(RECIPE_STEPS)
-def test_train_recipe(comparison, compare):
     compare(comparison)

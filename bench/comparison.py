@@ -12,7 +12,6 @@ pytest-benchmark one entry per variant.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import pytest
 
@@ -29,15 +28,18 @@ class Calls:
     prepare: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
-class Comparison(Protocol):
+class Comparison:
+    """What a benchmark file declares; a subclass has these attributes and methods."""
+
     benchmark: str  # rms_norm, train_step
     case: str  # shape and type, or model and stage
     direction: str  # forward, backward, both; step, score, load
     variants: Sequence[str]  # ours begin with "mmalign"
-    rounds: int | None  # of whole programs; None: as many as --benchmark-max-time holds
+    rounds: int | None = None  # of whole programs; None: as many as --benchmark-max-time holds
 
     def missing(self, variant: str) -> str | None:
         """Why the variant cannot run on this machine; None where it can."""
+        return None
 
     def calls(self, variants: Sequence[str]) -> Calls:
         """Makes the data once, verifies every variant, and returns what is timed.
@@ -45,9 +47,11 @@ class Comparison(Protocol):
         Raises WrongResult where a variant computes something else than the others, CannotRun
         where a library refuses; it is called again without that variant.
         """
+        raise NotImplementedError
 
     def figures(self, variant: str, seconds: float) -> dict:
         """The entry's extra_info: bytes and flops of a call, the peak that bounds it, rates."""
+        raise NotImplementedError
 
 
 class WrongResult(AssertionError):
@@ -68,7 +72,7 @@ class CannotRun(Exception):
 
 def each(comparisons: Sequence[Comparison]) -> pytest.MarkDecorator:
     """Parametrizes a test; `-k` selects by these ids."""
-    ids = [f"{c.case}, {c.direction}" for c in comparisons]
+    ids = [f"{c.benchmark}, {c.case}, {c.direction}" for c in comparisons]
     return pytest.mark.parametrize("comparison", comparisons, ids=ids)
 
 

@@ -7,14 +7,23 @@ on the same random data.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from mmalign_kernels.costs import Cost
 from torch import Tensor
 
-from bench.comparison import BACKWARD, BOTH, FORWARD, Calls, CannotRun, WrongResult, is_ours
+from bench.comparison import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Calls,
+    CannotRun,
+    Comparison,
+    WrongResult,
+    is_ours,
+)
 from bench.peers import Variant
 from bench.shapes import DTYPE, ON_GPU
 
@@ -56,10 +65,9 @@ class Operation:
 
 
 @dataclass(frozen=True, eq=False)
-class OperationComparison:
+class OperationComparison(Comparison):
     shared: "Verified"
     direction: str
-    rounds: int | None = field(default=None, init=False)
 
     @property
     def operation(self) -> Operation:

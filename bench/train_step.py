@@ -5,10 +5,11 @@ excluded from all timings; every batch is on the device in the layout that its s
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -210,16 +211,10 @@ def _apply_liger(theirs: nn.Module) -> Names:
 @contextmanager
 def installed(replaced: Names) -> Iterator[None]:
     """These names in these modules while the block runs."""
-    before = {
-        module: {name: vars(module)[name] for name in names} for module, names in replaced.items()
-    }
-    try:
+    with ExitStack() as stack:
         for module, names in replaced.items():
-            vars(module).update(names)
+            stack.enter_context(mock.patch.multiple(module, **names))
         yield
-    finally:
-        for module, names in before.items():
-            vars(module).update(names)
 
 
 def padded_batch(samples: Samples, indices: list[int], model: Llava) -> dict[str, Tensor]:
