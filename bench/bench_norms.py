@@ -112,7 +112,7 @@ def rms_norm_case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = 
 
 def rms_norm_cases(add: bool) -> list[Case]:
     frozen = rms_norm_case(*DECODER_SHAPES[0], add, frozen=True)
-    return [frozen, *(rms_norm_case(*shape, add) for shape in DECODER_SHAPES)]
+    return [*(rms_norm_case(*shape, add) for shape in DECODER_SHAPES), frozen]
 
 
 # ---- the projector: image features into the packed hidden states, then layer 0's RMSNorm ----
