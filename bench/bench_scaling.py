@@ -60,11 +60,8 @@ class Steps(Growth):
     """Training steps on one packed batch."""
 
     lengths: Callable[[int], list[int]]  # of the samples of an amount, images included
-    direction = STEP
 
-    def __init__(self, name: str, unit: str, size: Size, amounts: Sequence[int], lengths):
-        super().__init__(name, unit, size, amounts)
-        self.lengths = lengths
+    direction = STEP
 
     @cached_property
     def samples(self) -> dict[int, Samples]:

@@ -38,7 +38,7 @@ from bench.train_step import (
     step_config,
     step_flops,
 )
-from mmalign.config import TrainConfig
+from mmalign.config import LoraConfig, TrainConfig
 from mmalign.data.loader import micro_batches
 from mmalign.errors import UserError
 from mmalign.flops import Workload, peak_bf16_flops
@@ -52,9 +52,11 @@ LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative
 MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # they speed up both sides on a CPU
 
 
-def rates(size: Size, stage: str, samples: Samples, seconds: float) -> dict:
+def rates(
+    size: Size, stage: str, samples: Samples, seconds: float, lora: LoraConfig = LoraConfig()
+) -> dict:
     """extra_info of a step on these samples."""
-    flops, tokens = step_flops(size, stage, samples), sum(samples.lengths)
+    flops, tokens = step_flops(size, stage, samples, lora), sum(samples.lengths)
     peak = peak_bf16_flops(torch.cuda.get_device_name()) if ON_GPU else None
     return {
         "flops": flops,
@@ -152,8 +154,9 @@ class TrainStep(Comparison):
             for library, checkpointing in {(p.library, p.checkpointing) for p in peers}
         }
         config = step_config(self.stage, self.precision, self.micro_batch_tokens)
-        config = planned(config, self.size, "mmalign")
-        self.recompute = flags_of(config) if ON_GPU else ""
+        if ON_GPU and "mmalign" in variants:
+            config = planned(config, self.size, "mmalign")
+            self.recompute = flags_of(config)
         self._compare_losses(model, config, theirs, peers)
         steps = {name: self._step(name, model, config, theirs) for name in variants}
         return step_calls(steps)
@@ -240,7 +243,8 @@ class RecipeStep(Comparison):
         return MmalignStep(model, config, packed)
 
     def figures(self, variant: str, seconds: float) -> dict:
-        info = rates(self.size, self.config.stage, self.samples, seconds)
+        config = self.config
+        info = rates(self.size, config.stage, self.samples, seconds, config.lora)
         return info | {"recompute": self.recompute[variant]}
 
 

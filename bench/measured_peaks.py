@@ -86,7 +86,8 @@ class GpuMonitor:
         self.process.terminate()
         self.process.wait()
         self.log.seek(0)
-        rows = [line.strip().split(", ") for line in self.log if line.count(",") == 2]
+        whole = (line.strip() for line in self.log if line.count(",") == 2 and "[" not in line)
+        rows = [line.split(", ") for line in whole]  # [N/A]: the GPU does not say it
         if not rows:
             return {}
         clocks, watts, reasons = zip(*rows, strict=True)

@@ -19,7 +19,7 @@ from bench.models import Size, hugging_face_llava
 from bench.samples import Samples
 from bench.shapes import DEVICE, ON_GPU
 from mmalign.batch import IGNORE_INDEX, PackedBatch
-from mmalign.config import OptimizerConfig, TrainConfig
+from mmalign.config import LoraConfig, OptimizerConfig, TrainConfig
 from mmalign.data.loader import Step
 from mmalign.data.packing import pack_samples
 from mmalign.distributed import Ranks
@@ -104,9 +104,9 @@ def packed_batches(
     ]
 
 
-def step_flops(size: Size, stage: str, samples: Samples) -> int:
+def step_flops(size: Size, stage: str, samples: Samples, lora: LoraConfig = LoraConfig()) -> int:
     """Required FLOPs of a step on these samples: no padding, nothing twice."""
-    workload = Workload(size.decoder, size.vision, stage)
+    workload = Workload(size.decoder, size.vision, stage, lora)
     return model_flops(workload, samples.lengths, samples.num_loss_tokens, len(samples)).total
 
 
