@@ -29,6 +29,7 @@ from bench.models import (
 from bench.samples import Samples, draw_samples, padding_share, samples_of, typical_step
 from bench.shapes import DEVICE, ON_GPU
 from bench.train_step import (
+    NO_LORA,
     HuggingFaceStep,
     MmalignStep,
     hugging_face_model,
@@ -53,7 +54,7 @@ MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # they speed up both si
 
 
 def rates(
-    size: Size, stage: str, samples: Samples, seconds: float, lora: LoraConfig = LoraConfig()
+    size: Size, stage: str, samples: Samples, seconds: float, lora: LoraConfig = NO_LORA
 ) -> dict:
     """extra_info of a step on these samples."""
     flops, tokens = step_flops(size, stage, samples, lora), sum(samples.lengths)

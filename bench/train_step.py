@@ -31,6 +31,7 @@ from mmalign.training.optimizer import AdamW
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0)
 # beside bf16 weights torch's AdamW keeps bf16 moments, so ours does, too: 8 bytes per weight
 OPTIMIZER_BF16 = replace(OPTIMIZER, master="stochastic", moments="bf16")
+NO_LORA = LoraConfig()
 NUM_STEPS = 1000  # of the learning rate's schedule
 
 
@@ -104,7 +105,7 @@ def packed_batches(
     ]
 
 
-def step_flops(size: Size, stage: str, samples: Samples, lora: LoraConfig = LoraConfig()) -> int:
+def step_flops(size: Size, stage: str, samples: Samples, lora: LoraConfig = NO_LORA) -> int:
     """Required FLOPs of a step on these samples: no padding, nothing twice."""
     workload = Workload(size.decoder, size.vision, stage, lora)
     return model_flops(workload, samples.lengths, samples.num_loss_tokens, len(samples)).total
