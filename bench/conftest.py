@@ -119,9 +119,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[SESSION] = Session(config)
-    if not any("--benchmark-columns" in str(given) for given in config.invocation_params.args):
-        config.option.benchmark_columns = ["median", "min", "max", "rounds"]
-        config.option.benchmark_sort = "median"
+    defaults = {"columns": ["median", "min", "max", "rounds"], "sort": "median"}
+    for name, value in defaults.items():
+        if not any(str(x).startswith(f"--benchmark-{name}") for x in config.invocation_params.args):
+            setattr(config.option, f"benchmark_{name}", value)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Options:
 def commands(part: Part, folder: Path) -> list[tuple[str, ...]]:
     """The commands of a part, whose results go to `folder`."""
     if part == "build":
-        build = (sys.executable, "setup.py", "build_ext", "--inplace")  # MERGE: csrc/build.py
+        build = (sys.executable, "setup.py", "build_ext", "--inplace")
         return [build, (sys.executable, "-m", "mmalign_kernels")]
     if part == "correctness":
         workers = ("-n", "8") if find_spec("xdist") else ()  # most of the time compiles kernels
