@@ -65,7 +65,8 @@ class Entry:
     def cell(self, column: str) -> str:
         value = self.info.get(column)
         if column == "peak_memory_bytes":
-            value = value and f"{(value + self.info.get('resident_memory_bytes', 0)) / 1e9:.2f} GB"
+            total = (value or 0) + self.info.get("resident_memory_bytes", 0)
+            value = f"{total / 1e9:.2f} GB" if total else None
         return "" if value is None else COLUMNS[column][1].format(value)
 
 
