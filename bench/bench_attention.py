@@ -242,7 +242,7 @@ def rotary_case(config: DecoderConfig, tokens: int, mix: str) -> Case:
 
 
 def full_case(config: VisionConfig, images: int) -> Case:
-    lengths, heads = [config.num_patches + 1] * images, config.num_attention_heads
+    lengths, heads = [config.seqlen] * images, config.num_attention_heads
     head_dim = config.hidden_size // heads
     shape = (cu_seqlens_of(lengths, "cpu").tolist(), heads, head_dim, DTYPE.itemsize)
     return Case(

@@ -86,7 +86,7 @@ QUICK_GELU = Operation(
 
 
 def quick_gelu_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.intermediate_size
+    rows, size = images * config.seqlen, config.intermediate_size
     return Case(
         f"{NAMES[config]}, {images} images, {DTYPE_NAME}",
         lambda: SimpleNamespace(x=activations(rows, size)),

@@ -211,7 +211,7 @@ LAYER_NORM = Operation(
 
 
 def layer_norm_case(config: VisionConfig, images: int) -> Case:
-    rows, size = images * (config.num_patches + 1), config.hidden_size
+    rows, size = images * config.seqlen, config.hidden_size
     return Case(
         f"{NAMES[config]}, {images} images, {DTYPE_NAME}",
         lambda: SimpleNamespace(
