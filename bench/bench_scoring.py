@@ -1,8 +1,8 @@
 """Scoring documents: ours against lm-evaluation-harness's Hugging Face backend.
 
 From texts to log-likelihoods, tokenising included on both sides. The harness runs at its fastest
-batch size of several, tried on a part of the documents first. The log-likelihoods of the round that
-warms up are compared before anything is timed.
+batch size of several, tried on a part of the documents first. The log-likelihoods of all requests
+are compared before anything is timed. On a GPU also the whole sets at 7B, ours alone.
 
 MMALIGN_BENCH_DOCUMENTS=100 pytest bench/bench_scoring.py: so many documents of each task, on a CPU.
 """
@@ -10,115 +10,111 @@ MMALIGN_BENCH_DOCUMENTS=100 pytest bench/bench_scoring.py: so many documents of 
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
+import sentencepiece
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizer
 
-from bench.comparison import Calls, Figures, WrongResult, each_row
-from bench.examination import documents, is_real, tokenizer_model
+from bench import documents
+from bench.comparison import MATMUL, SCORE, Calls, Comparison, WrongResult, each
+from bench.documents import Request
 from bench.models import CPU_LARGE, LLAMA2_7B, Size, hugging_face_llama, random_decoder
-from mmalign.evaluation.scoring import score_requests
-from mmalign.evaluation.tasks.task import Document
+from bench.shapes import DEVICE, ON_GPU
+from mmalign.evaluation.scoring import ScoringPlan, plan_scoring, run_plan
+from mmalign.flops import Workload, forward_flops
 from mmalign.model.decoder import Decoder
 from mmalign.system import DTYPES
-from mmalign.tokenizer import Tokenizer
 
 OURS, HARNESS = "mmalign", "lm-evaluation-harness"
 BATCH_SIZES = (1, 8, 32)
-TRIED = 4  # a batch size is tried on every fourth document
+TRIED = 4  # a batch size is tried on every fourth eight requests
 TOLERANCE = {"fp32": (1e-3, 0.0), "bf16": (0.1, 5e-3)}  # absolute, and relative to the score
 
 
 @dataclass
-class Scoring:
-    """One model on one set of documents."""
+class Scoring(Comparison):
+    """One model on about `limit` documents of each task; without a limit on all of them."""
 
     size: Size
-    tasks: tuple[str, ...]
-    limit: int  # documents of each task
+    task: str  # or group of tasks: truthfulqa, ethics
+    limit: int | None
     precision: str
     batch_tokens: int
     rounds: int = 3
-    tokens: dict[str, int] = field(default_factory=dict)  # computed by a variant, padding included
-    batch_size: int | None = None  # the harness's fastest
+    variants: tuple[str, ...] = (OURS, HARNESS)
+    tokens: dict[str, int] = field(default_factory=dict, init=False)  # computed, with padding
+    batch_size: int | None = field(default=None, init=False)  # the harness's fastest
+    plan: ScoringPlan | None = field(default=None, init=False)
 
-    part, benchmark, direction = "evaluate", "scoring", "score"
-    variants = (OURS, HARNESS)
+    benchmark, direction = "scoring", SCORE
 
     @property
     def case(self) -> str:
-        source = "" if is_real() else "toy world's "
-        count = f"about {self.limit} documents of each task"
-        return f"{source}{' '.join(self.tasks)}, {count}, {self.size.name}, {self.precision}"
+        count = f"about {self.limit} documents of each task" if self.limit else "all documents"
+        kind = documents.source(self.limit)
+        return f"{kind}{self.task}, {count}, {self.size.name}, {self.precision}"
 
     @cached_property
-    def documents(self) -> list[Document]:
-        return documents(self.tasks, self.limit)
+    def requests(self) -> list[Request]:
+        return documents.requests(self.task, self.limit, self.size.decoder.vocab_size)
 
-    @property
-    def requests(self) -> list[tuple[str, str]]:
-        return [request for document in self.documents for request in document.requests]
-
-    def missing(self, variant: str, device: torch.device) -> str | None:
+    def missing(self, variant: str) -> str | None:
         if variant == HARNESS and importlib.util.find_spec("lm_eval") is None:
             return "lm_eval is not installed"
         return None
 
-    def limits(self) -> Mapping[str, float | int]:
-        rounds = {"min_rounds": self.rounds, "max_rounds": self.rounds}
-        return rounds | {"budget_seconds": 0, "warm_up_rounds": 1}
-
-    def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        decoder = random_decoder(self.size.decoder, device, DTYPES[self.precision]).eval()
-        sides = {OURS: self._ours(decoder, device)}
+    def calls(self, variants: Sequence[str]) -> Calls:
+        decoder = random_decoder(self.size.decoder, DEVICE, DTYPES[self.precision]).eval()
+        sides = {OURS: (self._ours(decoder), decoder.embed_tokens)}
         if HARNESS in variants:
             sides[HARNESS] = self._harness(decoder)
-        scores: dict[str, list[float]] = {}
-        return Calls({name: self._call(name, sides[name], scores) for name in variants})
+        scores = {}
+        for name in variants:
+            score, embedding = sides[name]
+            hook = embedding.register_forward_pre_hook(self._counter(name))
+            scores[name] = score()
+            hook.remove()
+        self.compare(scores)
+        return Calls({name: sides[name][0] for name in variants})
 
-    def _call(self, name: str, side: "Side", scores: dict) -> Callable[[], object]:
-        """The first call is the warm-up: counted and compared."""
+    def _counter(self, variant: str) -> Callable[[nn.Module, tuple], None]:
+        """Counts the ids that an embedding is given, padding included."""
+        self.tokens[variant] = 0
 
-        def call() -> None:
-            if name in scores:
-                side.score()
-                return
-            with counted_tokens(side.embedding) as count:
-                scores[name] = side.score()
-            self.tokens[name] = count.tokens
-            if len(scores) == 2:
-                self.compare(scores)
+        def count(module: nn.Module, arguments: tuple) -> None:
+            self.tokens[variant] += arguments[0].numel()
 
-        return call
+        return count
 
     def compare(self, scores: Mapping[str, list[float]]) -> None:
         """Raises WrongResult where a log-likelihood differs by more than rounding."""
+        if len(scores) < 2:
+            return
         absolute, relative = TOLERANCE[self.precision]
         for request, ours, theirs in zip(self.requests, scores[OURS], scores[HARNESS], strict=True):
             if not abs(ours - theirs) <= absolute + relative * abs(theirs):
-                raise WrongResult(OURS, f"{ours}, the harness {theirs}, for {request}")
+                raise WrongResult(OURS, f"{ours}, {HARNESS} {theirs}, for {request}")
 
-    def _ours(self, decoder: Decoder, device: torch.device) -> "Side":
-        tokenizer = Tokenizer.from_pretrained(tokenizer_model())
+    def _ours(self, decoder: Decoder) -> Callable[[], list[float]]:
+        tokenizer, config = documents.tokenizer(self.limit), self.size.decoder
+        limits = (config.max_position_embeddings, config.vocab_size, self.batch_tokens)
 
         def score() -> list[float]:
-            found = score_requests(
-                decoder, tokenizer, self.requests, self.batch_tokens, device, progress=False
-            )
+            self.plan = plan_scoring(tokenizer, self.requests, *limits, progress=False)
+            found = run_plan(decoder, self.plan, DEVICE, progress=False)
             return [one.loglikelihood for one in found]
 
-        return Side(score, decoder.embed_tokens)
+        return score
 
-    def _harness(self, decoder: Decoder) -> "Side":
-        from bench.harness import Harness
-
+    def _harness(self, decoder: Decoder) -> tuple[Callable[[], list[float]], nn.Module]:
         model = hugging_face_llama(decoder)
-        harness = Harness(model, tokenizer_model())
-        some = [request for document in self.documents[::TRIED] for request in document.requests]
+        harness = Harness(model, documents.tokenizer_model())
+        some = [x for i, x in enumerate(self.requests) if i // 8 % TRIED == 0]
         harness.scores(some[:1], 1)
         seconds = {}
         for batch_size in BATCH_SIZES:
@@ -126,71 +122,94 @@ class Scoring:
             harness.scores(some, batch_size)
             seconds[batch_size] = time.perf_counter() - begin
         self.batch_size = min(seconds, key=seconds.get)
-        embedding = model.get_input_embeddings()
-        return Side(lambda: harness.scores(self.requests, self.batch_size), embedding)
+        return partial(harness.scores, self.requests, self.batch_size), model.get_input_embeddings()
 
-    def figures(self, variant: str, seconds: float, ceilings: Mapping) -> Figures:
-        extra = {
-            "documents_per_second": len(self.documents) / seconds,
-            "requests_per_second": len(self.requests) / seconds,
-            "documents": len(self.documents),
+    def figures(self, variant: str, seconds: float) -> dict:
+        """FLOPs are those of the projections and lm_head; attention, which is little, is not."""
+        info = {
             "requests": len(self.requests),
+            "requests_per_second": len(self.requests) / seconds,
             "tokens_computed": self.tokens[variant],
+            "tokens_per_second": self.tokens[variant] / seconds,
             "threads": torch.get_num_threads(),
         }
         if variant == HARNESS:
-            extra["batch_size"] = self.batch_size
-        return Figures(extra=extra)
+            return info | {"batch_size": self.batch_size}
+        rows = len(set(self.plan.targets.tokens.tolist()))
+        work = forward_flops(Workload(self.size.decoder), [self.plan.num_tokens], rows, 0)
+        return info | {"flops": work.projections + work.lm_head, "bound": MATMUL}
 
 
-@dataclass(frozen=True)
-class Side:
-    score: Callable[[], list[float]]
-    embedding: nn.Module  # sees every token that is computed
+class SentencePieceTokenizer(PreTrainedTokenizer):
+    """sentencepiece's own ids, without BOS, as the harness of 2023 scored LLaMA."""
+
+    def __init__(self, model_file: Path):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self.pieces.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces.id_to_piece(index)
+
+    def encode(self, text: str, **options) -> list[int]:
+        return self.pieces.encode(text)
 
 
-@dataclass
-class Count:
-    tokens: int = 0
+class Harness:
+    """lm-evaluation-harness's Hugging Face backend on a given model and tokenizer."""
 
+    def __init__(self, model: LlamaForCausalLM, tokenizer_model: Path):
+        from lm_eval.models.huggingface import HFLM
 
-@contextmanager
-def counted_tokens(embedding: nn.Module) -> Iterator[Count]:
-    """Counts the ids that an embedding is given, padding included."""
-    count = Count()
+        self.lm = HFLM(
+            pretrained=model,
+            tokenizer=SentencePieceTokenizer(tokenizer_model),
+            add_bos_token=False,
+            prefix_token_id=2,  # </s> stands in for an empty context
+            device=str(model.device),
+        )
 
-    def add(module: nn.Module, arguments: tuple) -> None:
-        count.tokens += arguments[0].numel()
+    def scores(self, requests: Sequence[Request], batch_size: int) -> list[float]:
+        """Log-likelihood of every continuation."""
+        from lm_eval.api.instance import Instance
 
-    hook = embedding.register_forward_pre_hook(add)
-    try:
-        yield count
-    finally:
-        hook.remove()
-
-
-def on_cpu(documents: int | None) -> list[Scoring]:
-    """A few documents, thrice; or as many as are asked for, once."""
-    if documents is not None:
-        return [
-            Scoring(CPU_LARGE, (task,), documents, "fp32", 4096, rounds=1)
-            for task in ("truthfulqa", "ethics")
+        self.lm.batch_size_per_gpu = batch_size
+        instances = [
+            Instance("loglikelihood", doc={}, arguments=request, idx=i)
+            for i, request in enumerate(requests)
         ]
-    return [
-        Scoring(CPU_LARGE, ("truthfulqa",), 4, "fp32", 4096),
-        Scoring(CPU_LARGE, ("ethics",), 5, "fp32", 4096),
+        return [score for score, _ in self.lm.loglikelihood(instances, disable_tqdm=True)]
+
+
+NUM_DOCUMENTS = os.environ.get("MMALIGN_BENCH_DOCUMENTS")  # of each task, timed once
+if ON_GPU:
+    COMPARISONS = [
+        Scoring(LLAMA2_7B, "truthfulqa", None, "bf16", 16384, variants=(OURS,)),
+        Scoring(LLAMA2_7B, "ethics", None, "bf16", 16384, rounds=1, variants=(OURS,)),
+        Scoring(LLAMA2_7B, "truthfulqa", 100, "bf16", 16384),
+        Scoring(LLAMA2_7B, "ethics", 200, "bf16", 16384),
+    ]
+elif NUM_DOCUMENTS:
+    COMPARISONS = [
+        Scoring(CPU_LARGE, task, int(NUM_DOCUMENTS), "fp32", 4096, rounds=1)
+        for task in ("truthfulqa", "ethics")
+    ]
+else:
+    COMPARISONS = [
+        Scoring(CPU_LARGE, "truthfulqa", 4, "fp32", 4096),
+        Scoring(CPU_LARGE, "ethics", 5, "fp32", 4096),
     ]
 
 
-ON_GPU = [
-    Scoring(LLAMA2_7B, ("truthfulqa",), 100, "bf16", 16384),
-    Scoring(LLAMA2_7B, ("ethics",), 200, "bf16", 16384),
-]
-
-
-ASKED = os.environ.get("MMALIGN_BENCH_DOCUMENTS")  # of each task
-
-
-@each_row(ON_GPU if torch.cuda.is_available() else on_cpu(ASKED and int(ASKED)))
-def test_scoring(row, compare):
-    compare(row)
+@each(COMPARISONS)
+def test_scoring(comparison, compare):
+    compare(comparison)

@@ -1,39 +1,43 @@
-"""A training step with and without the exact shortcuts (mmalign/model/llava.py).
+"""A training step with and without the exact shortcuts (mmalign/model/shortcuts.py).
 
 Stage 1 with the header that template v0 writes before the image; both stages with many rows that
 have no target. The losses with and without are compared first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
 
-from bench.bench_train_step import LOSS_TOLERANCE
-from bench.comparison import Calls, Figures, WrongResult, each_row
-from bench.models import CPU_LARGE, LLAMA2_7B, OPENLLAMA_3B, Size, random_llava
+from bench.bench_train_step import LOSS_TOLERANCE, rates
+from bench.comparison import STEP, Calls, Comparison, WrongResult, each
+from bench.models import (
+    CPU_LARGE,
+    LLAMA2_7B,
+    OPENLLAMA_3B,
+    Size,
+    random_llava,
+    with_shortcuts,
+)
 from bench.samples import Samples, samples_of, typical_step
-from bench.train_sides import MmalignStep
+from bench.shapes import DEVICE, ON_GPU
+from bench.train_step import MmalignStep, packed_batches, step_calls, step_config
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import ShortcutConfig
-from mmalign.data.loader import micro_batches
-from mmalign.data.packing import pack_samples
+from mmalign.data.packing import micro_batches
 from mmalign.flops import Workload, required_flops
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES
 
-HEADER_TOKENS = 37  # of template v0, with LLaMA's tokenizer
+HEADER = np.arange(1, 38, dtype=np.int32)  # as long as template v0's, with LLaMA's tokenizer
 NONE = ShortcutConfig(last_layer_rows=False, frozen_prefix=False)
 ROWS = replace(NONE, last_layer_rows=True)
-PREFIX = replace(NONE, frozen_prefix=True)
-BOTH = ShortcutConfig()
 VARIANTS = {
     "pretrain": {
-        "mmalign, both shortcuts": BOTH,
+        "mmalign, both shortcuts": ShortcutConfig(),
         "last-layer rows alone": ROWS,
-        "frozen prefix alone": PREFIX,
+        "frozen prefix alone": replace(NONE, frozen_prefix=True),
         "without shortcuts": NONE,
     },
     "finetune": {"mmalign, last-layer rows": ROWS, "without shortcuts": NONE},
@@ -41,14 +45,14 @@ VARIANTS = {
 
 
 @dataclass
-class Shortcuts:
+class Shortcuts(Comparison):
     size: Size
     stage: str
     batch_size: int
     micro_batch_tokens: int
     precision: str
 
-    part, benchmark, direction = "train", "shortcuts", "step"
+    benchmark, direction, rounds = "shortcuts", STEP, 5
 
     @property
     def case(self) -> str:
@@ -58,105 +62,72 @@ class Shortcuts:
     def variants(self) -> list[str]:
         return list(VARIANTS[self.stage])
 
-    def missing(self, variant: str, device: torch.device) -> str | None:
-        return None
-
-    def limits(self) -> Mapping[str, float | int]:
-        return {"budget_seconds": 0, "min_rounds": 5, "max_rounds": 5, "warm_up_rounds": 1}
-
-    @cached_property
-    def header(self) -> np.ndarray:
-        """What every sample starts with; stage 2 never leaves it out."""
-        return np.arange(1, 1 + HEADER_TOKENS, dtype=np.int32)
-
     @cached_property
     def samples(self) -> Samples:
-        vision, size = self.size.vision, self.batch_size
-        texts = typical_step(self.stage, size, size, vision.num_patches, grouped=False)
-        drawn = samples_of(
-            self.stage, texts[0], vision.num_patches, vision.image_size, self.size.image_token_id
-        )
-        unsupervised = np.full(HEADER_TOKENS, IGNORE_INDEX, np.int32)
+        count, num_patches = self.batch_size, self.size.vision.num_patches
+        [lengths] = typical_step(self.stage, count, count, num_patches, grouped=False)
+        drawn = samples_of(self.stage, lengths, self.size)
+        no_target = np.full(len(HEADER), IGNORE_INDEX, np.int32)
         encoded = [
             replace(
                 sample,
-                input_ids=np.concatenate([self.header, sample.input_ids[1:]]),
-                labels=np.concatenate([unsupervised, sample.labels[1:]]),
+                input_ids=np.concatenate([HEADER, sample.input_ids[1:]]),
+                labels=np.concatenate([no_target, sample.labels[1:]]),
             )
             for sample in drawn.encoded
         ]
         return Samples(encoded, drawn.pixels)
 
     def _prefix_length(self, shortcuts: ShortcutConfig) -> int:
-        return HEADER_TOKENS if shortcuts.frozen_prefix and self.stage == "pretrain" else 0
+        """Stage 2 trains the layers that the header runs through, so it has rows there."""
+        return len(HEADER) if shortcuts.frozen_prefix and self.stage == "pretrain" else 0
 
-    def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        dtype, header = DTYPES[self.precision], self.header.tolist()
-        model = random_llava(self.size, self.stage, device, dtype, header)
-        steps = {name: self._step(name, model, device) for name in variants}
-        losses = {}
-        for name, step in steps.items():
-            model.shortcuts = VARIANTS[self.stage][name]
-            losses[name] = step.loss()
-            if abs(losses[name] / losses[variants[0]] - 1) > LOSS_TOLERANCE[self.precision]:
-                raise WrongResult(name, f"loss {losses[name]}, {losses[variants[0]]} otherwise")
-            step.start()
-        return Calls({name: self._call(name, step, model) for name, step in steps.items()})
+    def calls(self, variants: Sequence[str]) -> Calls:
+        model = random_llava(self.size, self.stage, DEVICE, DTYPES[self.precision])
+        steps = {name: self._step(name, model) for name in variants}
+        losses = {name: step.loss() for name, step in steps.items()}
+        for name, loss in losses.items():
+            if abs(loss / losses[variants[0]] - 1) > LOSS_TOLERANCE[self.precision]:
+                raise WrongResult(name, f"loss {loss}, {losses[variants[0]]} otherwise")
+        return step_calls(steps)
 
-    def _step(self, variant: str, model: Llava, device: torch.device) -> MmalignStep:
-        samples = self.samples
-        prefix_length = self._prefix_length(VARIANTS[self.stage][variant])
-        lengths = [length - prefix_length for length in samples.lengths]
-        batches = [
-            pack_samples(
-                [samples.encoded[i] for i in indices],
-                [samples.pixels[i] for i in indices],
-                model.image_token_id,
-                prefix_length,
-            )
-            for indices in micro_batches(lengths, self.micro_batch_tokens, 1)[0]
-        ]
-        return MmalignStep(model, batches, device)
+    def _step(self, variant: str, model: Llava) -> MmalignStep:
+        shortcuts = VARIANTS[self.stage][variant]
+        prefix_length = self._prefix_length(shortcuts)
+        model = with_shortcuts(model, self.stage, shortcuts, HEADER[:prefix_length].tolist())
+        lengths = [length - prefix_length for length in self.samples.lengths]
+        batches = micro_batches(lengths, self.micro_batch_tokens, 1)[0]
+        packed = packed_batches(self.samples, batches, model.image_token_id, prefix_length)
+        config = step_config(self.stage, self.precision, self.micro_batch_tokens)
+        return MmalignStep(model, config, packed)
 
-    def _call(self, variant: str, step: MmalignStep, model: Llava) -> Callable[[], object]:
-        def call() -> None:
-            model.shortcuts = VARIANTS[self.stage][variant]
-            step()
-
-        return call
-
-    def figures(self, variant: str, seconds: float, ceilings: Mapping) -> Figures:
-        plain, needed = (self._flops(s) for s in (NONE, VARIANTS[self.stage][variant]))
-        extra = {
-            "samples_per_second": len(self.samples) / seconds,
-            "flops_needed": needed / plain,
-            "threads": torch.get_num_threads(),
-        }
-        return Figures(flops=needed, ceiling=ceilings["matrix_reference"], extra=extra)
+    def figures(self, variant: str, seconds: float) -> dict:
+        required = self._flops(VARIANTS[self.stage][variant])
+        info = rates(self.size, self.stage, self.samples, seconds)
+        return info | {"flops": required, "flops_required": required / self._flops(NONE)}
 
     def _flops(self, shortcuts: ShortcutConfig) -> int:
-        workload = Workload(self.size.decoder, self.size.vision, self.stage)
-        labels = [sample.labels[1:] for sample in self.samples.encoded]
         return required_flops(
-            workload,
+            Workload(self.size.decoder, self.size.vision, self.stage),
             shortcuts,
             self.samples.lengths,
-            sum(int((row != IGNORE_INDEX).sum()) for row in labels),
-            len(labels),
+            self.samples.num_loss_tokens,
+            len(self.samples),
             self._prefix_length(shortcuts),
         ).total
 
 
-ON_CPU = [
+COMPARISONS = [
     Shortcuts(CPU_LARGE, "pretrain", 4, 8192, "fp32"),
     Shortcuts(CPU_LARGE, "finetune", 2, 8192, "fp32"),
 ]
-ON_GPU = [
-    Shortcuts(LLAMA2_7B, "pretrain", 64, 16384, "bf16"),
-    Shortcuts(OPENLLAMA_3B, "finetune", 16, 8192, "bf16"),
-]
+if ON_GPU:
+    COMPARISONS = [
+        Shortcuts(LLAMA2_7B, "pretrain", 64, 16384, "bf16"),
+        Shortcuts(OPENLLAMA_3B, "finetune", 16, 8192, "bf16"),
+    ]
 
 
-@each_row(ON_GPU if torch.cuda.is_available() else ON_CPU)
-def test_shortcuts(row, compare):
-    compare(row)
+@each(COMPARISONS)
+def test_shortcuts(comparison, compare):
+    compare(comparison)

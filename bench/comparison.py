@@ -1,23 +1,23 @@
-"""One group of a benchmark table: several variants of the same work on the same data.
+"""A comparison: several variants of the same work on the same data, one table of the results.
 
-A benchmark file declares comparisons and one test that runs a row of them:
+A benchmark file declares comparisons and one test over them:
 
-    @each_row(COMPARISONS)
-    def test_swiglu(row, compare):
-        compare(row)
+    @each(COMPARISONS)
+    def test_swiglu(comparison, compare):
+        compare(comparison)
 
-The first row of a comparison that runs measures all its selected rows in turn (conftest.py).
+The fixture `compare` (conftest.py) verifies every variant, times them interleaved, and gives
+pytest-benchmark one entry per variant.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import pytest
-import torch
 
-from bench.record import Record
-from bench.timing import Timing
+FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "both", "step"
+LOSS_ONLY, SCORE = "loss only", "score"  # forward passes without gradients
+COPY, MATMUL = "copy", "matmul"  # which measured peak bounds the work
 
 
 @dataclass(frozen=True)
@@ -28,45 +28,34 @@ class Calls:
     prepare: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a record says beside the time. `ceiling` is "copy" or a key of the matrix rates."""
+class Comparison:
+    """What a benchmark file declares; a subclass has these attributes and methods."""
 
-    bytes: int | None = None
-    flops: int | None = None
-    ceiling: str | None = None
-    bounded: bool = True  # whether a share of the ceiling says anything
-    extra: Mapping[str, float | int | str] = field(default_factory=dict)
-
-
-class Comparison(Protocol):
-    """A group. The first variant that runs is the one that ratios are taken over."""
-
-    part: str  # file of the records: kernels, train, evaluate
     benchmark: str  # rms_norm, train_step
     case: str  # shape and type, or model and stage
     direction: str  # forward, backward, both; step, score, load
-    variants: Sequence[str]
+    variants: Sequence[str]  # ours begin with "mmalign"
+    rounds: int | None = None  # of whole programs; None: as many as --benchmark-max-time holds
 
-    def missing(self, variant: str, device: torch.device) -> str | None:
-        """Why the variant cannot run here; None where it can."""
+    def missing(self, variant: str) -> str | None:
+        """Why the variant cannot run on this machine; None where it can."""
+        return None
 
-    def calls(self, variants: Sequence[str], device: torch.device) -> Calls:
-        """Makes the data once, checks every variant's results, and returns what is timed.
+    def calls(self, variants: Sequence[str]) -> Calls:
+        """Makes the data once, verifies every variant, and returns what is timed.
 
         Raises WrongResult where a variant computes something else than the others, CannotRun
         where a library refuses; it is called again without that variant.
         """
+        raise NotImplementedError
 
-    def figures(self, variant: str, seconds: float, ceilings: Mapping) -> Figures:
-        """Of one call of the variant. `ceilings` is what bench.ceilings measured."""
-
-    def limits(self) -> Mapping[str, float | int]:
-        """Arguments of timing.measure: budget_seconds, min_rounds, max_rounds."""
+    def figures(self, variant: str, seconds: float) -> dict:
+        """The entry's extra_info: bytes and flops of a call, the peak that bounds it, rates."""
+        raise NotImplementedError
 
 
 class WrongResult(AssertionError):
-    """A variant's result is not the oracle's; timing it would mean nothing."""
+    """A variant's result is not the oracle's; its time would mean nothing."""
 
     def __init__(self, variant: str, message: str):
         super().__init__(f"{variant}: {message}")
@@ -74,62 +63,47 @@ class WrongResult(AssertionError):
 
 
 class CannotRun(Exception):
-    """A library refuses this case, or memory does not suffice: its row is skipped."""
+    """A library refuses this case, or memory does not suffice: the variant is left out."""
 
     def __init__(self, variant: str, reason: str):
         super().__init__(reason)
         self.variant = variant
 
 
-@dataclass(frozen=True)
-class Row:
-    comparison: Comparison
-    variant: str
-
-    @property
-    def group(self) -> str:
-        return title(self.comparison)
+def each(comparisons: Sequence[Comparison]) -> pytest.MarkDecorator:
+    """Parametrizes a test; `-k` selects by these ids."""
+    ids = [f"{c.benchmark}, {c.case}, {c.direction}" for c in comparisons]
+    return pytest.mark.parametrize("comparison", comparisons, ids=ids)
 
 
-def title(comparison: Comparison) -> str:
-    return f"{comparison.benchmark} | {comparison.case} | {comparison.direction}"
+def is_ours(variant: str) -> bool:
+    return variant.startswith("mmalign")
 
 
-def each_row(comparisons: Sequence[Comparison]) -> pytest.MarkDecorator:
-    """Parametrizes a test with every row, grouped by comparison; `-k` picks by these ids."""
-    rows = [
-        Row(comparison, variant) for comparison in comparisons for variant in comparison.variants
-    ]
-    ids = [f"{row.comparison.case}, {row.comparison.direction}, {row.variant}" for row in rows]
-    return pytest.mark.parametrize("row", rows, ids=ids)
+def share_of_peak(info: Mapping, seconds: float, peaks: Mapping) -> float | None:
+    """Rate of an entry over the measured peak that bounds it, between 0 and about 1."""
+    if info.get("bound") == COPY:
+        return info["bytes"] / seconds / peaks["copy_bytes_per_second"]
+    if info.get("bound") == MATMUL:
+        return info["flops"] / seconds / peaks["matmul_flops_per_second"]
+    return None
 
 
-def record(row: Row, timing: Timing | None, ceilings: Mapping, skipped: str | None) -> Record:
-    """The row as bench/record.py keeps it; without a timing the reason in its place."""
-    comparison = row.comparison
-    names = (comparison.benchmark, comparison.case, comparison.direction, row.variant)
-    if timing is None:
-        return Record(*names, None, skipped=skipped)
-    figures = comparison.figures(row.variant, timing.median, ceilings)
-    return Record(
-        *names,
-        timing.median,
-        fastest=timing.fastest,
-        slowest=timing.slowest,
-        repeats=timing.repeats,
-        bytes=figures.bytes,
-        flops=figures.flops,
-        ceiling=figures.ceiling,
-        share=share(figures, timing.median, ceilings),
-        peak_memory_bytes=timing.peak_memory_bytes,
-        extra=dict(figures.extra),
-    )
+def speedup(ours: tuple[float, Mapping], theirs: tuple[float, Mapping]) -> float:
+    """How many times faster ours is, each given as (seconds, extra_info).
+
+    By samples per second where both have it, as their batches may differ in length.
+    """
+    key = "samples_per_second"
+    if key in ours[1] and key in theirs[1]:
+        return ours[1][key] / theirs[1][key]
+    return theirs[0] / ours[0]
 
 
-def share(figures: Figures, seconds: float, ceilings: Mapping) -> float | None:
-    """Of the ceiling that the figures name, between 0 and about 1."""
-    if figures.ceiling is None or not figures.bounded:
-        return None
-    if figures.ceiling == "copy":
-        return figures.bytes / seconds / ceilings["copy_bytes_per_second"]
-    return figures.flops / seconds / ceilings["matrix_flops_per_second"][figures.ceiling]
+def over_best_peer(entries: Mapping[str, tuple[float, Mapping]]) -> dict[str, float]:
+    """Of {variant: (seconds, extra_info)}: of each of ours, the speedup over the best peer."""
+    peers = [entry for name, entry in entries.items() if not is_ours(name)]
+    ours = {name: entry for name, entry in entries.items() if is_ours(name)}
+    if not peers:
+        return {}
+    return {name: min(speedup(entry, peer) for peer in peers) for name, entry in ours.items()}

@@ -1,196 +1,185 @@
-"""Fixtures of `pytest bench/`: where our measurements, pytest-benchmark and the records meet.
+"""`pytest bench/`: the fixture `compare`, and what pytest-benchmark's JSON says besides.
 
-pytest-benchmark times one function after another by the wall clock, so it is not asked to time:
-the rows of a comparison are measured in turn (bench/timing.py), and each row replays its rounds to
-pytest-benchmark through a clock that stands still in between. Its tables, --benchmark-json and
---benchmark-compare then speak of our measurements.
+pytest-benchmark times one function after another; here the variants of a comparison are timed
+interleaved (timing.py), and each gets an entry with its own samples. Its options then speak of
+these: --benchmark-json, --benchmark-compare, --benchmark-group-by, --benchmark-min-rounds,
+--benchmark-max-time (of a comparison), --benchmark-disable (verify, do not time).
 """
 
+import gc
 import os
 import shlex
-from pathlib import Path
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 
-from bench.comparison import CannotRun, Comparison, Row, WrongResult, record, title
-from bench.record import Record, write_part
-from bench.table import tables
-from bench.timing import Timing, measure
+from bench import shapes
+from bench.comparison import (
+    COPY,
+    Calls,
+    CannotRun,
+    Comparison,
+    WrongResult,
+    over_best_peer,
+    share_of_peak,
+)
+from bench.measured_peaks import GpuMonitor, machine, measured_peaks
+from bench.timing import MAX_ROUNDS, Timing, measure
 
 SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MMALIGN_BENCH_DOCUMENTS")
-UNUSED_IS_FINE = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # a wrong row
 
 
-class ReplayClock:
-    """Time that passes only where a recorded round is replayed."""
+class Session:
+    """What a run shares: measured peaks, and why variants were left out."""
 
-    def __init__(self):
-        self.seconds = 0.0
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.patterns = config.getoption("--variants").split(",")
+        self.not_measured: dict[str, dict[str, list[str]]] = {}  # variant: reason: benchmarks
+        self.peaks: dict = {}
+        self.monitor = GpuMonitor()
 
-    def now(self) -> float:
-        return self.seconds
-
-    def replay(self, rounds: list[float]) -> None:
-        self.seconds += rounds.pop(0)
-
-
-class Measurements:
-    """What this run has measured: the comparisons' timings, and a record of every row."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.timings: dict[str, dict[str, Timing]] = {}
-        self.refused: dict[str, dict[str, Exception]] = {}
-        self.broken: dict[str, Exception] = {}
-        self.records: dict[str, list[Record]] = {}  # by part
-        self._ceilings: dict | None = None
-
-    @property
-    def ceilings(self) -> dict:
-        if self._ceilings is None:
-            from bench.ceilings import ceilings
-
-            self._ceilings = ceilings(self.device)
-        return self._ceilings
-
-    def of(self, comparison: Comparison, variants: list[str]) -> dict[str, Timing]:
-        """Timings of these variants, measured once; `refused` says which it left out."""
-        group = title(comparison)
-        if group not in self.refused:
-            self.refused[group] = {}
-            try:
-                self.timings[group] = self._measure(comparison, variants, self.refused[group])
-            except Exception as error:
-                self.broken[group] = error
-        if group in self.broken:  # every row of the group fails alike
-            raise self.broken[group]
-        return self.timings[group]
-
-    def _measure(
-        self,
-        comparison: Comparison,
-        variants: list[str],
-        refused: dict[str, WrongResult | CannotRun],
-    ) -> dict[str, Timing]:
-        self.ceilings  # noqa: B018  first: it needs memory that a comparison may fill
+    def measure(self, comparison: Comparison, timed: bool) -> tuple[dict[str, Timing], list[str]]:
+        """Timings by variant, and the messages of variants whose results are wrong."""
+        if timed and not self.peaks:  # first: it needs memory that a comparison may fill
+            self.peaks = measured_peaks(shapes.DEVICE)
+        variants, wrong = self._runnable(comparison), []
         while variants:
             try:
-                work = comparison.calls(variants, self.device)
-                limits = comparison.limits()
-                return measure(work.calls, self.device, prepare=work.prepare, **limits)
-            except (WrongResult, CannotRun) as error:
-                refused[error.variant] = error
-                variants = [variant for variant in variants if variant != error.variant]
-        return {}
+                calls = comparison.calls(variants)
+                return (self._time(comparison, calls) if timed else {}), wrong
+            except CannotRun as error:
+                self.leave_out(comparison, error.variant, str(error))
+                variants.remove(error.variant)
+            except WrongResult as error:
+                wrong.append(str(error))
+                variants.remove(error.variant)
+            gc.collect()
+            if shapes.ON_GPU:
+                torch.cuda.empty_cache()
+        return {}, wrong
 
-    def keep(self, row: Row, timing: Timing | None, skipped: str | None = None) -> Record:
-        kept = record(row, timing, self._ceilings or {}, skipped)
-        self.records.setdefault(row.comparison.part, []).append(kept)
-        return kept
+    def _runnable(self, comparison: Comparison) -> list[str]:
+        runnable = []
+        for variant in comparison.variants:
+            if not any(fnmatchcase(variant, pattern.strip()) for pattern in self.patterns):
+                continue
+            reason = comparison.missing(variant)
+            if reason is None:
+                runnable.append(variant)
+            else:
+                self.leave_out(comparison, variant, reason)
+        return runnable
 
-    def write(self, folder: Path, command: str) -> list[Path]:
-        return [
-            write_part(folder, part, records, self._ceilings or {}, command)
-            for part, records in self.records.items()
-        ]
+    def _time(self, comparison: Comparison, calls: Calls) -> dict[str, Timing]:
+        rounds = comparison.rounds
+        return measure(
+            calls.calls,
+            shapes.DEVICE,
+            prepare=calls.prepare,
+            max_seconds=float(self.config.getoption("benchmark_max_time")),
+            min_rounds=rounds or self.config.getoption("benchmark_min_rounds"),
+            max_rounds=rounds or MAX_ROUNDS,
+            cpu_memory=rounds is not None,
+        )
+
+    def leave_out(self, comparison: Comparison, variant: str, reason: str) -> None:
+        benchmarks = self.not_measured.setdefault(variant, {}).setdefault(reason, [])
+        if comparison.benchmark not in benchmarks:
+            benchmarks.append(comparison.benchmark)
+
+    def extra_info(self, comparison: Comparison, timings: dict[str, Timing]) -> dict[str, dict]:
+        """By variant: memory, the comparison's figures, share of the peak, ratio to the peers."""
+        found = {}
+        for variant, timing in timings.items():
+            info = {**timing.memory, **comparison.figures(variant, timing.median)}
+            # the small tensors of a CPU's benchmarks stay in its cache
+            if info.get("bound") != COPY or shapes.ON_GPU:
+                info["share_of_peak"] = share_of_peak(info, timing.median, self.peaks)
+            found[variant] = {key: value for key, value in info.items() if value is not None}
+        ratios = over_best_peer({name: (timings[name].median, found[name]) for name in timings})
+        for variant, ratio in ratios.items():
+            found[variant]["over_best_peer"] = ratio
+        return found
 
 
-MEASUREMENTS = pytest.StashKey[Measurements]()
-CLOCK = pytest.StashKey[ReplayClock]()
+SESSION = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--record",
-        type=Path,
-        metavar="DIR",
-        help="write what was measured to DIR/<machine>/<part>.json; RESULTS.md is made of them",
+        "--variants",
+        default="*",
+        metavar="PATTERNS",
+        help="time only these, e.g. 'mmalign*,torch eager*'; all are timed by default",
     )
 
 
 def pytest_configure(config):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.stash[MEASUREMENTS] = Measurements(device)
-    config.stash[CLOCK] = ReplayClock()
-    if not any("--benchmark-columns" in str(given) for given in config.invocation_params.args):
-        config.option.benchmark_columns = ["median", "min", "max", "rounds"]
-        config.option.benchmark_sort = "median"
-
-
-def pytest_collection_modifyitems(config, items):
-    """The first case of every operation comes first: a run that is stopped has what counts."""
-    items.sort(key=lambda item: getattr(getattr(_row(item), "comparison", None), "rank", 0))
-    for item in items:
-        row = _row(item)
-        if row is not None:
-            timer = config.stash[CLOCK].now
-            item.add_marker(pytest.mark.benchmark(group=row.group, timer=timer))
-            item.add_marker(UNUSED_IS_FINE)
-
-
-def _row(item) -> Row | None:
-    return getattr(item, "callspec", None) and item.callspec.params.get("row")
-
-
-@pytest.fixture(scope="session")
-def device(pytestconfig) -> torch.device:
-    """The GPU where there is one."""
-    return pytestconfig.stash[MEASUREMENTS].device
+    config.stash[SESSION] = Session(config)
+    defaults = {"columns": ["median", "min", "max", "rounds"], "sort": "median"}
+    for name, value in defaults.items():
+        if not any(str(x).startswith(f"--benchmark-{name}") for x in config.invocation_params.args):
+            setattr(config.option, f"benchmark_{name}", value)
 
 
 @pytest.fixture
-def compare(request, benchmark, pytestconfig):
-    """compare(row): measures the row's comparison at its first row, and reports this row."""
-    return lambda row: _compare(row, request, benchmark, pytestconfig)
+def compare(benchmark, pytestconfig) -> Callable[[Comparison], None]:
+    """compare(comparison): verifies and times its variants; fails where one is wrong."""
+    return lambda comparison: _compare(comparison, benchmark, pytestconfig.stash[SESSION])
 
 
-def _compare(row: Row, request, benchmark, config) -> None:
-    measurements = config.stash[MEASUREMENTS]
-    reason = row.comparison.missing(row.variant, measurements.device)
-    if reason is not None:
-        measurements.keep(row, None, reason)
-        pytest.skip(reason)
-    selected = [other for item in request.session.items if (other := _row(item)) is not None]
-    variants = [
-        other.variant
-        for other in selected
-        if other.group == row.group
-        and other.comparison.missing(other.variant, measurements.device) is None
-    ]
-    timings = measurements.of(row.comparison, variants)
-    refused = measurements.refused[row.group].get(row.variant)
-    if isinstance(refused, WrongResult):
-        pytest.fail(str(refused), pytrace=False)
-    if refused is not None:
-        measurements.keep(row, None, str(refused))
-        pytest.skip(str(refused))
-    kept = measurements.keep(row, timings[row.variant])
-    _replay(timings[row.variant], kept, benchmark, config.stash[CLOCK])
+def _compare(comparison: Comparison, benchmark, session: Session) -> None:
+    timings, wrong = session.measure(comparison, timed=benchmark.enabled)
+    test, infos = benchmark.fullname, session.extra_info(comparison, timings)
+    benchmark._mode = "interleaved"  # or pytest-benchmark warns that nothing was timed
+    for variant, timing in timings.items():
+        names = ("benchmark", "case", "direction")
+        benchmark.params = {n: getattr(comparison, n) for n in names} | {"variant": variant}
+        benchmark.group = " | ".join(getattr(comparison, n) for n in names)
+        benchmark.name, benchmark.fullname = variant, f"{test}[{variant}]"
+        benchmark.extra_info = infos[variant]
+        entry = benchmark._make_stats(iterations=1)
+        for seconds in timing.seconds:
+            entry.update(seconds)
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
+    if benchmark.enabled and not timings:
+        pytest.skip("no variant can run here")
 
 
-def _replay(timing: Timing, kept: Record, benchmark, clock: ReplayClock) -> None:
-    benchmark.name = kept.variant
-    benchmark.extra_info.update(
-        bytes=kept.bytes,
-        flops=kept.flops,
-        ceiling=kept.ceiling,
-        share=kept.share,
-        peak_memory_bytes=kept.peak_memory_bytes,
-        **kept.extra,
-    )
-    rounds = list(timing.seconds)
-    benchmark.pedantic(clock.replay, args=(rounds,), rounds=timing.repeats)
+# ---- what the JSON says besides ----
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info.clear()  # it names the host
+    machine_info.update(machine())
+
+
+def pytest_benchmark_update_commit_info(commit_info):
+    for name in commit_info.keys() - {"id", "time", "dirty"}:
+        del commit_info[name]
+
+
+def pytest_benchmark_update_json(config, output_json):
+    session = config.stash[SESSION]
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    arguments = [str(x) for x in config.invocation_params.args]
+    output_json["command"] = shlex.join([*settings, "pytest", *arguments])
+    output_json["measured_peaks"] = session.peaks
+    output_json["gpu"] = session.monitor.stop()
+    output_json["not_measured"] = session.not_measured
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    measurements = config.stash[MEASUREMENTS]
-    records = [kept for part in measurements.records.values() for kept in part]
-    for line in tables(records):
-        terminalreporter.write_line(line)
-    folder = config.getoption("--record")
-    if folder is not None:
-        settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
-        command = shlex.join([*settings, "pytest", *map(str, config.invocation_params.args)])
-        for path in measurements.write(folder, command):
-            terminalreporter.write_line(f"records: {path}")
+    for variant, reasons in config.stash[SESSION].not_measured.items():
+        for reason, benchmarks in reasons.items():
+            terminalreporter.write_line(
+                f"not measured: {variant} ({', '.join(benchmarks)}): {reason}"
+            )
+
+
+def pytest_unconfigure(config):
+    config.stash[SESSION].monitor.stop()

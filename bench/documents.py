@@ -1,17 +1,99 @@
-"""Requests of TruthfulQA and ETHICS for machines without the real files.
+"""Documents to score: real or the toy world's; and synthetic requests as long as the real sets'.
 
-Numbers stand for tokens. Documents, choices, lengths and what they share are those of the real sets
-under LLaMA's tokenizer (means; a spread where it matters), so scoring computes about as many
-tokens: 58,983 for TruthfulQA's two tasks and 1,229,878 for ETHICS.
+MMALIGN_SHARED_DATA names the folder of the real files: truthfulqa/, ethics/, llama_tokenizer/.
 """
 
+import math
+import os
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-Request = tuple[str, str]
+from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.evaluation.tasks.task import Document
+from mmalign.tokenizer import Tokenizer
+from mmalign.toy_world.corpus import corpus_pages, write_evaluation
+from mmalign.toy_world.models import train_tokenizer
 
+REAL = Path(os.environ.get("MMALIGN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+Request = tuple[str, str]  # (context, continuation)
+
+
+def is_real() -> bool:
+    return (REAL / "truthfulqa").is_dir() and (REAL / "llama_tokenizer").is_dir()
+
+
+@cache
+def _toy_folder() -> tempfile.TemporaryDirectory:
+    made = tempfile.TemporaryDirectory(prefix="mmalign-documents-")
+    write_evaluation(Path(made.name), seed=0, num_documents=1000)
+    train_tokenizer(corpus_pages(100, passages=12, seed=0), 900, Path(made.name, "tokenizer.model"))
+    return made
+
+
+def tokenizer_model() -> Path:
+    """sentencepiece's model: LLaMA's, or one of 900 pieces trained on the toy world's texts."""
+    if is_real():
+        return REAL / "llama_tokenizer" / "tokenizer.model"
+    return Path(_toy_folder().name, "tokenizer.model")
+
+
+def documents(tasks: Sequence[str], limit: int) -> list[Document]:
+    """About `limit` documents of each task (or of each task of a group, as `ethics`)."""
+    root = REAL if is_real() else Path(_toy_folder().name)
+    found = load_documents(resolve_tasks(tasks), root, None)
+    return [document for rows in found.values() for document in spread(rows, limit)]
+
+
+def source(limit: int | None) -> str:
+    """Where requests come from, as a name begins."""
+    return "" if is_real() else "toy world's " if limit else "synthetic "
+
+
+def tokenizer(limit: int | None) -> "Tokenizer | NumberTokenizer":
+    """Of `requests` with this limit."""
+    if limit or is_real():
+        return Tokenizer.from_pretrained(tokenizer_model())
+    return NumberTokenizer()
+
+
+def requests(task: str, limit: int | None, vocab_size: int) -> list[Request]:
+    """Of about `limit` documents of each task; without a limit of all, or as many synthetic ones.
+
+    The toy world has no documents as long as the real ones, so it does not stand in for all.
+    """
+    if limit or is_real():
+        found = documents((task,), limit or sys.maxsize)
+        return [request for document in found for request in document.requests]
+    return {"truthfulqa": synthetic_truthfulqa, "ethics": synthetic_ethics}[task](vocab_size)
+
+
+def spread(rows: Sequence[Document], limit: int) -> list[Document]:
+    """At least `limit` documents, at equal distances: a file may begin with its short ones.
+
+    Those about one scenario stay together, as they share a prefix.
+    """
+    groups: dict[tuple[str, int], list[Document]] = {}
+    for row in rows:
+        key = ("alone", row.doc_id) if row.group_id is None else ("group", row.group_id)
+        groups.setdefault(key, []).append(row)
+    mean = len(rows) / len(groups)
+    wanted = min(len(groups), math.ceil(limit / mean))
+    chosen = [list(groups.values())[i * len(groups) // wanted] for i in range(wanted)]
+    return [document for group in chosen for document in group]
+
+
+# ---- synthetic requests: numbers stand for tokens ----
+
+# Documents, choices, lengths and what they share are those of the real sets under LLaMA's tokenizer
+# (means; a spread where it matters), so scoring computes about as many tokens: 58,983 for
+# TruthfulQA's two tasks and 1,229,878 for ETHICS.
 PRESET_TOKENS, QUESTIONS = 183, 817  # TruthfulQA: questions after the preset
 QUESTION_TOKENS, CHOICES = (11, 23), (4, 10)  # of the document and of the question; uniform
 SINGLE_TRUE_CHOICES = 5  # mc1's are among mc2's
@@ -58,7 +140,7 @@ class _Writer:
         return round(float(np.interp(at, range(len(bounds)), bounds)))
 
 
-def truthfulqa(vocab_size: int) -> list[Request]:
+def synthetic_truthfulqa(vocab_size: int) -> list[Request]:
     writer = _Writer(vocab_size)
     preset, requests = writer.words(PRESET_TOKENS), []
     for _ in range(QUESTIONS):
@@ -72,7 +154,7 @@ def truthfulqa(vocab_size: int) -> list[Request]:
     return requests
 
 
-def ethics(vocab_size: int) -> list[Request]:
+def synthetic_ethics(vocab_size: int) -> list[Request]:
     writer, requests = _Writer(vocab_size), []
     for subset in ETHICS.values():
         answers = [writer.words(count) for count in subset.answers]

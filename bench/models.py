@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bench import shapes
-from mmalign.config import LoraConfig
+from mmalign.config import LoraConfig, ShortcutConfig, Stage
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
@@ -72,32 +72,33 @@ def random_decoder(config: DecoderConfig, device: torch.device, dtype: torch.dty
     return _drawn(Decoder, config, device, dtype)
 
 
-def random_llava(
-    size: Size,
-    stage: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    prefix_ids: Sequence[int] = (),
-) -> Llava:
-    """Ours, with the parameters of `stage` marked for training."""
+def random_llava(size: Size, stage: Stage, device: torch.device, dtype: torch.dtype) -> Llava:
+    """Ours, with what `stage` trains marked; template plain, so no rows of image tokens."""
     vocab_size = size.decoder.vocab_size + NUM_IMAGE_TOKENS
     decoder = random_decoder(replace(size.decoder, vocab_size=vocab_size), device, dtype)
     tower = _drawn(VisionTower, size.vision, device, dtype)
     projector = Projector(size.vision.hidden_size, size.decoder.hidden_size).to(device, dtype)
-    first = size.image_token_id
-    tokens = SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
-    model = Llava(decoder, tower, projector, tokens, prefix_ids=prefix_ids)
-    set_stage(model, stage)
+    model = Llava(decoder, tower, projector, _tokens(size.image_token_id))
+    model.set_trainable(stage, LoraConfig(), train_image_tokens=False)
     return model.train()
 
 
-def set_stage(model: Llava, stage: str) -> None:
-    """pretrain trains the projector alone (template plain writes no <im_start>)."""
-    model.set_trainable(stage, LoraConfig(), train_image_tokens=False)
+def with_shortcuts(
+    model: Llava, stage: Stage, shortcuts: ShortcutConfig, prefix_ids: Sequence[int]
+) -> Llava:
+    """Another model of the same weights."""
+    parts = model.decoder, model.vision_tower, model.projector, _tokens(model.image_token_id)
+    other = Llava(*parts, shortcuts=shortcuts, prefix_ids=prefix_ids).train()
+    other.set_trainable(stage, LoraConfig(), train_image_tokens=False)
+    return other
+
+
+def _tokens(first: int) -> SimpleNamespace:
+    return SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
 
 
 def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Norms 1, biases 0, all else normal(0, 0.02), never in memory twice."""
+    """Norms 1, biases 0, all else normal(0, 0.02); no second copy exists at any time."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

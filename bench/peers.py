@@ -1,46 +1,120 @@
-"""How each library is called, and whether it is there: the other side of every comparison.
+"""Variants of an operation: ours by backend, PyTorch's own, and how each library is called.
 
-Every function takes the inputs of a benchmark's case. Libraries are imported at their first use,
-which is a check or a warm-up.
+Every function takes the inputs of a case. Libraries are imported at their first use, which is a
+verification or a warm-up.
 """
 
 from collections.abc import Callable
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import torch
-import torch.nn.functional as F
+from mmalign_kernels import dispatch, libraries
+from mmalign_kernels.cuda import library as cuda_library
 from torch import Tensor
+
+from bench.comparison import BACKWARD, BOTH, FORWARD, LOSS_ONLY, SCORE, STEP
+from bench.shapes import ON_GPU
 
 Inputs = SimpleNamespace
 
-# the module that only the library which is meant has: other packages are also called apex
+
+@dataclass(frozen=True)
+class Layout:
+    """How a library takes the data: entered once and untimed."""
+
+    leaves: tuple[str, ...] | None = None  # what gradients are taken of; None: the case's
+    enter: Callable[[Inputs], Inputs] = lambda inputs: inputs  # differentiable
+    exit: Callable[[Inputs, Tensor], Tensor] = lambda inputs, output: output  # to verify it
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    function: Callable[[Inputs], Tensor | tuple[Tensor, ...]]
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    layout: Layout = Layout()
+    context: Callable[[], AbstractContextManager] = nullcontext
+    directions: tuple[str, ...] = (FORWARD, BACKWARD, BOTH, STEP, LOSS_ONLY, SCORE)
+    compiled: bool = False
+    comparable: bool = True  # moves the bytes that the operation's cost counts
+
+
+# ---- ours ----
+
+
+def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Variant]:
+    """mmalign's operation by its own kernels, best first; then by each library that serves it."""
+    served = [name for name, one in libraries.LIBRARIES.items() if family in one.families]
+    names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "reference")}
+    names |= {f"{library} through mmalign": library for library in served}
+    return [
+        Variant(
+            name,
+            function,
+            partial(_our_missing, backend, family),
+            layout,
+            partial(dispatch.use_backend, backend),
+        )
+        for name, backend in names.items()
+    ]
+
+
+def _our_missing(backend: str, family: str) -> str | None:
+    if backend == "reference":
+        return None
+    known = backend in libraries.LIBRARIES
+    if not known and find_spec(f"mmalign_kernels.{backend}.{family}") is None:
+        return f"{family} has no {backend} kernel"
+    if not ON_GPU:
+        return f"{backend} needs a CUDA device"
+    if backend == "triton":
+        return None
+    reason = libraries.find(backend)[1] if known else cuda_library.missing()
+    return None if reason is None else f"{backend} {reason.partition('. ')[0]}"
+
+
+# ---- PyTorch's and the libraries' ----
+
+
+def on_gpu() -> str | None:
+    return None if ON_GPU else "timed on a GPU only"
+
+
+def torch_variants(function: Callable, layout: Layout = Layout()) -> list[Variant]:
+    """PyTorch's own: eager, and compiled on a GPU."""
+    return [
+        Variant("torch eager", function, layout=layout),
+        Variant("torch.compile", function, on_gpu, layout, compiled=True),
+    ]
+
+
 LIBRARIES = {
     "transformers": "transformers",
     "liger-kernel": "liger_kernel",
     "quack": "quack",
-    "flash-attn": "flash_attn_2_cuda",
-    "flash-attn 3": "flash_attn_interface",
-    "xformers": "xformers",
-    "apex normalization": "fused_layer_norm_cuda",
-    "apex optimizers": "amp_C",
     "cut-cross-entropy": "cut_cross_entropy",
     "torchao": "torchao",
 }
-ON_A_CPU = ("transformers",)
 
 
-def missing(library: str) -> Callable[[torch.device], str | None]:
-    """For Variant.missing: the reason, or None where the library can run on the device."""
+def missing(library: str) -> Callable[[], str | None]:
+    """For Variant.missing: why the library cannot run on this machine."""
 
-    def reason(device: torch.device) -> str | None:
-        if device.type != "cuda" and library not in ON_A_CPU:
+    def reason() -> str | None:
+        if not ON_GPU and library != "transformers":
             return f"{library} needs a CUDA device"
         return None if find_spec(LIBRARIES[library]) else f"{library} is not installed"
 
     return reason
+
+
+def peer(library: str, function: Callable, layout: Layout = Layout(), **more) -> Variant:
+    """The variant that is called as its library."""
+    return Variant(library, function, missing(library), layout, **more)
 
 
 @cache
@@ -52,156 +126,7 @@ def liger() -> object:
     return library("liger_kernel.transformers.functional")
 
 
-# norms
-
-
-def llama_norm(inputs: Inputs) -> Tensor:
-    """LlamaRMSNorm's formula runs as the module does, with the weight of the inputs."""
-    return _llama_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def llama_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    residual = inputs.x + inputs.residual
-    return _llama_norm(residual, inputs.weight, inputs.eps), residual
-
-
-def _llama_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    norm = library("transformers.models.llama.modeling_llama").LlamaRMSNorm
-    return norm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x)
-
-
-def liger_norm(inputs: Inputs) -> Tensor:
-    return liger().liger_rms_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def liger_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return liger().liger_fused_add_rms_norm(inputs.x, inputs.residual, inputs.weight, inputs.eps)
-
-
-def liger_layer_norm(inputs: Inputs) -> Tensor:
-    return liger().liger_layer_norm(inputs.x, inputs.weight, inputs.bias, inputs.eps)
-
-
-def quack_norm(inputs: Inputs) -> Tensor:
-    return library("quack").rmsnorm(inputs.x, inputs.weight, eps=inputs.eps)
-
-
-def quack_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return library("quack").rmsnorm(
-        inputs.x, inputs.weight, residual=inputs.residual, eps=inputs.eps, prenorm=True
-    )
-
-
-def flash_norm(inputs: Inputs) -> Tensor:
-    norms = library("flash_attn.ops.triton.layer_norm")
-    return norms.rms_norm_fn(inputs.x, inputs.weight, None, eps=inputs.eps)
-
-
-def flash_add_norm(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    norms = library("flash_attn.ops.triton.layer_norm")
-    return norms.rms_norm_fn(
-        inputs.x, inputs.weight, None, residual=inputs.residual, eps=inputs.eps, prenorm=True
-    )
-
-
-def xformers_norm(inputs: Inputs) -> Tensor:
-    """It has no backward pass."""
-    with torch.no_grad():
-        return library("xformers.ops.rmsnorm").rms_norm(inputs.x, inputs.weight, inputs.eps)
-
-
-def apex_norm(inputs: Inputs) -> Tensor:
-    norms, size = library("apex.normalization.fused_layer_norm"), inputs.weight.shape
-    return norms.fused_rms_norm_affine(inputs.x, inputs.weight, size, inputs.eps)
-
-
-def apex_layer_norm(inputs: Inputs) -> Tensor:
-    norms, size = library("apex.normalization.fused_layer_norm"), inputs.weight.shape
-    return norms.fused_layer_norm_affine(inputs.x, inputs.weight, inputs.bias, size, inputs.eps)
-
-
-# activations
-
-
-def llama_activation(inputs: Inputs) -> Tensor:
-    """What LlamaMLP does between its projections."""
-    return library("transformers.activations").ACT2FN["silu"](inputs.gate) * inputs.up
-
-
-def liger_swiglu(inputs: Inputs) -> Tensor:
-    return liger().liger_swiglu(inputs.gate, inputs.up)
-
-
-def flash_swiglu(inputs: Inputs) -> Tensor:
-    return library("flash_attn.ops.activations").swiglu(inputs.gate, inputs.up)
-
-
-def clip_activation(inputs: Inputs) -> Tensor:
-    return library("transformers.activations").ACT2FN["quick_gelu"](inputs.x)
-
-
-# rows
-
-
-def flash_pack(inputs: Inputs) -> Tensor:
-    return library("flash_attn.bert_padding").index_first_axis(inputs.x, inputs.positions)
-
-
-def flash_unpack(inputs: Inputs) -> Tensor:
-    padding = library("flash_attn.bert_padding")
-    return padding.index_put_first_axis(inputs.packed, inputs.positions, inputs.num_rows)
-
-
-# the language-model head
-
-
-def liger_loss(inputs: Inputs) -> Tensor:
-    return liger().liger_fused_linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def liger_loss_fp32(inputs: Inputs) -> Tensor:
-    """The weight's gradient summed in fp32 over its chunks."""
-    return liger().liger_fused_linear_cross_entropy(
-        inputs.hidden_states,
-        inputs.weight,
-        inputs.target_ids,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )
-
-
-def quack_loss(inputs: Inputs) -> Tensor:
-    return library("quack.linear_cross_entropy").chunked_linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def cce_loss(inputs: Inputs) -> Tensor:
-    return library("cut_cross_entropy").linear_cross_entropy(
-        inputs.hidden_states, inputs.weight, inputs.target_ids, reduction="sum"
-    )
-
-
-def transformers_loss(inputs: Inputs) -> Tensor:
-    """LlamaForCausalLM: logits of every row, in fp32 for the loss."""
-    logits = F.linear(inputs.hidden_states, inputs.weight).float()
-    return library("transformers.loss.loss_utils").fixed_cross_entropy(
-        logits, inputs.target_ids, num_items_in_batch=1
-    )
-
-
-def cce_logprobs(inputs: Inputs) -> Tensor:
-    loss = library("cut_cross_entropy").linear_cross_entropy
-    return -loss(inputs.rows, inputs.weight, inputs.target_ids, reduction="none")
-
-
-def liger_logprobs(inputs: Inputs) -> Tensor:
-    logits = F.linear(inputs.rows, inputs.weight)
-    return -liger().liger_cross_entropy(logits, inputs.target_ids, reduction="none")
-
-
-def quack_logprobs(inputs: Inputs) -> Tensor:
-    logits = F.linear(inputs.rows, inputs.weight)
-    return -library("quack").cross_entropy(logits, inputs.target_ids, reduction="none")
+def llama_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """LlamaRMSNorm's formula runs as the module does, with the given weight."""
+    module = library("transformers.models.llama.modeling_llama").LlamaRMSNorm
+    return module.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x)

@@ -1,10 +1,12 @@
-"""Samples for the benchmarks, drawn so that nothing has to be downloaded.
+"""Samples for the benchmarks, drawn so that nothing has to be downloaded: tensors, JPEG files.
 
 Text lengths are lognormal. Mean and spread of each stage are those that give LLaVA's data their
-lengths (about 300 tokens a sample in stage 1 and 550 in stage 2, 256 of them the image) and the
+lengths (about 300 tokens per sample in stage 1 and 550 in stage 2, 256 of them the image) and the
 share of padding in random batches of 16 (9% in stage 1, 45% in stage 2).
 """
 
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from bench.models import Size
 from mmalign.batch import IGNORE_INDEX
+from mmalign.config import DataConfig
 from mmalign.data.dataset import EncodedSample
+from mmalign.toy_world.corpus import corpus_pages
 
 MAX_TEXT = 2048 - 1  # LLaVA's limit counts the image as one token
 POOL = 1 << 14
+JPEG_SIZE, JPEG_QUALITY = (640, 480), 85  # COCO's usual size, and about its bytes
+TOKENS_PER_WORD = 1.4
 
 
 @dataclass(frozen=True)
@@ -52,39 +59,34 @@ class Samples:
     def lengths(self) -> list[int]:
         return [len(sample.input_ids) for sample in self.encoded]
 
+    @property
+    def num_loss_tokens(self) -> int:
+        return sum(int((one.labels[1:] != IGNORE_INDEX).sum()) for one in self.encoded)
+
     def __len__(self) -> int:
         return len(self.encoded)
 
 
-def draw_samples(
-    stage: str, count: int, num_patches: int, image_size: int, image_token_id: int, seed: int = 0
-) -> Samples:
-    """`count` samples of the stage's lengths; the last tokens of a text are supervised."""
-    texts = STAGES[stage].draw(count, seed)
-    return samples_of(stage, texts, num_patches, image_size, image_token_id, seed)
+def draw_samples(stage: str, count: int, size: Size, seed: int = 0) -> Samples:
+    """`count` samples of the stage's lengths."""
+    return samples_of(stage, STAGES[stage].draw(count, seed).tolist(), size, seed)
 
 
-def samples_of(
-    stage: str,
-    text_lengths: Sequence[int],
-    num_patches: int,
-    image_size: int,
-    image_token_id: int,
-    seed: int = 0,
-) -> Samples:
-    """Random text of these lengths after an image."""
+def samples_of(stage: str, text_lengths: Sequence[int], size: Size, seed: int = 0) -> Samples:
+    """Random text of these lengths after an image; the last tokens of a text are supervised."""
     rng = np.random.RandomState(seed)
     encoded, pixels = [], []
     for index, length in enumerate(text_lengths):
-        text = rng.randint(3, image_token_id, length).astype(np.int32)
-        image = np.full(num_patches, image_token_id, np.int32)
-        ids = np.concatenate([text[:1], image, text[1:]])  # BOS stands before the image
+        text = rng.randint(3, size.image_token_id, length).astype(np.int32)
+        image = np.full(size.vision.num_patches, size.image_token_id, np.int32)
+        ids = np.concatenate([text[:1], image, text[1:]])  # BOS precedes the image
         labels = np.full_like(ids, IGNORE_INDEX)
-        trained = max(1, round(length * STAGES[stage].supervised))
-        labels[-trained:] = ids[-trained:]
+        supervised = max(1, round(length * STAGES[stage].supervised))
+        labels[-supervised:] = ids[-supervised:]
         encoded.append(EncodedSample(str(index), ids, labels, Path(f"{index}.jpg")))
-        picture = draw_picture(image_size, image_size, seed + index)
-        pixels.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        image_size = size.vision.image_size
+        drawn = draw_image(image_size, image_size, seed + index)
+        pixels.append(torch.from_numpy(np.array(drawn)).permute(2, 0, 1))
     return Samples(encoded, pixels)
 
 
@@ -131,10 +133,10 @@ def typical_step(
     return [texts[batch].tolist() for batch in min(steps, key=distance)]
 
 
-# ---- pictures ----
+# ---- images ----
 
 
-def draw_picture(width: int, height: int, seed: int) -> Image.Image:
+def draw_image(width: int, height: int, seed: int) -> Image.Image:
     """Shapes over noise: edges and texture, so that a JPEG of it has about a photo's size."""
     rng = np.random.RandomState(seed)
     coarse = rng.randint(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
@@ -142,6 +144,38 @@ def draw_picture(width: int, height: int, seed: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for _ in range(12):
         x, y = rng.randint(0, width), rng.randint(0, height)
-        size, colour = rng.randint(8, max(9, height // 3)), tuple(rng.randint(0, 256, 3).tolist())
-        draw.ellipse((x, y, x + size, y + size), fill=colour)
+        size, color = rng.randint(8, max(9, height // 3)), tuple(rng.randint(0, 256, 3).tolist())
+        draw.ellipse((x, y, x + size, y + size), fill=color)
     return image
+
+
+@dataclass(frozen=True)
+class JpegFiles:
+    """A folder in LLaVA's format: conversations of drawn lengths about JPEG files."""
+
+    data: DataConfig
+    paths: list[Path]
+
+    @property
+    def mean_bytes(self) -> float:
+        return sum(path.stat().st_size for path in self.paths) / len(self.paths)
+
+
+def write_jpeg_files(folder: Path, stage: str, count: int, seed: int = 0) -> JpegFiles:
+    words = " ".join(corpus_pages(40, passages=12, seed=seed)).split()
+    rng = random.Random(seed)
+    paths, records = [], []
+    for index, length in enumerate(STAGES[stage].draw(count, seed)):
+        paths.append(folder / f"{index}.jpg")
+        draw_image(*JPEG_SIZE, seed + index).save(paths[-1], quality=JPEG_QUALITY)
+        begin = rng.randrange(len(words) // 2)
+        answer = " ".join(words[begin : begin + max(1, int(length / TOKENS_PER_WORD))])
+        turns = [("human", "<image>\nWhat is in this picture?"), ("gpt", answer)]
+        conversations = [{"from": who, "value": text} for who, text in turns]
+        name = paths[-1].name
+        records.append({"id": str(index), "image": name, "conversations": conversations})
+    path = folder / "samples.json"
+    path.write_text(json.dumps(records))
+    template = {"pretrain": "plain", "finetune": "v1"}[stage]
+    data = DataConfig(path=str(path), image_root=str(folder), template=template)
+    return JpegFiles(data, paths)

@@ -1,6 +1,11 @@
-"""The shapes that benchmarks use: those of the real models, and small ones for a CPU."""
+"""The device and type of the benchmarks, the shapes they run at, and random data of these shapes.
 
+On a GPU the shapes are those of the published models in bf16, on a CPU small ones in fp32.
+"""
+
+import os
 import random
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -13,7 +18,14 @@ from mmalign.model.config import (
     VisionConfig,
 )
 
-SMALL_DECODER = DecoderConfig(  # for a CPU
+# MMALIGN_BENCH_DEVICE=cuda pytest bench/ --collect-only lists a GPU's rows on any machine
+DEVICE = torch.device(
+    os.environ.get("MMALIGN_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+)
+ON_GPU = DEVICE.type == "cuda"
+DTYPE, DTYPE_NAME = (torch.bfloat16, "bf16") if ON_GPU else (torch.float32, "fp32")
+
+SMALL_DECODER = DecoderConfig(
     vocab_size=8000,
     hidden_size=256,
     intermediate_size=688,
@@ -24,7 +36,7 @@ SMALL_DECODER = DecoderConfig(  # for a CPU
     rms_norm_eps=1e-5,
     max_position_embeddings=2048,
 )
-SMALL_VISION = VisionConfig(  # for a CPU
+SMALL_VISION = VisionConfig(
     hidden_size=256,
     intermediate_size=1024,
     num_hidden_layers=4,
@@ -40,22 +52,23 @@ NAMES = {
     SMALL_VISION: "small vision tower",
 }
 
-NUM_TOKENS = 16384  # of one large micro-batch on a GPU
-NUM_TOKENS_SHORT = 2048  # where launching costs as much as computing
-NUM_TOKENS_CPU = 2048
+# (model, tokens per micro-batch), the most important first; at 2,048 a launch costs as much as
+# the computation
+DECODER_SHAPES: list[tuple[DecoderConfig, int]] = [(SMALL_DECODER, 2048)]
+VISION_SHAPES: list[tuple[VisionConfig, int]] = [(SMALL_VISION, 4)]  # (tower, images)
+if ON_GPU:
+    DECODER_SHAPES = [(LLAMA2_7B, 16384), (LLAMA2_7B, 2048), (OPENLLAMA_3B, 16384)]
+    VISION_SHAPES = [(CLIP_VIT_L_14, 64)]
 
-LENGTHS = {  # tokens of a sample, at least and at most
-    "finetune": (300, 900),
-    "wide mix": (32, 2048),
-}
-SUPERVISED = {"pretrain": 0.07, "finetune": 0.44}  # share of the tokens that have a target
+LENGTHS = {"finetune": (300, 900), "wide mix": (32, 2048)}  # tokens of a sample, from and to
 ONE_LONG = "one long sample"
+SUPERVISED = {"pretrain": 0.07, "finetune": 0.44}  # share of the tokens that have a target
 
 
 def sample_lengths(mix: str, num_tokens: int, longest: int = 2048, seed: int = 0) -> list[int]:
-    """Lengths of packed samples, `num_tokens` in all; a mix of LENGTHS, or ONE_LONG first.
+    """Lengths of packed samples, `num_tokens` in all: a mix of LENGTHS, or ONE_LONG.
 
-    ONE_LONG: one sample of `longest` tokens among the finetune mix.
+    ONE_LONG: one sample of `longest` tokens, then the finetune mix.
     """
     low, high = LENGTHS["finetune" if mix == ONE_LONG else mix]
     generator = random.Random(seed)
@@ -65,23 +78,37 @@ def sample_lengths(mix: str, num_tokens: int, longest: int = 2048, seed: int = 0
     return lengths
 
 
-def offsets(lengths: list[int], device: torch.device | str) -> Tensor:
-    """cu_seqlens of samples of these lengths."""
+def cu_seqlens_of(lengths: list[int], device: torch.device | str) -> Tensor:
+    """Offsets of samples of these lengths, int32 (samples + 1,)."""
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def positions(lengths: list[int], device: torch.device | str) -> Tensor:
-    """position_ids: counted from 0 in every sample."""
+def position_ids_of(lengths: list[int], device: torch.device | str) -> Tensor:
+    """Positions that restart at 0 in every sample, int32 (tokens,)."""
     return torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in lengths])
 
 
-def decoder_shapes(device: torch.device) -> list[tuple[DecoderConfig, int]]:
-    """(model, tokens) that a row-wise operation is measured at, the most important first."""
-    if device.type == "cpu":
-        return [(SMALL_DECODER, NUM_TOKENS_CPU)]
-    return [(LLAMA2_7B, NUM_TOKENS), (LLAMA2_7B, NUM_TOKENS_SHORT), (OPENLLAMA_3B, NUM_TOKENS)]
+# ---- random data; zeros would run faster ----
 
 
-def vision_shapes(device: torch.device) -> list[tuple[VisionConfig, int]]:
-    """(tower, images) of a micro-batch."""
-    return [(SMALL_VISION, 4)] if device.type == "cpu" else [(CLIP_VIT_L_14, 64)]
+def activations(rows: int, columns: int, spread: float = 0.5) -> Tensor:
+    """Normal, with columns of different scale, as hidden states have."""
+    scale = torch.exp(spread * torch.randn(columns, device=DEVICE))
+    return (torch.randn(rows, columns, device=DEVICE) * scale).to(DTYPE)
+
+
+def norm_weight(columns: int) -> Tensor:
+    return (1 + 0.2 * torch.randn(columns, device=DEVICE)).to(DTYPE)
+
+
+def head_inputs(
+    tokens: int, num_supervised: int, hidden_size: int, vocab_size: int
+) -> SimpleNamespace:
+    """Hidden states that lean towards their target: the loss of a trained model, about 2."""
+    weight = torch.randn(vocab_size, hidden_size, device=DEVICE) / hidden_size**0.5
+    target_ids = torch.randint(vocab_size, (tokens,), device=DEVICE)
+    hidden_states = torch.randn(tokens, hidden_size, device=DEVICE) + 9 * weight[target_ids]
+    target_ids[torch.randperm(tokens, device=DEVICE)[num_supervised:]] = -100
+    return SimpleNamespace(
+        hidden_states=hidden_states.to(DTYPE), weight=weight.to(DTYPE), target_ids=target_ids
+    )

@@ -7,9 +7,10 @@ import torch
 from mmalign_kernels import dispatch
 from mmalign_kernels.costs import Cost
 
-from bench.comparison import CannotRun, WrongResult
-from bench.operation import COPY, Case, Operation, costs_of
-from bench.variants import ALL, DEVICE, Layout, Variant, activations, ours
+from bench.comparison import COPY, CannotRun, WrongResult
+from bench.operation import ALL, Case, Operation, costs_of
+from bench.peers import Layout, Variant, ours
+from bench.shapes import activations
 
 ROWS = 8
 
@@ -48,8 +49,8 @@ EAGER = Variant("torch eager", square)
 
 
 def comparisons(*variants: Variant):
-    def make(device, dtype):
-        return SimpleNamespace(x=activations(ROWS, 4, device, dtype))
+    def make():
+        return SimpleNamespace(x=activations(ROWS, 4))
 
     cost = Cost(100, 10, 100, 10)
     case = Case("8 rows", make, ("x",), costs_of(cost, cost))
@@ -69,7 +70,7 @@ def comparisons(*variants: Variant):
 def test_a_wrong_variant_is_refused_in_every_direction(function, what):
     for comparison in comparisons(Variant("other", function)).values():
         with pytest.raises(WrongResult, match=what) as raised:
-            comparison.calls(["other"], DEVICE)
+            comparison.calls(["other"])
         assert raised.value.variant == "other"
 
 
@@ -78,23 +79,23 @@ def test_a_wrong_variant_is_refused_in_every_direction(function, what):
 )
 def test_what_a_library_refuses_is_skipped_but_what_we_refuse_fails(name, error):
     with pytest.raises(error, match="RuntimeError: head_dim 100"):
-        comparisons(Variant(name, _refuse))["forward"].calls([name], DEVICE)
+        comparisons(Variant(name, _refuse))["forward"].calls([name])
 
 
 def test_every_direction_runs_what_it_says():
     found = comparisons(EAGER, Variant("columns", lambda i: i.columns**2, layout=TRANSPOSED))
     names = ["torch eager", "columns"]
-    outputs = found["forward"].calls(names, DEVICE).calls
+    outputs = found["forward"].calls(names).calls
     forward = {name: call() for name, call in outputs.items()}
     torch.testing.assert_close(forward["columns"].t(), forward["torch eager"])
     for direction in ("backward", "both"):
-        work = found[direction].calls(names, DEVICE)
+        work = found[direction].calls(names)
         grads = {name: work.calls[name](work.prepare[name]())[0] for name in names}
         torch.testing.assert_close(grads["columns"].t(), grads["torch eager"])
 
 
 def test_data_that_a_backward_pass_overwrites_is_made_anew():
-    work = comparisons(Variant("overwrites", _overwrites))["both"].calls(["overwrites"], DEVICE)
+    work = comparisons(Variant("overwrites", _overwrites))["both"].calls(["overwrites"])
     call, prepare = work.calls["overwrites"], work.prepare["overwrites"]
     first, second = (call(prepare())[0].clone() for _ in range(2))
     torch.testing.assert_close(first, second)
@@ -108,18 +109,21 @@ def test_the_check_sees_the_backend_that_is_forced():
         return square(inputs)
 
     variants = ours("swiglu", function)
-    comparisons(*variants)["forward"].calls(["mmalign reference"], DEVICE)
+    comparisons(*variants)["forward"].calls(["mmalign reference"])
     assert seen == ["reference"]
 
 
-def test_figures_name_the_ceiling():
-    figures = comparisons(EAGER)["both"].figures("torch eager", 1.0, {})
-    assert (figures.bytes, figures.flops, figures.ceiling) == (200, 20, "copy")
+def test_figures_are_of_comparable_variants():
+    figures = comparisons(EAGER)["both"].figures("torch eager", 1.0)
+    assert figures == {"bytes": 200, "flops": 20, "bound": "copy"}
     other = Variant("other bytes", square, comparable=False)
-    assert comparisons(other)["both"].figures("other bytes", 1.0, {}).ceiling is None
+    assert comparisons(other)["both"].figures("other bytes", 1.0) == {}
 
 
-def test_the_first_case_of_every_operation_comes_first():
-    case = Case("8 rows", lambda device, dtype: SimpleNamespace(), (), {})
-    found = Operation("square", [EAGER], EAGER, COPY, ("forward",)).comparisons([case, case])
-    assert [comparison.rank for comparison in found] == [0, 1]
+def test_a_variant_is_verified_once_for_all_directions():
+    seen = []
+    function = lambda inputs: (seen.append(1), square(inputs))[1]  # noqa: E731
+    found = comparisons(Variant("counted", function))
+    for comparison in found.values():
+        comparison.calls(["counted"])
+    assert len(seen) == 1

@@ -1,101 +1,127 @@
-"""A run of pytest over a small benchmark: rows, pytest-benchmark's groups, records, the table."""
+"""A run of pytest over a small benchmark: what pytest-benchmark's options and JSON make of it."""
 
 import json
 
 import pytest
 
-from bench import ceilings
+from bench import conftest, timing
 
 pytest_plugins = ["pytester"]
 
 BENCHMARK = """
 from bench import timing
-from bench.comparison import Calls, CannotRun, Figures, WrongResult, each_row
+from bench.comparison import Calls, CannotRun, WrongResult, each
+
+SLEEP = timing.time.sleep
 
 
 class Sleeping:
-    part, benchmark, case, direction = "kernels", "sleep", "64 x", "forward"
-    variants = ("ours", "slow", "wrong", "absent", "picky")
+    benchmark, direction, rounds = "sleep", "forward", 3
+    variants = ("mmalign", "slow", "wrong", "absent", "picky")
 
-    def missing(self, variant, device):
+    def __init__(self, case):
+        self.case, self.called = case, 0
+
+    def missing(self, variant):
         return "absent is not installed" if variant == "absent" else None
 
-    def calls(self, variants, device):
+    def calls(self, variants):
         assert "absent" not in variants
         if "wrong" in variants:
             raise WrongResult("wrong", "output 0 is off by 0.5")
         if "picky" in variants:
             raise CannotRun("picky", "head_dim 100 is not supported")
-        seconds = {"ours": 0.25, "slow": 1.0}
-        sleep = timing.time.sleep
-        return Calls({name: lambda name=name: sleep(seconds[name]) for name in variants})
+        return Calls({name: lambda name=name: self.sleep(name) for name in variants})
 
-    def figures(self, variant, seconds, ceilings):
-        return Figures(bytes=10**5, ceiling="copy", extra={"samples_per_second": 2 / seconds})
+    def sleep(self, name):  # each round takes a second longer
+        self.called += 1
+        SLEEP(self.called if name == "slow" else 0.25)
 
-    def limits(self):
-        return {"budget_seconds": 0.0, "min_rounds": 3}
+    def figures(self, variant, seconds):
+        info = {"samples_per_second": 2 / seconds, "flops": 10**8, "bound": "matmul"}
+        return info | {"mfu": None}
 
 
-@each_row([Sleeping()])
-def test_sleep(row, compare):
-    compare(row)
+@each([Sleeping("64 x"), Sleeping("128 x")])
+def test_sleep(comparison, compare):
+    compare(comparison)
 """
+PEAKS = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e9, "matmul": "fp32"}
 
 
 @pytest.fixture
 def run(pytester, monkeypatch, fake_time):
-    monkeypatch.setattr(ceilings, "ceilings", lambda device: {"copy_bytes_per_second": 1e9})
+    def profiled(clock, name, call) -> int:  # pytester's fresh modules break torch's profiler
+        call()
+        return 8000
+
+    monkeypatch.setattr(timing, "peak_bytes", profiled)
+    monkeypatch.setattr(conftest, "measured_peaks", lambda device: PEAKS)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark looks at it
     pytester.makepyfile(bench_sleep=BENCHMARK)
     options = ("-p", "bench.conftest", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
     return lambda *more: pytester.runpytest_inprocess(*options, *more)
 
 
-def _records(folder) -> dict[str, dict]:
-    [path] = folder.glob("*/kernels.json")
+def read(path) -> tuple[dict, dict[str, dict]]:
+    """(the file, its entries of case "64 x" by variant)."""
     content = json.loads(path.read_text())
-    assert content["ceilings"] == {"copy_bytes_per_second": 1e9}
-    return {record["variant"]: record for record in content["records"]}
+    rows = [row for row in content["benchmarks"] if row["params"]["case"] == "64 x"]
+    return content, {row["name"]: row for row in rows}
 
 
-def test_rows_become_groups_records_and_a_table(run, tmp_path):
-    folder, saved = tmp_path / "results", tmp_path / "b.json"
-    result = run("--record", str(folder), "--benchmark-json", str(saved))
-    result.assert_outcomes(passed=2, skipped=2, failed=1)
+def test_json_holds_what_was_measured(run, tmp_path):
+    path = tmp_path / "b.json"
+    run("--benchmark-json", str(path), "-k", "64").assert_outcomes(failed=1, deselected=1)
+    content, rows = read(path)
+    assert set(rows) == {"mmalign", "slow"}  # a wrong result has no entry
+    # the profiled call and a warm-up round come first: slow is called 2nd, 4th; then 6th, 8th, 10th
+    assert rows["slow"]["stats"]["data"] == [6, 8, 10]
+    assert rows["mmalign"]["stats"]["data"] == [0.25] * 3
+    stats = rows["slow"]["stats"]
+    assert [stats[name] for name in ("min", "median", "max", "rounds")] == [6, 8, 10, 3]
+    names = {"benchmark": "sleep", "case": "64 x", "direction": "forward"}
+    assert rows["slow"]["params"] == names | {"variant": "slow"}
+    assert rows["slow"]["group"] == "sleep | 64 x | forward"
+
+    info = rows["mmalign"]["extra_info"]
+    assert info["samples_per_second"] == 8
+    assert info["share_of_peak"] == pytest.approx(1e8 / 0.25 / 1e9)
+    assert info["over_best_peer"] == pytest.approx(8 / 0.25)
+    assert "mfu" not in info and info["peak_memory_bytes"] == 8000
+    assert "over_best_peer" not in rows["slow"]["extra_info"]
+
+    assert content["measured_peaks"] == PEAKS
+    assert "node" not in content["machine_info"] and content["machine_info"]["torch"]
+    assert content["command"].startswith("pytest ") and "--benchmark-json" in content["command"]
+    assert content["not_measured"] == {
+        "absent": {"absent is not installed": ["sleep"]},
+        "picky": {"head_dim 100 is not supported": ["sleep"]},
+    }
+
+
+def test_a_wrong_variant_fails_its_test_and_the_others_are_timed(run):
+    result = run("--benchmark-group-by=param:case")
+    result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(["wrong: output 0 is off by 0.5"])
-    result.stdout.fnmatch_lines(
-        [
-            "sleep, forward: 64 x",
-            "*median*over ours*rate*share*",
-            "  ours*250 ms*(3)*1*0.0 GB/s*0%",
-            "  slow*1 s*(3)*4.00*0.0 GB/s*0%",
-        ]
+    result.stdout.fnmatch_lines(["*benchmark 'case=64 x': 2 tests*"])
+    result.stdout.fnmatch_lines(["not measured: absent (sleep): absent is not installed"])
+
+
+def test_two_runs_are_compared(run):
+    run("--benchmark-save=before", "-k", "64", "--variants", "mmalign*")
+    result = run(
+        "--benchmark-compare", "-k", "64", "--variants=mmalign", "--benchmark-compare-fail=min:5%"
     )
-    records = _records(folder)
-    assert set(records) == {"ours", "slow", "absent", "picky"}  # a wrong result has no record
-    assert records["absent"]["skipped"] == "absent is not installed"
-    assert records["picky"]["skipped"] == "head_dim 100 is not supported"
-    assert records["absent"]["seconds"] is None
-
-    ours = records["ours"]
-    assert (ours["benchmark"], ours["case"], ours["direction"]) == ("sleep", "64 x", "forward")
-    assert [ours[name] for name in ("seconds", "fastest", "slowest", "repeats")] == [*[0.25] * 3, 3]
-    assert ours["share"] == pytest.approx(1e5 / 0.25 / 1e9)
-    assert ours["extra"] == {"samples_per_second": 8}
-
-    rows = json.loads(saved.read_text())["benchmarks"]
-    assert {row["group"] for row in rows} == {"sleep | 64 x | forward"}
-    for row in rows:
-        kept = records[row["name"]]
-        assert row["stats"]["rounds"] == 3
-        assert row["stats"]["median"] == pytest.approx(kept["seconds"])
-        assert row["stats"]["max"] == pytest.approx(kept["slowest"])
-        assert row["extra_info"]["share"] == kept["share"]
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["mmalign (0001_before)*", "mmalign (NOW)*"])
 
 
-def test_only_selected_rows_are_measured_and_nothing_is_written_unasked(run, pytester):
-    result = run("-k", "slow")
-    result.assert_outcomes(passed=1, deselected=4)
-    result.stdout.fnmatch_lines(["*over slow*"])
+def test_variants_select_and_benchmark_disable_only_verifies(run, pytester):
+    result = run("--benchmark-disable", "--variants", "mmalign, slow", "-k", "128")
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.no_fnmatch_line("*Median*")
+    run("--benchmark-disable", "--variants", "wrong", "-k", "128").assert_outcomes(
+        failed=1, deselected=1
+    )
     assert not list(pytester.path.glob("**/*.json"))

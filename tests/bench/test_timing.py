@@ -1,6 +1,5 @@
 """The clock: turns, warm-up, preparation, medians."""
 
-import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from bench import timing
 from bench.timing import Timing, measure
 
-TWO_ROUNDS = {"min_rounds": 2, "max_rounds": 2, "warm_up_rounds": 1}
+TWO_ROUNDS = {"min_rounds": 2, "max_rounds": 2}  # after one that warms up
 
 
 def test_variants_take_turns():
@@ -17,7 +16,9 @@ def test_variants_take_turns():
     variants = {name: lambda name=name: calls.append(name) for name in "ABC"}
     timings = measure(variants, "cpu", **TWO_ROUNDS)
     assert calls == list("ABC") * 3  # the first round is the warm-up
-    assert {name: timing.repeats for name, timing in timings.items()} == dict.fromkeys("ABC", 2)
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == dict.fromkeys(
+        "ABC", 2
+    )
 
 
 def test_preparation_is_not_timed_and_reaches_the_call(fake_time):
@@ -49,16 +50,23 @@ def test_every_call_has_its_own_time(fake_time):
 @pytest.mark.parametrize(("budget", "rounds"), [(0, 3), (5, 5), (60, 7)])
 def test_rounds_fill_the_budget_within_bounds(budget, rounds, fake_time):
     calls = {"A": lambda: fake_time.sleep(1)}
-    measured = measure(calls, "cpu", budget_seconds=budget, min_rounds=3, max_rounds=7)["A"]
-    assert measured.repeats == rounds
+    measured = measure(calls, "cpu", max_seconds=budget, min_rounds=3, max_rounds=7)["A"]
+    assert len(measured.seconds) == rounds
 
 
 def test_a_timing_is_summed_up_by_its_median():
-    seconds = (5.0, 1.0, 9.0, 2.0)
-    timing = Timing(seconds)
-    assert timing.median == statistics.median(seconds) == 3.5
-    assert (timing.fastest, timing.slowest, timing.repeats) == (1.0, 9.0, 4)
-    assert timing.peak_memory_bytes is None
+    assert Timing((5.0, 1.0, 9.0, 2.0), {}).median == 3.5
+
+
+def test_peak_memory_of_known_tensors():
+    def call() -> None:
+        first = torch.ones(1000)
+        second = first + first
+        del first
+        second += torch.ones(500)[0]
+
+    measured = measure({"A": call}, "cpu", cpu_memory=True, **TWO_ROUNDS)["A"]
+    assert measured.memory["peak_memory_bytes"] == pytest.approx(8000, abs=200)
 
 
 def test_on_a_gpu_the_cache_is_flushed_right_before_the_events(monkeypatch):

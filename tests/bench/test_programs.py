@@ -1,4 +1,4 @@
-"""The end-to-end benchmarks on a tiny model: what they compare, count and refuse."""
+"""The benchmarks of whole programs on a tiny model: what they compare, count and refuse."""
 
 from dataclasses import replace
 
@@ -16,12 +16,12 @@ from bench import (
     bench_train_step,
     samples,
 )
-from bench.bench_train_step import GROUPED, RANDOM, Case, TrainStep
+from bench.bench_train_step import GROUPED, RANDOM, RecipeStep, TrainStep
 from bench.comparison import WrongResult
-from bench.examination import spread
+from bench.documents import NumberTokenizer, spread, synthetic_ethics, synthetic_truthfulqa
 from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
-from bench.picture_files import write_files
-from bench.train_sides import HuggingFaceModel, hugging_face_model, peak_bytes
+from bench.train_step import HuggingFaceModel, hugging_face_model
+from mmalign.evaluation.scoring import plan_scoring
 from mmalign.evaluation.tasks.task import Document
 
 CPU = torch.device("cpu")
@@ -45,7 +45,6 @@ TINY = Size(
         image_size=56,
     ),
 )
-CEILINGS = {"matrix_reference": "fp32", "matrix_flops_per_second": {"fp32": 1e9}}
 
 
 # ---- samples ----
@@ -85,10 +84,10 @@ def test_a_typical_step_has_the_mean_length_and_padding_of_all(grouped):
 
 
 def test_a_sample_has_the_tokens_that_were_asked_for():
-    drawn = samples.samples_of("pretrain", [10, 40], 16, 56, image_token_id=100)
+    drawn = samples.samples_of("pretrain", [10, 40], TINY)
     assert drawn.lengths == [26, 56]
     for sample, text, pixels in zip(drawn.encoded, (10, 40), drawn.pixels, strict=True):
-        assert (sample.input_ids == 100).sum() == 16
+        assert (sample.input_ids == TINY.image_token_id).sum() == 16
         assert (sample.labels >= 0).sum() == text // 2
         assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
 
@@ -97,19 +96,19 @@ def test_a_sample_has_the_tokens_that_were_asked_for():
 
 
 def comparison(stage: str) -> TrainStep:
-    return TrainStep(Case(TINY, stage, 4, 2, 700, "fp32"), [RANDOM, GROUPED])
+    return TrainStep(TINY, stage, 4, 2, 700, "fp32", [RANDOM, GROUPED])
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_every_side_of_a_training_step_learns(stage):
     compared = comparison(stage)
-    made = compared.calls(compared.variants, CPU)
+    made = compared.calls(compared.variants)
     for name, call in made.calls.items():
-        call(made.prepare[name]())
-        figures = compared.figures(name, 2.0, CEILINGS)
-        assert figures.extra["samples_per_second"] == 2.0
-        assert figures.extra["step_memory_bytes"] > 0
-        assert (figures.extra["padding"] == 0) == (name == "mmalign")
+        made.prepare[name]()
+        call(None)
+        figures = compared.figures(name, 2.0)
+        assert figures["samples_per_second"] == 2.0 and figures["flops"] > 0
+        assert (figures["padding"] == 0) == (name == "mmalign")
     assert compared.variants[1:] == [
         "transformers, padded",
         "transformers, padded, grouped by length",
@@ -126,36 +125,44 @@ def test_another_model_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_train_step, "hugging_face_model", slightly_other)
     compared = comparison("pretrain")
     with pytest.raises(WrongResult, match="loss"):
-        compared.calls(compared.variants, CPU)
+        compared.calls(compared.variants)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_recomputation_changes_no_loss():
     """Checked as every peer is: calls() compares the losses."""
     checkpointing = replace(RANDOM, checkpointing=True)
-    compared = TrainStep(Case(TINY, "finetune", 2, 2, 700, "fp32"), [checkpointing])
-    made = compared.calls(compared.variants, CPU)
-    made.calls[checkpointing.name](made.prepare[checkpointing.name]())
+    compared = TrainStep(TINY, "finetune", 2, 2, 700, "fp32", [checkpointing])
+    made = compared.calls(compared.variants)
+    made.prepare[checkpointing.name]()
+    made.calls[checkpointing.name](None)
 
 
-def test_peak_bytes_of_known_tensors():
-    def call() -> None:
-        first = torch.ones(1000)
-        second = first + first
-        del first
-        second += torch.ones(500)[0]
-
-    assert peak_bytes(call) == pytest.approx(8000, abs=200)
+def test_a_recipes_step_is_its_batch_and_changes_the_weights():
+    compared = RecipeStep(TINY, "tiny-finetune", [900, 2048], num_samples=3)
+    made = compared.calls(compared.variants)
+    for name, tokens in zip(compared.variants, (900, 2048), strict=True):
+        made.prepare[name]()
+        step = made.calls[name].__defaults__[0]
+        batches = step.step.batches
+        assert sum(len(batch.cu_seqlens) - 1 for batch in batches) == 3
+        assert max(len(batch.input_ids) for batch in batches) <= tokens
+        before = {n: p.detach().clone() for n, p in step.model.trainable_parameters().items()}
+        made.calls[name](None)
+        assert all(not p.equal(before[n]) for n, p in step.model.trainable_parameters().items())
+        figures = compared.figures(name, 2.0)
+        assert figures["tokens_per_second"] == sum(len(b.input_ids) for b in batches) / 2
+        assert figures["recompute"].startswith("--recompute none")
 
 
 # ---- scoring ----
 
 
 def test_both_sides_score_the_same():
-    compared = bench_scoring.Scoring(TINY, ("ethics_virtue",), 5, "fp32", 512)
-    made = compared.calls(compared.variants, CPU)
+    compared = bench_scoring.Scoring(TINY, "ethics_virtue", 5, "fp32", 512)
+    made = compared.calls(compared.variants)
     for call in made.calls.values():
-        call()  # the second one compares
+        call()
     assert 0 < compared.tokens["mmalign"] < compared.tokens["lm-evaluation-harness"]
     right = {name: [-1.0] * len(compared.requests) for name in compared.variants}
     compared.compare(right)
@@ -178,22 +185,24 @@ def test_a_hugging_face_llama_has_the_same_weights():
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_shortcuts_compute_the_same_with_less(stage, monkeypatch):
     compared = bench_shortcuts.Shortcuts(TINY, stage, 3, 4096, "fp32")
-    for call in compared.calls(compared.variants, CPU).calls.values():
-        call()
-    needed = [compared.figures(v, 1.0, CEILINGS).extra["flops_needed"] for v in compared.variants]
+    made = compared.calls(compared.variants)
+    for name, call in made.calls.items():
+        made.prepare[name]()
+        call(None)
+    needed = [compared.figures(v, 1.0)["flops_required"] for v in compared.variants]
     assert needed[-1] == 1 and all(share < 1 for share in needed[:-1])
     assert needed[0] == min(needed)
     losses = iter([1.0, 1.1, 1.0, 1.0])
     monkeypatch.setattr(bench_shortcuts.MmalignStep, "loss", lambda step: next(losses))
     with pytest.raises(WrongResult, match="loss 1.1"):
-        compared.calls(compared.variants, CPU)
+        compared.calls(compared.variants)
 
 
 # ---- loading and growth ----
 
 
-def test_pictures_of_the_loading_benchmark(tmp_path, monkeypatch):
-    files = write_files(tmp_path, "pretrain", 2)
+def test_images_of_the_loading_benchmark(tmp_path, monkeypatch):
+    files = samples.write_jpeg_files(tmp_path, "pretrain", 2)
     assert Image.open(files.paths[0]).size == (640, 480)
     processor = CLIPImageProcessor()
     bench_data_loading.compare_pixels(files.paths[0], processor)
@@ -205,22 +214,19 @@ def test_pictures_of_the_loading_benchmark(tmp_path, monkeypatch):
         bench_data_loading.compare_pixels(files.paths[0], processor)
 
 
-def test_growth_counted_by_hand():
-    assert bench_scaling.growth_of_unit({1: 10.0, 2: 16.0, 4: 40.0}) == pytest.approx(10 / 8)
-    assert bench_scaling.verdict(1.25) == "not linear"
-    assert bench_scaling.verdict(1.0) == "linear"
+def test_cost_per_unit_counted_by_hand():
+    assert bench_scaling.cost_per_unit({1: 10.0, 2: 16.0, 4: 40.0}) == pytest.approx(10 / 8)
 
 
-def test_memory_of_a_step_grows_with_its_samples():
-    steps = bench_scaling.Steps("steps", "samples", TINY, [1, 8], lambda count: [64] * count)
-    growth = bench_scaling.Growth(steps)
-    made = growth.calls(growth.variants, CPU)
-    for call in made.calls.values():
-        call()
-    assert 4 < growth.peaks[8] / growth.peaks[1] < 8.5
-    growth.figures("1 samples", 1.0, CEILINGS)
-    assert growth.figures("8 samples", 8.0, CEILINGS).extra["time"] == "linear"
-    assert growth.figures("8 samples", 12.0, CEILINGS).extra["time"] == "not linear"
+def test_growth_of_a_step():
+    growth = bench_scaling.Steps("steps", "samples", TINY, [1, 8], lambda count: [64] * count)
+    made = growth.calls(growth.variants)
+    for name, call in made.calls.items():
+        made.prepare[name]()
+        call(None)
+    assert growth.figures("1 samples", 1.0)["cost_per_unit"] == 1
+    assert growth.figures("8 samples", 8.0)["cost_per_unit"] == pytest.approx(1)
+    assert growth.figures("8 samples", 12.0)["cost_per_unit"] == pytest.approx(1.5)
 
 
 def test_documents_are_spread_over_the_file_and_groups_stay_whole():
@@ -233,3 +239,16 @@ def test_documents_are_spread_over_the_file_and_groups_stay_whole():
     assert [row.doc_id for row in spread(rows(1), 4)] == [0, 25, 50, 75]
     assert [row.doc_id for row in spread(rows(4), 6)] == [0, 1, 2, 3, 48, 49, 50, 51]
     assert spread(rows(4), 1000) == rows(4)
+
+
+@pytest.mark.parametrize(
+    "make, requests, tokens, harness",  # tokens computed by the tree, by lm-evaluation-harness
+    [
+        (synthetic_truthfulqa, 9_996, 58_983, 1_242_477),
+        (synthetic_ethics, 39_936, 1_229_878, 1_921_428),
+    ],
+)
+def test_synthetic_documents_are_as_long_as_the_real_ones(make, requests, tokens, harness):
+    plan = plan_scoring(NumberTokenizer(), make(32000), 4096, 32000, 16384, progress=False)
+    found = len(plan.unique_of), plan.num_tokens, plan.num_tokens_harness
+    assert found == pytest.approx((requests, tokens, harness), rel=0.05)
