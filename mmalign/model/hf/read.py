@@ -19,7 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.files import WeightFiles
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import ImageTokens, Llava
-from mmalign.model.projector import Projector
+from mmalign.model.projector import projector_of, read_projector
 from mmalign.model.vision_tower import VisionTower
 
 log = logging.getLogger("mmalign")
@@ -50,7 +50,7 @@ def load_llava(
         return Llava(decoder, None, None, tokenizer)
     tower = load_vision_tower(folder, dtype)
     sizes = tower.config.hidden_size, decoder.config.hidden_size
-    projector = Projector.from_tensors(load_projector(folder), *sizes).to(dtype)
+    projector = projector_of(load_projector(folder), *sizes).to(dtype)
     return Llava(decoder, tower, projector, tokenizer)
 
 
@@ -105,8 +105,8 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     """Projector's tensors and, where they were trained, image_token_embeddings (2, hidden_size).
 
     path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
-    a LlavaForConditionalGeneration folder whose projector is linear. mm_projector.bin may hold
-    embed_tokens, whole or only two rows: <im_start> and <im_end> are its last two.
+    a LlavaForConditionalGeneration folder. mm_projector.bin may hold embed_tokens, whole or only
+    two rows: <im_start> and <im_end> are its last two.
     """
     path = Path(path)
     if not path.is_dir():
@@ -212,7 +212,7 @@ def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
             rows[key] = files.read(key).clone()
         else:
             tensors[key] = files.read(key).clone()
-    return Projector.read_tensors(tensors, path) | rows
+    return read_projector(tensors, path) | rows
 
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
@@ -223,4 +223,4 @@ def _llava_projector(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
     files = WeightFiles.of_folder(folder)
     keys = [key for key in files.keys() if "multi_modal_projector." in key]
-    return Projector.read_tensors({key: files.read(key).clone() for key in keys}, folder, hf)
+    return read_projector({key: files.read(key).clone() for key in keys}, folder, hf)
