@@ -37,8 +37,8 @@ class Loading(Comparison):
     """One stage's samples."""
 
     stage: str
-    folder: tempfile.TemporaryDirectory | None = field(default=None, init=False)
-    files: JpegFiles | None = field(default=None, init=False)
+    folder: tempfile.TemporaryDirectory = field(init=False, repr=False)  # from `calls` on
+    files: JpegFiles = field(init=False, repr=False)
 
     benchmark, direction, rounds = "data_loading", "load", 3
     variants = (IMAGES, DECODE, PROCESSOR, PACKED, LOADER)

@@ -22,9 +22,9 @@ from bench.models import (
 )
 from bench.samples import Samples, samples_of, typical_step
 from bench.shapes import DEVICE, ON_GPU
-from bench.train_step import MmalignStep, packed_batches, step_calls, step_config
+from bench.train_step import MmalignStep, Precision, packed_batches, step_calls, step_config
 from mmalign.batch import IGNORE_INDEX
-from mmalign.config import ShortcutConfig
+from mmalign.config import ShortcutConfig, Stage
 from mmalign.data.packing import micro_batches
 from mmalign.flops import Workload, required_flops
 from mmalign.model.llava import Llava
@@ -47,10 +47,10 @@ VARIANTS = {
 @dataclass
 class Shortcuts(Comparison):
     size: Size
-    stage: str
+    stage: Stage
     batch_size: int
     micro_batch_tokens: int
-    precision: str
+    precision: Precision
 
     benchmark, direction, rounds = "shortcuts", STEP, 5
 

@@ -140,10 +140,11 @@ class MmalignLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs,
     ) -> list[tuple[float, bool]]:
-        scores = self._score([ids for _, *ids in requests], disable_tqdm)
-        answers = [(score.loglikelihood, score.is_greedy) for score in scores]
+        scores = self._score([(context, target) for _, context, target in requests], disable_tqdm)
+        answers = [(score.loglikelihood, bool(score.is_greedy)) for score in scores]
         for (request, *_), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request, answer)
+            if request is not None:  # texts that the cache knows the request by
+                self.cache_hook.add_partial("loglikelihood", request, answer)
         return answers
 
     def loglikelihood_rolling(
@@ -168,7 +169,9 @@ class MmalignLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _score(self, pairs: Sequence[Sequence[list[int]]], disable_tqdm: bool) -> list[Score]:
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[Score]:
         """pairs of context and continuation."""
         names = [f"request {i}" for i in range(len(pairs))]
         encoded = [self._encoded(*pair, name) for pair, name in zip(pairs, names, strict=True)]
@@ -201,11 +204,12 @@ class MmalignLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first of the stop strings; equal settings are generated together."""
         texts: dict[int, str] = {}
-        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        settings = [json.dumps(request.arguments[1], sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=settings.__getitem__)
         for _, group in groupby(order, key=settings.__getitem__):
             group = list(group)
-            contexts, kwargs = [requests[i].args[0] for i in group], requests[group[0]].args[1]
+            contexts = [requests[i].arguments[0] for i in group]
+            kwargs = requests[group[0]].arguments[1]
             found = self._generate(contexts, kwargs, disable_tqdm)
             texts |= dict(zip(group, found, strict=True))
         for i, request in enumerate(requests):
@@ -226,7 +230,7 @@ class MmalignLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         if num_cut := sum(len(ids) > num_kept for ids in prompts):
             log.warning("%d prompts truncated on the left to %d tokens", num_cut, num_kept)
-        options = GenerationOptions(num_new, **_sampling(kwargs), stop=tuple(stop))
+        options = GenerationOptions(num_new, **_sampling(dict(kwargs)), stop=tuple(stop))
         prompts = [Prompt(ids[-num_kept:]) for ids in prompts]
         found = generate(
             self._llava,

@@ -50,7 +50,7 @@ class Tokenizer:
             vocab_size -= 1
         self.vocab_size = vocab_size
         self.image_token_id, self.im_start_id, self.im_end_id = (
-            vocab_size + i if image_ids[name] is None else image_ids[name]
+            vocab_size + i if (known_id := image_ids[name]) is None else known_id
             for i, name in enumerate(IMAGE_TOKENS)
         )
         self._image_names = {
@@ -60,8 +60,8 @@ class Tokenizer:
         }
         self.bos_token_id = self._special("bos", "<s>", settings)
         self.eos_token_id = self._special("eos", "</s>", settings)
-        unk = self._special("unk", "<unk>", settings, required=False)
-        self.unk_token_id = self.pad_token_id = self.eos_token_id if unk is None else unk
+        self.unk_token_id = self._special("unk", "<unk>", settings, default=self.eos_token_id)
+        self.pad_token_id = self.unk_token_id
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -125,8 +125,9 @@ class Tokenizer:
         for name, source in sources.items():
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
-        if not (folder / "tokenizer.json").is_file():
-            self._save_json(folder / "tokenizer.json")
+        path = folder / "tokenizer.json"
+        if isinstance(self._backend, _SentencePiece) and not path.is_file():
+            self._save_json(self._backend.model, path)
         config = folder / "tokenizer_config.json"
         if not config.is_file():
             write_json(config, self._transformers_config())
@@ -146,8 +147,8 @@ class Tokenizer:
                 assert saved.token_to_id(name) == token_id, (name, token_id)
         saved.save(str(path))
 
-    def _save_json(self, path: Path) -> None:
-        converted = _to_tokenizers(self)
+    def _save_json(self, model: sentencepiece.SentencePieceProcessor, path: Path) -> None:
+        converted = _to_tokenizers(self, model)
         probe = "  Two  blanks,\ttab\n\n\u00e9\u2603 (12.5%) at the end "
         if converted.encode(probe, add_special_tokens=False).ids == self.encode(probe):
             converted.save(str(path))
@@ -161,11 +162,12 @@ class Tokenizer:
         # this class uses tokenizer.json unchanged; LlamaTokenizer changes leading blanks
         return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", **tokens}
 
-    def _special(self, role: str, usual: str, settings: dict, required: bool = True) -> int | None:
+    def _special(self, role: str, usual: str, settings: dict, default: int | None = None) -> int:
         name = settings.get(f"{role}_token") or usual
         name = name["content"] if isinstance(name, dict) else name
         token_id = self._backend.special(role, name)
-        if token_id is None and required:
+        token_id = default if token_id is None else token_id
+        if token_id is None:
             raise UserError(
                 f"{self.path}: no {role} token ({name!r} is not in the vocabulary). "
                 f"Set {role}_token in tokenizer_config.json next to this file"
@@ -180,31 +182,31 @@ class _SentencePiece:
 
     def __init__(self, path: Path):
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as error:
             raise UserError(f"{path} is not a sentencepiece model ({error})") from error
-        self.vocab_size = self._model.vocab_size()
+        self.vocab_size = self.model.vocab_size()
 
     def find(self, token: str) -> int | None:
-        token_id = self._model.piece_to_id(token)
-        return token_id if self._model.id_to_piece(token_id) == token else None
+        token_id = self.model.piece_to_id(token)
+        return token_id if self.model.id_to_piece(token_id) == token else None
 
     def special(self, role: str, name: str) -> int | None:
-        token_id = getattr(self._model, f"{role}_id")()
+        token_id = getattr(self.model, f"{role}_id")()
         return self.find(name) if token_id < 0 else token_id
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        return self.model.encode(text)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        mapping = self._model.encode(text, return_type="offset_mapping")
+        mapping = self.model.encode(text, return_type="offset_mapping")
         return mapping["ids"], mapping["offsets"]
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        return self.model.decode(ids)
 
     def token(self, token_id: int) -> str:
-        return self._model.id_to_piece(token_id)
+        return self.model.id_to_piece(token_id)
 
 
 class _HuggingFace:
@@ -240,12 +242,15 @@ class _HuggingFace:
         return self._model.decode(ids)
 
     def token(self, token_id: int) -> str:
-        return self._model.id_to_token(token_id)
+        piece = self._model.id_to_token(token_id)
+        assert piece is not None, f"the vocabulary has no id {token_id}"
+        return piece
 
 
-def _to_tokenizers(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def _to_tokenizers(
+    tokenizer: Tokenizer, model: sentencepiece.SentencePieceProcessor
+) -> tokenizers.Tokenizer:
     """A sentencepiece BPE model, such as LLaMA's, for the tokenizers library."""
-    model = tokenizer._backend._model
     pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     special = [i for i in pieces.values() if model.is_control(i) or model.is_unknown(i)]
     merges = []  # (score, halves): sentencepiece joins the halves with the highest score first

@@ -87,7 +87,7 @@ def report() -> str:
     lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {device}", ""]
     found = {x: _find(x) for x in (*dispatch.BACKENDS, *LIBRARIES)}
     for backend, (version, reason) in found.items():
-        text = f"available: {version}" if version else " ".join(reason.split())
+        text = " ".join((reason or f"available: {version}").split())
         lines += textwrap.wrap(f"{backend:14}{text}", WIDTH, subsequent_indent=" " * 14)
     rows = list(_rows({x: version for x, (version, _) in found.items()}))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -62,8 +62,11 @@ def project_image_features_bwd(
         hidden_states.shape,
         norm_weight.shape,
     )
-    grads = (weight.new_empty(shape if n else 0) for shape, n in zip(shapes, needs, strict=True))
-    return tuple(grads)
+    features, weight, bias, hidden, norm = (
+        weight.new_empty(shape if needed else 0)
+        for shape, needed in zip(shapes, needs, strict=True)
+    )
+    return features, weight, bias, hidden, norm
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -78,8 +78,8 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
-            return CheckReport(*arrays, skipped, file["prefix"])
+            names = ("kept", "lengths", "num_loss_tokens", "num_images", "prefix")
+            return CheckReport(skipped=skipped, **{name: file[name] for name in names})
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # missing or truncated
         return None
 
@@ -125,7 +125,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-_worker_dataset: ConversationDataset | None = None  # of this worker process
+_worker_dataset: ConversationDataset  # of this worker process
 
 
 def _start_worker(dataset: ConversationDataset) -> None:

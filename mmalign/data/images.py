@@ -37,7 +37,7 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     image = _open_rgb(path)
     size, crop_size = preprocessing.size, preprocessing.crop_size
     height, width = _resized(image.height, image.width, size)
-    if height * width > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise UserError(
             f"{path} is {image.width} x {image.height}: resized to a short side of {size} it would "
             f"have {height * width} pixels. Crop the image"

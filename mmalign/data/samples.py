@@ -129,7 +129,7 @@ def _read_text(path: Path) -> tuple[str, str]:
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
     """(begin, end, object) of every sample; begin and end are positions in text."""
-    start = _BLANKS.match(text).end()
+    start = _skip_blanks(text, 0)
     entries = _list_entries if text.startswith("[", start) else _line_entries
     try:
         for begin, end, record in entries(text, start):
@@ -143,20 +143,25 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
         ) from error
 
 
+def _skip_blanks(text: str, begin: int) -> int:
+    match = _BLANKS.match(text, begin)
+    return match.end() if match else begin
+
+
 def _list_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
-    decode, blanks = json.JSONDecoder().raw_decode, _BLANKS.match
-    begin = blanks(text, begin + 1).end()
+    decode = json.JSONDecoder().raw_decode
+    begin = _skip_blanks(text, begin + 1)
     closed = text.startswith("]", begin)
     while not closed:
         record, end = decode(text, begin)
         yield begin, end, record
-        begin = blanks(text, end).end()
+        begin = _skip_blanks(text, end)
         closed = text.startswith("]", begin)
         if not closed:
             if not text.startswith(",", begin):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
-            begin = blanks(text, begin + 1).end()
-    begin = blanks(text, begin + 1).end()
+            begin = _skip_blanks(text, begin + 1)
+    begin = _skip_blanks(text, begin + 1)
     if begin < len(text):
         raise json.JSONDecodeError("Extra data", text, begin)
 
@@ -207,5 +212,5 @@ def _parse(record: dict, sample_id: str) -> Sample:
         problem = f"its image is {image!r}, expected one path"
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
-    conversations = tuple(Turn(turn["from"], turn["value"]) for turn in turns)
+    conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
     return Sample(sample_id, conversations, image, _type_of(record))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mmalign.errors import UserError
 from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cut_batches
-from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder
+from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder, TextEncoder
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.positions import (
@@ -133,7 +133,7 @@ def score_requests(
 
 
 def plan_scoring(
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     requests: Sequence[Request],
     max_length: int,
     vocab_size: int,
@@ -189,14 +189,14 @@ def run_plan(
         disable=not progress,
         dynamic_ncols=True,
     )
-    training = decoder.training
+    device, training = torch.device(device), decoder.training
     decoder.eval()
     with bar, torch.no_grad():
         weight = decoder.embed_tokens.weight
         cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
         for batch in plan.batches:
             wanted = plan.targets.within(batch)
-            targets = _read_targets(decoder, plan, batch, wanted, cache, torch.device(device))
+            targets = _read_targets(decoder, plan, batch, wanted, cache, device)
             values = target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
             places = torch.from_numpy(plan.targets.order[wanted])
             logprobs[places] = values.cpu()
@@ -257,14 +257,16 @@ def _positions(
     """What every layer's attention reads."""
     position_ids = tree.depths[batch.begin : batch.end]
     numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
-    position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
+    position_ids, cu_seqlens, begins, ends, cu_spans = (
+        torch.from_numpy(x).int().to(device) for x in numbers
+    )
     tokens = PackedPositions(
         *decoder.rotary.up_to(int(tree.depths[batch.begin : batch.end].max()) + 1),
         position_ids,
         cu_seqlens,
         int(np.diff(batch.cu_seqlens).max()),
     )
-    positions = CachedPositions(tokens, *spans, cache.workspace)
+    positions = CachedPositions(tokens, begins, ends, cu_spans, cache.workspace)
     next_rows = torch.from_numpy(batch.next_rows).to(device)
     return [
         PathPositions(positions, path, batch.num_kept, next_rows, batch.next_depth)
@@ -273,7 +275,7 @@ def _positions(
 
 
 def _raise_broken(
-    decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: str | torch.device
+    decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: torch.device
 ) -> NoReturn:
     """Names the request whose log-likelihood is not finite when it is scored alone.
 

@@ -67,6 +67,7 @@ def score_visual_questions(
     none (its text alone), or mismatched (that of a record about half a file away). Raises UserError
     where a question has several turns, or no other image exists.
     """
+    assert llava.vision_tower is not None, "questions about images need a vision tower"
     data = replace(data, text_only=image == "none")
     samples = list(read_samples(data.path, data))
     dataset = ConversationDataset(samples, tokenizer, data, llava.vision_tower.config)
@@ -143,9 +144,10 @@ def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> 
     data = replace(
         config.data, path=str(path), image_root=str(image_root), types=(), num_samples=None
     )
+    shown: dict[str, ShownImage] = {"tuned": "own", "blind": "none", "mismatched": "mismatched"}
     right = {
         name: score_visual_questions(llava, tokenizer, data, image).right
-        for name, image in (("tuned", "own"), ("blind", "none"), ("mismatched", "mismatched"))
+        for name, image in shown.items()
     }
     records = json.loads(read_text(path))
     rows_of = defaultdict(list)

@@ -23,6 +23,8 @@ from mmalign.model.llava import Llava
 from mmalign.model.sampling import TextStream, draw, sampling_probabilities
 from mmalign.tokenizer import Tokenizer
 
+Reason = Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -56,7 +58,7 @@ class GenerationOptions:
 class Generation:
     token_ids: list[int]  # all that were generated, without the token that ends the text
     text: str  # up to the first stop string
-    reason: Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
+    reason: Reason
 
 
 @torch.no_grad()
@@ -95,7 +97,8 @@ def generate(
 class _Sequence:
     def __init__(self, index: int, prompt: Prompt, options: GenerationOptions, tokenizer):
         self.index, self.prompt = index, np.asarray(prompt.input_ids, np.int64)
-        self.pixels, self.token_ids, self.reason = prompt.pixels, [], None
+        self.pixels, self.token_ids = prompt.pixels, []
+        self.reason: Reason | None = None
         self.first_row = 0  # of its own cache rows
         self.stream = TextStream(tokenizer, options.stop)
         self.random = np.random.default_rng((options.seed, index))
@@ -115,6 +118,7 @@ class _Sequence:
         return text
 
     def result(self) -> Generation:
+        assert self.reason is not None, "still running"
         return Generation(self.token_ids, self.stream.text, self.reason)
 
 

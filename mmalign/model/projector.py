@@ -44,6 +44,7 @@ class ProjectorShape:
 class Projector(Linear):
     """weight (hidden_size, vision_hidden_size) and bias, initialised as torch.nn.Linear does."""
 
+    bias: nn.Parameter
     # what LlavaForConditionalGeneration's config.json says of it
     HF_CONFIG = {"projector_hidden_act": "linear", "multimodal_projector_bias": True}
 

@@ -146,13 +146,11 @@ def _centre(tower: VisionTower, pictures: Tensor) -> None:
     """
     scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
     read = tower.layers[: tower.config.num_layers_used]
-    for part in (
-        tower.pre_layrnorm,
-        *(part for layer in read for part in (layer.out_proj, layer.fc2)),
-    ):
-        part.weight.mul_(scale)
-        part.bias.mul_(scale)
-    read[-1].fc2.bias.sub_(tower(pictures).mean(0))
+    outputs = [part for layer in read for part in (layer.out_proj, layer.fc2)]
+    for part in (tower.pre_layrnorm, *outputs):
+        for parameter in part.parameters():
+            parameter.mul_(scale)
+    read[-1].fc2.get_parameter("bias").sub_(tower(pictures).mean(0))
 
 
 def _pixels(scene: Scene) -> Tensor:

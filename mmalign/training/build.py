@@ -117,7 +117,7 @@ def build_loader(
         dataset,
         report,
         global_batch_size=config.global_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.micro_batching.tokens,
         seed=config.seed,
         num_steps=num_steps,
         start_step=first_step,
@@ -167,7 +167,8 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
         elif config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
     model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
-    model.decoder.set_recompute(config.recompute, config.recompute_layers)
+    _, policy, num_layers = config.micro_batching
+    model.decoder.set_recompute(policy, num_layers)
     return model
 
 

@@ -6,6 +6,7 @@ import signal
 import statistics
 from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class StopSignal:
 
     def __init__(self):
         self.requested = False
-        self.previous: dict[int, object] = {}  # handlers by signal
+        self.previous: dict[int, Any] = {}  # handlers by signal
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -235,6 +235,7 @@ class TrainingLoop:
     # ---- between steps ----
 
     def _evaluate(self, number: int) -> None:
+        assert self.pending is not None and self.evaluation is not None
         self.pending[0].wait()  # the evaluation is not part of the step's time
         self.heartbeat.at(number, "evaluating")
         self.evaluation.after(number, self.trainer.model)

@@ -19,10 +19,9 @@ class Metrics:
         self, run_dir: Path, name: str, first_step: int, num_steps: int, tensorboard: bool
     ):
         """name: of the progress bar; first_step: optimizer steps before this process's first."""
-        path = run_dir / "metrics.jsonl"
-        kept = _keep_lines(path, first_step)
+        self.path = run_dir / "metrics.jsonl"
+        kept = _keep_lines(self.path, first_step)
         self.earlier_losses = [record["loss"] for record in kept if "loss" in record]
-        self.file = open(path, "a", buffering=1)  # line by line: a killed run keeps what it printed
         self.bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -41,13 +40,13 @@ class Metrics:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.file.close()
         self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
 
     def log(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        with open(self.path, "a") as file:  # at once: a killed run keeps what it printed
+            file.write(json.dumps(record) + "\n")
         self.bar.set_postfix_str(progress(record), refresh=False)
         self.bar.update(record["step"] - self.bar.n)
         if self.tensorboard:

@@ -60,7 +60,9 @@ def _cuobjdump(library: Path, *options: str) -> str:
 
 def _demangled(names: list[str]) -> list[str]:
     """rms_norm_fwd_kernel<float, true>; enumerators are numbers."""
-    command = dict(input="\n".join(names), check=True, capture_output=True, text=True)
-    lines = subprocess.run(["c++filt"], **command).stdout.splitlines()
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
     noise = r"\(anonymous namespace\)::|mmalign::|^void |\(mmalign::\w+\)(?=\d)"
     return [re.sub(noise, "", line).partition("(")[0] for line in lines]

@@ -22,7 +22,7 @@ from .conftest import save_llama
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTEXT = 96  # tokens: shorter than the longest prompts, so that cutting is compared, too
-WORDS = "river stone lamp seven green under walks never paper cloud".split()
+WORDS = ["river", "stone", "lamp", "seven", "green", "under", "walks", "never", "paper", "cloud"]
 TASKS = {
     "choices": {
         "output_type": "multiple_choice",

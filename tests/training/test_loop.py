@@ -51,7 +51,13 @@ def run_command(command: list[str]) -> subprocess.CompletedProcess:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
     environment = os.environ | threads
     return subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+        command,
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

@@ -149,10 +149,12 @@ def unpack_rows_backward(num_packed: int, columns: int, itemsize: int) -> Cost:
 
 # optimizer
 
+Weights = Literal["fp32", "split", "stochastic"]  # how AdamW keeps them
+
 
 def adamw_step(
     numel: int,
-    mode: Literal["fp32", "split", "stochastic"],
+    mode: Weights,
     grad_itemsize: int | None = None,
     moments: Literal["fp32", "bf16", "8bit"] = "fp32",
 ) -> Cost:

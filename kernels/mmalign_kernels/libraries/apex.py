@@ -5,6 +5,8 @@ computes the weight's gradient, which a frozen weight discards. AdamW takes many
 in fp32 only: apex rounds bf16 weights to nearest and has no split master, so they are an error.
 """
 
+# pyright: reportMissingImports=false
+
 import torch
 from torch import Tensor
 

@@ -37,14 +37,16 @@ def project_image_features_bwd(
     rows = image_positions.long()
     everywhere = needs_hidden or needs_norm  # otherwise only image rows need a gradient
 
-    def pick(x: Tensor | None) -> Tensor | None:
-        return x if x is None or everywhere else x.index_select(0, rows)
+    def pick(x: Tensor) -> Tensor:
+        return x if everywhere else x.index_select(0, rows)
 
-    grad, dnorm = pick(grad_hidden), norm_weight.new_zeros(norm_weight.shape if needs_norm else 0)
+    grad = None if grad_hidden is None else pick(grad_hidden)
+    dnorm = norm_weight.new_zeros(norm_weight.shape if needs_norm else 0)
     if grad_normed is not None:
         grad, dnorm = rms_norm_bwd(
             pick(grad_normed), grad, pick(hidden_states), norm_weight, pick(rstd), needs_norm
         )
+    assert grad is not None, "one of the two results has a gradient"
     grad_image = grad.index_select(0, rows) if everywhere else grad
     return (
         product(grad_image, weight.t()) if needs_features else weight.new_empty(0),

@@ -23,7 +23,9 @@ def shared_prefix_attention_fwd(
     out, logsumexp = rotary_attention_fwd(qkv, *settings)
     if len(qkv) and len(prefix_keys):
         q = _queries(qkv, cos, sin, position_ids, num_attention_heads, prefix_keys)
-        part, part_logsumexp = attention(*map(_as_batch, (q, prefix_keys, prefix_values)))
+        part, part_logsumexp = attention(
+            _as_batch(q), _as_batch(prefix_keys), _as_batch(prefix_values)
+        )
         part, part_logsumexp = (x[0].transpose(0, 1) for x in (part, part_logsumexp))
         total = torch.logaddexp(logsumexp, part_logsumexp)
         share = (part_logsumexp - total).exp_()[..., None]

@@ -125,6 +125,7 @@ class TrueShare(TruthfulQA):
     right_or_wrong = False
 
     def score(self, document: Document, loglikelihoods: Sequence[float]) -> float:
+        assert isinstance(document.gold, tuple), "mc2 has a label for each choice"
         return true_share(loglikelihoods, mc2_split(document.gold))
 
     def interval(self, items: Sequence[dict]) -> tuple[tuple[float, float], str]:

@@ -19,6 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
+from mmalign.model.projector import Projector
 from mmalign.model.shards import fsdp_unit_of, unsharded
 from mmalign.model.vision_tower import VisionTower
 from mmalign.tokenizer import Tokenizer
@@ -56,17 +57,18 @@ def export_llava(
     llava: Llava, folder: str | Path | None, tokenizer: Tokenizer | None = None
 ) -> None:
     """A LlavaForConditionalGeneration folder. folder None: as in export_llama."""
-    assert llava.vision_tower is not None, "a text-only model exports with export_llama"
+    tower, projector = llava.vision_tower, llava.projector
+    assert tower is not None and projector is not None, "a text-only model: use export_llama"
     if folder is None:
-        return _read_all(_llava_tensors(llava))
-    dtype, tower = _dtype(llava.decoder), llava.vision_tower
+        return _read_all(_llava_tensors(llava, tower, projector))
+    dtype = _dtype(llava.decoder)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "image_token_index": llava.image_token_id,
         "image_seq_length": tower.config.num_patches,
-        **llava.projector.HF_CONFIG,
+        **projector.HF_CONFIG,
         **tower.config.llava_fields,
         "tie_word_embeddings": llava.decoder.config.tie_word_embeddings,
         "text_config": llava.decoder.config.to_hf(dtype),
@@ -75,7 +77,7 @@ def export_llava(
     with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
-        _write_weights(partial, _llava_tensors(llava))
+        _write_weights(partial, _llava_tensors(llava, tower, projector))
         if tokenizer is not None:
             tokenizer.save(partial)
             tokenizer.save_image_tokens(partial, llava.decoder.config.vocab_size)
@@ -84,6 +86,7 @@ def export_llava(
 
 def save_projector(llava: Llava, path: str | Path) -> None:
     """projector.safetensors: the projector and, where stage 1 trains them, the two token rows."""
+    assert llava.projector is not None, "a text-only model has no projector"
     state = llava.projector.to_tensors()
     if llava.image_token_embeddings is not None:
         state["image_token_embeddings"] = llava.image_token_embeddings
@@ -108,7 +111,7 @@ def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "")
 
     So are the parts of an FSDP unit: one unit is unsharded at a time.
     """
-    name, weight, unit = None, None, None
+    name, weight, unit = "", torch.empty(0), None
     with ExitStack() as gathered:
         for key, part in parts.items():
             if unit is not (unit := fsdp_unit_of(module, part.parameter)):
@@ -129,11 +132,13 @@ def _merged(module: nn.Module, parameter: str) -> Tensor:
 
 def _decoder_tensors(model: Llava | Decoder, prefix: str = "") -> _Tensors:
     decoder = model.decoder if isinstance(model, Llava) else model
-    rows = model.image_token_embeddings if isinstance(model, Llava) else None
+    rows, ids = None, []
+    if isinstance(model, Llava):
+        rows, ids = model.image_token_embeddings, list(model.im_start_end_ids)
     for key, tensor in _module_tensors(decoder, decoder_parts(decoder.config), prefix):
         if rows is not None and key.endswith("embed_tokens.weight"):
             tensor = tensor.clone()
-            tensor[list(model.im_start_end_ids)] = rows.detach()
+            tensor[ids] = rows.detach()
         yield key, tensor
 
 
@@ -141,9 +146,9 @@ def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
     return _module_tensors(tower, vision_parts(tower.config), prefix)
 
 
-def _llava_tensors(llava: Llava) -> _Tensors:
-    yield from _tower_tensors(llava.vision_tower, "vision_tower.vision_model.")
-    yield from llava.projector.to_hf_tensors().items()
+def _llava_tensors(llava: Llava, tower: VisionTower, projector: Projector) -> _Tensors:
+    yield from _tower_tensors(tower, "vision_tower.vision_model.")
+    yield from projector.to_hf_tensors().items()
     yield from _decoder_tensors(llava, "language_model.")
 
 

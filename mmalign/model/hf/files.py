@@ -17,6 +17,7 @@ _FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+Reader = safe_open | dict[str, Tensor]  # of a .safetensors or a .bin file
 
 
 class WeightFiles:
@@ -27,10 +28,11 @@ class WeightFiles:
     """
 
     def __init__(self, paths: list[Path]):
-        self._readers: dict[str, tuple[Path, object]] = {}
+        self._readers: dict[str, tuple[Path, Reader]] = {}
         for path in paths:
             reader = _open(path)
-            for key in reader.keys():
+            names = reader.keys()  # a safe_open is not iterable itself
+            for key in names:
                 if key in self._readers:
                     raise UserError(f"{path}: {key} is also in {self._readers[key][0].name}")
                 self._readers[key] = (path, reader)
@@ -44,7 +46,7 @@ class WeightFiles:
                 return cls(_shards(path) if name.endswith(".index.json") else [path])
         raise UserError(f"no weights in {folder}: looked for {', '.join(_FILES)}")
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._readers)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -69,8 +71,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(path: Path):
-    """A safe_open handle, or the dict of a .bin file."""
+def _open(path: Path) -> Reader:
     try:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt")

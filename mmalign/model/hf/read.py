@@ -86,7 +86,7 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     files = WeightFiles.of_folder(folder)
     model_type = read_hf_config(folder)["model_type"]
     keys = {}
-    for key in files.keys():
+    for key in files.names():
         name = key
         if model_type == "llava":
             name = name.removeprefix("model.")
@@ -134,7 +134,7 @@ def _allocate(module_class: type, config, dtype: torch.dtype):
 
 def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
     """Name in LlamaForCausalLM -> key in the files, of a LlamaForCausalLM folder."""
-    multimodal = [key for key in files.keys() if _MULTIMODAL.match(key)]
+    multimodal = [key for key in files.names() if _MULTIMODAL.match(key)]
     if multimodal:
         log.warning(
             "%s: %d tensors of a projector or vision tower are not part of the decoder: %s",
@@ -142,13 +142,13 @@ def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
             len(multimodal),
             _listed(multimodal),
         )
-    return {key: key for key in files.keys() if key not in set(multimodal)}
+    return {key: key for key in files.names() if key not in set(multimodal)}
 
 
 def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
     """The same of a LLaVA folder: language_model.model.x, or model.language_model.x."""
     keys = {}
-    for key in files.keys():
+    for key in files.names():
         if _MULTIMODAL.match(key):
             continue
         if key.startswith("model.language_model."):
@@ -205,7 +205,7 @@ def _listed(items: list[str]) -> str:
 
 def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
     tensors, rows = {}, {}
-    for key in files.keys():
+    for key in files.names():
         if key.endswith("embed_tokens.weight"):
             rows["image_token_embeddings"] = files.read(key)[-2:].clone()
         elif key == "image_token_embeddings":
@@ -222,5 +222,5 @@ def _llava_projector(folder: Path) -> dict[str, Tensor]:
     if found != expected:
         raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
     files = WeightFiles.of_folder(folder)
-    keys = [key for key in files.keys() if "multi_modal_projector." in key]
+    keys = [key for key in files.names() if "multi_modal_projector." in key]
     return read_projector({key: files.read(key).clone() for key in keys}, folder, hf)

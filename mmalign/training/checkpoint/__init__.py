@@ -12,12 +12,11 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from mmalign.distributed import DistributedContext
+from mmalign.distributed import DistributedContext, new_cpu_group
 from mmalign.errors import UserError
 from mmalign.training.checkpoint import manifest
 from mmalign.training.checkpoint.staging import Staging
@@ -38,7 +37,7 @@ class Checkpoints:
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self.group = None  # of the writing threads alone; the loop uses the other groups meanwhile
         if collective:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+            self.group = new_cpu_group(timedelta(hours=12))
         self.staging = Staging(ranks.device)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -59,7 +58,7 @@ class Checkpoints:
 
         A corrupt checkpoint is reported and renamed to corrupt_step_N.
         """
-        step = self._newest_intact() if self.ranks.is_main else None
+        step = self._newest_intact() if self.ranks.is_main else 0
         self.newest = self.ranks.broadcast_from_main(step)
         return self.newest
 
