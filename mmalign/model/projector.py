@@ -188,7 +188,8 @@ def _check_hf_config(hf: dict, source: object, expected: dict) -> None:
 
 def _check_identity(state: dict[str, Tensor], source: object) -> None:
     weight, bias = state.get("linear_2.weight"), state.get("linear_2.bias")
-    if weight is None or bias is None or not weight.equal(torch.eye(*weight.shape).to(weight)):
+    square = weight is not None and weight.ndim == 2
+    if not square or bias is None or not weight.equal(torch.eye(*weight.shape).to(weight)):
         raise UserError(f"{source}: multi_modal_projector.linear_2 is not the identity")
     if bias.any():
         raise UserError(f"{source}: multi_modal_projector.linear_2.bias is not zero")
