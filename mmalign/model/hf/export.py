@@ -65,7 +65,7 @@ def export_llava(
     """A LlavaForConditionalGeneration folder. The arguments are those of export_llama."""
     tower, projector = llava.vision_tower, llava.projector
     assert tower is not None and projector is not None, (
-        "a text-only model exports with export_llama"
+        "a text-only model: use export_llama"
     )
     if folder is None:
         return _read_all(_llava_tensors(llava, tower, projector))
