@@ -44,10 +44,6 @@ def our_rotary(i: Inputs) -> Tensor:
     )
 
 
-def our_full(i: Inputs) -> Tensor:
-    return full_attention(i.qkv, i.cu_seqlens, i.max_seqlen, i.num_heads)
-
-
 # ---- packed samples: qkv (tokens, 3 * heads * head_dim), rotated where i.rotary ----
 
 
@@ -67,14 +63,14 @@ def compiled_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _compiled()(x, cos, sin)
 
 
-def packed_heads(i: Inputs, rotation=rotate) -> tuple[Tensor, Tensor, Tensor]:
+def packed_heads(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (tokens, heads, head_dim), rotated where the inputs ask for it."""
     q, k, v = i.qkv.view(len(i.qkv), 3, i.num_heads, -1).unbind(1)
     if not i.rotary:
         return q, k, v
     rows = i.position_ids
     cos, sin = i.cos[rows][:, None], i.sin[rows][:, None]
-    return rotation(q, cos, sin), rotation(k, cos, sin), v
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def sample_by_sample(i: Inputs) -> Tensor:
@@ -203,7 +199,10 @@ LIGER = Variant(
 ROTARY = Operation(
     "rotary_attention", [*ours("rotary_attention", our_rotary), *PEERS, LIGER], EAGER, MATMUL
 )
-FULL = Operation("full_attention", [*ours("full_attention", our_full), *PEERS], EAGER, MATMUL)
+OUR_FULL = ours(
+    "full_attention", lambda i: full_attention(i.qkv, i.cu_seqlens, i.max_seqlen, i.num_heads)
+)
+FULL = Operation("full_attention", [*OUR_FULL, *PEERS], EAGER, MATMUL)
 
 
 def _inputs(lengths: list[int], heads: int, head_dim: int) -> Inputs:
@@ -239,7 +238,7 @@ def rotary_case(config: DecoderConfig, tokens: int, mix: str) -> Case:
         f"{NAMES[config]}, {tokens} tokens in {len(lengths)} samples ({mix}), {DTYPE_NAME}",
         make,
         ("qkv",),
-        costs_of(costs.rotary_attention_forward(*shape), costs.rotary_attention_backward(*shape)),
+        costs_of(costs.rotary_attention(*shape)),
     )
 
 
@@ -251,7 +250,7 @@ def full_case(config: VisionConfig, images: int) -> Case:
         f"{NAMES[config]}, {images} images, {DTYPE_NAME}",
         lambda: _inputs(lengths, heads, head_dim),
         ("qkv",),
-        costs_of(costs.full_attention_forward(*shape), costs.full_attention_backward(*shape)),
+        costs_of(costs.full_attention(*shape)),
     )
 
 
@@ -265,8 +264,4 @@ COMPARISONS = [
     *ROTARY.comparisons([rotary_case(*shape) for shape in SHAPES]),
     *FULL.comparisons([full_case(*shape) for shape in VISION_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_attention(comparison, compare):
-    compare(comparison)
+test_attention = each(COMPARISONS)
