@@ -14,12 +14,12 @@ from mmalign.evaluation.report.tables import (
     config_rows,
     first_flipped,
     is_resolved,
-    markdown_table,
     shortened,
     stage_rows,
 )
 from mmalign.evaluation.statistics import wilson_interval
 from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
+from mmalign.files import markdown_table
 
 _FLIPPED_SHOWN = 2  # documents of each task that became wrong, and as many that became right
 _LONGEST = 1200  # characters of an example
@@ -177,16 +177,13 @@ def differences(base: str, comparisons: Mapping[str, dict]) -> list[str]:
         "Points, bold where the interval excludes zero. *lost, gained*: documents that became "
         f"wrong, became right. Intervals: {how}."
     )
-    return ["## Differences", *blocks, note, *_settings_differ(base, comparisons)]
-
-
-def _settings_differ(base: str, comparisons: Mapping[str, dict]) -> list[str]:
-    sentences = [
+    settings = [
         f"{key}: {base} {a}, {name} {b}"
         for name, comparison in comparisons.items()
         for key, (a, b) in comparison["settings"].items()
     ]
-    return ["Settings that differ between the evaluations:", bullets(sentences)] * bool(sentences)
+    differ = ["Settings that differ between the evaluations:", bullets(settings)]
+    return ["## Differences", *blocks, note, *(differ if settings else [])]
 
 
 def flipped(base: str, comparisons: Mapping[str, dict], files: Mapping[str, str]) -> list[str]:
