@@ -164,7 +164,11 @@ class Tokenizer:
         """SHA-256 of the tokenizer's file and of the special ids, which settings may change."""
         ids = (self.vocab_size, self.bos_token_id, self.eos_token_id, self.unk_token_id)
         ids += (self.image_token_id, self.im_start_id, self.im_end_id)
-        parsed = [(x.content, x.id) for x in self._added.values() if not x.special]
+        parsed = [
+            (name, x.id)
+            for name, x in self._added.items()
+            if not x.special and name not in IMAGE_TOKENS
+        ]
         settings = repr(ids) + (repr(sorted(parsed)) if parsed else "")
         return hashlib.sha256(self.path.read_bytes() + settings.encode()).hexdigest()
 
