@@ -102,6 +102,8 @@ def read_json(path: str | Path, hint: str = "") -> dict:
     text = read_text(path)
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes: half of a surrogate pair is not Unicode
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         kind = known_kind(path) or f"not valid JSON ({error.msg})"
         raise UserError(f"{path}, line {error.lineno}: {kind}") from error
@@ -132,7 +134,8 @@ class Settings:
     def error(self, key: str, expected: str, lead: str = "expected") -> UserError:
         found = repr(self.values.get(key))
         found = found if len(found) <= 80 else f"{found[:80]} ..."
-        return UserError(f"{self.path}: {self.within}{key} is {found}; {lead} {expected}")
+        name = f"{self.within}{key}"[:100]
+        return UserError(f"{self.path}: {name} is {found}; {lead} {expected}")
 
     def integer(self, key: str, low: int, high: int, default: int, null: bool = False) -> int:
         value = self._value(key, default, null)
