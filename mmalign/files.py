@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from mmalign.errors import UserError
 
@@ -48,6 +49,20 @@ def write_json_lines(path: str | Path, rows: Iterable[dict]) -> None:
     """Replaces the file atomically by one object per line."""
     with replacing(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, open for reading; OSError where that fails.
+
+    Raises UserError at once for what is not a regular file: a FIFO or a device may never end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path} is {kind}, expected a regular file")
+    # a FIFO that takes the file's place in between must not block either
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def read_text(path: str | Path) -> str:

@@ -53,7 +53,9 @@ class ConversationDataset:
             raise ValueError("images need the VisionConfig of their tower")
         self.samples, self.tokenizer, self.data, self.vision = samples, tokenizer, data, vision
         self.template = find_template(data.template)
-        self._root = os.path.realpath(data.image_root or ".")
+        # links in a path are resolved and have to stay inside, unless the user follows them
+        self._resolve = os.path.abspath if data.follow_links else os.path.realpath
+        self._root = self._resolve(data.image_root or ".")
         if not data.text_only and not os.path.isdir(self._root):
             raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
 
@@ -75,7 +77,7 @@ class ConversationDataset:
         images = None if vision is None else (vision.preprocessing, vision.num_patches)
         settings = (
             *(data.template, data.use_im_start_end, data.text_only, data.max_length),
-            *(data.check_images, data.on_bad_sample, self._root, images),
+            *(data.check_images, data.on_bad_sample, data.follow_links, self._root, images),
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
@@ -91,7 +93,14 @@ class ConversationDataset:
         sample = self.samples[index]
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
-        ids, labels = encode_conversation(turns, self.template, tokenizer, data.use_im_start_end)
+        try:
+            ids, labels = encode_conversation(
+                turns, self.template, tokenizer, data.use_im_start_end
+            )
+        except Exception as error:  # whatever the libraries raise for text that they cannot take
+            raise SampleError(
+                sample.id, f"its text cannot be tokenised ({error})", "Fix or remove the sample"
+            ) from error
         if len(ids) > data.max_length:
             raise SampleError(
                 sample.id,
@@ -127,8 +136,8 @@ class ConversationDataset:
         if sample.image is None:
             return
         if self.data.check_images:
-            _naming_sample(sample.id, check_image, sample.image)
-        elif not sample.image.is_file():
+            _naming_sample(sample.id, check_image, sample.image, self.vision.preprocessing)
+        elif not os.path.isfile(sample.image):
             raise _image_error(sample.id, f"no file {sample.image}")
 
     def _expand(
@@ -141,12 +150,20 @@ class ConversationDataset:
     def _image_path(self, sample: Sample) -> Path | None:
         if sample.image is None or self.data.text_only:
             return None
-        path = os.path.realpath(os.path.join(self._root, sample.image))
+        if sample.image.startswith(("data:", "http://", "https://")):
+            kind = "a picture's data" if sample.image.startswith("data:") else "a URL"
+            raise _image_error(sample.id, f"its image {sample.image!r} is {kind}, not a path")
+        try:
+            path = self._resolve(os.path.join(self._root, sample.image))
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            problem = f"its image {sample.image!r} is not a path ({error})"
+            raise _image_error(sample.id, problem) from error
         if os.path.commonpath([path, self._root]) != self._root:
             raise SampleError(
                 sample.id,
                 f"its image {sample.image!r} is outside the image root {self._root}",
-                "Use paths relative to --data.image-root, without .. and outward links",
+                "Use paths relative to --data.image-root without .. (--data.follow-links True "
+                "allows links that leave it)",
             )
         return Path(path)
 
@@ -180,7 +197,11 @@ class ConversationDataset:
         if any(IMAGE in turn.text for turn in sample.conversations if turn.speaker == "gpt"):
             return f"{IMAGE} is in an answer; it belongs in a question"
         count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
-        if self.data.text_only or count == (sample.image is not None):
+        if self.data.text_only:
+            return None
+        if sample.other_image:
+            return f"its field {sample.other_image!r} holds a picture; only 'image' is read"
+        if count == (sample.image is not None):
             return None
         if sample.image is None:
             return f"{count} {IMAGE} in its questions, but the sample has no image"
