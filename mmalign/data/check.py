@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -77,15 +76,21 @@ def check_samples(
 
 
 def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport | None:
-    """The stored report; None if there is none, or one of other data or settings."""
+    """The stored report; None if there is none, one of other data or settings, or a damaged one."""
     try:
         with np.load(cache_path) as file:
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
+            arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
+            num_samples = len(dataset) - len(skipped)
+            if any(x.shape != (num_samples,) or x.dtype.kind != "i" for x in arrays):
+                raise ValueError("arrays of another size")
             return CheckReport(*arrays, skipped, file["prefix"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # missing or truncated
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
+        log.warning("%s is damaged (%s): all samples are checked again", cache_path, error)
         return None
 
 

@@ -20,6 +20,8 @@ from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_FIX_OR_SKIP = "Fix the file, or use --data.on-bad-sample skip"
+_MOST_CHARACTERS = 256  # of one token: no vocabulary has longer ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,9 @@ class ConversationDataset:
         sample = self.samples[index]
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
+        num_characters = sum(len(turn.text) for turn in turns)
+        if num_characters > _MOST_CHARACTERS * data.max_length:  # tokenising it could take hours
+            raise self._too_long(sample, f"{num_characters:,} characters")
         try:
             ids, labels = encode_conversation(
                 turns, self.template, tokenizer, data.use_im_start_end
@@ -102,11 +107,7 @@ class ConversationDataset:
                 sample.id, f"its text cannot be tokenised ({error})", "Fix or remove the sample"
             ) from error
         if len(ids) > data.max_length:
-            raise SampleError(
-                sample.id,
-                f"{len(ids)} tokens (the image counted as one), at most {data.max_length} allowed",
-                "Shorten or split the conversation, or raise --data.max-length",
-            )
+            raise self._too_long(sample, f"{len(ids)} tokens (the image counted as one)")
         if tokenizer.image_token_id in ids:
             raise SampleError(
                 sample.id,
@@ -120,13 +121,23 @@ class ConversationDataset:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
         return EncodedSample(sample.id, ids, labels, image)
 
+    def _too_long(self, sample: Sample, length: str) -> SampleError:
+        return SampleError(
+            sample.id,
+            f"{length}, at most {self.data.max_length} tokens allowed",
+            "Shorten or split the conversation, or raise --data.max-length",
+        )
+
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's image, uint8 (3, crop_size, crop_size); None without an image."""
         sample = self.samples[index]
         image = self._image_path(sample)
         if not image or not self.vision:
             return None
-        return _naming_sample(sample.id, load_image, image, self.vision.preprocessing)
+        remedy = "Fix the file and rerun the same command to resume"
+        if not self.data.check_images:
+            remedy += " (--data.check-images True finds such files before the first step)"
+        return _naming_sample(sample.id, remedy, load_image, image, self.vision.preprocessing)
 
     def check_image(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
@@ -136,7 +147,8 @@ class ConversationDataset:
         if sample.image is None:
             return
         if self.data.check_images:
-            _naming_sample(sample.id, check_image, sample.image, self.vision.preprocessing)
+            preprocessing = self.vision.preprocessing
+            _naming_sample(sample.id, _FIX_OR_SKIP, check_image, sample.image, preprocessing)
         elif not os.path.isfile(sample.image):
             raise _image_error(sample.id, f"no file {sample.image}")
 
@@ -208,15 +220,15 @@ class ConversationDataset:
         return f"{count} {IMAGE} in its questions, expected 1 for its image {sample.image!r}"
 
 
-def _naming_sample(sample_id: str, read: Callable[..., T], *arguments) -> T:
+def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *arguments) -> T:
     try:
         return read(*arguments)
     except UserError as error:
-        raise _image_error(sample_id, str(error)) from error
+        raise SampleError(sample_id, str(error), remedy) from error
 
 
 def _image_error(sample_id: str, problem: str) -> SampleError:
-    return SampleError(sample_id, problem, "Fix the file, or use --data.on-bad-sample skip")
+    return SampleError(sample_id, problem, _FIX_OR_SKIP)
 
 
 def _speaker_problem(turns: Sequence[Turn]) -> str | None:

@@ -80,7 +80,8 @@ def show(dataset: ConversationDataset, micro_batch_tokens: int, console: Console
         batch = pack_samples(encoded, pixels, dataset.tokenizer.image_token_id)
         for row, sample in enumerate(encoded):
             console.print(Rule(Text(f"sample {sample.id}"), align="left"))
-            console.print(str(sample.image or "no image"), style="dim", highlight=False)
+            image = str(sample.image or "no image")
+            console.print(image, style="dim", markup=False, highlight=False)
             _show_tokens(row, batch, dataset.tokenizer, console)
         _add_row(table, number, batch, micro_batch_tokens)
         boundaries.append(f"{number}: {' '.join(map(str, batch.cu_seqlens.tolist()))}")

@@ -49,7 +49,7 @@ SPOILED = {
     "<image> in an answer": (last_turn("a <image>"), "<image> is in an answer"),
     "empty answer": (last_turn(""), "nothing to train on"),
     "no answer": (drop_answer, "nothing to train on"),
-    "too long": (last_turn("a boat " * 400), "tokens .* at most 500 allowed"),
+    "too long": (last_turn("a boat " * 400), "tokens .* at most 500 tokens allowed"),
     "outside the root": (leave_root, "outside the image root"),
     "malformed": (lambda w: w.samples[BAD].update(conversations=3), "expected a list of turns"),
 }

@@ -114,7 +114,7 @@ def test_plain_takes_one_question_and_one_answer(world):
 def test_max_length_counts_the_image_as_one_token(world):
     length = len(world.dataset().encode(1).input_ids) - NUM_PATCHES + 1
     assert len(world.dataset(max_length=length).encode(1).labels) == length + NUM_PATCHES - 1
-    with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} allowed"):
+    with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} tokens"):
         world.dataset(max_length=length - 1).encode(1)
 
 
