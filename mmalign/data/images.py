@@ -101,7 +101,8 @@ def _open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path} is too large ({error}). Scale the image down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise UserError(f"{path} cannot be decoded ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be decoded ({reason})") from error
 
 
 def _check_kind(path: Path, image: Image.Image, size: int) -> None:

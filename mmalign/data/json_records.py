@@ -86,9 +86,9 @@ def records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
         ) from error
 
 
-def parse(text: str | bytes) -> dict:
+def parse(text: bytes) -> dict:
     """One object that `records` has yielded."""
-    return _DECODER.decode(text if isinstance(text, str) else text.decode())
+    return _CHECKED.decode(text.decode())
 
 
 def _refuse_one_object(path: Path, text: str, begin: int) -> None:
@@ -196,3 +196,4 @@ def _integer(digits: str) -> int | str:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_CHECKED = json.JSONDecoder(parse_int=_integer)
