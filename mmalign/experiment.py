@@ -58,8 +58,8 @@ def run_experiment(experiment: Experiment) -> Path:
         experiment = _in_toy_world(experiment)
     output = experiment.output
     pretrain, finetune = _stages(experiment)
-    for stage in (pretrain, finetune):  # the second before hours of the first
-        validate(stage)
+    for settings in (experiment, pretrain, finetune):  # all before hours of the first
+        validate(settings)
     train(pretrain)
     train(finetune)
     evaluations = {

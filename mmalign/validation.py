@@ -47,6 +47,9 @@ RANGES = {
     "parallel.shard_size": Range(0, 2**20),
     "parallel.timeout_minutes": Range(0, 60 * 24 * 365, above=True),
     "evaluation.every": _COUNT_OR_NONE,
+    "evaluate_every": _COUNT_OR_NONE,  # this one and the two below it: of scripts/reproduce.py
+    "limit": _COUNT,
+    "batch_tokens": _TOKENS,
     "evaluation.limit": _COUNT,
     "evaluation.batch_tokens": _TOKENS,
     "global_batch_size": Range(1, 2**20),
@@ -63,7 +66,7 @@ RANGES = {
 def validate(settings: Any) -> None:
     """Raises UserError for the first number out of its range, and for an unknown template.
 
-    settings: a TrainConfig, or another dataclass whose fields have the names of one.
+    settings: a TrainConfig, or a dataclass of another command whose fields have these names.
     """
     for name, value in walk(settings):
         if name == "data.template":

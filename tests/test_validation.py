@@ -2,18 +2,23 @@
 
 import dataclasses
 import math
+import runpy
+import sys
 import typing
 from dataclasses import is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
+from mmalign.experiment import TINY, Experiment, run_experiment
 from mmalign.recipes import RECIPES
 from mmalign.training.loop import train
 from mmalign.validation import RANGES, validate
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = RECIPES["finetune-7b-lora"][1]
 NEVER = (math.nan, math.inf, -math.inf, -1, -0.5, 10**30, 1e30)
 MAY_BE_ZERO = {
@@ -41,7 +46,8 @@ def with_field(config: Any, name: str, value: object) -> Any:
 
 
 def test_every_numeric_field_has_a_range_and_every_range_a_field():
-    assert sorted(numeric_fields(TrainConfig)) == sorted(RANGES)
+    names = numeric_fields(TrainConfig) + numeric_fields(Experiment)
+    assert sorted(names) == sorted(RANGES)
 
 
 def test_a_new_field_is_found():
@@ -53,7 +59,7 @@ def test_a_new_field_is_found():
     ]
 
 
-@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("name", numeric_fields(TrainConfig))
 def test_what_no_number_may_be_is_refused_by_name(name):
     flag = "--" + name.replace("_", "-")
     for value in NEVER if name in MAY_BE_ZERO else (*NEVER, 0, 0.0):
@@ -88,6 +94,22 @@ def test_recipes_are_in_range_and_unset_is_not_a_number():
     for _, config in RECIPES.values():
         validate(config)
     validate(replace(CONFIG, num_steps=None, peak_tflops=None, micro_batch_tokens="auto"))
+
+
+def test_an_experiment_is_refused_before_its_first_stage(tmp_path):
+    for name in ("limit", "batch_tokens"):
+        experiment = replace(TINY, output=tmp_path / "out", **{name: 0})
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0, expected"):
+            run_experiment(experiment)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["check_data", "preview_batch"])
+def test_other_commands_refuse_the_same(monkeypatch, script):
+    command = [script, "--model.tokenizer", "none", "--data.path", "none", "--data.max-length", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="error: --data.max-length is 0, expected a number"):
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
 
 
 def test_an_unknown_template_is_named_with_the_known_ones():

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -156,6 +157,7 @@ _worker_dataset: ConversationDataset | None = None  # of this worker process
 def _start_worker(dataset: ConversationDataset) -> None:
     global _worker_dataset
     _worker_dataset = dataset
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends these
 
 
 def _check_chunk_in_worker(chunk: range) -> _CheckedChunk:

@@ -16,6 +16,7 @@ from mmalign.files import open_regular
 
 MAX_FILE_BYTES = 2**32  # text and its samples take up to 6 times that in memory
 MAX_DEPTH = 32  # objects and lists in each other; published samples have 3
+REPEATED = "\0repeated"  # the entry of an object that names a key which it has more than once
 _MOST_DIGITS = 300  # an integer with more (Python refuses 4300) stays text
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _OTHER_FORMATS = (  # first bytes -> what it is, what to do
@@ -49,9 +50,9 @@ def read_text(path: Path) -> tuple[str, str]:
                     "are read into memory. Take a part of its samples"
                 )
             content = file.read()
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the data file {path} ({reason})") from error
     for start, kind, remedy in _OTHER_FORMATS:
@@ -88,7 +89,7 @@ def records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
 
 def parse(text: bytes) -> dict:
     """One object that `records` has yielded."""
-    return _CHECKED.decode(text.decode())
+    return _DECODER.decode(text.decode())
 
 
 def _refuse_one_object(path: Path, text: str, begin: int) -> None:
@@ -157,8 +158,6 @@ def _decode(text: str, begin: int) -> tuple[object, int]:
         value, end = _DECODER.raw_decode(text, begin)
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, begin) from None
-    except _RepeatedKey as error:
-        raise json.JSONDecodeError(str(error), text, begin) from None
     num_opened = text.count("[", begin, end) + text.count("{", begin, end)
     if num_opened > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise json.JSONDecodeError("nested too deeply", text, begin)
@@ -178,16 +177,10 @@ def _depth(value: object) -> int:
     return depth
 
 
-class _RepeatedKey(Exception):
-    pass
-
-
 def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise _RepeatedKey(f"the key {readable(twice, 100)!r} stands twice in one object")
+    if len(found) < len(pairs):  # json would keep the last value in silence
+        found[REPEATED] = Counter(key for key, _ in pairs).most_common(1)[0][0]
     return found
 
 
@@ -196,4 +189,3 @@ def _integer(digits: str) -> int | str:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
-_CHECKED = json.JSONDecoder(parse_int=_integer)

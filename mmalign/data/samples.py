@@ -21,7 +21,7 @@ from typing import Literal, overload
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.data.json_records import parse, read_text, records
+from mmalign.data.json_records import REPEATED, parse, read_text, records
 from mmalign.errors import SampleError, UserError, readable
 
 _TYPES = {
@@ -33,7 +33,8 @@ _TYPES = {
     "complex_reasoning": "reasoning",
     "complex_reasoning_77k": "reasoning",
 }
-_FIELDS, _TURN_FIELDS = {"id", "image", "type", "conversations"}, {"from", "value"}
+_FIELDS = {"id", "image", "type", "conversations", REPEATED}
+_TURN_FIELDS = {"from", "value", REPEATED}
 _MOST_ID_CHARACTERS = 100  # of an id that is a sample's name as it is
 _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 # a field that holds a picture, by its name or by what is in it
@@ -178,6 +179,8 @@ def _parse(record: dict, sample_id: str) -> Sample:
         problem += f" (its fields: {', '.join(map(repr, record))})" if turns is None else ""
     elif not all(isinstance(turn, dict) for turn in turns):
         problem = "a turn is not an object with from and value"
+    elif twice := [x[REPEATED] for x in (record, *turns) if REPEATED in x]:
+        problem = f"the key {twice[0]!r} stands twice in it"
     elif not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
         problem = "a turn lacks the text from or value"
     elif image is not None and (not isinstance(image, str) or not image):

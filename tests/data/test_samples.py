@@ -85,7 +85,6 @@ def test_types_and_number_of_samples(tmp_path):
         ('[{"id": "a"}]\n\n]', 3, 1),
         ('[{"id": "a"},\n {"id": "b", "x": ' + "[" * 40 + "]" * 40 + "}]", 2, 2),
         ('[{"id": "a"},\n {"id": "b", "x": ' + "[" * 99999 + "]" * 99999 + "}]", 2, 2),
-        ('[{"id": "a"},\n {"image": "1.jpg", "image": "2.jpg"}]', 2, 2),
         ('{"id": "a"}\n{"id": \n{"id": "c"}\n', 2, 8),
         ('{"id": "a"}\n\n{"id": "b"} {"id": "c"}', 3, 13),
         ("<html>\n</html>", 1, 1),
@@ -156,6 +155,17 @@ def test_numbers_that_nobody_reads_may_be_long(tmp_path):
     samples = read(tmp_path, text)
     assert samples[0].id == "a" and samples.unused == {"huge": 1}
     assert len(read(tmp_path, text.replace('"a"', "7" * 5000))[0].id) < 120
+
+
+@pytest.mark.parametrize("old", ['"conversations"', '"value"'])
+def test_a_key_that_stands_twice_names_the_sample(tmp_path, old):
+    text = json.dumps([record("a", meta={"x": 1})])
+    text = text.replace('"x": 1', '"x": 1, "x": 2')  # nobody reads it
+    assert read(tmp_path, text)[0].id == "a"
+    with pytest.raises(
+        SampleError, match=f"sample 'a': the key {old} stands twice".replace('"', "'")
+    ):
+        read(tmp_path, text.replace(old, f"{old}: [], {old}", 1))[0]
 
 
 def test_fields_that_nothing_reads_are_counted(tmp_path):
