@@ -11,6 +11,7 @@ from mmalign.evaluation.visual_questions import score_run
 from mmalign.recipes import RECIPES
 from mmalign.toy_world import toy_world
 from mmalign.training.loop import train
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def run_experiment(experiment: Experiment) -> Path:
         experiment = _in_toy_world(experiment)
     output = experiment.output
     pretrain, finetune = _stages(experiment)
+    for settings in (experiment, pretrain, finetune):  # all before hours of the first
+        validate(settings)
     train(pretrain)
     train(finetune)
     evaluations = {

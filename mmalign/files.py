@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from mmalign.errors import UserError
 
@@ -68,6 +69,20 @@ def require_file(path: str | Path, hint: str = "") -> None:
         raise UserError(f"{path} does not exist. {hint}".rstrip())
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file. {hint}".rstrip())
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, open for reading; OSError where that fails.
+
+    Raises UserError at once for what is not a regular file: a FIFO or a device may never end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path} is {kind}, expected a regular file")
+    # a FIFO that takes the file's place in between must not block either
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def read_text(path: str | Path) -> str:

@@ -13,7 +13,7 @@ ORDER = (
     ("mmalign.experiment", "mmalign.recipes"),
     ("mmalign.training",),
     ("mmalign.evaluation", "mmalign.lm_eval", "mmalign.chat"),
-    ("mmalign.toy_world",),
+    ("mmalign.toy_world", "mmalign.validation"),
     ("mmalign.data",),
     ("mmalign.flops",),
     ("mmalign.model",),

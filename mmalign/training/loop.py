@@ -37,12 +37,14 @@ from mmalign.training.run_folder import check_shared, write_config
 from mmalign.training.step_result import StepNumbers, StepResult
 from mmalign.training.telemetry import Telemetry
 from mmalign.training.trainer import Trainer
+from mmalign.validation import validate
 
 log = logging.getLogger("mmalign")
 
 
 def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or resumes it from its latest checkpoint."""
+    validate(config)
     timeout = config.parallel.timeout_minutes
     with start_distributed(config.device, timeout) as ranks, memory_history(ranks.device):
         config = plan_run(resolve(config), ranks)  # refuses what does not fit in memory
@@ -66,6 +68,11 @@ def build_loop(
     num_steps = config.num_steps or num_steps_of(
         len(report.kept), config.global_batch_size, config.num_epochs
     )
+    if num_steps == 1 and config.optimizer.warmup_ratio and ranks.is_main:
+        log.warning(
+            "the only step has learning rate 0, with which warm-up begins, so nothing is learned: "
+            "raise --num-steps, or set --optimizer.warmup-ratio 0"
+        )
     steps_to_profile(config.profile, num_steps)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
@@ -132,6 +139,7 @@ class TrainingLoop:
                         self._run_steps()
                     self._save()
                     self.checkpoints.finish()
+                    self._warn_if_all_skipped()
             except CheckpointError:
                 raise
             except BaseException:
@@ -226,6 +234,15 @@ class TrainingLoop:
         elif self.spikes.update(result.number, numbers.loss, step.sample_ids):
             record["loss_spike"] = True
         return record | (self.evaluation.fields(result.number) if self.evaluation else {})
+
+    def _warn_if_all_skipped(self) -> None:
+        num_skipped = self.trainer.guard.num_skipped  # the last ones in a row
+        if num_skipped and num_skipped == self.done - self.first_step and self.metrics:
+            log.warning(
+                "all %d steps were skipped: the weights are those that training began with. "
+                "Lower --optimizer.learning-rate, or inspect the samples named above",
+                num_skipped,
+            )
 
     def _flush(self) -> None:
         """Reads the pending step, if there is one."""
