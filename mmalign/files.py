@@ -212,6 +212,28 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
     return rows
 
 
+def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
+    """The records of metrics.jsonl, and a sentence for every line that is not the next step's.
+
+    A last line without a line end was cut short by a kill and is left out silently.
+    """
+    records, problems, last = [], [], 0
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            numbers = (record["step"], record["loss"])
+            if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+                raise TypeError
+            if record["step"] != int(record["step"]) or record["step"] <= last:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            problems.append(f"{path}, line {number}: not the record of a step after step {last}")
+            continue
+        records.append(record)
+        last = record["step"]
+    return records, problems
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as file:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.samples import SampleFile
 from mmalign.errors import SampleError, UserError, readable
@@ -110,7 +110,9 @@ def _check_all(
     chunks = [
         range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
     ]
-    bar = tqdm(total=len(dataset), desc="checking samples", unit=" samples", disable=not progress)
+    bar = progress_bar(
+        total=len(dataset), desc="checking samples", unit=" samples", disable=not progress
+    )
     counts, skipped, prefix = [], [], None
     with bar:
         for chunk in _run(dataset, chunks, num_workers):

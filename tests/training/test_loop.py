@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.command import Stopped
 from mmalign.errors import UserError
 from mmalign.files import read_json_lines
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
 from tests.training.helpers import exported_weights, losses, small_config, small_loop
 
