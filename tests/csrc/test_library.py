@@ -42,7 +42,7 @@ def test_missing_library_says_how_to_build_it(tmp_path):
         cuda_library.load(tmp_path / "absent.so")
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
-    with pytest.raises(CudaLibraryMissing, match="does not load.*Build it anew"):
+    with pytest.raises(CudaLibraryMissing, match="does not load.*Rebuild it"):
         cuda_library.load(broken)
 
 
