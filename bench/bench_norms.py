@@ -87,8 +87,7 @@ ADD_RMS_NORM = Operation(
 
 def rms_norm_case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = False) -> Case:
     size = config.hidden_size
-    forward = costs.add_rms_norm_forward if add else costs.rms_norm_forward
-    backward = costs.add_rms_norm_backward if add else costs.rms_norm_backward
+    cost = costs.add_rms_norm if add else costs.rms_norm
 
     def make() -> SimpleNamespace:
         inputs = SimpleNamespace(
@@ -103,10 +102,7 @@ def rms_norm_case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = 
         f"{NAMES[config]}, {tokens} tokens, {DTYPE_NAME}{', frozen weight' if frozen else ''}",
         make,
         leaves,
-        costs_of(
-            forward(tokens, size, ITEMSIZE),
-            backward(tokens, size, ITEMSIZE, needs_weight=not frozen),
-        ),
+        costs_of(cost(tokens, size, ITEMSIZE, needs_weight=not frozen)),
     )
 
 
@@ -186,10 +182,7 @@ def projector_case(config: DecoderConfig, tokens: int) -> Case:
         f"{NAMES[config]}, {images} images in {tokens} tokens, {DTYPE_NAME}",
         make,
         ("weight", "bias"),
-        costs_of(
-            costs.project_image_features_forward(*shape),
-            costs.project_image_features_backward(*shape, needs_hidden=False),
-        ),
+        costs_of(costs.project_image_features(*shape, needs_hidden=False)),
     )
 
 
@@ -221,10 +214,7 @@ def layer_norm_case(config: VisionConfig, images: int) -> Case:
             eps=config.layer_norm_eps,
         ),
         ("x", "weight", "bias"),
-        costs_of(
-            costs.layer_norm_forward(rows, size, ITEMSIZE),
-            costs.layer_norm_backward(rows, size, ITEMSIZE),
-        ),
+        costs_of(costs.layer_norm(rows, size, ITEMSIZE)),
     )
 
 
