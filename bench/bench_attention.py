@@ -265,8 +265,4 @@ COMPARISONS = [
     *ROTARY.comparisons([rotary_case(*shape) for shape in SHAPES]),
     *FULL.comparisons([full_case(*shape) for shape in VISION_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_attention(comparison, compare):
-    compare(comparison)
+test_attention = each(COMPARISONS)

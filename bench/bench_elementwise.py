@@ -110,10 +110,7 @@ PACK_ROWS = Operation(
 EAGER_UNPACK = torch_variants(eager_unpack)
 UNPACK_ROWS = Operation(
     "unpack_rows",
-    [
-        *ours("packing", lambda i: unpack_rows(i.packed, i.positions, i.num_rows)),
-        *EAGER_UNPACK,
-    ],
+    [*ours("packing", lambda i: unpack_rows(i.packed, i.positions, i.num_rows)), *EAGER_UNPACK],
     EAGER_UNPACK[0],
     COPY,
 )
@@ -149,8 +146,4 @@ COMPARISONS = [
     *PACK_ROWS.comparisons([packing_case(*shape, packed=False) for shape in PACKING_SHAPES]),
     *UNPACK_ROWS.comparisons([packing_case(*shape, packed=True) for shape in PACKING_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_elementwise(comparison, compare):
-    compare(comparison)
+test_elementwise = each(COMPARISONS)

@@ -187,8 +187,4 @@ COMPARISONS = [
     *LINEAR_CROSS_ENTROPY.comparisons(LOSS_CASES),
     *TARGET_LOGPROBS.comparisons([logprobs_case(*shape) for shape in DECODER_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_lm_head(comparison, compare):
-    compare(comparison)
+test_lm_head = each(COMPARISONS)

@@ -8,16 +8,7 @@ from mmalign_kernels import add_rms_norm, costs, layer_norm, project_image_featu
 
 from bench.comparison import COPY, each
 from bench.operation import Case, Operation, costs_of
-from bench.peers import (
-    Variant,
-    library,
-    liger,
-    llama_norm,
-    missing,
-    ours,
-    peer,
-    torch_variants,
-)
+from bench.peers import Variant, library, liger, llama_norm, missing, ours, peer, torch_variants
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -224,8 +215,4 @@ COMPARISONS = [
     *PROJECTOR.comparisons([projector_case(*shape) for shape in DECODER_SHAPES]),
     *LAYER_NORM.comparisons([layer_norm_case(*shape) for shape in VISION_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_norms(comparison, compare):
-    compare(comparison)
+test_norms = each(COMPARISONS)

@@ -1,10 +1,10 @@
-"""Reading and writing the project's own files: JSON, JSON lines, checksums, atomic replacement."""
+"""The project's own files: JSON, JSON lines, Markdown tables, checksums, atomic replacement."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -93,6 +93,14 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
         rows.append(row)
     return rows
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
+) -> str:
+    """First column to the left, the rest to the right unless `rest` says otherwise."""
+    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def sha256(path: str | Path) -> str:

@@ -49,12 +49,7 @@ def attention_pairs(cu_seqlens: Sequence[int], causal: bool) -> int:
 
 
 def _attention(
-    cu_seqlens: Sequence[int],
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    itemsize: int,
-    causal: bool,
+    cu_seqlens: Sequence[int], heads: int, kv_heads: int, head_dim: int, itemsize: int, causal: bool
 ) -> Passes:
     """The backward pass has five products; the kernels take seven, and read all but `out` twice."""
     tokens, block_d = cu_seqlens[-1], block_columns(head_dim)
