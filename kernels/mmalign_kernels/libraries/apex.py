@@ -37,13 +37,9 @@ def add_rms_norm_fwd(
 
 
 def rms_norm_bwd(
-    grad_y: Tensor,
-    grad_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    grad_y: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check("apex", "rms_norm", x)
     import fused_layer_norm_cuda
 
