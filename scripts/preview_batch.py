@@ -10,6 +10,7 @@ labels unshifted (-100: no loss), image tokens expanded.
 import signal
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -32,6 +33,8 @@ class Preview:
     data: tyro.conf.FlagConversionOff[PreviewData] = PreviewData()
     micro_batch_tokens: int = 8192
     """Most tokens in one micro-batch of the packing map."""
+    figure: Path | None = None
+    """Also draw the first micro-batch: a PNG file."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object per sample instead of the view for people."""
 
@@ -48,6 +51,6 @@ if __name__ == "__main__":
         if config.json:
             write_json(dataset)
         else:
-            show(dataset, config.micro_batch_tokens, Console())
+            show(dataset, config.micro_batch_tokens, Console(), config.figure)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -2,9 +2,10 @@
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Iterator
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -48,8 +49,8 @@ def _find(backend: str) -> tuple[str | None, str | None]:
 def _families() -> Iterator[tuple[str, str, list[str]]]:
     """Public operation, its family and the functions that a backend must have."""
     for name in mmalign_kernels.__all__:
-        family = getattr(mmalign_kernels, name).__module__.rpartition(".")[2]
-        module = import_module(f"{__package__}.{family}")
+        module = sys.modules[getattr(mmalign_kernels, name).__module__]
+        family = module.__name__.rpartition(".")[2]
         parts = [x.name for x in vars(module).values() if isinstance(x, Operation)]
         parts = [x for x in parts if x.startswith(name.removesuffix("_step"))] or parts
         if parts:  # linear declares none: it is torch's own

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmalign.errors import UserError
-from mmalign.model.config import Preprocessing
+from mmalign.model.preprocessing import Preprocessing
 
 # PIL converts these to RGB by clipping at 255: a 16-bit image becomes white
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")

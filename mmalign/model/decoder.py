@@ -12,6 +12,8 @@ from mmalign.model.positions import KeyValues, PackedPositions, Positions, Prefi
 from mmalign.model.projector import ImageInputs
 from mmalign.model.recompute import POLICIES, Recompute, policy_by_layer
 
+MAX_TABLE = 2**17  # positions that the rotary tables start with; they grow as needed
+
 
 class Decoder(nn.Module):
     """embed_tokens -> layers -> norm; lm_head is applied by the loss, on the rows that need it.
@@ -30,9 +32,8 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.rotary = RotaryTables(
-            config.head_dim, config.rope_theta, config.max_position_embeddings
-        )
+        num_positions = min(config.max_position_embeddings, MAX_TABLE)
+        self.rotary = RotaryTables(config.head_dim, config.rope_theta, num_positions)
 
     def set_recompute(self, policy: Recompute, num_layers: int | None = None) -> None:
         """The policy (recompute.py) of the first num_layers layers, None: of all."""

@@ -104,7 +104,10 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _check_same_run(saved: dict, config: TrainConfig, path: Path) -> None:
-    before, now = _flatten(saved), _flatten(json.loads(config_json(config)))
+    now, default = (
+        _flatten(json.loads(config_json(x))) for x in (config, TrainConfig(stage=config.stage))
+    )
+    before = default | _flatten(saved)  # an option that is newer than the run had its default
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in now.items()

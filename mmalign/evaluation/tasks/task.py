@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from mmalign.errors import UserError
 from mmalign.evaluation.metrics import caveats, exact_match, mean_tokens
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.statistics import effective_n, mean_of_tasks_interval, wilson_interval
@@ -91,7 +92,21 @@ class Task(ABC):
 
         Raises UserError for a missing or malformed file.
         """
-        return self.read(Path(data_root))[:limit]
+        root = Path(data_root)
+        try:
+            documents = self.read(root)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.name}: {', '.join(self.data_files(root))} under {root} is not in its "
+                f"published form ({type(error).__name__}: {error})"
+            ) from error
+        if not documents:
+            raise UserError(
+                f"{self.name}: {', '.join(self.data_files(root))} under {root} is empty"
+            )
+        return documents[:limit]
 
     @abstractmethod
     def read(self, data_root: Path) -> list:

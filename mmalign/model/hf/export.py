@@ -28,9 +28,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_llama(
-    model: Llava | Decoder, folder: str | Path | None, tokenizer: Tokenizer | None = None
+    model: Llava | Decoder,
+    folder: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str = "",
 ) -> None:
-    """A LlamaForCausalLM folder of the decoder alone.
+    """A LlamaForCausalLM folder of the decoder alone, with the tokenizer and its chat template.
 
     All processes export a sharded model together; with folder None a process only takes part in
     gathering its weights.
@@ -39,10 +42,10 @@ def export_llama(
     if folder is None:
         return _read_all(_decoder_tensors(model))
     with replacing_folder(Path(folder)) as partial:
-        write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
+        write_json(partial / "config.json", _decoder_config(decoder, tokenizer))
         _write_weights(partial, _decoder_tensors(model))
         if tokenizer is not None:
-            tokenizer.save(partial)
+            tokenizer.save(partial, decoder.config.vocab_size, chat_template)
 
 
 def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
@@ -54,9 +57,12 @@ def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
 
 
 def export_llava(
-    llava: Llava, folder: str | Path | None, tokenizer: Tokenizer | None = None
+    llava: Llava,
+    folder: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str = "",
 ) -> None:
-    """A LlavaForConditionalGeneration folder. folder None: as in export_llama."""
+    """A LlavaForConditionalGeneration folder. The arguments are those of export_llama."""
     tower, projector = llava.vision_tower, llava.projector
     assert tower is not None and projector is not None, "a text-only model: use export_llama"
     if folder is None:
@@ -71,7 +77,7 @@ def export_llava(
         **projector.HF_CONFIG,
         **tower.config.llava_fields,
         "tie_word_embeddings": llava.decoder.config.tie_word_embeddings,
-        "text_config": llava.decoder.config.to_hf(dtype),
+        "text_config": _decoder_config(llava.decoder, tokenizer),
         "vision_config": tower.config.to_hf(_dtype(tower)),
     }
     with replacing_folder(Path(folder)) as partial:
@@ -79,8 +85,7 @@ def export_llava(
         write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
         _write_weights(partial, _llava_tensors(llava, tower, projector))
         if tokenizer is not None:
-            tokenizer.save(partial)
-            tokenizer.save_image_tokens(partial, llava.decoder.config.vocab_size)
+            tokenizer.save(partial, llava.decoder.config.vocab_size, chat_template)
             _write_processor(partial, tokenizer, tower.config)
 
 
@@ -95,6 +100,17 @@ def save_projector(llava: Llava, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(save(state, metadata={"format": "pt", "mmalign": "projector"}))
+
+
+def _decoder_config(decoder: Decoder, tokenizer: Tokenizer | None) -> dict:
+    """config.json, with the ids of the tokenizer that it was trained with."""
+    config = decoder.config.to_hf(_dtype(decoder))
+    if tokenizer is not None:
+        for role in ("bos_token_id", "eos_token_id"):
+            token_id, known = getattr(tokenizer, role), config[role]
+            if token_id not in (known if isinstance(known, list) else [known]):
+                config[role] = token_id
+    return config
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

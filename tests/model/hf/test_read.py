@@ -221,7 +221,7 @@ def test_tied_folder_with_its_own_head(tmp_path):
 
 def test_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"looked for model\.safetensors\.index\.json, .*\.bin"):
+    with pytest.raises(UserError, match=r"looked for model\.safetensors, .*\.bin"):
         load_decoder(folder)
 
 
