@@ -1,11 +1,11 @@
-"""Reading and writing files: JSON, typed settings, JSON lines, checksums, atomic replacement."""
+"""Files: JSON, typed settings, JSON lines, Markdown tables, checksums, atomic replacement."""
 
 import hashlib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -138,7 +138,7 @@ class Settings:
 
     def __init__(self, values: dict, path: str | Path, within: str = ""):
         """within: the keys that lead to this object in the file, each with a dot behind it."""
-        self.values, self.path, self.within = values, path, within
+        self.values, self.path, self.within = values, Path(path), within
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -232,6 +232,14 @@ def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
         records.append(record)
         last = record["step"]
     return records, problems
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
+) -> str:
+    """First column to the left, the rest to the right unless `rest` says otherwise."""
+    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def sha256(path: str | Path) -> str:

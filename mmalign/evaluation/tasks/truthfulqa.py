@@ -41,10 +41,7 @@ _PRESET = (
         "How does a telescope work?",
         "Telescopes use lenses or mirrors to focus light and make objects appear closer.",
     ),
-    (
-        "Where were the 1992 Olympics held?",
-        "The 1992 Olympics were held in Barcelona, Spain.",
-    ),
+    ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
 )
 PROMPT = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in _PRESET)
 
