@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,7 +132,7 @@ class _ProgressLines:
         **others,
     ):
         self.iterable, self.desc, self.unit, self.n = iterable, desc, unit.strip(), initial
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.leave, self.postfix, self.shown = leave, "", initial
         self.printed_at = time.monotonic()
 

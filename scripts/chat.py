@@ -50,7 +50,8 @@ def main(
             f"--image takes one picture, got {' and '.join(map(str, image))}. Name one; in a "
             "conversation, /image PATH asks about the next"
         )
-    conversation = Conversation(model, *(image or [None]), template, precision, device)
+    path = image[0] if image else None
+    conversation = Conversation(model, path, template, precision, device)
     if prompt is None:
         talk(conversation, options)
     else:

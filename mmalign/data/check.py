@@ -87,7 +87,8 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
             num_samples = len(dataset) - len(skipped)
             if any(x.shape != (num_samples,) or x.dtype.kind != "i" for x in arrays):
                 raise ValueError("arrays of another size")
-            return CheckReport(*arrays, skipped, file["prefix"])
+            kept, lengths, num_loss_tokens, num_images = arrays
+            return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"])
     except FileNotFoundError:
         return None
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
@@ -98,7 +99,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
 def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
     unused = dataset.samples.unused if isinstance(dataset.samples, SampleFile) else {}
     if unused:
-        most = sorted(unused, key=unused.get, reverse=True)[:NUM_LISTED]
+        most = sorted(unused, key=lambda name: unused[name], reverse=True)[:NUM_LISTED]
         fields = ", ".join(f"{readable(name, 50)} ({unused[name]:,})" for name in most)
         rest = f" and {len(unused) - len(most)} more" if len(unused) > len(most) else ""
         log.warning("fields of the data file that are not used (samples): %s%s", fields, rest)

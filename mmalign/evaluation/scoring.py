@@ -151,9 +151,11 @@ def plan_scoring(
     rank = {request: unique for unique, request in enumerate(first_of)}
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
     bar = progress_bar(
-        first_of, desc="tokenise", unit=" requests", disable=not progress, leave=False
+        first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
     )
-    encoded = [encoder.encode(*request, names[first_of[request]]) for request in bar]
+    encoded = [
+        encoder.encode(context, continuation, names[i]) for (context, continuation), i in bar
+    ]
     return make_plan(
         encoded,
         [rank[request] for request in requests],

@@ -90,7 +90,7 @@ def build_loop(
     evaluation = None
     if config.evaluation.every:
         evaluation = EvaluationDuringTraining(config, ranks, tokenizer, report, num_steps, stop)
-    run = None
+    run = ""
     if ranks.is_main:
         inputs.check_evaluation(config.evaluation)
         inputs.check_images(dataset, report)

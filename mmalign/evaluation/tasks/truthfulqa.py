@@ -106,7 +106,7 @@ def _documents_of(index: int, entry: object, where: str) -> tuple[Document, Docu
 
 def _targets(entry: dict, key: str, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     targets = entry.get(f"{key}_targets")
-    if not isinstance(targets, dict) or not targets:
+    if not isinstance(targets, _Pairs) or not targets:
         raise UserError(f"{where}: {_FORM}, but {key}_targets is {json.dumps(targets)[:120]}")
     if targets.repeated is not None:
         raise UserError(f"{where}: the {key} choice {targets.repeated!r} stands there twice")

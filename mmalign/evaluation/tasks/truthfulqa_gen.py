@@ -84,7 +84,7 @@ def _read_questions(path: Path, table: csv.DictReader) -> list[Question]:
         true, false = _references(true), _references(false)
         if None in row or None in row.values():  # csv's marks of too many and too few fields
             raise UserError(
-                f"{path}, line {table.line_num}: expected {len(table.fieldnames)} fields"
+                f"{path}, line {table.line_num}: expected {len(table.fieldnames or ())} fields"
             )
         if not text.strip() or not true or not false:
             raise UserError(

@@ -55,5 +55,6 @@ class Reader(FileSystemReader):
                 f"read ({error}). Nothing in it was executed. Remove this folder and rerun the "
                 "same command to resume from the checkpoint before it."
             ) from error
-        metadata.storage_meta.load_id = self.load_id
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
         return metadata
