@@ -144,7 +144,7 @@ def plan_scoring(
     """Tokenises the requests and decides which batches score them."""
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; set it to at least 1")
-    names = names or [f"request {i}" for i in range(len(requests))]
+    labels: Sequence[str] = names or [f"request {i}" for i in range(len(requests))]
     first_of: dict[Request, int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request, i)
@@ -154,7 +154,7 @@ def plan_scoring(
         first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
     )
     encoded = [
-        encoder.encode(context, continuation, names[i]) for (context, continuation), i in bar
+        encoder.encode(context, continuation, labels[i]) for (context, continuation), i in bar
     ]
     return make_plan(
         encoded,
