@@ -64,9 +64,7 @@ def export_llava(
 ) -> None:
     """A LlavaForConditionalGeneration folder. The arguments are those of export_llama."""
     tower, projector = llava.vision_tower, llava.projector
-    assert tower is not None and projector is not None, (
-        "a text-only model: use export_llama"
-    )
+    assert tower is not None and projector is not None, "a text-only model: use export_llama"
     if folder is None:
         return _read_all(_llava_tensors(llava, tower, projector))
     dtype = _dtype(llava.decoder)
