@@ -182,8 +182,4 @@ COMPARISONS = [
         f"adamw {mode}", [*OURS, *variants], FORMULA, COPY, (STEP,), ERRORS[mode]
     ).comparisons([case(DECODER_SHAPES[0][0], mode)])
 ]
-
-
-@each(COMPARISONS)
-def test_adamw(comparison, compare):
-    compare(comparison)
+test_adamw = each(COMPARISONS)

@@ -211,8 +211,4 @@ else:
         Scoring(CPU_LARGE, "truthfulqa", 4, "fp32", 4096),
         Scoring(CPU_LARGE, "ethics", 5, "fp32", 4096),
     ]
-
-
-@each(COMPARISONS)
-def test_scoring(comparison, compare):
-    compare(comparison)
+test_scoring = each(COMPARISONS)

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import SimpleNamespace
 
 import torch
-from mmalign_kernels.costs import Cost
+from mmalign_kernels.costs import Cost, Passes
 from torch import Tensor
 
 from bench.comparison import (
@@ -46,8 +46,8 @@ class Case:
     costs: Mapping[str, Cost]
 
 
-def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
-    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+def costs_of(passes: Passes) -> dict[str, Cost]:
+    return {FORWARD: passes.forward, BACKWARD: passes.backward, BOTH: passes.both}
 
 
 @dataclass(frozen=True, eq=False)

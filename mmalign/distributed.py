@@ -43,6 +43,10 @@ class DistributedContext:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the ranks, which all call this; waits for them."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
     def broadcast_from_main(self, value: T) -> T:
         """The main process's value, on every process."""
         if self.world_size == 1:

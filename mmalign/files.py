@@ -1,13 +1,14 @@
-"""Reading and writing files: JSON, typed settings, JSON lines, checksums, atomic replacement."""
+"""Files: JSON, typed settings, JSON lines, Markdown tables, checksums, atomic replacement."""
 
 import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from mmalign.errors import UserError
 
@@ -70,6 +71,20 @@ def require_file(path: str | Path, hint: str = "") -> None:
         raise UserError(f"{path} is not a regular file. {hint}".rstrip())
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, open for reading; OSError where that fails.
+
+    Raises UserError at once for what is not a regular file: a FIFO or a device may never end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path} is {kind}, expected a regular file")
+    # a FIFO that takes the file's place in between must not block either
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
 def read_text(path: str | Path) -> str:
     """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read."""
     require_file(path)
@@ -123,7 +138,7 @@ class Settings:
 
     def __init__(self, values: dict, path: str | Path, within: str = ""):
         """within: the keys that lead to this object in the file, each with a dot behind it."""
-        self.values, self.path, self.within = values, path, within
+        self.values, self.path, self.within = values, Path(path), within
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -195,6 +210,36 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
         rows.append(row)
     return rows
+
+
+def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
+    """The records of metrics.jsonl, and a sentence for every line that is not the next step's.
+
+    A last line without a line end was cut short by a kill and is left out silently.
+    """
+    records, problems, last = [], [], 0
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            numbers = (record["step"], record["loss"])
+            if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+                raise TypeError
+            if record["step"] != int(record["step"]) or record["step"] <= last:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            problems.append(f"{path}, line {number}: not the record of a step after step {last}")
+            continue
+        records.append(record)
+        last = record["step"]
+    return records, problems
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
+) -> str:
+    """First column to the left, the rest to the right unless `rest` says otherwise."""
+    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def sha256(path: str | Path) -> str:

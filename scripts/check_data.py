@@ -16,6 +16,7 @@ from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.preview import PreviewModel, open_dataset, show_report
 from mmalign.errors import UserError
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Check:
 if __name__ == "__main__":
     config = tyro.cli(Check, description=__doc__)
     try:
+        validate(config)
         dataset, images = open_dataset(config.data, config.model)
         print(images)
         report = check_samples(dataset)

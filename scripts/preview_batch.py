@@ -18,6 +18,7 @@ from rich.console import Console
 from mmalign.config import DataConfig
 from mmalign.data.preview import PreviewModel, open_dataset, show, write_json
 from mmalign.errors import UserError
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ if __name__ == "__main__":
     if data.num_samples is None and not config.json:
         data = replace(data, num_samples=4)
     try:
+        validate(config)
         dataset, images = open_dataset(data, config.model)
         print(images, file=sys.stderr if config.json else sys.stdout)
         if config.json:

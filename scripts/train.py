@@ -14,10 +14,9 @@ import sys
 
 import tyro
 
-from mmalign.errors import UserError
+from mmalign.command import Stopped, command_line
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
 from mmalign.training.run_folder import config_json
 
@@ -31,17 +30,16 @@ def main() -> None:
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         train(config)
-        if is_main:
-            stages = {config.stage: config.run_dir}
-            report = write_report(config.run_dir / "report.md", stages, evaluations={})
-            print(f"curves and settings: {report}")
     except Stopped as stopped:
         if is_main:  # every rank has stopped after the same step
-            print(stopped, file=sys.stderr)
+            raise
         sys.exit(stopped.exit_code)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if is_main:
+        stages = {config.stage: config.run_dir}
+        report = write_report(config.run_dir / "report.md", stages, evaluations={})
+        print(f"curves and settings: {report}")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

@@ -9,12 +9,7 @@ import numpy as np
 from mmalign.errors import UserError
 from mmalign.evaluation.items import PROTOCOL, Items, read_items, read_results
 from mmalign.evaluation.metrics import exact_match
-from mmalign.evaluation.statistics import (
-    NUM_RESAMPLES,
-    compare_scores,
-    holm,
-    percentile_interval,
-)
+from mmalign.evaluation.statistics import NUM_RESAMPLES, compare_scores, holm, percentile_interval
 from mmalign.evaluation.tasks import ENTRIES, TASKS
 from mmalign.evaluation.tasks.task import Mean, Task
 

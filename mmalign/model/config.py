@@ -120,7 +120,8 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
-    preprocessing: Preprocessing = None  # stock CLIP's, unless the folder has its own
+    # stock CLIP's, unless the folder has its own; __post_init__ replaces None
+    preprocessing: Preprocessing = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         if self.preprocessing is None:

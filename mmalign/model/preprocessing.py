@@ -104,6 +104,6 @@ def _channels(
     value = hf.values.get(key, default)
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise hf.error(key, "three numbers, for red, green and blue")
-    channels = Settings(dict(enumerate(value)), hf.path, f"{hf.within}{key}.")
-    red, green, blue = (channels.number(i, low, 10, 0) for i in range(3))
+    channels = Settings({str(i): x for i, x in enumerate(value)}, hf.path, f"{hf.within}{key}.")
+    red, green, blue = (channels.number(i, low, 10, 0) for i in channels.values)
     return red, green, blue

@@ -186,10 +186,13 @@ def _check_hf_config(hf: dict, source: object, expected: dict) -> None:
         raise UserError(f"{source}/config.json: expected {expected}, found {found}")
 
 
+def _is_identity(weight: Tensor) -> bool:
+    return weight.equal(torch.eye(*weight.shape).to(weight))
+
+
 def _check_identity(state: dict[str, Tensor], source: object) -> None:
     weight, bias = state.get("linear_2.weight"), state.get("linear_2.bias")
-    square = weight is not None and weight.ndim == 2
-    if not square or bias is None or not weight.equal(torch.eye(*weight.shape).to(weight)):
+    if weight is None or weight.ndim != 2 or bias is None or not _is_identity(weight):
         raise UserError(f"{source}: multi_modal_projector.linear_2 is not the identity")
     if bias.any():
         raise UserError(f"{source}: multi_modal_projector.linear_2.bias is not zero")

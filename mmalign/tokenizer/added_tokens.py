@@ -60,12 +60,10 @@ class Roles:
         for settings in self.files:
             for key in ("additional_special_tokens", "extra_special_tokens"):
                 listed = settings.get(key)
-                listed = listed if isinstance(listed, list) else []
-                named |= {
-                    x["content"] if isinstance(x, dict) and "content" in x else x
-                    for x in listed
-                    if isinstance(x, str | dict)
-                } - {None}
+                for token in listed if isinstance(listed, list) else []:
+                    name = token.get("content") if isinstance(token, dict) else token
+                    if isinstance(name, str):
+                        named.add(name)
         return named
 
 

@@ -95,7 +95,9 @@ class HuggingFace:
         return self.model.decode(ids)
 
     def token(self, token_id: int) -> str:
-        return self.model.id_to_token(token_id)
+        piece = self.model.id_to_token(token_id)
+        assert piece is not None, f"the vocabulary has no id {token_id}"
+        return piece
 
 
 def load_json(path: Path) -> tokenizers.Tokenizer:

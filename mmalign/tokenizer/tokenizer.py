@@ -64,7 +64,7 @@ class Tokenizer:
             vocab_size -= 1
         self.vocab_size = vocab_size
         self.image_token_id, self.im_start_id, self.im_end_id = (
-            vocab_size + i if ids[name] is None else ids[name]
+            vocab_size + i if (known := ids[name]) is None else known
             for i, name in enumerate(IMAGE_TOKENS)
         )
         self._image_names = {

@@ -3,10 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from mmalign_kernels.triton.projector import (
-    project_image_features_bwd,
-    project_image_features_fwd,
-)
+from mmalign_kernels.triton.projector import project_image_features_bwd, project_image_features_fwd
 
 from ..compiler import meta
 

@@ -23,22 +23,11 @@ _Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
 
 
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    remainders: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    grad_scale: Tensor | None,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
+    grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
     if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
         return
     # torch's kernel divides by it

@@ -122,14 +122,9 @@ def full_attention_fwd(
 
 
 def full_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     parts = qkv.contiguous().unflatten(1, (3, num_attention_heads, -1)).unbind(1)
     parts = (*parts, out.view(parts[0].shape), logsumexp)
     grad_qkv = qkv.new_empty(qkv.shape)

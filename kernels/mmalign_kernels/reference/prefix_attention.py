@@ -36,19 +36,10 @@ class Plan(NamedTuple):
 
 
 def prefix_attention_update(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    span_begins: Tensor,
-    span_ends: Tensor,
-    cu_spans: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    num_attention_heads: int,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, span_begins: Tensor, span_ends: Tensor, cu_spans: Tensor, keys: Tensor,
+    values: Tensor, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     check_offsets(cu_seqlens, max_seqlen, len(qkv))
     capacity, num_key_value_heads, head_dim = keys.shape
     out = qkv.new_empty(len(qkv), num_attention_heads, head_dim)

@@ -149,14 +149,6 @@ def _flipped_lines(document: dict) -> str:
 # ---- in Markdown ----
 
 
-def markdown_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
-) -> str:
-    """First column to the left, the rest to the right unless `rest` says otherwise."""
-    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
