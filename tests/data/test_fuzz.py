@@ -79,13 +79,13 @@ def mutate(random: Random, tree: list | dict) -> None:
     elif kind == 1 and isinstance(parent, list):
         parent.insert(key, copy.deepcopy(parent[key]))
     elif kind == 2 and isinstance(parent, dict):
-        parent[random.choice(KEYS)] = random.choice(VALUES)
+        parent[random.choice(KEYS)] = copy.deepcopy(random.choice(VALUES))
     elif kind == 3 and isinstance(parent[key], str):
         at = random.randrange(len(parent[key]) + 1)
         piece = random.choice([x for x in VALUES if isinstance(x, str)])
         parent[key] = parent[key][:at] + piece + parent[key][at:]
     else:
-        parent[key] = random.choice(VALUES)
+        parent[key] = copy.deepcopy(random.choice(VALUES))
 
 
 def data_file(random: Random, folder: Path) -> bytes:
