@@ -7,16 +7,15 @@ Samples come in file order. --json prints one object per sample, {"id", "input_i
 labels unshifted (-100: no loss), image tokens expanded.
 """
 
-import signal
 import sys
 from dataclasses import dataclass, replace
 
 import tyro
 from rich.console import Console
 
+from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.preview import PreviewModel, open_dataset, show, write_json
-from mmalign.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,14 @@ class Preview:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
-    config = tyro.cli(Preview, description=__doc__)
-    data = config.data
-    if data.num_samples is None and not config.json:
-        data = replace(data, num_samples=4)
-    try:
+    with command_line():
+        config = tyro.cli(Preview, description=__doc__)
+        data = config.data
+        if data.num_samples is None and not config.json:
+            data = replace(data, num_samples=4)
         dataset, images = open_dataset(data, config.model)
         print(images, file=sys.stderr if config.json else sys.stdout)
         if config.json:
             write_json(dataset)
         else:
             show(dataset, config.micro_batch_tokens, Console())
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -1,8 +1,9 @@
 """Read every sample once before training, so that bad ones show before the first step."""
 
+import hashlib
 import json
+import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.errors import SampleError, UserError
 from mmalign.files import replacing
 
+log = logging.getLogger("mmalign")
 _CHUNK = 256  # samples that a worker process checks at a time
 NUM_LISTED = 10  # bad samples that an error names
 
@@ -72,15 +74,21 @@ def check_samples(
 
 
 def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport | None:
-    """The stored report; None if there is none, or one of other data or settings."""
+    """The stored report; None if there is none, a damaged one, or one of other data or settings."""
+    if not cache_path.exists():
+        return None
     try:
         with np.load(cache_path) as file:
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            arrays = (file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images"))
-            return CheckReport(*arrays, skipped, file["prefix"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # missing or truncated
+            arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
+            report = CheckReport(*arrays, skipped, file["prefix"])
+            if str(file["digest"]) != _digest(report):
+                raise ValueError("its content has changed since it was written")
+            return report
+    except Exception as error:  # a damaged archive can raise anything
+        log.warning("%s is damaged (%s), so all samples are checked again", cache_path, error)
         return None
 
 
@@ -186,13 +194,20 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
     return SampleError(first.sample_id, first.problem, remedy)
 
 
+def _digest(report: CheckReport) -> str:
+    arrays = [value for name, value in vars(report).items() if name != "skipped"]
+    facts = [(array.dtype.str, array.tobytes()) for array in arrays]
+    return hashlib.sha256(repr((facts, list(map(str, report.skipped)))).encode()).hexdigest()
+
+
 def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
     arrays = {name: value for name, value in vars(report).items() if name != "skipped"}
     skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            np.savez_compressed(file, fingerprint=fingerprint, skipped=skipped, **arrays)
+            about = {"fingerprint": fingerprint, "digest": _digest(report), "skipped": skipped}
+            np.savez_compressed(file, **about, **arrays)
     except OSError as error:
         raise UserError(
             f"cannot write the data check to {path} ({error.strerror}). Fix this and rerun the "
