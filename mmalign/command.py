@@ -25,6 +25,7 @@ _SECONDS_PER_LINE = 10.0  # of progress in a log file
 @contextmanager
 def command_line() -> Iterator[None]:
     """For the body of a script: whatever a user can cause ends it with one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.raiseExceptions = False  # a log whose reader has gone is not worth a traceback
     try:
         with logging_redirect_tqdm():  # messages get lines of their own beside a bar
@@ -51,6 +52,17 @@ def reason(error: OSError) -> str:
     """What the system could not do, and with which file: "No space left on device (FILE)"."""
     file = error.filename2 or error.filename
     return f"{error.strerror or error}{f' ({file})' if file else ''}"
+
+
+def _end(kind, error, trace) -> None:
+    """sys.excepthook: Ctrl-C while a script imports its modules ends in one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _end
 
 
 class Stopped(Exception):

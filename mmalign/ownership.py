@@ -15,6 +15,7 @@ from mmalign.errors import UserError
 
 log = logging.getLogger("mmalign")
 NAME = ".lock"
+_NOT_A_FOLDER = (errno.EEXIST, errno.ENOTDIR)
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -36,11 +37,13 @@ def owned(folder: str | Path, flag: str, ranks: DistributedContext | None = None
             except UserError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{flag} {folder} cannot be a directory that we write: {error.strerror}"
+                what = "a directory" if error.errno in _NOT_A_FOLDER else "written"
+                problem = f"{flag} {folder} cannot be {what}: {error.strerror}. "
+                problem += "Fix this, or name another folder"
         problem = ranks.broadcast_from_main(problem) if ranks else problem
         if problem:
-            raise UserError(f"{problem}. Name another folder")
-        if rank:
+            raise UserError(problem)
+        if rank and (folder / NAME).exists():  # check_shared names who does not see it
             file = open(folder / NAME, "r+")  # noqa: SIM115 (held while the block runs)
             _lock(file, 1, rank)
         yield
@@ -57,20 +60,22 @@ def _take_all(folder: Path):
         _lock(file, 0, 0)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{folder} is in use by {_owner(file.read())}") from None
+        raise UserError(
+            f"{folder} is in use by {_owner(file.read())}. Wait for it, or name another folder"
+        ) from None
     file.truncate(0)
     json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
     file.flush()
-    fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)  # the bytes from 1 on are for the other ranks
+    _lock(file, 0, 1, fcntl.LOCK_UN)  # the bytes from 1 on are for the other ranks
     for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
     return file
 
 
-def _lock(file, length: int, start: int) -> None:
+def _lock(file, length: int, start: int, operation: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> None:
     """BlockingIOError where another process holds one of the bytes; length 0: all from start on."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+        fcntl.lockf(file, operation, length, start)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise BlockingIOError from error

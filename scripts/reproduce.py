@@ -6,8 +6,6 @@ For example
     python scripts/reproduce.py paper --decoder DIR ...     (LLaMA2-7B; the README has the line)
 """
 
-import logging
-
 import tyro
 
 from mmalign.command import command_line
@@ -15,7 +13,6 @@ from mmalign.experiment import PAPER, TINY, run_experiment
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     presets = {"tiny": ("the toy world", TINY), "paper": ("the paper's row, 7B", PAPER)}
     with command_line():
         experiment = tyro.extras.overridable_config_cli(presets, description=__doc__)

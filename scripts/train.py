@@ -8,7 +8,6 @@ The same command resumes a stopped run; one that a signal stopped exits with cod
 --help lists the recipes, RECIPE --help its fields; scripts/README.md explains them.
 """
 
-import logging
 import os
 import sys
 
@@ -22,7 +21,6 @@ from mmalign.training.run_folder import config_json
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
     if config.print_config:
         print(config_json(config))

@@ -1,5 +1,6 @@
 """Read every sample once before training, so that bad ones show before the first step."""
 
+import hashlib
 import json
 import logging
 import os
@@ -84,14 +85,14 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
             arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
-            num_samples = len(dataset) - len(skipped)
-            if any(x.shape != (num_samples,) or x.dtype.kind != "i" for x in arrays):
-                raise ValueError("arrays of another size")
             kept, lengths, num_loss_tokens, num_images = arrays
-            return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"])
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
+            report = CheckReport(
+                kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"]
+            )
+            if str(file["digest"]) != _digest(report):
+                raise ValueError("its content has changed since it was written")
+            return report
+    except Exception as error:  # a damaged archive can raise anything
         log.warning("%s is damaged (%s): all samples are checked again", cache_path, error)
         return None
 
@@ -214,13 +215,20 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
     return SampleError(first.sample_id, first.problem, remedy)
 
 
+def _digest(report: CheckReport) -> str:
+    arrays = [value for name, value in vars(report).items() if name != "skipped"]
+    facts = [(array.dtype.str, array.tobytes()) for array in arrays]
+    return hashlib.sha256(repr((facts, list(map(str, report.skipped)))).encode()).hexdigest()
+
+
 def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
     arrays = {name: value for name, value in vars(report).items() if name != "skipped"}
     skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            np.savez_compressed(file, fingerprint=fingerprint, skipped=skipped, **arrays)
+            about = {"fingerprint": fingerprint, "digest": _digest(report), "skipped": skipped}
+            np.savez_compressed(file, **about, **arrays)
     except OSError as error:
         raise UserError(
             f"cannot write the data check to {path} ({error.strerror}). Fix this and rerun the "

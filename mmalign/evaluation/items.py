@@ -103,8 +103,8 @@ def read_results(folder: str | Path) -> dict:
             numbers = (row["acc"], *row["interval"])
             if len(numbers) != 3 or not all(is_number(x, -1, 1) for x in numbers):
                 raise UserError(
-                    f"{path}: {name} has the scores {numbers}; expected three in -1 to 1. "
-                    "Evaluate the model again"
+                    f"{path}: {name} has the scores {numbers}; expected three numbers from -1 to "
+                    "1. Evaluate the model again"
                 )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(

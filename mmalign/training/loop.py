@@ -176,7 +176,7 @@ class TrainingLoop:
                         "to resume."
                     ) from error
                 if unsaved:
-                    log.error(unsaved)
+                    log.error("%s%s", unsaved, self.checkpoints.what_remains())
                 raise
 
     def _run_steps(self) -> None:
@@ -307,17 +307,14 @@ class TrainingLoop:
         try:
             self.checkpoints.wait()
             if self.trainer.parallel.sharded:  # no rank can save without the others
-                if self.done != self.checkpoints.newest:
-                    return f"Step {self.done} could not be saved. {self.checkpoints.what_remains()}"
-                return ""
+                unsaved = self.done != self.checkpoints.newest
+                return f"Step {self.done} could not be saved. " if unsaved else ""
             self._flush()
             saved = (self.first_step, self.checkpoints.newest)
             if not self.trainer.updating and self.done not in saved:
                 self.checkpoints.save_alone(self.done, self.trainer.state())
         except Stopped:  # a pending step asked for it, and is saved
             pass
-        except CheckpointError:  # says what the caller says, too
-            return f"Step {self.done} could not be saved. "
         except (UserError, OSError, RuntimeError) as error:  # the first error is the one to show
             return f"Step {self.done} could not be saved ({error}). "
         return ""
