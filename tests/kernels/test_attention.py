@@ -7,6 +7,7 @@ import torch
 from mmalign_kernels import full_attention, rotary_attention
 from mmalign_kernels.reference import full_attention as reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -144,6 +145,28 @@ def test_strided_input():
 def test_same_bits():
     case = Case()
     assert_same_bits(case.ours, (case.qkv,))
+
+
+@pytest.mark.parametrize("attention", ("rotary", "full"))
+def test_no_gradient_of_logsumexp_is_made(attention):
+    """Autograd would write zeros for it in every layer's backward pass."""
+    case, filled = Case(), []  # shapes
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zero_):
+                filled.append(tuple(out.shape))
+            return out
+
+    if attention == "full":
+        qkv = torch.randn(sum(LENGTHS), 3 * 2 * 16, requires_grad=True)
+        out, heads = full_attention(qkv, offsets(LENGTHS), max(LENGTHS), 2), 2
+    else:
+        out, heads = case.ours(case.qkv), case.num_heads
+    with Zeros():
+        out.sum().backward()
+    assert (sum(LENGTHS), heads) not in filled
 
 
 def test_form_for_other_devices():
