@@ -26,7 +26,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
-from mmalign.system import DTYPES, choose_device, versions
+from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 
 Answers = dict[tuple[str, int], list[Score] | Generation]  # by task and doc_id
@@ -148,7 +148,7 @@ def evaluate_model(
     output: str | Path,
     limit: int | None = None,
     batch_tokens: int = 8192,
-    precision: str = "fp32",
+    precision: str = "auto",
     device: str = "auto",
     quiet: bool = False,
 ) -> dict:
@@ -159,9 +159,8 @@ def evaluate_model(
     and a table unless quiet. Raises UserError for bad arguments, data or weights.
     """
     weights, names = find_weights(model), resolve_tasks(tasks)
-    if precision not in DTYPES:
-        raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
     target, seconds = choose_device(device), {}
+    precision = choose_precision(precision, target)
     documents = load_documents(names, data_root, limit)
     tokenizer, model_config = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
     evaluation = Evaluation(
