@@ -52,6 +52,8 @@ class DataConfig:
     """JSON or JSON lines file in LLaVA's format."""
     image_root: str = ""
     """Folder that the samples' image paths are relative to."""
+    follow_links: Switch = False
+    """Open images behind links that leave image_root; without it they are refused."""
     template: str = "v1"
     """Conversation template by its name in mmalign/data/templates.py, such as v1."""
     use_im_start_end: Switch = True

@@ -43,6 +43,10 @@ class DistributedContext:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the ranks, which all call this; waits for them."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
     def broadcast_from_main(self, value: T) -> T:
         """The main process's value, on every process."""
         if self.world_size == 1:
@@ -78,6 +82,7 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
     Raises:
         UserError: another rank has exited, or this one has no GPU of its own.
     """
+    _set_allocator()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         _check_gpu(chosen)
@@ -107,6 +112,15 @@ def new_cpu_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # what else it returns is for ranks outside of it
     return group
+
+
+def _set_allocator() -> None:
+    """Micro-batches differ in length, so blocks of fixed size would leave gaps that fit nothing.
+
+    PyTorch reads the variable when CUDA starts. Its effect is not measured yet.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same variable
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _check_gpu(device: torch.device) -> None:

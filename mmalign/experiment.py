@@ -6,11 +6,13 @@ from pathlib import Path
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
+from mmalign.evaluation.items import is_finished
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.visual_questions import score_run
 from mmalign.recipes import RECIPES
 from mmalign.toy_world import toy_world
 from mmalign.training.loop import train
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def run_experiment(experiment: Experiment) -> Path:
         experiment = _in_toy_world(experiment)
     output = experiment.output
     pretrain, finetune = _stages(experiment)
+    for settings in (experiment, pretrain, finetune):  # all before hours of the first
+        validate(settings)
     train(pretrain)
     train(finetune)
     evaluations = {
@@ -125,7 +129,7 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _evaluate(experiment: Experiment, model: str | Path, output: Path) -> Path:
-    if (output / "results.json").exists():
+    if is_finished(output):
         print(f"{output} is finished; delete it to evaluate again")
         return output
     evaluate_model(
@@ -135,5 +139,6 @@ def _evaluate(experiment: Experiment, model: str | Path, output: Path) -> Path:
         output=output,
         limit=experiment.limit,
         batch_tokens=experiment.batch_tokens,
+        overwrite=True,  # damaged ones
     )
     return output

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from mmalign.errors import UserError
 
@@ -70,6 +71,20 @@ def require_file(path: str | Path, hint: str = "") -> None:
         raise UserError(f"{path} is not a regular file. {hint}".rstrip())
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, open for reading; OSError where that fails.
+
+    Raises UserError at once for what is not a regular file: a FIFO or a device may never end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path} is {kind}, expected a regular file")
+    # a FIFO that takes the file's place in between must not block either
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
 def read_text(path: str | Path) -> str:
     """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read."""
     require_file(path)
@@ -102,6 +117,8 @@ def read_json(path: str | Path, hint: str = "") -> dict:
     text = read_text(path)
     try:
         value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes: half of a surrogate pair is not Unicode
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         kind = known_kind(path) or f"not valid JSON ({error.msg})"
         raise UserError(f"{path}, line {error.lineno}: {kind}") from error
@@ -132,7 +149,8 @@ class Settings:
     def error(self, key: str, expected: str, lead: str = "expected") -> UserError:
         found = repr(self.values.get(key))
         found = found if len(found) <= 80 else f"{found[:80]} ..."
-        return UserError(f"{self.path}: {self.within}{key} is {found}; {lead} {expected}")
+        name = f"{self.within}{key}"[:100]
+        return UserError(f"{self.path}: {name} is {found}; {lead} {expected}")
 
     def integer(self, key: str, low: int, high: int, default: int, null: bool = False) -> int:
         value = self._value(key, default, null)
@@ -192,6 +210,28 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
         rows.append(row)
     return rows
+
+
+def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
+    """The records of metrics.jsonl, and a sentence for every line that is not the next step's.
+
+    A last line without a line end was cut short by a kill and is left out silently.
+    """
+    records, problems, last = [], [], 0
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            numbers = (record["step"], record["loss"])
+            if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+                raise TypeError
+            if record["step"] != int(record["step"]) or record["step"] <= last:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            problems.append(f"{path}, line {number}: not the record of a step after step {last}")
+            continue
+        records.append(record)
+        last = record["step"]
+    return records, problems
 
 
 def markdown_table(

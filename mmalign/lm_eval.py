@@ -7,12 +7,13 @@ model for `lm_eval.simple_evaluate(model="mmalign", ...)`.
 
 Tokens, BOS, truncation and stop strings are those of the harness's Hugging Face backend (HFLM), and
 so are the results; evaluate.py differs: it never writes a BOS. Differences from HFLM: a special
-token's name in a text ("</s>") stays text, except a BOS at its very beginning; sampling considers
-all tokens unless top_k is set (transformers considers 50).
+token's name in a text ("</s>") stays text, except a BOS at its very beginning, and BOS and EOS with
+--apply_chat_template; sampling considers all tokens unless top_k is set (transformers: 50).
 """
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mmalign.errors import UserError
+from mmalign.evaluation.chat_template import ChatTemplate
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
@@ -40,7 +42,7 @@ from mmalign.files import read_json
 from mmalign.model.generate import GenerationOptions, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
-from mmalign.system import DTYPES, choose_device, versions
+from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
@@ -55,17 +57,17 @@ _GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides 
 class MmalignLM(TemplateLM):
     """A language model from a Hugging Face folder or a finetune run, without vision.
 
-    pretrained: the folder or run. precision: fp32 or bf16. batch_tokens: maximum input tokens per
-    forward pass of scoring; cache_tokens: maximum tokens whose keys and values generation holds.
-    add_bos_token: whether texts start with BOS; default: what the folder's tokenizer does.
-    prefix_token_id: precedes texts without a context; default: BOS. max_length: of the context in
-    tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
+    pretrained: the folder or run. precision: fp32, bf16, or auto (bf16 on a GPU). batch_tokens:
+    maximum input tokens per forward pass of scoring; cache_tokens: maximum tokens whose keys and
+    values generation holds. add_bos_token: whether texts start with BOS; default: what the folder's
+    tokenizer does. prefix_token_id: precedes texts without a context; default: BOS. max_length: of
+    the context in tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
     """
 
     def __init__(
         self,
         pretrained: str,
-        precision: str = "fp32",
+        precision: str = "auto",
         device: str = "auto",
         batch_tokens: int = 8192,
         cache_tokens: int = 16384,
@@ -81,12 +83,12 @@ class MmalignLM(TemplateLM):
             raise UserError(
                 f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
             )
-        if precision not in DTYPES:
-            raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
-        weights = find_weights(pretrained)
+        self._weights = weights = find_weights(pretrained)
+        self._chat: ChatTemplate | None = None  # from the first use on
         self._device = _choose_device(device)
+        precision = choose_precision(precision, self._device)
         self._tokens = Tokenizer.from_pretrained(weights)
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)
@@ -127,10 +129,31 @@ class MmalignLM(TemplateLM):
         """Ids of a text, with at most one BOS in front, from the text or from the tokenizer."""
         bos = self._tokens.bos_token_id
         written = self._tokens.token(bos)
+        if self._chat:
+            return self._encode_chat(string)
         if add_special_tokens is None and string.startswith(written):
             return [bos, *self._tokens.encode(string.removeprefix(written))]
         adds_bos = self.adds_bos if add_special_tokens is None else add_special_tokens
         return [bos] * adds_bos + self._tokens.encode(string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The folder's own template, for --apply_chat_template; UserError where it has none."""
+        self._chat = ChatTemplate(self._weights, self._tokens)
+        return self._chat.text
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        self._chat = self._chat or ChatTemplate(self._weights, self._tokens)
+        return self._chat.render(chat_history, add_generation_prompt)
+
+    def _encode_chat(self, string: str) -> list[int]:
+        """Ids of a text in which the template has written the names of BOS and EOS."""
+        tokens = self._tokens
+        special = {tokens.token(i): i for i in (tokens.bos_token_id, tokens.eos_token_id)}
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", string)
+        ids = ([special[x]] if x in special else tokens.encode(x) for x in parts if x)
+        return [token_id for part in ids for token_id in part]
 
     # ---- log-likelihoods ----
 

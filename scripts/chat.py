@@ -20,7 +20,7 @@ from mmalign.model.generate import GenerationOptions
 def main(
     model: Path,
     prompt: str | None = None,
-    image: Path | None = None,
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     template: ChatTemplate | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
@@ -35,7 +35,7 @@ def main(
         model: Finetune run, or a Hugging Face folder (LlavaForConditionalGeneration or
             LlamaForCausalLM) together with --template.
         prompt: A single question; unset: questions are read from the terminal or a pipe.
-        image: The image that the first question is about.
+        image: The one image that the first question is about.
         template: Conversation template; unset: that of the run.
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy decoding, 1 samples from the model's distribution.
@@ -45,7 +45,13 @@ def main(
         device: auto takes a GPU if there is one.
     """
     options = GenerationOptions(max_new_tokens, temperature, top_p=top_p, seed=seed)
-    conversation = Conversation(model, image, template, precision, device)
+    if len(image) > 1:
+        raise UserError(
+            f"--image takes one picture, got {' and '.join(map(str, image))}. Name one; in a "
+            "conversation, /image PATH asks about the next"
+        )
+    path = image[0] if image else None
+    conversation = Conversation(model, path, template, precision, device)
     if prompt is None:
         talk(conversation, options)
     else:

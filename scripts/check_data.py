@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import tyro
 from rich.console import Console
 
+from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.preview import PreviewModel, open_dataset, show_report
-from mmalign.errors import UserError
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,11 @@ class Check:
 
 
 if __name__ == "__main__":
-    config = tyro.cli(Check, description=__doc__)
-    try:
+    with command_line():
+        config = tyro.cli(Check, description=__doc__)
+        validate(config)
         dataset, images = open_dataset(config.data, config.model)
         print(images)
         report = check_samples(dataset)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    show_report(report, dataset, Console())
+        show_report(report, dataset, Console())
     sys.exit(1 if report.skipped else 0)

@@ -233,6 +233,12 @@ def test_what_cannot_be_answered(run, monkeypatch, capsys, name):
         chat(run, monkeypatch, capsys, "--prompt", "what", *arguments)
 
 
+def test_one_picture_is_taken(run, monkeypatch, capsys):
+    images = ("--image", "none.png", "--image", run.picture)
+    with pytest.raises(SystemExit, match="error: --image takes one picture, got none.png and "):
+        chat(run, monkeypatch, capsys, "--prompt", "what", *images)
+
+
 def test_run_that_was_tuned_on_text_alone(run, tmp_path, monkeypatch, capsys):
     """Without export/llava; the template is the run's."""
     shutil.copytree(run.folder / "export" / "llama", tmp_path / "export" / "llama")

@@ -1,21 +1,26 @@
 """Read every sample once before training, so that bad ones show before the first step."""
 
+import hashlib
 import json
+import logging
 import os
-import zipfile
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
-from mmalign.errors import SampleError, UserError
+from mmalign.data.samples import SampleFile
+from mmalign.errors import SampleError, UserError, readable
 from mmalign.files import replacing
 
+log = logging.getLogger("mmalign")
 _CHUNK = 256  # samples that a worker process checks at a time
 NUM_LISTED = 10  # bad samples that an error names
 
@@ -61,6 +66,7 @@ def check_samples(
     report = None if cache is None else load_report(dataset, cache)
     if report is not None:
         return report
+    _warn_of_unused_fields(dataset)
     report = _check_all(dataset, num_workers, progress)
     if report.skipped and dataset.data.on_bad_sample == "error":
         raise _summary(report.skipped, len(dataset))
@@ -72,16 +78,34 @@ def check_samples(
 
 
 def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport | None:
-    """The stored report; None if there is none, or one of other data or settings."""
+    """The stored report; None if there is none, one of other data or settings, or a damaged one."""
+    if not cache_path.exists():
+        return None
     try:
         with np.load(cache_path) as file:
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            names = ("kept", "lengths", "num_loss_tokens", "num_images", "prefix")
-            return CheckReport(skipped=skipped, **{name: file[name] for name in names})
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # missing or truncated
+            arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
+            kept, lengths, num_loss_tokens, num_images = arrays
+            report = CheckReport(
+                kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"]
+            )
+            if str(file["digest"]) != _digest(report):
+                raise ValueError("its content has changed since it was written")
+            return report
+    except Exception as error:  # a damaged archive can raise anything
+        log.warning("%s is damaged (%s): all samples are checked again", cache_path, error)
         return None
+
+
+def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
+    unused = dataset.samples.unused if isinstance(dataset.samples, SampleFile) else {}
+    if unused:
+        most = sorted(unused, key=lambda name: unused[name], reverse=True)[:NUM_LISTED]
+        fields = ", ".join(f"{readable(name, 50)} ({unused[name]:,})" for name in most)
+        rest = f" and {len(unused) - len(most)} more" if len(unused) > len(most) else ""
+        log.warning("fields of the data file that are not used (samples): %s%s", fields, rest)
 
 
 def _check_all(
@@ -90,7 +114,9 @@ def _check_all(
     chunks = [
         range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
     ]
-    bar = tqdm(total=len(dataset), desc="checking samples", unit=" samples", disable=not progress)
+    bar = progress_bar(
+        total=len(dataset), desc="checking samples", unit=" samples", disable=not progress
+    )
     counts, skipped, prefix = [], [], None
     with bar:
         for chunk in _run(dataset, chunks, num_workers):
@@ -116,7 +142,13 @@ def _run(
     with ProcessPoolExecutor(
         min(num_workers, len(chunks)), initializer=_start_worker, initargs=(dataset,)
     ) as pool:
-        yield from pool.map(_check_chunk_in_worker, chunks)
+        try:
+            yield from pool.map(_check_chunk_in_worker, chunks)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process of the data check was killed, which happens when memory runs out. "
+                "Rerun with --data.num-workers 0, which checks in one process"
+            ) from error
 
 
 def _num_cores() -> int:
@@ -131,6 +163,7 @@ _worker_dataset: ConversationDataset  # of this worker process
 def _start_worker(dataset: ConversationDataset) -> None:
     global _worker_dataset
     _worker_dataset = dataset
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends these
 
 
 def _check_chunk_in_worker(chunk: range) -> _CheckedChunk:
@@ -184,13 +217,20 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
     return SampleError(first.sample_id, first.problem, remedy)
 
 
+def _digest(report: CheckReport) -> str:
+    arrays = [value for name, value in vars(report).items() if name != "skipped"]
+    facts = [(array.dtype.str, array.tobytes()) for array in arrays]
+    return hashlib.sha256(repr((facts, list(map(str, report.skipped)))).encode()).hexdigest()
+
+
 def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
     arrays = {name: value for name, value in vars(report).items() if name != "skipped"}
     skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            np.savez_compressed(file, fingerprint=fingerprint, skipped=skipped, **arrays)
+            about = {"fingerprint": fingerprint, "digest": _digest(report), "skipped": skipped}
+            np.savez_compressed(file, **about, **arrays)
     except OSError as error:
         raise UserError(
             f"cannot write the data check to {path} ({error.strerror}). Fix this and rerun the "

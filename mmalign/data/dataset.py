@@ -20,6 +20,8 @@ from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_FIX_OR_SKIP = "Fix the file, or use --data.on-bad-sample skip"
+_MOST_CHARACTERS = 256  # of one token: no vocabulary has longer ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,9 @@ class ConversationDataset:
             raise ValueError("images need the VisionConfig of their tower")
         self.samples, self.tokenizer, self.data, self.vision = samples, tokenizer, data, vision
         self.template = find_template(data.template)
-        self._root = os.path.realpath(data.image_root or ".")
+        # links in a path are resolved and have to stay inside, unless the user follows them
+        self._resolve = os.path.abspath if data.follow_links else os.path.realpath
+        self._root = self._resolve(data.image_root or ".")
         if not data.text_only and not os.path.isdir(self._root):
             raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
 
@@ -75,7 +79,7 @@ class ConversationDataset:
         images = None if vision is None else (vision.preprocessing, vision.num_patches)
         settings = (
             *(data.template, data.use_im_start_end, data.text_only, data.max_length),
-            *(data.check_images, data.on_bad_sample, self._root, images),
+            *(data.check_images, data.on_bad_sample, data.follow_links, self._root, images),
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
@@ -91,13 +95,19 @@ class ConversationDataset:
         sample = self.samples[index]
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
-        ids, labels = encode_conversation(turns, self.template, tokenizer, data.use_im_start_end)
-        if len(ids) > data.max_length:
-            raise SampleError(
-                sample.id,
-                f"{len(ids)} tokens (the image counted as one), at most {data.max_length} allowed",
-                "Shorten or split the conversation, or raise --data.max-length",
+        num_characters = sum(len(turn.text) for turn in turns)
+        if num_characters > _MOST_CHARACTERS * data.max_length:  # tokenising it could take hours
+            raise self._too_long(sample, f"{num_characters:,} characters")
+        try:
+            ids, labels = encode_conversation(
+                turns, self.template, tokenizer, data.use_im_start_end
             )
+        except Exception as error:  # whatever the libraries raise for text that they cannot take
+            raise SampleError(
+                sample.id, f"its text cannot be tokenised ({error})", "Fix or remove the sample"
+            ) from error
+        if len(ids) > data.max_length:
+            raise self._too_long(sample, f"{len(ids)} tokens (the image counted as one)")
         if tokenizer.image_token_id in ids:
             raise SampleError(
                 sample.id,
@@ -111,13 +121,23 @@ class ConversationDataset:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
         return EncodedSample(sample.id, ids, labels, image)
 
+    def _too_long(self, sample: Sample, length: str) -> SampleError:
+        return SampleError(
+            sample.id,
+            f"{length}, at most {self.data.max_length} tokens allowed",
+            "Shorten or split the conversation, or raise --data.max-length",
+        )
+
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's image, uint8 (3, crop_size, crop_size); None without an image."""
         sample = self.samples[index]
         image = self._image_path(sample)
         if not image or not self.vision:
             return None
-        return _naming_sample(sample.id, load_image, image, self.vision.preprocessing)
+        remedy = "Fix the file and rerun the same command to resume"
+        if not self.data.check_images:
+            remedy += " (--data.check-images True finds such files before the first step)"
+        return _naming_sample(sample.id, remedy, load_image, image, self.vision.preprocessing)
 
     def check_image(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
@@ -127,8 +147,10 @@ class ConversationDataset:
         if sample.image is None:
             return
         if self.data.check_images:
-            _naming_sample(sample.id, check_image, sample.image)
-        elif not sample.image.is_file():
+            assert self.vision is not None  # a sample has an image only where there is a tower
+            preprocessing = self.vision.preprocessing
+            _naming_sample(sample.id, _FIX_OR_SKIP, check_image, sample.image, preprocessing)
+        elif not os.path.isfile(sample.image):
             raise _image_error(sample.id, f"no file {sample.image}")
 
     def _expand(
@@ -141,12 +163,20 @@ class ConversationDataset:
     def _image_path(self, sample: Sample) -> Path | None:
         if sample.image is None or self.data.text_only:
             return None
-        path = os.path.realpath(os.path.join(self._root, sample.image))
+        if sample.image.startswith(("data:", "http://", "https://")):
+            kind = "a picture's data" if sample.image.startswith("data:") else "a URL"
+            raise _image_error(sample.id, f"its image {sample.image!r} is {kind}, not a path")
+        try:
+            path = self._resolve(os.path.join(self._root, sample.image))
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            problem = f"its image {sample.image!r} is not a path ({error})"
+            raise _image_error(sample.id, problem) from error
         if os.path.commonpath([path, self._root]) != self._root:
             raise SampleError(
                 sample.id,
                 f"its image {sample.image!r} is outside the image root {self._root}",
-                "Use paths relative to --data.image-root, without .. and outward links",
+                "Use paths relative to --data.image-root without .. (--data.follow-links True "
+                "allows links that leave it)",
             )
         return Path(path)
 
@@ -180,22 +210,26 @@ class ConversationDataset:
         if any(IMAGE in turn.text for turn in sample.conversations if turn.speaker == "gpt"):
             return f"{IMAGE} is in an answer; it belongs in a question"
         count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
-        if self.data.text_only or count == (sample.image is not None):
+        if self.data.text_only:
+            return None
+        if sample.other_image:
+            return f"its field {sample.other_image!r} holds a picture; only 'image' is read"
+        if count == (sample.image is not None):
             return None
         if sample.image is None:
             return f"{count} {IMAGE} in its questions, but the sample has no image"
         return f"{count} {IMAGE} in its questions, expected 1 for its image {sample.image!r}"
 
 
-def _naming_sample(sample_id: str, read: Callable[..., T], *arguments) -> T:
+def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *arguments) -> T:
     try:
         return read(*arguments)
     except UserError as error:
-        raise _image_error(sample_id, str(error)) from error
+        raise SampleError(sample_id, str(error), remedy) from error
 
 
 def _image_error(sample_id: str, problem: str) -> SampleError:
-    return SampleError(sample_id, problem, "Fix the file, or use --data.on-bad-sample skip")
+    return SampleError(sample_id, problem, _FIX_OR_SKIP)
 
 
 def _speaker_problem(turns: Sequence[Turn]) -> str | None:

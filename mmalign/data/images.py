@@ -7,18 +7,24 @@ channel is dropped as in LLaVA's `Image.open(path).convert("RGB")` (transformers
 image on white if it were given the channel).
 """
 
+import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmalign.errors import UserError
+from mmalign.files import open_regular
 from mmalign.model.preprocessing import Preprocessing
 
+# Pillow has readers for many more; that of EPS, for one, starts Ghostscript on the file
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_FILE_BYTES = 2**28  # some readers take the whole file into memory before they know its size
 # PIL converts these to RGB by clipping at 255: a 16-bit image becomes white
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 # torch resizes 5 times faster than PIL, but differs by up to 2 levels where it enlarges or hardly
@@ -32,16 +38,12 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     Returns:
         uint8 tensor (3, crop_size, crop_size), channels red, green, blue.
     Raises:
-        UserError: the file is missing, broken, truncated, too large or deeper than 8 bits.
+        UserError: the file is missing, not a regular one, of another format, broken, truncated,
+            too large (as it is or resized) or deeper than 8 bits.
     """
-    image = _open_rgb(path)
     size, crop_size = preprocessing.size, preprocessing.crop_size
+    image = _open_rgb(path, size)
     height, width = _resized(image.height, image.width, size)
-    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise UserError(
-            f"{path} is {image.width} x {image.height}: resized to a short side of {size} it would "
-            f"have {height * width} pixels. Crop the image"
-        )
     if min(image.size) >= _TORCH_RESIZE_SCALE * size:
         # a view with channels last: the fast path of torch's uint8 resize
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -55,13 +57,13 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     return pixels[:, top : top + crop_size, left : left + crop_size].contiguous()
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path, preprocessing: Preprocessing) -> None:
     """Read the whole file as load_image does, without resizing.
 
     Raises:
         UserError: as load_image.
     """
-    _open_rgb(path, draft=True)
+    _open_rgb(path, preprocessing.size, draft=True)
 
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:
@@ -71,27 +73,46 @@ def _resized(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * height / width), size
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(file, formats=FORMATS)
 
 
-def _open_rgb(path: Path, draft: bool = False) -> Image.Image:
+def _open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
+    """size: of the short side after resizing, for the check that this fits into memory."""
     try:
-        with _open(path) as image:
-            if image.mode in _DEEP_MODES:
-                raise UserError(
-                    f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
-                )
-            if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
-                image.draft(image.mode, (1, 1))
-            return image.convert("RGB")
+        with open_regular(path) as file:
+            if (num_bytes := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+                raise UserError(f"{path} is too large ({num_bytes:,} bytes). Scale the image down")
+            with _open(file) as image:
+                _check_kind(path, image, size)
+                if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
+                    image.draft(image.mode, (1, 1))
+                return image.convert("RGB")
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path} cannot be decoded: it is not one of {', '.join(FORMATS)}"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path} is too large ({error}). Scale the image down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise UserError(f"{path} cannot be decoded ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be decoded ({reason})") from error
+
+
+def _check_kind(path: Path, image: Image.Image, size: int) -> None:
+    if image.mode in _DEEP_MODES:
+        raise UserError(
+            f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
+        )
+    height, width = _resized(image.height, image.width, size)
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+        raise UserError(
+            f"{path} is {image.width} x {image.height}: resized to a short side of {size} it would "
+            f"have {height * width} pixels. Crop the image"
+        )

@@ -5,6 +5,7 @@ The steps divide the endless concatenation of epochs: step i takes the places
 may reach into the next epoch, and a run resumes from its step number alone.
 """
 
+import logging
 import math
 import os
 import time
@@ -22,6 +23,9 @@ from mmalign.data.check import CheckReport
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.errors import SampleError, UserError
+
+log = logging.getLogger("mmalign")
+MAX_REPEATS = 100  # of a sample within one step
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ class StepLoader:
     output is independent of their number; it is in pinned memory when CUDA is available.
 
     Raises:
-        UserError: before the first step, if a sample or step does not fit micro_batch_tokens or
-            (require_images: only the projector trains) a step has no image.
+        UserError: before the first step, if the batch is far larger than the data, a sample or step
+            does not fit micro_batch_tokens or (require_images: only the projector trains) a step
+            has no image.
         SampleError: while iterating, if an image can no longer be read.
     """
 
@@ -101,6 +106,7 @@ class StepLoader:
         these tokens.
         """
         self.dataset, self.report = dataset, report
+        _check_batch_size(global_batch_size, len(report.kept), rank)
         self.plan = StepPlan(len(report.kept), global_batch_size, seed, dataset.data.shuffle)
         self.micro_batch_tokens = micro_batch_tokens
         self.start_step, self.num_steps = start_step, num_steps
@@ -181,6 +187,16 @@ class StepLoader:
                     f"step {step} (samples from {first!r} on) has no image, so nothing to train. "
                     "Use a larger --global-batch-size, or data with an image in every sample"
                 )
+
+
+def _check_batch_size(global_batch_size: int, num_samples: int, rank: int) -> None:
+    if global_batch_size <= num_samples:
+        return
+    what = f"--global-batch-size {global_batch_size} is more than the {num_samples} usable samples"
+    if global_batch_size > MAX_REPEATS * num_samples:
+        raise UserError(f"{what}. Use {num_samples} or fewer, so that a step has each sample once")
+    if rank == 0:
+        log.warning("%s, so a step has samples more than once", what)
 
 
 class _Sampler:

@@ -90,7 +90,8 @@ def show(
         batch = pack_samples(encoded, pixels, dataset.tokenizer.image_token_id)
         for row, sample in enumerate(encoded):
             console.print(Rule(Text(f"sample {sample.id}"), align="left"))
-            console.print(str(sample.image or "no image"), style="dim", highlight=False)
+            image = str(sample.image or "no image")
+            console.print(image, style="dim", markup=False, highlight=False)
             _show_tokens(row, batch, dataset.tokenizer, console)
         if figure and number == 0:
             plot_batch(batch, figure)

@@ -3,13 +3,13 @@
 The format, as published: a list (or one object per line) of
     {"id": str or int, "image": path or absent, "type": optional,
      "conversations": [{"from": "human" or "gpt", "value": text with "<image>"}, ...]}
-Other fields are ignored. `type` is conversation, detail or reasoning; the spellings of
-the published files and questions (conv, conversation_58k, detail_23k, detail_description, complex,
-complex_reasoning, complex_reasoning_77k) are mapped to these.
+`type` is conversation, detail or reasoning; the spellings of the published files and questions
+(conv, conversation_58k, detail_23k, detail_description, complex, complex_reasoning,
+complex_reasoning_77k) are mapped to these. Other fields are not used, which the data check says; a
+sample with a picture or a system prompt in one of them is refused, because it would not be trained
+as it is meant.
 """
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -21,7 +21,8 @@ from typing import Literal, overload
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.errors import SampleError, UserError
+from mmalign.data.json_records import REPEATED, parse, read_text, records
+from mmalign.errors import SampleError, UserError, readable
 
 _TYPES = {
     "conv": "conversation",
@@ -32,7 +33,15 @@ _TYPES = {
     "complex_reasoning": "reasoning",
     "complex_reasoning_77k": "reasoning",
 }
-_BLANKS = re.compile(r"[ \t\n\r]*")
+_FIELDS = {"id", "image", "type", "conversations", REPEATED}
+_TURN_FIELDS = {"from", "value", REPEATED}
+_MOST_ID_CHARACTERS = 100  # of an id that is a sample's name as it is
+_SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+# a field that holds a picture, by its name or by what is in it
+_IMAGE_FIELD = re.compile(
+    r"(?i)(.*_)?(image|img|picture|photo|video)s?(_?(path|file|name|url|base64|bytes|data)s?)?"
+)
+_IMAGE_VALUE = re.compile(r"(?is)data:image/.*|\S+\.(jpe?g|png|webp|gif|bmp|tiff?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Sample:
     conversations: tuple[Turn, ...]
     image: str | None
     type: str | None
+    other_image: str | None = None  # a field beside `image` that holds a picture too
 
 
 class SampleFile(Sequence[Sample]):
@@ -56,12 +66,20 @@ class SampleFile(Sequence[Sample]):
     Indexing parses one sample and raises SampleError if it does not follow the format.
     """
 
-    def __init__(self, content: bytes, ends: np.ndarray, numbers: np.ndarray, fingerprint: str):
+    def __init__(
+        self,
+        content: bytes,
+        ends: np.ndarray,
+        numbers: np.ndarray,
+        fingerprint: str,
+        unused: dict[str, int],
+    ):
         self._content = content  # the samples' JSON, one after the other, UTF-8
         self._ends = ends  # (num_samples,) int64; end of each in content
-        # (num_samples,) int64; position in the file, or -1 - position if that is also the id
+        # (num_samples,) int64; position in the file, or -1 - position if it is part of the name
         self._numbers = numbers
         self.fingerprint = fingerprint
+        self.unused = unused  # fields that nothing reads, and in how many samples they are
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -76,34 +94,34 @@ class SampleFile(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         begin = self._ends[index - 1] if index else 0
-        record = json.loads(self._content[begin : self._ends[index]])
-        number = int(self._numbers[index])
-        return _parse(record, str(record["id"]) if number >= 0 else str(-1 - number))
+        record, number = parse(self._content[begin : self._ends[index]]), int(self._numbers[index])
+        return _parse(record, str(record["id"]) if number >= 0 else _name(record, -1 - number))
 
 
 def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     """Read a JSON list or JSON lines; keep the samples selected by data.types and num_samples.
 
-    A missing or repeated id is replaced by the sample's position in the file.
+    A sample's name is its id; " #" and its position in the file are added to a missing, repeated,
+    long or unprintable one, so that no two samples have the same name.
 
     Raises:
         UserError: no such file, malformed JSON (with line and column), nothing selected.
     """
     path = Path(path)
-    text, file_hash = _read_text(path)
+    text, file_hash = read_text(path)
     wanted = {_TYPES.get(name, name) for name in data.types}
     limit = math.inf if data.num_samples is None else data.num_samples
-    if limit < 1:
-        raise UserError(f"--data.num-samples is {limit}, expected at least 1")
-    content, ends, numbers, seen_ids, seen_types = bytearray(), [], [], set(), Counter()
-    for number, (begin, end, record) in enumerate(_records(path, text)):
+    content, ends, numbers, seen_ids = bytearray(), [], [], set()
+    seen_types, unused = Counter(), Counter()
+    for number, (begin, end, record) in enumerate(records(path, text)):
         kind = _type_of(record)
         seen_types[kind] += 1
         sample_id = _id_of(record)
-        usable_id = sample_id is not None and sample_id not in seen_ids
+        usable_id = _is_name(sample_id) and sample_id not in seen_ids
         seen_ids.add(sample_id)
         if wanted and kind not in wanted:
             continue
+        unused.update(_unused(record))
         content += text[begin:end].encode()
         ends.append(len(content))
         numbers.append(number if usable_id else -1 - number)
@@ -112,78 +130,29 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     if not ends or wanted - set(seen_types) and len(ends) < limit:
         raise UserError(_nothing_selected(path, wanted, seen_types))
     fingerprint = f"{file_hash} {sorted(wanted)} {data.num_samples}"
-    return SampleFile(bytes(content), np.array(ends), np.array(numbers), fingerprint)
-
-
-def _read_text(path: Path) -> tuple[str, str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the data file {path} ({error.strerror})") from error
-    try:
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
-
-
-def _records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
-    """(begin, end, object) of every sample; begin and end are positions in text."""
-    start = _skip_blanks(text, 0)
-    entries = _list_entries if text.startswith("[", start) else _line_entries
-    try:
-        for begin, end, record in entries(text, start):
-            if not isinstance(record, dict):
-                raise json.JSONDecodeError("Expecting an object, a sample", text, begin)
-            yield begin, end, record
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}). "
-            "Expected a list of samples, or one sample per line"
-        ) from error
-
-
-def _skip_blanks(text: str, begin: int) -> int:
-    match = _BLANKS.match(text, begin)
-    return match.end() if match else begin
-
-
-def _list_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
-    decode = json.JSONDecoder().raw_decode
-    begin = _skip_blanks(text, begin + 1)
-    closed = text.startswith("]", begin)
-    while not closed:
-        record, end = decode(text, begin)
-        yield begin, end, record
-        begin = _skip_blanks(text, end)
-        closed = text.startswith("]", begin)
-        if not closed:
-            if not text.startswith(",", begin):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
-            begin = _skip_blanks(text, begin + 1)
-    begin = _skip_blanks(text, begin + 1)
-    if begin < len(text):
-        raise json.JSONDecodeError("Extra data", text, begin)
-
-
-def _line_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
-    decode = json.JSONDecoder().decode
-    while begin < len(text):
-        end = text.find("\n", begin)
-        end = len(text) if end < 0 else end
-        line = text[begin:end]
-        if line.strip():
-            try:
-                record = decode(line)
-            except json.JSONDecodeError as error:  # raised again with its position in the file
-                raise json.JSONDecodeError(error.msg, text, begin + error.pos) from error
-            yield begin, end, record
-        begin = end + 1
+    return SampleFile(bytes(content), np.array(ends), np.array(numbers), fingerprint, dict(unused))
 
 
 def _id_of(record: dict) -> str | None:
     sample_id = record.get("id")
     return str(sample_id) if isinstance(sample_id, (str, int)) and sample_id != "" else None
+
+
+def _is_name(sample_id: str | None) -> bool:
+    """Whether the id is a name as it is; others get the sample's position, as in "a #3"."""
+    return (
+        sample_id is not None
+        and len(sample_id) <= _MOST_ID_CHARACTERS
+        and sample_id.isprintable()
+        and not re.search(r"#\d+$", sample_id)
+    )
+
+
+def _name(record: dict, position: int) -> str:
+    sample_id = _id_of(record)
+    if sample_id is None:
+        return f"#{position}"
+    return f"{readable(sample_id, _MOST_ID_CHARACTERS)} #{position}"
 
 
 def _type_of(record: dict) -> str | None:
@@ -194,9 +163,11 @@ def _type_of(record: dict) -> str | None:
 def _nothing_selected(path: Path, wanted: set[str], seen: Counter) -> str:
     if not seen:
         return f"{path} contains no samples"
-    found = ", ".join(f"{count} {kind or 'without type'}" for kind, count in seen.most_common(10))
+    found = (
+        f"{count} {readable(kind or 'without type', 50)}" for kind, count in seen.most_common(10)
+    )
     missing = ", ".join(sorted(wanted - set(seen)))
-    return f"{path}: no samples of type {missing} (--data.types). The file has: {found}"
+    return f"{path}: no samples of type {missing} (--data.types). The file has: {', '.join(found)}"
 
 
 def _parse(record: dict, sample_id: str) -> Sample:
@@ -204,13 +175,55 @@ def _parse(record: dict, sample_id: str) -> Sample:
     problem = None
     if not isinstance(turns, list):
         problem = f"its conversations are {type(turns).__name__}, expected a list of turns"
+        problem += f" (its fields: {', '.join(map(repr, record))})" if turns is None else ""
     elif not all(isinstance(turn, dict) for turn in turns):
         problem = "a turn is not an object with from and value"
+    elif twice := [x[REPEATED] for x in (record, *turns) if REPEATED in x]:
+        problem = f"the key {twice[0]!r} stands twice in it"
     elif not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
         problem = "a turn lacks the text from or value"
     elif image is not None and (not isinstance(image, str) or not image):
         problem = f"its image is {image!r}, expected one path"
+    elif not all(_is_text(turn["value"]) for turn in turns) or not _is_text(image or ""):
+        problem = "its text is not Unicode: half of a surrogate pair, such as \\ud83d, stands alone"
+    elif system := [name for name in _SYSTEM_FIELDS if record.get(name)]:
+        problem = f"its field {system[0]!r} is not used: the template writes the system prompt"
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
     conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
-    return Sample(sample_id, conversations, image, _type_of(record))
+    return Sample(sample_id, conversations, image, _type_of(record), _other_image(record))
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unused(record: dict) -> Iterator[str]:
+    """The fields of a sample and of its turns that nothing reads."""
+    yield from record.keys() - _FIELDS
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict):
+            yield from (f"conversations.{name}" for name in turn.keys() - _TURN_FIELDS)
+
+
+def _other_image(record: dict) -> str | None:
+    """The first field with a picture that is not read: another one than that of `image`."""
+    for place, known in ((record, _FIELDS), *((t, _TURN_FIELDS) for t in record["conversations"])):
+        for name, value in place.items():
+            pictures = () if name in known else _pictures(name, value)
+            if any(Path(x).name != Path(record.get("image") or "").name for x in pictures):
+                return name
+    return None
+
+
+def _pictures(name: str, value: object) -> list[str]:
+    """What is in a field that holds pictures by its name, or paths of pictures in another."""
+    entries = [entry for entry in (value if isinstance(value, list) else [value]) if entry]
+    if _IMAGE_FIELD.fullmatch(name):
+        return [str(entry) for entry in entries if isinstance(entry, (str, dict))]
+    return [x for x in entries if isinstance(x, str) and _IMAGE_VALUE.fullmatch(x)]

@@ -6,7 +6,7 @@ A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from mmalign_kernels import linear, target_logprobs
 from torch import Tensor
-from tqdm import tqdm
 
+from mmalign.command import progress_bar
 from mmalign.errors import UserError
 from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cut_batches
 from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder, TextEncoder
@@ -150,8 +150,10 @@ def plan_scoring(
         first_of.setdefault(request, i)
     rank = {request: unique for unique, request in enumerate(first_of)}
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
-    bar = tqdm(first_of, desc="tokenise", unit=" requests", disable=not progress, leave=False)
-    encoded = [encoder.encode(*request, names[first_of[request]]) for request in bar]
+    bar: Iterable[tuple[Request, int]] = progress_bar(
+        first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
+    )
+    encoded = [encoder.encode(*request, names[i]) for request, i in bar]
     return make_plan(
         encoded,
         [rank[request] for request in requests],
@@ -174,21 +176,17 @@ def run_plan(
     device: str | torch.device,
     progress: bool = True,
     greedy: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> list[Score]:
     """Runs every batch of the plan; one Score per request, with is_greedy if `greedy`.
 
-    greedy computes the logits of all rows that are read a second time.
+    greedy computes the logits of all rows that are read a second time. after_batch may raise, to
+    end it.
     """
     logprobs = torch.empty(len(plan.targets.order))
     is_argmax = torch.empty(len(logprobs), dtype=torch.bool) if greedy else None
-    bar = tqdm(
-        total=plan.num_tokens,
-        desc="score",
-        unit=" tokens",
-        unit_scale=True,
-        disable=not progress,
-        dynamic_ncols=True,
-    )
+    options = {"desc": "score", "unit": " tokens", "unit_scale": True, "disable": not progress}
+    bar = progress_bar(total=plan.num_tokens, **options)
     device, training = torch.device(device), decoder.training
     decoder.eval()
     with bar, torch.no_grad():
@@ -205,6 +203,8 @@ def run_plan(
             if is_argmax is not None:
                 is_argmax[places] = _are_argmax(decoder, *targets).cpu()
             bar.update(batch.end - batch.begin)
+            if after_batch is not None:
+                after_batch()
     decoder.train(training)
     return _scores(plan, logprobs, is_argmax)
 

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
+from mmalign.command import progress_bar
 from mmalign.config import DataConfig, TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import pack_samples
@@ -81,7 +81,7 @@ def score_visual_questions(
             )
     shown = _mismatched_images(samples) if image == "mismatched" else range(len(samples))
     device = llava.decoder.embed_tokens.weight.device
-    bar = tqdm(total=len(samples), desc=f"questions, image: {image}", disable=not progress)
+    bar = progress_bar(total=len(samples), desc=f"questions, image: {image}", disable=not progress)
     with torch.inference_mode(), bar:
         for chosen in _batches([len(sample.input_ids) for sample in encoded], batch_tokens):
             pixels = [dataset.load_pixels(shown[index]) for index in chosen]

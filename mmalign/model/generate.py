@@ -9,13 +9,13 @@ sequences that have not ended.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mmalign.command import progress_bar
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
 from mmalign.model.generation_cache import BatchCache
@@ -85,7 +85,7 @@ def generate(
     ends = _end_ids(llava.decoder.config, tokenizer)
     training = llava.training
     llava.eval()
-    with tqdm(total=len(sequences), desc="generating", disable=not progress) as bar:
+    with progress_bar(total=len(sequences), desc="generating", disable=not progress) as bar:
         for batch in _batches(
             sequences, options.max_new_tokens, cache_tokens, llava.image_token_id
         ):
@@ -192,7 +192,7 @@ def _run(
     options: GenerationOptions,
     ends: set[int],
     on_text: Callable[[int, str], None],
-    bar: tqdm,
+    bar: Any,
 ) -> None:
     cache = BatchCache(llava, batch.num_shared, batch.num_rows)
     row = batch.num_shared

@@ -86,7 +86,10 @@ class Tokenizer:
                     f"({new[0].source}) needs. Save the folder with transformers, or remove the "
                     "token"
                 )
-            self._backend, self._names = HuggingFace(with_tokens(model, new), self.path), {}
+            self._backend, self._names = (
+                HuggingFace(with_tokens(model, new, self.path), self.path),
+                {},
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
@@ -164,7 +167,11 @@ class Tokenizer:
         """SHA-256 of the tokenizer's file and of the special ids, which settings may change."""
         ids = (self.vocab_size, self.bos_token_id, self.eos_token_id, self.unk_token_id)
         ids += (self.image_token_id, self.im_start_id, self.im_end_id)
-        parsed = [(x.content, x.id) for x in self._added.values() if not x.special]
+        parsed = [
+            (name, x.id)
+            for name, x in self._added.items()
+            if not x.special and name not in IMAGE_TOKENS
+        ]
         settings = repr(ids) + (repr(sorted(parsed)) if parsed else "")
         return hashlib.sha256(self.path.read_bytes() + settings.encode()).hexdigest()
 
@@ -200,7 +207,9 @@ class Tokenizer:
 
     def _complete_json(self, num_rows: int) -> tokenizers.Tokenizer | None:
         model = self._json()
-        return None if model is None else with_tokens(model, self._export_tokens(num_rows))
+        return (
+            None if model is None else with_tokens(model, self._export_tokens(num_rows), self.path)
+        )
 
     def _export_tokens(self, num_rows: int) -> list[AddedToken]:
         """Added tokens, the roles', and the image tokens that have a row."""
@@ -252,7 +261,7 @@ def _compare(backend: SentencePiece, path: Path, beside: tokenizers.Tokenizer) -
     """UserError where the two vocabularies of a folder give one id to two tokens."""
     for token_id in range(backend.vocab_size):
         ours, theirs = backend.token(token_id), beside.id_to_token(token_id)
-        if theirs not in (None, ours):
+        if theirs != ours:
             raise UserError(
                 f"{path} and the tokenizer.json beside it disagree: id {token_id} is {ours!r} and "
                 f"{theirs!r}. Remove the one that does not belong to the model"

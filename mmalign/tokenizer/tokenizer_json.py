@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import tokenizers
 
@@ -12,8 +13,10 @@ from mmalign.tokenizer.backends import SentencePiece
 _PROBE = "  Two  blanks,\ttab\n\n\u00e9\u2603 (12.5%)" + " " * 9 + "many \U0001d11e at the end "
 
 
-def with_tokens(model: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> tokenizers.Tokenizer:
-    """A copy that also has these tokens, with their ids and flags.
+def with_tokens(
+    model: tokenizers.Tokenizer, tokens: Iterable[AddedToken], path: Path
+) -> tokenizers.Tokenizer:
+    """A copy that also has these tokens, with their ids and flags; path: the vocabulary's file.
 
     Raises UserError for an id that the library cannot give: it numbers tokens without gaps.
     """
@@ -23,12 +26,15 @@ def with_tokens(model: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> to
     kept = [entry for entry in value["added_tokens"] if entry["content"] not in names]
     entries = kept + [token.to_json() for token in tokens]
     value["added_tokens"] = sorted(entries, key=lambda entry: entry["id"])
-    result = tokenizers.Tokenizer.from_str(json.dumps(value))
+    try:
+        result = tokenizers.Tokenizer.from_str(json.dumps(value))
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path}: a tokenizer.json cannot be made of it ({error})") from error
     wrong = [token for token in tokens if result.token_to_id(token.content) != token.id]
     if wrong:
         named = ", ".join(f"{x.content!r} {x.id} ({x.source.name})" for x in wrong[:5])
         raise UserError(
-            f"{wrong[0].source.parent}: the ids of added tokens leave a gap behind the vocabulary, "
+            f"{path.parent}: the ids of added tokens leave a gap behind the vocabulary, "
             f"which a tokenizer.json cannot have: {named}. Number them without a gap"
         )
     return result

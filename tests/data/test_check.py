@@ -1,8 +1,11 @@
 """Every kind of bad sample stops the run before training, or is skipped and counted."""
 
 import errno
+import io
 import json
+import os
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -49,7 +52,7 @@ SPOILED = {
     "<image> in an answer": (last_turn("a <image>"), "<image> is in an answer"),
     "empty answer": (last_turn(""), "nothing to train on"),
     "no answer": (drop_answer, "nothing to train on"),
-    "too long": (last_turn("a boat " * 400), "tokens .* at most 500 allowed"),
+    "too long": (last_turn("a boat " * 400), "tokens .* at most 500 tokens allowed"),
     "outside the root": (leave_root, "outside the image root"),
     "malformed": (lambda w: w.samples[BAD].update(conversations=3), "expected a list of turns"),
 }
@@ -156,6 +159,46 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
     assert load_report(world.dataset(**skip), cache) is None
     cache.write_bytes(b"")
     assert same(check_samples(world.dataset(**skip), cache, progress=False), second)
+
+
+def test_a_damaged_report_is_named_and_made_again(world, tmp_path, caplog):
+    cache, random = tmp_path / "check.npz", Random(0)
+    expected = check_samples(world.dataset(), cache, progress=False)
+    content = cache.read_bytes()
+    for _ in range(40):
+        damaged = bytearray(content)
+        for _ in range(random.randrange(1, 9)):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        cache.write_bytes(damaged[: random.choice([len(damaged), random.randrange(len(damaged))])])
+        found = load_report(world.dataset(), cache)
+        assert found is None or same(found, expected)
+    assert "check.npz is damaged" in caplog.text
+    with np.load(io.BytesIO(content)) as file:
+        arrays = dict(file)
+    np.savez(cache, **arrays | {"lengths": arrays["lengths"][:-1]})
+    assert load_report(world.dataset(), cache) is None
+
+
+def test_unused_fields_are_named(world, caplog):
+    for sample in world.samples[:3]:
+        sample["model"] = "llava"
+    check_samples(world.dataset(), progress=False)
+    assert "not used (samples): model (3)" in caplog.text
+
+
+def test_messages_are_bounded(world):
+    for sample in world.samples:
+        sample["image"] = ["data:image/png;base64," + "A" * 9999] * 2
+    with pytest.raises(SampleError) as caught:
+        check_samples(world.dataset(), progress=False)
+    assert "20 of 20 samples are unusable" in str(caught.value) and len(str(caught.value)) < 6000
+
+
+def test_a_worker_that_is_killed_is_not_a_traceback(world, monkeypatch):
+    monkeypatch.setattr("mmalign.data.check._CHUNK", 8)
+    monkeypatch.setattr(ConversationDataset, "encode", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(UserError, match="a process of the data check was killed"):
+        check_samples(world.dataset(), num_workers=2, progress=False)
 
 
 def test_a_failed_check_is_not_remembered(world, tmp_path):

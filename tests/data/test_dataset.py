@@ -1,6 +1,7 @@
 """What a sample becomes, and the samples that are refused."""
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import sentencepiece
 import torch
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.data.check import check_samples
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
 from mmalign.data.templates import IMAGE_SENTINEL, TEMPLATES, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
-from tests.data.conftest import NUM_PATCHES, VISION
+from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
 
 
 def talk(*texts: str) -> list[dict]:
@@ -114,7 +116,7 @@ def test_plain_takes_one_question_and_one_answer(world):
 def test_max_length_counts_the_image_as_one_token(world):
     length = len(world.dataset().encode(1).input_ids) - NUM_PATCHES + 1
     assert len(world.dataset(max_length=length).encode(1).labels) == length + NUM_PATCHES - 1
-    with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} allowed"):
+    with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} tokens"):
         world.dataset(max_length=length - 1).encode(1)
 
 
@@ -136,10 +138,66 @@ def test_images_must_lie_inside_the_image_root(world):
         for use in (dataset.encode, dataset.load_pixels):
             with pytest.raises(SampleError, match="sample 'sample-1': .*outside the image root"):
                 use(1)
+    for path in ("link.png", "folder/outside.png"):  # the user's own links
+        world.samples[1]["image"] = path
+        dataset = world.dataset(follow_links=True)
+        assert dataset.encode(1).image == images / path
+        assert dataset.load_pixels(1).shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+    for path in ("../outside.png", str(outside), "folder/../../outside.png"):
+        world.samples[1]["image"] = path
+        with pytest.raises(SampleError, match="outside the image root"):
+            world.dataset(follow_links=True).encode(1)
     os.symlink(images / "1.png", images / "inside.png")
     for path in ("./1.png", "../images/1.png", "inside.png", str(images / "1.png")):
         world.samples[1]["image"] = path
         assert world.dataset().encode(1).image == (images / "1.png").resolve()
+
+
+@pytest.mark.parametrize(
+    "image, problem",
+    [
+        ("a\0.png", r"its image 'a\\x00.png' is not a path \(embedded null byte\)"),
+        ("data:image/png;base64," + "A" * 99999, "is a picture's data, not a path"),
+        ("https://example.com/1.png", "is a URL, not a path"),
+        ("x" * 5000 + ".png", "(File name too long|no file)"),
+        ("a/" * 5000 + "b.png", "(File name too long|no file)"),
+        ("folder.png", "(is a folder|no file)"),
+    ],
+)
+@pytest.mark.parametrize("check_images", [True, False])
+def test_image_paths_that_are_none(world, image, problem, check_images):
+    (world.root / "images/folder.png").mkdir()
+    world.samples[1]["image"] = image
+    dataset = world.dataset(check_images=check_images, on_bad_sample="skip")
+    report = check_samples(dataset, progress=False)
+    assert [error.sample_id for error in report.skipped] == ["sample-1"]
+    assert re.search(problem, str(report.skipped[0])) and len(str(report.skipped[0])) < 500
+    with pytest.raises(SampleError, match="sample 'sample-1'"):
+        dataset.load_pixels(1)
+
+
+def test_a_picture_in_another_field_counts_unless_pictures_are_left_out(world):
+    world.samples[0]["images"] = ["1.png"]
+    with pytest.raises(SampleError, match="its field 'images' holds a picture; only 'image'"):
+        world.dataset().encode(0)
+    assert world.dataset(text_only=True).encode(0).image is None
+
+
+def test_whatever_the_tokenizer_raises_names_the_sample(world, monkeypatch):
+    def fail(text: str):
+        raise RuntimeError("internal: " + "x" * 99999)
+
+    monkeypatch.setattr(world.tokenizer._backend, "encode_with_offsets", fail)
+    with pytest.raises(SampleError, match="sample 'sample-1': its text cannot be tokenised") as e:
+        world.dataset().encode(1)
+    assert len(str(e.value)) < 500
+
+
+def test_endless_text_is_refused_before_it_is_tokenised(world, monkeypatch):
+    monkeypatch.setattr(world.tokenizer._backend, "encode_with_offsets", None)
+    world.samples[0]["conversations"][0]["value"] = "what " * 2**20
+    with pytest.raises(SampleError, match=r"5,242,9\d\d characters, at most 2048 tokens"):
+        world.dataset().encode(0)
 
 
 def test_an_unknown_template_is_named_with_the_known_ones(world):

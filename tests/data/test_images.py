@@ -1,5 +1,6 @@
 """Images against transformers' CLIPImageProcessor (the PIL version) fed as LLaVA feeds it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from mmalign.data.images import check_image, load_image
+from mmalign.data.images import MAX_FILE_BYTES, check_image, load_image
 from mmalign.errors import UserError
 from mmalign.model.preprocessing import Preprocessing
 
@@ -37,6 +38,12 @@ def assert_within_one_level(path: Path, preprocessing: Preprocessing) -> None:
     assert ours.dtype == torch.uint8 and ours.shape == (3, crop_size, crop_size)
     theirs = clip_pixels(path, preprocessing).astype(int)
     assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
+
+
+READERS = [
+    lambda path: load_image(path, square(1000)),
+    lambda path: check_image(path, square(1000)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +103,7 @@ def test_exif_orientation_is_left_alone(tmp_path):
     assert_within_one_level(tmp_path / "rotated.jpg", square(28))
 
 
-@pytest.mark.parametrize("read", [lambda path: load_image(path, square(28)), check_image])
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("name", ["waterview.jpg", "extreme_ironing.jpg", "alpaca.png"])
 def test_truncated_photos_are_refused(shared_data, tmp_path, name, read):
     content = (shared_data / "llava/images" / name).read_bytes()
@@ -106,12 +113,17 @@ def test_truncated_photos_are_refused(shared_data, tmp_path, name, read):
             read(tmp_path / name)
 
 
-@pytest.mark.parametrize("read", [lambda path: load_image(path, square(28)), check_image])
+@pytest.mark.parametrize("read", READERS)
 def test_other_unusable_files(tmp_path, monkeypatch, read):
     with pytest.raises(UserError, match="no file .*absent.jpg"):
         read(tmp_path / "absent.jpg")
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match="is a folder, expected a regular file"):
         read(tmp_path)
+    os.mkfifo(tmp_path / "endless.jpg")  # nobody writes to it
+    with pytest.raises(UserError, match="endless.jpg is a FIFO"):
+        read(tmp_path / "endless.jpg")
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        read(Path("/dev/zero"))
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(UserError, match="page.jpg cannot be decoded"):
         read(tmp_path / "page.jpg")
@@ -126,7 +138,37 @@ def test_other_unusable_files(tmp_path, monkeypatch, read):
             read(tmp_path / "large.png")
 
 
-def test_a_thread_of_an_image_is_refused_before_it_fills_memory(tmp_path):
-    Image.new("RGB", (20000, 1)).save(tmp_path / "thread.png")
-    with pytest.raises(UserError, match="thread.png is 20000 x 1"):
-        load_image(tmp_path / "thread.png", square(224))
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("width, height", [(150_000, 1), (1, 2_000_000)])
+def test_a_thread_of_an_image_is_refused_before_it_fills_memory(tmp_path, read, width, height):
+    Image.new("L", (width, height)).save(tmp_path / "thread.png")
+    with pytest.raises(UserError, match=f"thread.png is {width} x {height}: .* Crop the image"):
+        read(tmp_path / "thread.png")
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_file_too_large_to_read_is_refused_by_its_size(tmp_path, read):
+    with open(tmp_path / "hole.webp", "wb") as file:
+        file.write(b"RIFF\0\0\0\x7fWEBPVP8 ")
+        file.truncate(MAX_FILE_BYTES + 1)  # takes no space on the disk
+    with pytest.raises(UserError, match="hole.webp is too large .268,435,457 bytes"):
+        read(tmp_path / "hole.webp")
+
+
+EPS = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch, read):
+    """Pillow hands an EPS to Ghostscript, whatever the file's name."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/CALLED\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for anew
+    (tmp_path / "a.jpg").write_text(EPS)
+    with pytest.raises(UserError, match="a.jpg cannot be decoded: it is not one of JPEG, PNG"):
+        read(tmp_path / "a.jpg")
+    assert not (tmp_path / "CALLED").exists()
+    with pytest.raises(OSError):  # what the explicit list of formats keeps out
+        Image.open(tmp_path / "a.jpg").load()
+    assert (tmp_path / "CALLED").exists()

@@ -70,6 +70,15 @@ def test_a_batch_larger_than_the_data_wraps():
     assert plan.samples_of_step(1).tolist() == [2, 0, 1, 2, 0, 1, 2, 0]
 
 
+def test_a_step_with_samples_more_than_once_is_said_or_refused(world, caplog):
+    load(world, num_steps=1, global_batch_size=20)
+    assert not caplog.text
+    load(world, num_steps=1, global_batch_size=21)
+    assert "--global-batch-size 21 is more than the 20 usable samples" in caplog.text
+    with pytest.raises(UserError, match="--global-batch-size 1000000000 is more than the 20 us"):
+        load(world, num_steps=1, global_batch_size=10**9)  # before anything of that size
+
+
 def test_number_of_steps_is_that_of_the_recipe():
     assert num_steps_of(80_000, 32, 1.0) == 2500
     assert num_steps_of(595_375, 128, 1.0) == 4652  # the last step takes 49 of a second epoch

@@ -1,10 +1,13 @@
 """Reading of data files in LLaVA's format, good and bad."""
 
+import gzip
 import json
+import os
 
 import pytest
 
 from mmalign.config import DataConfig
+from mmalign.data.json_records import MAX_FILE_BYTES
 from mmalign.data.samples import Sample, Turn, read_samples
 from mmalign.errors import SampleError, UserError
 
@@ -43,7 +46,16 @@ def test_list_and_lines_give_the_same_samples(tmp_path):
 
 def test_missing_and_repeated_ids_become_positions(tmp_path):
     records = [record("a"), record("a"), record(), record(None), record(0), record("b")]
-    assert [sample.id for sample in read(tmp_path, records)] == ["a", "1", "2", "3", "0", "b"]
+    names = ["a", "a #1", "#2", "#3", "0", "b"]
+    assert [sample.id for sample in read(tmp_path, records)] == names
+
+
+def test_no_two_samples_have_one_name(tmp_path):
+    ids = [3, "3", None, "#2", "3 #1", "a\nb", "\ud83d", "x" * 5000, "", True, 1.5, ["3"], 10**30]
+    names = [sample.id for sample in read(tmp_path, [record(x) for x in ids])]
+    assert len(set(names)) == len(ids)
+    assert all(name.isprintable() and len(name) < 120 for name in names)
+    assert names[:6] == ["3", "3 #1", "#2", "#2 #3", "3 #1 #4", "a\\nb #5"]
 
 
 def test_types_and_number_of_samples(tmp_path):
@@ -61,8 +73,6 @@ def test_types_and_number_of_samples(tmp_path):
     assert ids(num_samples=2) == "01"
     with pytest.raises(UserError, match="no samples of type poems.*2 conversation.*1 without type"):
         ids(types=("detail", "poems"))
-    with pytest.raises(UserError, match="--data.num-samples is 0"):
-        ids(num_samples=0)
 
 
 @pytest.mark.parametrize(
@@ -73,15 +83,95 @@ def test_types_and_number_of_samples(tmp_path):
         ('[{"id": "a"},\n {"id": "b"', 2, 12),
         ('[{"id": "a"},\n "b"]', 2, 2),
         ('[{"id": "a"}]\n\n]', 3, 1),
+        ('[{"id": "a"},\n {"id": "b", "x": ' + "[" * 40 + "]" * 40 + "}]", 2, 2),
+        ('[{"id": "a"},\n {"id": "b", "x": ' + "[" * 99999 + "]" * 99999 + "}]", 2, 2),
         ('{"id": "a"}\n{"id": \n{"id": "c"}\n', 2, 8),
         ('{"id": "a"}\n\n{"id": "b"} {"id": "c"}', 3, 13),
         ("<html>\n</html>", 1, 1),
+        ('"text"', 1, 1),
+        ("[[1, 2]]", 1, 2),
     ],
 )
 def test_malformed_json_names_line_and_column(tmp_path, text, line, column):
     message = rf"data\.json, line {line}, column {column}: malformed JSON"
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
+
+
+SAMPLE = json.dumps({"id": "a", "conversations": TURNS}, indent=1)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (SAMPLE, r"an object on the lines 1 to \d+, expected a list of samples"),
+        (f"{SAMPLE}\n{SAMPLE}\n", r"an object on the lines 1 to \d+, expected a list of samples"),
+        (f'{{"data": [{SAMPLE}]}}', r"the keys 'data'\), expected a list .* the list under 'data'"),
+        ('{"v": 1, "rows": [{"id": "a"}]}\n', r"keys 'v', 'rows'\), .* the list under 'rows'"),
+        ('{"a": {"conversations": []}}', r"one object \(with the keys 'a'\), expected a list"),
+        ('{"peft_type": "LORA", "r": 8}', r"one object \(with the keys 'peft_type', 'r'\)"),
+        ("{}", r"one object \(with the keys \), expected a list"),
+    ],
+)
+def test_other_json_is_called_by_its_name(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (gzip.compress(b"[]"), "is gzip-compressed, expected JSON. Unpack"),
+        (b"PK\3\4....", "is a zip archive"),
+        (b"PAR1....PAR1", "is a Parquet file"),
+        (b"GGUF\3\0\0\0", "is GGUF weights"),
+        (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
+        (SAMPLE.encode("utf-16"), "is UTF-16 text, .* iconv -f UTF-16 -t UTF-8"),
+        (SAMPLE.encode("utf-16-be"), "is UTF-16 text, .* iconv -f UTF-16BE"),
+        (f"[{SAMPLE}]".encode("utf-16-le"), "is UTF-16 text, .* iconv -f UTF-16LE"),
+    ],
+)
+def test_other_formats_are_called_by_their_names(tmp_path, content, message):
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"data.json {message}"):
+        read_samples(tmp_path / "data.json", DataConfig())
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # nobody writes to it
+    with pytest.raises(UserError, match="fifo is a FIFO, expected a regular file"):
+        read_samples(tmp_path / "fifo", DataConfig())
+    with pytest.raises(UserError, match="is a folder, expected a regular file"):
+        read_samples(tmp_path, DataConfig())
+    with open(tmp_path / "hole.json", "wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # takes no space on the disk
+    with pytest.raises(UserError, match="hole.json has 4,294,967,297 bytes"):
+        read_samples(tmp_path / "hole.json", DataConfig())
+
+
+def test_numbers_that_nobody_reads_may_be_long(tmp_path):
+    text = json.dumps([record("a")]).replace('"id"', f'"huge": {"7" * 5000}, "id"')
+    samples = read(tmp_path, text)
+    assert samples[0].id == "a" and samples.unused == {"huge": 1}
+    assert len(read(tmp_path, text.replace('"a"', "7" * 5000))[0].id) < 120
+
+
+@pytest.mark.parametrize("key", ["conversations", "value"])
+def test_a_key_that_stands_twice_names_the_sample(tmp_path, key):
+    text = json.dumps([record("a", meta={"x": 1})])
+    text = text.replace('"x": 1', '"x": 1, "x": 2')  # nobody reads it
+    assert read(tmp_path, text)[0].id == "a"
+    text = text.replace(f'"{key}"', f'"{key}": [], "{key}"', 1)
+    with pytest.raises(SampleError, match=f"sample 'a': the key {key!r} stands twice"):
+        read(tmp_path, text)[0]
+
+
+def test_fields_that_nothing_reads_are_counted(tmp_path):
+    turns = [TURNS[0] | {"weight": 0}, TURNS[1] | {"weight": 1}]
+    records = [record("a", model="x"), record("b", model="y", type="detail")]
+    records.append({"id": "c", "conversations": turns})
+    assert read(tmp_path, records).unused == {"model": 2, "conversations.weight": 2}
 
 
 def test_unreadable_files(tmp_path):
@@ -104,6 +194,10 @@ def test_unreadable_files(tmp_path):
         ({"conversations": [{"from": "gpt", "value": 3}]}, "a turn lacks the text"),
         ({"image": ["a.jpg", "b.jpg"]}, "expected one path"),
         ({"image": ""}, "expected one path"),
+        ({"system": "Answer in French."}, "its field 'system' is not used"),
+        ({"system_prompt": "Answer in French."}, "its field 'system_prompt' is not used"),
+        ({"image": "\ud83d.jpg"}, "not Unicode: half of a surrogate pair"),
+        ({"conversations": [{"from": "human", "value": "\ude00"}]}, "not Unicode: half of a"),
     ],
 )
 def test_malformed_samples_name_their_id_when_they_are_used(tmp_path, fields, problem):
@@ -111,3 +205,23 @@ def test_malformed_samples_name_their_id_when_they_are_used(tmp_path, fields, pr
     assert samples[0].id == "good"
     with pytest.raises(SampleError, match=f"sample 'bad': .*{problem}"):
         samples[1]
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"images": ["a.jpg"]}, "images"),
+        ({"image_path": "a.jpg"}, "image_path"),
+        ({"image": "a.jpg", "images": ["a.jpg", "b.jpg"]}, "images"),
+        ({"image": "a.jpg", "video": "b.mp4"}, "video"),
+        ({"img": {"bytes": "aGVsbG8="}}, "img"),
+        ({"source": "coco/a.png"}, "source"),
+        ({"picture": "data:image/png;base64,AAAA"}, "picture"),
+        ({"conversations": [TURNS[0] | {"image": "a.jpg"}, TURNS[1]]}, "image"),
+        ({"image": "coco/a.jpg", "image_path": "/data/coco/a.jpg"}, None),  # the same picture
+        ({"images": [], "image_path": None, "image_id": "000001", "image_width": 640}, None),
+        ({"has_image": True, "source": "coco", "note": "as in the picture"}, None),
+    ],
+)
+def test_a_picture_in_another_field_is_found(tmp_path, fields, expected):
+    assert read(tmp_path, [{**record("a"), **fields}])[0].other_image == expected

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.command import Stopped
 from mmalign.errors import UserError
 from mmalign.files import read_json_lines
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
-from tests.training.helpers import exported_weights, losses, small_config
+from tests.training.helpers import exported_weights, losses, small_config, small_loop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -165,8 +165,21 @@ def test_bad_image_mid_run_keeps_every_finished_step(small_world, tmp_path):
 def test_non_finite_loss_names_the_samples(small_world, tmp_path):
     config = small_config(small_world, tmp_path, optimizer={"learning_rate": 1e30})
     with pytest.raises(UserError, match=r"loss of step \d+ is (nan|inf).*caption-|visual-"):
-        train(config)
+        small_loop(config).run()  # train() refuses such a rate
     assert list((tmp_path / "checkpoints").glob("step_*"))
+
+
+def test_a_run_that_learns_nothing_says_so(small_world, tmp_path, caplog):
+    settings = {"num_steps": 1, "global_batch_size": 30, "data": {"num_samples": 8}}
+    small_loop(small_config(small_world, tmp_path / "short", **settings))
+    assert "the only step has learning rate 0" in caplog.text
+    assert "--global-batch-size 30 is more than the 8 usable samples" in caplog.text
+    config = small_config(small_world, tmp_path / "skips", num_steps=3, on_non_finite="skip")
+    loop = small_loop(config)
+    loop.trainer.model.projector.weight.data.fill_(float("nan"))
+    caplog.clear()
+    loop.run()
+    assert "all 3 steps were skipped" in caplog.text
 
 
 def test_full_disk_keeps_the_last_checkpoint(small_world, tmp_path):

@@ -1,0 +1,162 @@
+"""Damaged data files: a result, or an error that names the file or sample; what passes loads."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmalign.batch import IGNORE_INDEX
+from mmalign.config import DataConfig
+from mmalign.data.check import check_samples
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.loader import StepLoader
+from mmalign.data.samples import read_samples
+from mmalign.errors import SampleError, UserError
+from mmalign.tokenizer import Tokenizer
+from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
+
+DEEP: list = []
+for _ in range(50):
+    DEEP = [DEEP]
+VALUES = [None, True, 0, -1, 10**400, 1e308, float("nan"), "", " ", "\0", "\ud83d", "\u2028", DEEP]
+VALUES += ["<image>", "</s>", "<im_patch>", "a boat", "x" * 5000, "../a.png", "/", ".", "human"]
+VALUES += ["data:image/png;base64,AAAA", "\x1b[2J", "\u0627\u0301", [], {}, ["a.png"], {"a": 1}]
+KEYS = ["id", "image", "type", "conversations", "from", "value", "system", "images", "img_path"]
+TOKENS = [b'"', b"[", b"]", b"{", b"}", b",", b":", b"\\ud800", b"\\", b"\n", b"\0", b"\xff", b"1"]
+TOKENS += [b"null", b"NaN", b"[" * 3000, b"9" * 5000, b"\xef\xbb\xbf", b"<image>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of every kind, whole and not."""
+    folder, random = tmp_path_factory.mktemp("fuzz"), Random(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    for suffix in ("png", "jpg", "webp", "gif", "bmp", "tif"):
+        whole = folder / f"whole.{suffix}"
+        picture.save(whole)
+        for number in range(12):
+            content = bytearray(whole.read_bytes())
+            for _ in range(random.choice((1, 1, 4, 40))):
+                content[int(random.random() ** 3 * len(content))] = random.randrange(256)
+            end = random.choice((len(content), random.randrange(len(content))))
+            (folder / f"{number}.{suffix}").write_bytes(content[:end])
+    return folder
+
+
+def sample(random: Random, folder: Path) -> dict:
+    turns = []
+    for _ in range(random.choice((1, 1, 1, 3))):
+        turns += [("human", "what is it"), ("gpt", "a small boat")]
+    turns = [{"from": speaker, "value": text} for speaker, text in turns]
+    record = {"id": random.choice(["a", 7, "b"]), "conversations": turns}
+    if random.random() < 0.7:
+        pattern = "whole.*" if random.random() < 0.9 else "*"
+        record["image"] = random.choice(sorted(folder.glob(pattern))).name
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    return record
+
+
+def mutate(random: Random, tree: list | dict) -> None:
+    """Changes, removes, doubles or adds one entry somewhere in the tree."""
+    places, stack = [], [tree]
+    while stack:
+        parent = stack.pop()
+        keys = range(len(parent)) if isinstance(parent, list) else list(parent)
+        places += [(parent, key) for key in keys]
+        stack += [parent[key] for key in keys if isinstance(parent[key], (list, dict))]
+    if not places:
+        return
+    parent, key = random.choice(places)
+    kind = random.randrange(5)
+    if kind == 0:
+        del parent[key]
+    elif kind == 1 and isinstance(parent, list):
+        parent.insert(key, copy.deepcopy(parent[key]))
+    elif kind == 2 and isinstance(parent, dict):
+        parent[random.choice(KEYS)] = copy.deepcopy(random.choice(VALUES))
+    elif kind == 3 and isinstance(parent[key], str):
+        at = random.randrange(len(parent[key]) + 1)
+        piece = random.choice([x for x in VALUES if isinstance(x, str)])
+        parent[key] = parent[key][:at] + piece + parent[key][at:]
+    else:
+        parent[key] = copy.deepcopy(random.choice(VALUES))
+
+
+def data_file(random: Random, folder: Path) -> bytes:
+    records = [sample(random, folder) for _ in range(4)]
+    for _ in range(random.choice((0, 1, 1, 2, 5))):
+        mutate(random, records)
+    try:
+        if random.random() < 0.3:
+            text = "\n".join(json.dumps(record) for record in records)
+        else:
+            text = json.dumps(records, indent=random.choice((None, 1)))
+    except ValueError:  # 10**400 has more digits than Python writes at some settings
+        text = "[]"
+    content = bytearray(text.encode())
+    for _ in range(random.choice((0, 0, 0, 0, 1, 3))):
+        at = random.randrange(len(content) + 1)
+        content[at : at + random.choice((0, 0, 1, 20))] = random.choice(TOKENS)
+    ends = [len(content)] * 9 + [random.randrange(len(content) + 1)]
+    return bytes(content[: random.choice(ends)])
+
+
+def check(path: Path, folder: Path, tokenizer: Tokenizer, random: Random) -> bool:
+    """Whether the file was accepted; then all of it encodes and loads."""
+    data = DataConfig(
+        path=str(path),
+        image_root=str(folder),
+        template=random.choice(("plain", "v0", "v1", "llama_2")),
+        text_only=random.random() < 0.2,
+        max_length=random.choice((60, 2048, 2048, 2048)),
+        on_bad_sample=random.choice(("error", "skip")),
+        num_workers=0,
+    )
+    vision = None if data.text_only else VISION
+    dataset = ConversationDataset(read_samples(path, data), tokenizer, data, vision)
+    report = check_samples(dataset, progress=False)
+    assert len({dataset.samples[i].id for i in report.kept}) == len(report.kept)
+    loader = StepLoader(
+        dataset,
+        report,
+        global_batch_size=len(report.kept),
+        micro_batch_tokens=4096,
+        seed=0,
+        num_steps=1,
+    )
+    [step] = loader
+    assert step.num_tokens == sum(len(batch.input_ids) for batch in step.batches)
+    for batch in step.batches:
+        assert len(batch.image_positions) == NUM_PATCHES * len(batch.pixel_values)
+        assert batch.pixel_values.shape[2:] in ((IMAGE_SIZE, IMAGE_SIZE), (0, 0))
+        assert int((batch.target_ids != IGNORE_INDEX).sum()) == batch.num_loss_tokens
+    return True
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_data_files(folder, tokenizer, tmp_path):
+    path, accepted, refused = tmp_path / "data.json", 0, 0
+    seeds = range(int(os.environ.get("MMALIGN_FUZZ_INPUTS", 600)))
+    for seed in seeds:
+        random = Random(seed)
+        path.write_bytes(data_file(random, folder))
+        try:
+            accepted += check(path, folder, tokenizer, random)
+        except SampleError as error:
+            refused += 1
+            assert error.sample_id and len(str(error)) < 6000, seed
+            assert str(error).replace("\n", "").isprintable(), seed
+        except UserError as error:
+            refused += 1
+            named = str(path) in str(error) or "no usable sample: sample " in str(error)
+            assert named and len(str(error)) < 6000, (seed, str(error))
+            assert str(error).replace("\n", "").isprintable(), seed
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+    assert min(accepted, refused) > len(seeds) / 4  # both ways are tried
