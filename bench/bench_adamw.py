@@ -5,7 +5,6 @@ time, but no rate.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from mmalign_kernels import adamw_step, costs
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from bench.comparison import COPY, STEP, each
 from bench.operation import Case, Operation
-from bench.peers import Layout, Variant, library, missing, on_gpu, ours
+from bench.peers import Inputs, Layout, Variant, library, missing, on_gpu, ours
 from bench.shapes import DECODER_SHAPES, DEVICE, NAMES
 from mmalign.model.config import DecoderConfig
 
-Inputs = SimpleNamespace
 FP32: costs.Weights = "fp32"
 SPLIT: costs.Weights = "split"
 STOCHASTIC: costs.Weights = "stochastic"

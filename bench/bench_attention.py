@@ -44,10 +44,6 @@ def our_rotary(i: Inputs) -> Tensor:
     )
 
 
-def our_full(i: Inputs) -> Tensor:
-    return full_attention(i.qkv, i.cu_seqlens, i.max_seqlen, i.num_heads)
-
-
 # ---- packed samples: qkv (tokens, 3 * heads * head_dim), rotated where i.rotary ----
 
 
@@ -67,14 +63,14 @@ def compiled_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _compiled()(x, cos, sin)
 
 
-def packed_heads(i: Inputs, rotation=rotate) -> tuple[Tensor, Tensor, Tensor]:
+def packed_heads(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (tokens, heads, head_dim), rotated where the inputs ask for it."""
     q, k, v = i.qkv.view(len(i.qkv), 3, i.num_heads, -1).unbind(1)
     if not i.rotary:
         return q, k, v
     rows = i.position_ids
     cos, sin = i.cos[rows][:, None], i.sin[rows][:, None]
-    return rotation(q, cos, sin), rotation(k, cos, sin), v
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def sample_by_sample(i: Inputs) -> Tensor:
@@ -203,7 +199,10 @@ LIGER = Variant(
 ROTARY = Operation(
     "rotary_attention", [*ours("rotary_attention", our_rotary), *PEERS, LIGER], EAGER, MATMUL
 )
-FULL = Operation("full_attention", [*ours("full_attention", our_full), *PEERS], EAGER, MATMUL)
+OUR_FULL = ours(
+    "full_attention", lambda i: full_attention(i.qkv, i.cu_seqlens, i.max_seqlen, i.num_heads)
+)
+FULL = Operation("full_attention", [*OUR_FULL, *PEERS], EAGER, MATMUL)
 
 
 def _inputs(lengths: list[int], heads: int, head_dim: int) -> Inputs:

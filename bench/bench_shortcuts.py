@@ -1,4 +1,4 @@
-"""A training step with and without the exact shortcuts (mmalign/model/shortcuts.py).
+"""A training step with and without the exact shortcuts (ShortcutConfig).
 
 Stage 1 with the header that template v0 writes before the image; both stages with many rows that
 have no target. The losses with and without are compared first.

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 
 import torch
 from mmalign_kernels.costs import Cost, Passes
@@ -25,15 +24,13 @@ from bench.comparison import (
     WrongResult,
     is_ours,
 )
-from bench.peers import Variant
+from bench.peers import Inputs, Variant
 from bench.shapes import DTYPE, ON_GPU
 
 ALL = (FORWARD, BACKWARD, BOTH)
 ORACLE_DTYPE = {torch.bfloat16: torch.float32, torch.float32: torch.float64}[DTYPE]
 # ||result - oracle|| / ||oracle|| of outputs, and of gradients: a few roundings of each type
 ERRORS = {torch.bfloat16: (1e-2, 2e-2), torch.float32: (1e-4, 1e-4)}[DTYPE]
-
-Inputs = SimpleNamespace
 
 
 @dataclass(frozen=True)
@@ -65,26 +62,11 @@ class Operation:
         return [OperationComparison(one, way) for one in shared for way in self.directions]
 
 
-@dataclass(frozen=True, eq=False)
 class OperationComparison(Comparison):
-    shared: "Verified"
-    direction: str
-
-    @property
-    def operation(self) -> Operation:
-        return self.shared.operation
-
-    @property
-    def benchmark(self) -> str:
-        return self.operation.name
-
-    @property
-    def case(self) -> str:
-        return self.shared.case.name
-
-    @property
-    def variants(self) -> list[str]:
-        return [v.name for v in self.operation.variants if self.direction in v.directions]
+    def __init__(self, shared: "Verified", direction: str):
+        self.shared, self.operation, self.direction = shared, shared.operation, direction
+        self.benchmark, self.case = shared.operation.name, shared.case.name
+        self.variants = [v.name for v in self.operation.variants if direction in v.directions]
 
     def _variant(self, name: str) -> Variant:
         return next(variant for variant in self.operation.variants if variant.name == name)

@@ -92,22 +92,14 @@ def torch_variants(function: Callable, layout: Layout = Layout()) -> list[Varian
     ]
 
 
-LIBRARIES = {
-    "transformers": "transformers",
-    "liger-kernel": "liger_kernel",
-    "quack": "quack",
-    "cut-cross-entropy": "cut_cross_entropy",
-    "torchao": "torchao",
-}
-
-
 def missing(library: str) -> Callable[[], str | None]:
     """For Variant.missing: why the library cannot run on this machine."""
 
     def reason() -> str | None:
         if not ON_GPU and library != "transformers":
             return f"{library} needs a CUDA device"
-        return None if find_spec(LIBRARIES[library]) else f"{library} is not installed"
+        module = library.replace("-", "_")
+        return None if find_spec(module) else f"{library} is not installed"
 
     return reason
 

@@ -67,9 +67,9 @@ class Samples:
         return len(self.encoded)
 
 
-def draw_samples(stage: str, count: int, size: Size, seed: int = 0) -> Samples:
+def draw_samples(stage: str, count: int, size: Size) -> Samples:
     """`count` samples of the stage's lengths."""
-    return samples_of(stage, STAGES[stage].draw(count, seed).tolist(), size, seed)
+    return samples_of(stage, STAGES[stage].draw(count, seed=0).tolist(), size)
 
 
 def samples_of(stage: str, text_lengths: Sequence[int], size: Size, seed: int = 0) -> Samples:
@@ -161,13 +161,13 @@ class JpegFiles:
         return sum(path.stat().st_size for path in self.paths) / len(self.paths)
 
 
-def write_jpeg_files(folder: Path, stage: str, count: int, seed: int = 0) -> JpegFiles:
-    words = " ".join(corpus_pages(40, passages=12, seed=seed)).split()
-    rng = random.Random(seed)
+def write_jpeg_files(folder: Path, stage: str, count: int) -> JpegFiles:
+    words = " ".join(corpus_pages(40, passages=12, seed=0)).split()
+    rng = random.Random(0)
     paths, records = [], []
-    for index, length in enumerate(STAGES[stage].draw(count, seed)):
+    for index, length in enumerate(STAGES[stage].draw(count, seed=0)):
         paths.append(folder / f"{index}.jpg")
-        draw_image(*JPEG_SIZE, seed + index).save(paths[-1], quality=JPEG_QUALITY)
+        draw_image(*JPEG_SIZE, index).save(paths[-1], quality=JPEG_QUALITY)
         begin = rng.randrange(len(words) // 2)
         answer = " ".join(words[begin : begin + max(1, int(length / TOKENS_PER_WORD))])
         turns = [("human", "<image>\nWhat is in this picture?"), ("gpt", answer)]

@@ -59,13 +59,13 @@ ONE_LONG = "one long sample"
 SUPERVISED = {"pretrain": 0.07, "finetune": 0.44}  # share of the tokens that have a target
 
 
-def sample_lengths(mix: str, num_tokens: int, longest: int = 2048, seed: int = 0) -> list[int]:
+def sample_lengths(mix: str, num_tokens: int, longest: int = 2048) -> list[int]:
     """Lengths of packed samples, `num_tokens` in all: a mix of LENGTHS, or ONE_LONG.
 
     ONE_LONG: one sample of `longest` tokens, then the finetune mix.
     """
     low, high = LENGTHS["finetune" if mix == ONE_LONG else mix]
-    generator = random.Random(seed)
+    generator = random.Random(0)
     lengths = [min(longest, num_tokens)] if mix == ONE_LONG else []
     while (rest := num_tokens - sum(lengths)) > 0:
         lengths.append(min(generator.randint(low, min(high, longest)), rest))

@@ -1,3 +1,13 @@
-"""mmalign: what visual instruction tuning does to a language model's truthfulness and ethics."""
+"""mmalign: what visual instruction tuning does to a language model's truthfulness and ethics.
+
+    data/          files -> packed batches: batch.py, the contract with the model
+    model/         vision tower, projector and decoder; reads and writes Hugging Face folders
+    training/      both stages of config.py's TrainConfig, whose named runs are in recipes.py
+    evaluation/    scores of language models, their comparison and report
+    toy_world/     a small world that all of this runs on
+    experiment.py  the whole experiment;  chat.py, lm_eval.py: other uses of a trained model
+
+distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them.
+"""
 
 __version__ = "0.1.0"

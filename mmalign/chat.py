@@ -43,7 +43,8 @@ class Conversation:
         precision: str = "fp32",
         device: str = "auto",
     ):
-        self.weights = weights = find_chat_weights(model)
+        llava = Path(model) / "export" / "llava"  # of a run that has a vision tower
+        self.weights = weights = llava if llava.is_dir() else find_weights(model)
         settings, target = _run_settings(weights), choose_device(device)
         self.template_name = _choose_template(weights, template, settings)
         self.template = TEMPLATES[self.template_name]
@@ -121,12 +122,6 @@ class Conversation:
                 f"answer in the model's context of {self.max_length}; {remedy} something shorter"
             )
         return ids
-
-
-def find_chat_weights(model: str | Path) -> Path:
-    """export/llava of a run that has a vision tower, else what find_weights returns."""
-    llava = Path(model) / "export" / "llava"
-    return llava if llava.is_dir() else find_weights(model)
 
 
 def _run_settings(weights: Path) -> dict:

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show (bench/gpu.py): build, correctness, kernels, train, evaluate.
 #
-#   bash scripts/gpu_verify.sh                        # all parts
-#   bash scripts/gpu_verify.sh --part build kernels   # some of them
-#   bash scripts/gpu_verify.sh --dry-run              # shows the commands
-#   MMALIGN_SHARED_DATA=DIR bash scripts/gpu_verify.sh --part evaluate   # real documents
+# Its arguments are those of bench/gpu.py; MMALIGN_SHARED_DATA=DIR evaluates on real documents.
 #
 # $PYTHON (.venv/bin/python, else python3) needs what scripts/test.sh installs. csrc/ needs nvcc and
 # cmake, the sanitizer compute-sanitizer, all on PATH.

@@ -65,19 +65,15 @@ def _serves(backend: str, family: str, parts: list[str], here: bool) -> bool:
     return not here or all(dispatch.find(backend, part, family) for part in parts)
 
 
-def _default(family: str, serving: list[str]) -> str:
-    """The backend that runs when none is named."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return next(x for x in dispatch.preference(device, family) if x in serving)
-
-
 def _rows(versions: dict[str, str | None]) -> Iterator[list[str]]:
     yield ["", *(x.partition("_")[0] if "_" in x else "" for x in versions)]
     yield ["", *(x.partition("_")[2] or x for x in versions)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, family, parts in _families():
         here = [x for x in versions if _serves(x, family, parts, bool(versions[x]))]
         marks = {x: "yes" if versions[x] else "no" for x in here}
-        marks[_default(family, [x for x in here if versions[x]])] = "default"
+        default = next(x for x in dispatch.preference(device, family) if marks.get(x) == "yes")
+        marks[default] = "default"
         yield [name, *(marks.get(x, "-") for x in versions)]
 
 

@@ -9,5 +9,5 @@
       PackedBatch       pack_samples     packing.py      one row of tokens, no padding
       Step              StepLoader       loader.py       exactly one global batch, loaded ahead
 
-preview.py shows people the result.
+preview.py and figure.py show people the result; chat_template.py writes a template as Jinja.
 """

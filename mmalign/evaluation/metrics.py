@@ -37,10 +37,6 @@ def percent_interval(interval: Sequence[float]) -> str:
 
 def caveats(name: str, summary: dict) -> list[str]:
     """Sentences where a score is not above chance or a constant answer, or documents were cut."""
-    return _not_above_references(name, summary) + _truncated(name, summary)
-
-
-def _not_above_references(name: str, summary: dict) -> list[str]:
     low, high = summary["interval"]
     references = {"chance": summary["chance"]} | summary.get("baselines", {})
     within = [what for what, value in references.items() if low <= value <= high]
@@ -52,18 +48,14 @@ def _not_above_references(name: str, summary: dict) -> list[str]:
     if high < references[best]:
         findings.append(f"is below {best} ({percent(references[best])})")
     score = f"{name}: {percent(summary['acc'])} ({percent_interval(summary['interval'])})"
-    return [f"{score} {' and '.join(findings)}."] if findings else []
+    sentences = [f"{score} {' and '.join(findings)}."] if findings else []
+    if number := summary.get("num_truncated", 0):
+        sentences.append(
+            f"{name}: {number:,} of {summary['n']:,} documents are longer than the model's context "
+            "and were truncated on the left."
+        )
+    return sentences
 
 
 def _either(words: list[str]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
-
-
-def _truncated(name: str, summary: dict) -> list[str]:
-    number = summary.get("num_truncated", 0)
-    if not number:
-        return []
-    return [
-        f"{name}: {number:,} of {summary['n']:,} documents are longer than the model's context and "
-        "were truncated on the left."
-    ]

@@ -10,6 +10,7 @@ The path of a PackedBatch (mmalign/batch.py) through the files:
       attention         positions.py      of packed samples, after a prefix, with a KV cache
       activations       recompute.py      what the backward pass computes again
 
-config.py has the shapes, hf/ reads and writes folders, shards.py sees through FSDP2's shards.
+config.py has the shapes, preprocessing.py what images go through, hf/ reads and writes folders,
+shards.py sees through FSDP2's shards.
 generate.py -> generation_cache.py -> decoder.py -> sampling.py continues prompts.
 """

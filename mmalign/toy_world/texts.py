@@ -271,15 +271,15 @@ def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:
 # ---- held-out questions ----
 
 
-def heldout_records(scenes: list[Scene], seed: int, per_scene: int = 3) -> list[dict]:
-    """One question per record, with its possible answers; "type" is the kind of question."""
+def heldout_records(scenes: list[Scene], seed: int) -> list[dict]:
+    """Three questions per scene, a record each, with their choices; "type" is the kind."""
     rng = random.Random(f"questions {seed}")
     records = []
     for scene in scenes:
         questions = scene_questions(scene, rng)
         rng.shuffle(questions)
         questions.sort(key=lambda question: question.kind != "side")  # the rarest kind first
-        for question in questions[:per_scene]:
+        for question in questions[:3]:
             turns = [(question.text, question.answer)]
             name = f"question_{len(records):04d}"
             record = _record(name, scene, turns, question.kind)

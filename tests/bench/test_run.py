@@ -42,9 +42,7 @@ class Sleeping:
         return info | {"mfu": None}
 
 
-@each([Sleeping("64 x"), Sleeping("128 x")])
-def test_sleep(comparison, compare):
-    compare(comparison)
+test_sleep = each([Sleeping("64 x"), Sleeping("128 x")])
 """
 PEAKS = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e9, "matmul": "fp32"}
 

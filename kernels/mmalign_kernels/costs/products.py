@@ -53,7 +53,8 @@ def linear_cross_entropy(
     """
     product, numel = 2 * supervised * hidden_size * vocab_size, tokens * hidden_size
     rows, weight = supervised * hidden_size * itemsize, vocab_size * hidden_size * itemsize
-    chunks, groups = _chunks(supervised, vocab_size), _groups(supervised, vocab_size)
+    chunks = max(ceil_div(supervised, _chunk_rows(vocab_size)), 1)
+    groups = _groups(supervised, vocab_size)
     logits, statistics = supervised * vocab_size * itemsize, _statistics(supervised, vocab_size)
     moved = 16 * tokens + 3 * rows  # targets twice; rows, the targets' weights, a copy
     moved += rows + groups * weight + 2 * statistics  # their product
@@ -90,10 +91,6 @@ def target_logprobs(
 
 def _chunk_rows(vocab_size: int) -> int:
     return max(LOGITS_PER_CHUNK // vocab_size // HOPPER_TILE.m, 1) * HOPPER_TILE.m
-
-
-def _chunks(supervised: int, vocab_size: int) -> int:
-    return max(ceil_div(supervised, _chunk_rows(vocab_size)), 1)
 
 
 def _groups(rows: int, vocab_size: int) -> int:

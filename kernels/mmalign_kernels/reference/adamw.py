@@ -52,9 +52,10 @@ def adamw_update(
             scales = [
                 x[i].view(-1)[blocks] if x else None for x in (exp_avg_scales, exp_avg_sq_scales)
             ]
-            p32 = _fp32_param(param, remainder)
+            # the parameter itself, an upcast copy, or the exact master
+            p32 = param.float() if remainder is None else join_master(param, remainder)
             m32, v32 = (
-                _fp32_moment(x, scale, code)
+                x.float() if scale is None else decode(x, scale, code)
                 for x, scale, code in zip((m, v), scales, (FIRST, SECOND), strict=True)
             )
             update([p32], [grad.to(torch.float32, copy=True)], [m32], [v32])
@@ -76,11 +77,6 @@ def _parts(numel: int) -> Iterator[tuple[slice, slice]]:
         yield slice(begin, end), slice(begin // BLOCK, end // BLOCK)
 
 
-def _fp32_param(param: Tensor, remainder: Tensor | None) -> Tensor:
-    """fp32: the parameter itself, an upcast copy, or the exact master."""
-    return param.float() if remainder is None else join_master(param, remainder)
-
-
 def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw) -> None:
     if param.dtype == torch.float32:
         return  # updated in place
@@ -90,10 +86,6 @@ def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Dr
     weight, low = split_master(p32)
     param.copy_(weight)
     remainder.copy_(low)
-
-
-def _fp32_moment(moment: Tensor, scales: Tensor | None, code: MomentCode) -> Tensor:
-    return moment.float() if scales is None else decode(moment, scales, code)
 
 
 def _write_moment(

@@ -110,15 +110,12 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
         left = min(0, 10 * np.floor(10 * lowest))  # a difference of similarities can be negative
         axes.set_xlim(left, 100)
         axes.set_xlabel("score (%), with 95% interval")
-        figure.legend(handles=models, loc="outside upper center", ncols=_legend_columns(models))
+        # 90 characters fit into the figure's width
+        columns = max(1, min(5, 90 // (max(map(len, scored)) + 6)))
+        figure.legend(handles=models, loc="outside upper center", ncols=columns)
         figure.legend(handles=references, loc="outside lower center", ncols=len(references))
         figure.savefig(path)
         plt.close(figure)
-
-
-def _legend_columns(handles: list[ErrorbarContainer]) -> int:
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    return max(1, min(5, 90 // (longest + 6)))  # 90 characters fit into the figure's width
 
 
 def _plot_model(

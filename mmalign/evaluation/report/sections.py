@@ -177,16 +177,13 @@ def differences(base: str, comparisons: Mapping[str, dict]) -> list[str]:
         "Points, bold where the interval excludes zero. *lost, gained*: documents that became "
         f"wrong, became right. Intervals: {how}."
     )
-    return ["## Differences", *blocks, note, *_settings_differ(base, comparisons)]
-
-
-def _settings_differ(base: str, comparisons: Mapping[str, dict]) -> list[str]:
-    sentences = [
+    settings = [
         f"{key}: {base} {a}, {name} {b}"
         for name, comparison in comparisons.items()
         for key, (a, b) in comparison["settings"].items()
     ]
-    return ["Settings that differ between the evaluations:", bullets(sentences)] * bool(sentences)
+    differ = ["Settings that differ between the evaluations:", bullets(settings)]
+    return ["## Differences", *blocks, note, *(differ if settings else [])]
 
 
 def flipped(base: str, comparisons: Mapping[str, dict], files: Mapping[str, str]) -> list[str]:

@@ -226,7 +226,8 @@ def config_rows(configs: Mapping[str, dict]) -> list[list[object]]:
     """
     values = {key: [config[key] for config in configs.values()] for key in _CONFIG_KEYS}
     for key in ("prompts", "score"):
-        values[key] = [_of_tasks(config["tasks"], key) for config in configs.values()]
+        protocols = [config["tasks"].values() for config in configs.values()]
+        values[key] = ["; ".join(dict.fromkeys(x[key] for x in tasks)) for tasks in protocols]
     for file in dict.fromkeys(f for config in configs.values() for f in config["data_files"]):
         facts = [config["data_files"].get(file, {}) for config in configs.values()]
         values[file] = [
@@ -239,10 +240,6 @@ def config_rows(configs: Mapping[str, dict]) -> list[list[object]]:
         values[package] = [config["versions"].get(package) for config in configs.values()]
     values["limit"] = ["all documents" if x is None else x for x in values["limit"]]
     return [[key, _value(configs, found)] for key, found in values.items()]
-
-
-def _of_tasks(protocols: Mapping[str, dict], key: str) -> str:
-    return "; ".join(dict.fromkeys(protocol[key] for protocol in protocols.values()))
 
 
 def _value(names: Iterable[str], found: list) -> object:

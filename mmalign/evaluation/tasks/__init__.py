@@ -1,7 +1,8 @@
 """All tasks by name, and what they are called on the command line.
 
 A new task is a file beside this one with its TASKS, plus its name in _FILES; evaluation,
-comparison, report and help text take it from here. task.py says what a task has to provide.
+comparison, report and help text take it from here. task.py says what a task has to provide;
+truthfulqa.py and ethics.py are multiple choice, truthfulqa_gen.py has free-form answers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

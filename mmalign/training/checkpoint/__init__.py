@@ -2,7 +2,8 @@
 
 The state is copied to the host while the loop waits, and written by a thread while it goes on. The
 folder has another name until every rank has written its files, they are on the disk and the
-manifest lists their sizes and checksums; the previous checkpoint stays until then.
+manifest lists their sizes and checksums; the previous checkpoint stays until then. staging.py is
+the copy on the host, writers.py has the ranks that write, manifest.py tells a corrupt checkpoint.
 """
 
 import logging

@@ -2,6 +2,7 @@
 
 Under run_dir/profile: trace.json.gz (chrome://tracing, ui.perfetto.dev), memory_snapshot.pickle (on
 CUDA; pytorch.org/memory_viz) and profile.md: the time of each category beside its roofline bound.
+ranges.py names the phases in the trace, timeline.py reads it, roofline.py has the bounds.
 """
 
 import logging
@@ -24,6 +25,7 @@ from mmalign.training.telemetry import memory
 from mmalign.training.trainer import Trainer
 
 log = logging.getLogger("mmalign")
+NUM_LISTED = 20  # operations in profile.md
 
 
 def steps_to_profile(text: str, num_steps: int) -> range:
@@ -159,40 +161,34 @@ def report(
 
 
 def _categories(measured: Timeline, bounds: dict[str, float | None]) -> str:
-    rows = []
-    per_step = 1e3 / measured.num_steps
-    for category, seconds in measured.seconds.items():
-        bound = bounds[category]
-        cells = [category, f"{seconds * per_step:,.2f}", f"{seconds / measured.wall:.1%}"]
+    per_step, rows = 1e3 / measured.num_steps, []
+    known = sum(seconds for seconds in bounds.values() if seconds)
+    times = [(name, seconds, bounds[name]) for name, seconds in measured.seconds.items()]
+    for name, seconds, bound in (*times, ("**step**", measured.wall, known)):
+        cells = [name, f"{seconds * per_step:,.2f}", f"{seconds / measured.wall:.1%}"]
         if bound is None:
             cells += ["-", "-", "-"]
         else:
-            times = f"{seconds / bound:.1f}" if bound else "-"
-            cells += [f"{bound * per_step:,.2f}", f"{(seconds - bound) * per_step:,.2f}", times]
+            ratio = f"{seconds / bound:.1f}" if bound else "-"
+            cells += [f"{bound * per_step:,.2f}", f"{(seconds - bound) * per_step:,.2f}", ratio]
         rows.append(cells)
-    known = sum(seconds for seconds in bounds.values() if seconds)
-    cells = ["**step**", f"{measured.wall * per_step:,.2f}", "100.0%", f"{known * per_step:,.2f}"]
-    cells += [f"{(measured.wall - known) * per_step:,.2f}", f"{measured.wall / known:.1f}"]
     headings = ("category", "ms per step", "share", "bound, ms", "above bound, ms", "times bound")
-    return markdown_table(headings, [*rows, cells]) + "\n"
+    return markdown_table(headings, rows) + "\n"
 
 
-def _operations(measured: Timeline, most: int = 20) -> str:
+def _operations(measured: Timeline) -> str:
     rows = []
-    for category, name, seconds, calls in measured.operations[:most]:
+    for category, name, seconds, calls in measured.operations[:NUM_LISTED]:
         shown = (name if len(name) <= 100 else f"{name[:97]}...").replace("|", "\\|")
         time = f"{seconds * 1e3 / measured.num_steps:,.2f}"
         rows.append((f"`{shown}`", time, f"{calls / measured.num_steps:,.0f}", category))
     headings = ("operation", "ms per step", "calls per step", "category")
-    return f"The {most} longest operations:\n\n{markdown_table(headings, rows)}\n"
+    return f"The {NUM_LISTED} longest operations:\n\n{markdown_table(headings, rows)}\n"
 
 
 def _files(device: torch.device) -> str:
-    lines = [
-        "trace.json.gz: every operation and range; open it in ui.perfetto.dev or chrome://tracing."
-    ]
+    trace = "every operation and range; open it in ui.perfetto.dev or chrome://tracing."
+    snapshot = "No memory snapshot: PyTorch records only the blocks of CUDA's allocator."
     if device.type == "cuda":
-        lines.append("memory_snapshot.pickle: the allocator's blocks; pytorch.org/memory_viz.")
-    else:
-        lines.append("No memory snapshot: PyTorch records only the blocks of CUDA's allocator.")
-    return "\n".join(lines) + "\n"
+        snapshot = "memory_snapshot.pickle: the allocator's blocks; pytorch.org/memory_viz."
+    return f"trace.json.gz: {trace}\n{snapshot}\n"

@@ -51,10 +51,10 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> MeasuredPeaks:
     return MeasuredPeaks(2 * source.nbytes / copy, 2 * size**3 / product)
 
 
-def _fastest(call: Callable[[], object], device: torch.device, repeats: int = 8) -> float:
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, after warm-up."""
     seconds = []
-    for _ in range(repeats + 2):
+    for _ in range(10):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
