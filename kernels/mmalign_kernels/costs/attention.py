@@ -12,6 +12,7 @@ from ..triton.launch_attention import (
     PREFIX_QUERY_TILE,
     QUERY_TILE,
     block_columns,
+    other_query_tile,
     prefix_key_tile,
 )
 from .cost import Cost
@@ -121,7 +122,7 @@ def _attention_forward(
 ) -> Cost:
     tokens = cu_seqlens[-1]
     required = tokens * (2 * heads + 2 * kv_heads) * head_dim * itemsize
-    pairs, done, _ = _pairs(cu_seqlens, causal)
+    pairs, done, _ = _pairs(cu_seqlens, head_dim, causal)
     per_pair = 4 * heads
     return Cost(
         required,
@@ -143,24 +144,24 @@ def _attention_backward(
     tokens = cu_seqlens[-1]
     required = tokens * ((4 * heads + 4 * kv_heads) * head_dim * itemsize + 4 * heads)
     again = tokens * ((2 * heads + 2 * kv_heads) * head_dim * itemsize + 16 * heads)
-    pairs, by_queries, by_keys = _pairs(cu_seqlens, causal)
+    pairs, by_queries, by_keys = _pairs(cu_seqlens, head_dim, causal)
     done = heads * block_columns(head_dim) * (6 * by_queries + 8 * by_keys)
     return Cost(required, 10 * heads * head_dim * pairs, required + again, done)
 
 
-def _pairs(cu_seqlens: Sequence[int], causal: bool) -> tuple[int, int, int]:
+def _pairs(cu_seqlens: Sequence[int], head_dim: int, causal: bool) -> tuple[int, int, int]:
     """Pairs that count, and those in the tiles of programs that own queries, and keys."""
-    by_queries = by_keys = 0
+    by_queries, by_keys, query_tile = 0, 0, other_query_tile(head_dim)
     for length in _lengths(cu_seqlens):
         for first in range(0, length, QUERY_TILE):
             end = min(first + QUERY_TILE, length) if causal else length
-            by_queries += QUERY_TILE * _up_to_tile(end)
-            by_keys += QUERY_TILE * _up_to_tile(length - first if causal else length)
+            by_queries += QUERY_TILE * _up_to(end, KEY_TILE)
+            by_keys += QUERY_TILE * _up_to(length - first if causal else length, query_tile)
     return attention_pairs(cu_seqlens, causal), by_queries, by_keys
 
 
-def _up_to_tile(length: int) -> int:
-    return ceil_div(length, KEY_TILE) * KEY_TILE
+def _up_to(length: int, tile: int) -> int:
+    return ceil_div(length, tile) * tile
 
 
 def _lengths(cu_seqlens: Sequence[int]) -> list[int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..triton import launch
 
-H100 = launch.Gpu(90, 132)
+H100 = launch.Gpu(90, 132, 227 * 1024)
 
 
 @dataclass(frozen=True)
