@@ -4,7 +4,9 @@ The launchers run on meta tensors under a driver that knows only its target. So 
 with exactly the arguments and settings that production passes, and a launcher that read a value
 from the device would fail here. Needs a process without TRITON_INTERPRET; from kernels/:
 
-    python -m codegen.compiler rms_norm   # one JSON line per kernel and architecture
+    python -m codegen.compiler rms_norm              # one JSON line per kernel and architecture
+    python -m codegen.compiler rms_norm float64      # as tests run it
+    python -m codegen.compiler rms_norm bfloat16 89  # for another device
 """
 
 import json
@@ -30,11 +32,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+float_dtype = torch.bfloat16
 KERNELS = Path(__file__).resolve().parents[1]
-A100 = launch.Gpu(80, 108)
+A100 = launch.Gpu(80, 108, 163 * 1024)
 TARGETS = (A100, H100)
-SHARED_PER_MULTIPROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
-SHARED_PER_PROGRAM = {80: 163 * 1024, 90: 227 * 1024}
+OTHERS = {  # RTX 3090, RTX 4090 and L40S, B200, RTX 5090: everything fits, not more is asked
+    gpu.capability: gpu
+    for gpu in (
+        launch.Gpu(86, 82, 99 * 1024),
+        launch.Gpu(89, 128, 99 * 1024),
+        launch.Gpu(100, 148, 227 * 1024),
+        launch.Gpu(120, 170, 99 * 1024),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Compiled:
     hgmma: int
     hmma: int
     tma: int
+    local_loads: int  # of operands from shared memory to registers, in TTGIR
+    copies_ahead: int  # tiles in flight while a loop waits for one: its async_wait, at most
 
     @property
     def vector_loads(self) -> float:
@@ -71,24 +83,30 @@ def _vector_share(counts: dict[str, int]) -> float:
     return 128 * counts.get("128", 0) / max(sum(int(bits) * n for bits, n in counts.items()), 1)
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """A tensor with an address of the usual alignment and no data."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def meta(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor with an address of the usual alignment and no data; bf16, or what is compiled."""
+    return torch.empty(shape, dtype=dtype or float_dtype, device="meta")
 
 
 def launches(family: str) -> ModuleType:
     return import_module(f"{__package__}.launches.{family}")
 
 
-def compile_family(family: str) -> list[Compiled]:
+def compile_family(
+    family: str, dtype: str = "bfloat16", targets: tuple[launch.Gpu, ...] = TARGETS
+) -> list[Compiled]:
+    """Its launches; in another dtype than production's, those of the shapes in tests, too."""
+    global float_dtype
+    float_dtype = getattr(torch, dtype)
     module = launches(family)
+    runs = module.LAUNCHES | ({} if dtype == "bfloat16" else getattr(module, "TESTED", {}))
     found = []
-    for gpu in TARGETS:
-        for name, run in module.LAUNCHES.items():
+    for gpu in targets:
+        for name, run in runs.items():
             with _recording(gpu) as kernels, torch.no_grad():
                 run()
             unique = {(k.metadata.name, k.metadata.hash): k for k in kernels}
-            found += [_read(family, name, gpu.capability, k) for k in unique.values()]
+            found += [_read(family, name, gpu, k) for k in unique.values()]
     return found
 
 
@@ -126,7 +144,7 @@ def _recording(gpu: launch.Gpu) -> Iterator[list]:
         JITFunction.run = run
 
 
-def _read(family: str, name: str, architecture: int, kernel: triton.compiler.CompiledKernel):
+def _read(family: str, name: str, gpu: launch.Gpu, kernel: triton.compiler.CompiledKernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -141,18 +159,22 @@ def _read(family: str, name: str, architecture: int, kernel: triton.compiler.Com
         family=family,
         launch=name,
         kernel=kernel.metadata.name,
-        architecture=architecture,
+        architecture=gpu.capability,
         num_warps=num_warps,
         registers=registers,
         shared_bytes=shared,
         stack_bytes=stack,
         spills=count["LDL"] + count["STL"],
-        occupancy=_occupancy(architecture, num_warps, registers, shared),
+        occupancy=_occupancy(gpu, num_warps, registers, shared),
         loads=_widths(opcodes, "LDG", "LDGSTS"),
         stores=_widths(opcodes, "STG"),
         hgmma=count["HGMMA"],
         hmma=count["HMMA"],
         tma=count["UTMALDG"] + count["UTMASTG"],
+        local_loads=kernel.asm["ttgir"].count("ttg.local_load"),
+        copies_ahead=max(
+            map(int, re.findall(r"async_wait.*num = (\d+)", kernel.asm["ttgir"])), default=0
+        ),
     )
 
 
@@ -166,9 +188,9 @@ def _widths(opcodes: list[str], *names: str) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: int(item[0])))
 
 
-def _occupancy(architecture: int, num_warps: int, registers: int, shared: int) -> float:
+def _occupancy(gpu: launch.Gpu, num_warps: int, registers: int, shared: int) -> float:
     by_registers = 65536 // (-(-registers // 8) * 8 * launch.WARP * num_warps)
-    by_shared = SHARED_PER_MULTIPROCESSOR[architecture] // (shared + 1024)  # 1 KiB is reserved
+    by_shared = (gpu.shared_bytes + 1024) // (shared + 1024)  # the system reserves 1 KiB
     programs = min(by_registers, by_shared, 64 // num_warps, 32)
     return programs * num_warps / 64
 
@@ -178,10 +200,13 @@ def families() -> list[str]:
     return sorted(file.stem for file in files)
 
 
-def compile_apart(family: str) -> list[Compiled]:
-    """compile_family in a process of its own, because TRITON_INTERPRET turns the compiler off."""
+def compile_apart(family: str, dtype: str = "bfloat16", *capabilities: int) -> list[Compiled]:
+    """compile_family for TARGETS, or for OTHERS by capability.
+
+    In a process of its own, because TRITON_INTERPRET turns the compiler off.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __name__, family]
+    command = [sys.executable, "-m", __name__, family, dtype, *map(str, capabilities)]
     process = subprocess.run(
         command, cwd=KERNELS, env=environment, capture_output=True, text=True, check=False
     )
@@ -190,6 +215,11 @@ def compile_apart(family: str) -> list[Compiled]:
     return [Compiled(**json.loads(line)) for line in process.stdout.splitlines()]
 
 
-if __name__ == "__main__":
-    for compiled in compile_family(sys.argv[1]):
+def main(family: str, dtype: str = "bfloat16", *capabilities: str) -> None:
+    targets = tuple(OTHERS[int(x)] for x in capabilities) or TARGETS
+    for compiled in compile_family(family, dtype, targets):
         print(json.dumps(asdict(compiled)))
+
+
+if __name__ == "__main__":
+    import_module("codegen.compiler").main(*sys.argv[1:])  # the module that the launches import

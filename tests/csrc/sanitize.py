@@ -6,6 +6,7 @@ Needs a GPU and the built library. A case is small, but has several blocks, a ra
 than one tile for a persistent block to walk through.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -123,14 +124,19 @@ def rotary_cases() -> Iterator[Case]:
 
 def main() -> None:
     torch.manual_seed(0)
-    number = 0
+    number, failed = 0, []
     for family in (rms_norm_cases, adamw_cases, projector_cases, rotary_cases):
         for name, run in family():
-            run()
-            torch.cuda.synchronize()
-            print(name, flush=True)
             number += 1
-    print(f"{number} calls")
+            print(name, flush=True)
+            try:
+                run()
+                torch.cuda.synchronize()
+            except RuntimeError as error:  # the other cases still run
+                failed.append(f"{name}: {error}")
+    print(f"{number} calls, {len(failed)} failed")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from mmalign_kernels.triton import full_attention as attention
 
 from ..compiler import meta
 
-TOKENS, IMAGES, HEADS, HEAD_DIM = 32 * 257, 32, 16, 64
+TOKENS, IMAGES = 32 * 257, 32
 
 
-def launch() -> None:
-    qkv = meta(TOKENS, 3 * HEADS * HEAD_DIM)
+def launch(num_heads: int, head_dim: int) -> None:
+    qkv = meta(TOKENS, 3 * num_heads * head_dim)
     cu_seqlens = meta(IMAGES + 1, dtype=torch.int32)
-    out, logsumexp = attention.full_attention_fwd(qkv, cu_seqlens, 257, HEADS)
-    attention.full_attention_bwd(out, qkv, out, logsumexp, cu_seqlens, 257, HEADS)
+    out, logsumexp = attention.full_attention_fwd(qkv, cu_seqlens, 257, num_heads)
+    attention.full_attention_bwd(out, qkv, out, logsumexp, cu_seqlens, 257, num_heads)
 
 
-LAUNCHES = {"CLIP ViT-L/14": launch}
+LAUNCHES = {"CLIP ViT-L/14": lambda: launch(16, 64)}
+TESTED = {"head_dim 2": lambda: launch(2, 2)}
 MATRIX = {"_attention_fwd_kernel", "_attention_dq_kernel", "_attention_dkv_kernel"}

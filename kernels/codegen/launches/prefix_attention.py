@@ -4,7 +4,7 @@ import torch
 from mmalign_kernels.triton import prefix_attention as prefix
 
 from ..compiler import meta
-from .rotary_attention import MODELS
+from .rotary_attention import MODELS, TESTED_HEADS
 
 TOKENS, SEGMENTS, SPANS, KEPT, POSITIONS = 8192, 900, 2100, 300, 2048
 
@@ -23,4 +23,5 @@ def launch(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 LAUNCHES = {name: lambda heads=heads: launch(*heads) for name, heads in MODELS.items()}
+TESTED = {str(heads): lambda heads=heads: launch(*heads) for heads in TESTED_HEADS}
 MATRIX = {"_prefix_attention_kernel"}

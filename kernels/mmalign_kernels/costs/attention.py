@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ..triton.launch import ceil_div
-from ..triton.launch_attention import KEY_TILE, QUERY_TILE, block_columns
+from ..triton.launch_attention import KEY_TILE, QUERY_TILE, block_columns, other_query_tile
 from .cost import Cost, Passes
 
 
@@ -54,7 +54,7 @@ def _attention(
     """The backward pass has five products; the kernels take seven, and read all but `out` twice."""
     tokens, block_d = cu_seqlens[-1], block_columns(head_dim)
     pairs = attention_pairs(cu_seqlens, causal) * heads * head_dim
-    by_queries, by_keys = _pairs_in_tiles(cu_seqlens, causal)
+    by_queries, by_keys = _pairs_in_tiles(cu_seqlens, head_dim, causal)
     qkvo, logsumexp = tokens * (2 * heads + 2 * kv_heads) * head_dim * itemsize, 4 * heads * tokens
     forward = Cost(qkvo, 4 * pairs, qkvo + logsumexp, 4 * heads * block_d * by_queries)
     required = 2 * qkvo + logsumexp
@@ -63,19 +63,19 @@ def _attention(
     return Passes(forward, backward)
 
 
-def _pairs_in_tiles(cu_seqlens: Sequence[int], causal: bool) -> tuple[int, int]:
+def _pairs_in_tiles(cu_seqlens: Sequence[int], head_dim: int, causal: bool) -> tuple[int, int]:
     """Pairs in the tiles of programs that own queries, and that own keys."""
-    by_queries = by_keys = 0
+    by_queries, by_keys, query_tile = 0, 0, other_query_tile(head_dim)
     for length in _lengths(cu_seqlens):
         for first in range(0, length, QUERY_TILE):
             end = min(first + QUERY_TILE, length) if causal else length
-            by_queries += QUERY_TILE * _up_to_tile(end)
-            by_keys += QUERY_TILE * _up_to_tile(length - first if causal else length)
+            by_queries += QUERY_TILE * _up_to(end, KEY_TILE)
+            by_keys += QUERY_TILE * _up_to(length - first if causal else length, query_tile)
     return by_queries, by_keys
 
 
-def _up_to_tile(length: int) -> int:
-    return ceil_div(length, KEY_TILE) * KEY_TILE
+def _up_to(length: int, tile: int) -> int:
+    return ceil_div(length, tile) * tile
 
 
 def _lengths(cu_seqlens: Sequence[int]) -> list[int]:

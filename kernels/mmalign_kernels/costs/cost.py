@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..triton import launch
 
-H100 = launch.Gpu(90, 132)
+H100 = launch.Gpu(90, 132, 227 * 1024)
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,12 @@ def _attention_dq_kernel(
     statistics_ptr += head * statistics_stride.to(tl.int64) + row + sample * GAP + query
     tl.store(statistics_ptr, logsumexp)  # inf in the gap
     tl.store(statistics_ptr + HEADS * statistics_stride.to(tl.int64), delta)
-    q = load_query(
-        qkv_ptr + head * HEAD_DIM, cos_ptr, sin_ptr, position_ids_ptr,
-        first, length, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, ROTARY,
-    )  # fmt: skip
     if ROTARY:
         rotated_q_ptr += (row * HEADS + head) * BLOCK_D
-        store_tile(rotated_q_ptr, q, first, length, HEADS * BLOCK_D, BLOCK_D, BLOCK_M, BLOCK_D)
+    q = load_query(
+        qkv_ptr + head * HEAD_DIM, rotated_q_ptr, cos_ptr, sin_ptr, position_ids_ptr, first, length,
+        STRIDE, HEADS * BLOCK_D, BLOCK_D // 2, HEAD_DIM, BLOCK_M, BLOCK_D, ROTARY,
+    )  # fmt: skip
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), delta.dtype)
     end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length

@@ -107,11 +107,6 @@ def rotate_inverse(first, second, cos, sin):
 
 
 @triton.jit
-def join_halves(first, second, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (ROWS, BLOCK_D))
-
-
-@triton.jit
 def split_halves(tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, BLOCK_D // 2)), (0, 2, 1)))
 
@@ -119,18 +114,26 @@ def split_halves(tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def load_query(
     q_ptr,
+    rotated_ptr,  # memory of the program's own rows and head, written; unused without ROTARY
     cos_ptr,
     sin_ptr,
     position_ids_ptr,
     first_row,
     length,
     STRIDE: tl.constexpr,
+    ROTATED_STRIDE: tl.constexpr,
+    ROTATED_HALF: tl.constexpr,  # columns of a half in rotated_ptr
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """Queries for the products, rotated if ROTARY."""
+    """Queries for the products, rotated if ROTARY.
+
+    They are rotated in halves and loaded whole, by way of memory. Joined in registers they would be
+    an operand that every step over the keys loads from shared memory again, and that fp64 products
+    do not compile with.
+    """
     if ROTARY:
         HALF: tl.constexpr = HEAD_DIM // 2
         BLOCK_HALF: tl.constexpr = BLOCK_D // 2
@@ -140,8 +143,17 @@ def load_query(
         first = load_tile(q_ptr, first_row, length, STRIDE, HALF, ROWS, BLOCK_HALF, True)
         second = load_tile(q_ptr + HALF, first_row, length, STRIDE, HALF, ROWS, BLOCK_HALF, True)
         first, second = rotate(upcast(first), upcast(second), cos, sin)
-        q = join_halves(first, second, ROWS, BLOCK_D)
-        return q.to(q_ptr.dtype.element_ty)
+        ptr = rotated_ptr
+        store_tile(ptr, first, first_row, length, ROTATED_STRIDE, ROTATED_HALF, ROWS, BLOCK_HALF)
+        ptr += ROTATED_HALF
+        store_tile(ptr, second, first_row, length, ROTATED_STRIDE, ROTATED_HALF, ROWS, BLOCK_HALF)
+        tl.debug_barrier()  # what the program's other threads wrote is there
+        row = first_row + tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, BLOCK_D)[None, :]
+        known = (row < length) & (column % BLOCK_HALF < ROTATED_HALF)
+        if ROTATED_HALF < BLOCK_HALF:
+            column = column // BLOCK_HALF * ROTATED_HALF + column % BLOCK_HALF
+        return tl.load(rotated_ptr + row.to(tl.int64) * ROTATED_STRIDE + column, known, 0.0)
     else:
         return load_tile(q_ptr, first_row, length, STRIDE, HEAD_DIM, ROWS, BLOCK_D, True)
 

@@ -104,9 +104,11 @@ def _attention_fwd_kernel(
     K_COLUMNS: tl.constexpr = BLOCK_D if ROTARY else HEAD_DIM
 
     first = tile * BLOCK_M
+    out_ptr += (row * HEADS + head) * HEAD_DIM  # rotated queries, then the output
+    OUT_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     q = load_query(
-        qkv_ptr + head * HEAD_DIM, cos_ptr, sin_ptr, position_ids_ptr,
-        first, length, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, ROTARY,
+        qkv_ptr + head * HEAD_DIM, out_ptr, cos_ptr, sin_ptr, position_ids_ptr, first, length,
+        STRIDE, OUT_STRIDE, HEAD_DIM // 2, HEAD_DIM, BLOCK_M, BLOCK_D, ROTARY,
     )  # fmt: skip
     ACCUMULATOR: tl.constexpr = logsumexp_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
@@ -121,8 +123,6 @@ def _attention_fwd_kernel(
             SCALE, K_STRIDE, K_COLUMNS, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CAUSAL, masked,
         )  # fmt: skip
 
-    out_ptr += (row * HEADS + head) * HEAD_DIM
-    OUT_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     out = acc / total[:, None]
     store_tile(out_ptr, out, first, length, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D)
     query = first + tl.arange(0, BLOCK_M)

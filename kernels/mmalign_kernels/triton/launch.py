@@ -17,9 +17,19 @@ VECTOR_BYTES = 16  # widest load of a thread
 class Gpu(NamedTuple):
     capability: int  # 80 for 8.0
     num_multiprocessors: int
+    shared_bytes: int  # that a program can have
+
+    @property
+    def is_large(self) -> bool:
+        """sm_90 and sm_100. sm_120 is newer, but has the shared memory of sm_86 and sm_89."""
+        return self.shared_bytes >= 227 * 1024
+
+    @property
+    def is_small(self) -> bool:
+        return self.shared_bytes < 163 * 1024
 
 
-_INTERPRETER = Gpu(80, 2)  # persistent kernels loop there too
+_INTERPRETER = Gpu(80, 2, 163 * 1024)  # persistent kernels loop there too
 
 
 def gpu(x: Tensor) -> Gpu:
@@ -30,7 +40,11 @@ def gpu(x: Tensor) -> Gpu:
 @cache
 def _cuda_device(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Gpu(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
 
 
 def next_power_of_2(x: int) -> int:
@@ -123,6 +137,6 @@ def tile_settings(x: Tensor) -> Tile:
     """
     if x.element_size() > 2:
         return Tile(64, 64, 32, 4, 2)
-    if gpu(x).capability >= 90:
+    if gpu(x).is_large:
         return HOPPER_TILE
     return Tile(128, 128, 32, 8, 4)

@@ -3,7 +3,10 @@
 BLOCK_M queries by BLOCK_N keys; the side that a program owns (queries, or keys for their own
 gradients) is a multiple of the other. On sm_90 two warpgroups own 64 rows each: fewer would read
 keys and values from L2 twice as often, more do not fit in registers. On sm_80 products take their
-operands from registers, so the other side of a tile is narrower. Imports no triton, as launch.py.
+operands from registers, so the other side of a tile is narrower; sm_86, sm_89 and sm_120 have less
+shared memory, so their tiles are smaller. Only sm_80 and sm_90 are production targets
+(CODEGEN.md); the choices for the others compile and fit. None is measured. Imports no triton, as
+launch.py.
 """
 
 from torch import Tensor
@@ -14,6 +17,7 @@ from .launch import VECTOR_BYTES, WARP, next_power_of_2
 Settings = dict[str, int]
 # on sm_90, 16-bit; where a program owns keys, QUERY_TILE keys by KEY_TILE queries
 QUERY_TILE, KEY_TILE = 128, 64
+MAX_COLUMNS = 128  # of a tile of a head: with 256, tiles spill registers or exceed shared memory
 PREFIX_QUERY_TILE = 64
 
 
@@ -33,7 +37,7 @@ def rotate_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
 def forward(qkv: Tensor, head_dim: int) -> Settings:
     if qkv.element_size() > 2:
         return _settings(head_dim, *_square(qkv), 1)
-    if launch.gpu(qkv).capability >= 90:
+    if launch.gpu(qkv).is_large:
         return _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
     return _settings(head_dim, 128, 32, 3)
 
@@ -48,7 +52,7 @@ def prefix(qkv: Tensor, head_dim: int) -> Settings:
         return _settings(head_dim, *_square(qkv), 1)
     if block_columns(head_dim) == head_dim:
         return _settings(head_dim, PREFIX_QUERY_TILE, 32, 2) | {"num_warps": 4}
-    keys = prefix_key_tile(head_dim) if launch.gpu(qkv).capability >= 90 else 32
+    keys = prefix_key_tile(head_dim) if launch.gpu(qkv).is_large else 32
     return _settings(head_dim, PREFIX_QUERY_TILE, keys, 2)
 
 
@@ -61,31 +65,43 @@ def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
     """Few keys, so nothing to pipeline: a program ends after one or two tiles of them."""
     if qkv.element_size() > 2:
         return _settings(head_dim, *_square(qkv), 1)
-    return _settings(head_dim, 64, 32, 1)
+    return _settings(head_dim, 64, 32 if launch.gpu(qkv).is_large else 16, 1)
 
 
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradient of queries, and for those of keys and values."""
     if qkv.element_size() > 2:
         return (_settings(head_dim, *_square(qkv), 1),) * 2
-    narrow = block_columns(head_dim) <= 64
-    if launch.gpu(qkv).capability >= 90:  # a third stage of 128 columns spills in the second kernel
-        stages = 3 if narrow else 2
+    narrow, gpu = block_columns(head_dim) <= 64, launch.gpu(qkv)
+    if gpu.is_large:
         by_queries = _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
-        return by_queries, _settings(head_dim, KEY_TILE, QUERY_TILE, stages)
-    return (
-        _settings(head_dim, 64, 64, 3),
-        _settings(head_dim, *((32, 128) if narrow else (64, 64)), 3),
-    )
+        return by_queries, _settings(head_dim, other_query_tile(head_dim), QUERY_TILE, 3)
+    if narrow:
+        return _settings(head_dim, 64, 64, 3), _settings(head_dim, 32, 128, 3)
+    if gpu.is_small:
+        return _settings(head_dim, 64, 32, 3), _settings(head_dim, 32, 64, 3)
+    return (_settings(head_dim, 64, 64, 3),) * 2
+
+
+def other_query_tile(head_dim: int) -> int:
+    """Queries beside QUERY_TILE keys, on sm_90: 64 of 128 columns leave no registers for a stage
+    more than two, so that no copy would be in flight while the kernel waits for one."""
+    return KEY_TILE if block_columns(head_dim) <= 64 else 32
 
 
 def _square(qkv: Tensor) -> tuple[int, int]:
     """For fp32 and fp64, multiplied without matrix units: small."""
-    side = 64 if qkv.is_cpu else 32  # the interpreter's time does not depend on the tile
-    return side, side
+    if qkv.is_cpu:  # the interpreter's time does not depend on the tile
+        return 64, 64
+    return (16, 16) if qkv.element_size() > 4 and launch.gpu(qkv).is_small else (32, 32)
 
 
 def _settings(head_dim: int, queries: int, keys: int, num_stages: int) -> Settings:
+    if block_columns(head_dim) > MAX_COLUMNS:
+        raise NotImplementedError(
+            f"attention in Triton takes a head_dim of at most {MAX_COLUMNS}, not {head_dim}. "
+            "MMALIGN_BACKEND=flash_attn runs it up to 256, MMALIGN_BACKEND=reference any"
+        )
     return dict(
         BLOCK_M=queries,
         BLOCK_N=keys,

@@ -15,7 +15,7 @@ from . import launch
 
 def takes_descriptors(*matrices: Tensor) -> bool:
     """Whether TMA can read all of them: sm_90, 16-bit, contiguous rows aligned to 16 bytes."""
-    return launch.gpu(matrices[0]).capability >= 90 and all(
+    return launch.gpu(matrices[0]).is_large and all(
         x.element_size() == 2
         and x.stride(1) == 1
         and x.stride(0) * x.element_size() % launch.VECTOR_BYTES == 0

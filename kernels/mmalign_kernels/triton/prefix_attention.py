@@ -169,6 +169,12 @@ def _prefix_attention_kernel(
         qkv_ptr + row * STRIDE + head * HEAD_DIM, cos_ptr, sin_ptr, position_ids_ptr + row,
         first, length, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D,
     )  # fmt: skip
+    # by way of its rows of the output, or every step loads q from shared memory (load_query)
+    OUT_STRIDE: tl.constexpr = HEADS * HEAD_DIM
+    out_ptr += (row * HEADS + head) * HEAD_DIM
+    store_tile(out_ptr, q, first, length, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D)
+    tl.debug_barrier()
+    q = load_tile(out_ptr, first, length, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     ACCUMULATOR: tl.constexpr = tl.float64 if qkv_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACCUMULATOR)
     total = tl.zeros((BLOCK_M,), ACCUMULATOR)
@@ -193,9 +199,8 @@ def _prefix_attention_kernel(
                 plain if masked else 0, end if masked else plain, num_keys, limit,
                 SCALE, CACHE_STRIDE, HEAD_DIM, BLOCK_N, BLOCK_D, masked,
             )  # fmt: skip
-    out_ptr += (row * HEADS + head) * HEAD_DIM
     out = acc / total[:, None]
-    store_tile(out_ptr, out, first, length, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(out_ptr, out, first, length, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 def prefix_attention_update(

@@ -12,9 +12,10 @@ attention itself must read 24 KiB and write 8 KiB:
 The last costs no bytes, but time in the loop: each of the ~ length / 256 programs of a head that
 use a key would rotate it again, in registers between the copy and the product, while a matrix unit
 reads its operand from shared memory: about as many instructions as the softmax, and no asynchronous
-copy. A query belongs to one program, so rotating it on load is free. Hence the second option. With
-grouped queries the cost is per key head: 4 KiB per token with 8 of them. Gradients of q and k get
-the inverse rotation in registers before they are written.
+copy. A query belongs to one program, so rotating it on load costs a round trip through the rows of
+the output in L1 (load_query). Hence the second option. With grouped queries the cost is per key
+head: 4 KiB per token with 8 of them. Gradients of q and k get the inverse rotation in registers
+before they are written.
 
 Rotated keys are stored in tiles of BLOCK_D columns (attention_parts.py) with zeros between and
 after the halves, so a head_dim of 100 is copied 16 bytes at a time, 4 or 8 from the projection.

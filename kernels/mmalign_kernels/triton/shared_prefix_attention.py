@@ -60,21 +60,20 @@ def _join_prefix_kernel(
     kv_head = head // (HEADS // KV_HEADS)
     STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     OUT_STRIDE: tl.constexpr = HEADS * HEAD_DIM
-    q = load_query(
-        qkv_ptr + head * HEAD_DIM, cos_ptr, sin_ptr, position_ids_ptr,
-        first, num_tokens, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, True,
-    )  # fmt: skip
     row = first + tl.arange(0, BLOCK_M)
     known = row < num_tokens
     logsumexp_ptr += row * HEADS + head
     peak = tl.load(logsumexp_ptr, mask=known, other=0.0) * _LOG2_E
     total = tl.full((BLOCK_M,), 1.0, peak.dtype)
     out_ptr += head * HEAD_DIM
-    acc = upcast(
-        load_tile(out_ptr, first, num_tokens, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    )
+    own = load_tile(out_ptr, first, num_tokens, OUT_STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    tl.debug_barrier()  # all of out is read before rotated queries take its place
+    q = load_query(
+        qkv_ptr + head * HEAD_DIM, out_ptr, cos_ptr, sin_ptr, position_ids_ptr, first, num_tokens,
+        STRIDE, OUT_STRIDE, HEAD_DIM // 2, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+    )  # fmt: skip
     acc, total, peak = _attend_to(
-        acc, total, peak, q, keys_ptr + kv_head * BLOCK_D, values_ptr + kv_head * HEAD_DIM,
+        upcast(own), total, peak, q, keys_ptr + kv_head * BLOCK_D, values_ptr + kv_head * HEAD_DIM,
         0, 0, num_keys, num_keys,
         SCALE, KV_HEADS * BLOCK_D, BLOCK_D, KV_HEADS * HEAD_DIM, HEAD_DIM,
         BLOCK_M, BLOCK_N, BLOCK_D, False, True,
@@ -123,9 +122,15 @@ def _prefix_dq_kernel(
     logsumexp = tl.load(
         logsumexp_ptr + row * HEADS + head, mask=row < num_tokens, other=float("inf")
     )
+    grad_ptr = grad_qkv_ptr + head * HEAD_DIM
+    own_low = load_tile(grad_ptr, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF, True)
+    own_high = load_tile(
+        grad_ptr + HALF, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF, True
+    )
+    tl.debug_barrier()  # all of it is read before rotated queries take its place
     q = load_query(
-        qkv_ptr + head * HEAD_DIM, cos_ptr, sin_ptr, position_ids_ptr,
-        first, num_tokens, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_D, True,
+        qkv_ptr + head * HEAD_DIM, grad_ptr, cos_ptr, sin_ptr, position_ids_ptr, first, num_tokens,
+        STRIDE, STRIDE, HALF, HEAD_DIM, BLOCK_M, BLOCK_D, True,
     )  # fmt: skip
     dq = _dq_from(
         tl.zeros((BLOCK_M, BLOCK_D), delta.dtype), q, grad_out, logsumexp * _LOG2_E, delta,
@@ -138,12 +143,9 @@ def _prefix_dq_kernel(
     )
     low, high = split_halves(dq * (SCALE / _LOG2_E), BLOCK_M, BLOCK_D)
     low, high = rotate_inverse(low, high, cos, sin)
-    ptr = grad_qkv_ptr + head * HEAD_DIM
-    low += upcast(load_tile(ptr, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF, True))
-    store_tile(ptr, low, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF)
-    ptr += HALF
-    high += upcast(load_tile(ptr, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF, True))
-    store_tile(ptr, high, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF)
+    low, high = low + upcast(own_low), high + upcast(own_high)
+    store_tile(grad_ptr, low, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF)
+    store_tile(grad_ptr + HALF, high, first, num_tokens, STRIDE, HALF, BLOCK_M, BLOCK_HALF)
 
 
 def _launch(kernel, written: tuple, qkv: Tensor, keys: Tensor, values: Tensor, rotation: tuple):
