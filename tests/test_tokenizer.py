@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 
 import pytest
@@ -236,3 +237,13 @@ def test_half_a_surrogate_pair_is_not_text(folder, tmp_path):
     for path in (tmp_path / "tokenizer.model", tmp_path / "tokenizer.json"):
         with pytest.raises(UserError, match=r"'\\ud83d', at character 3"):
             Tokenizer.from_pretrained(path).encode("hi \ud83d")
+
+
+def test_a_worker_process_gets_the_same_ids(folder, tmp_path):
+    """A pickle of the tokenizers library forgets that special tokens in a text are text."""
+    Tokenizer.from_pretrained(folder).save(tmp_path)
+    for path in (tmp_path / "tokenizer.model", tmp_path / "tokenizer.json"):
+        tokenizer = Tokenizer.from_pretrained(path)
+        copied = pickle.loads(pickle.dumps(tokenizer))
+        assert copied.encode("a</s> b") == tokenizer.encode("a</s> b")
+        assert tokenizer.eos_token_id not in copied.encode("a</s> b")

@@ -78,6 +78,10 @@ class HuggingFace:
                 f"{path}: ids up to {self.vocab_size - 1}; expected 0 to {MAX_VOCAB_SIZE - 1}"
             )
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.model.encode_special_tokens = True  # which a pickle, as for a worker, leaves out
+
     def find(self, token: str) -> int | None:
         return self.model.token_to_id(token)
 

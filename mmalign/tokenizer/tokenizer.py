@@ -8,6 +8,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Tokenizer:
         new = [token for token in new if self._backend.find(token.content) is None]
         self._names = {token.id: token.content for token in new if token.special}
         if len(self._names) < len(new):
-            model = self._json()
+            model = self._json
             if model is None:
                 raise UserError(
                     f"{self.path} cannot be written as a tokenizer.json, which {new[0].content!r} "
@@ -172,7 +173,9 @@ class Tokenizer:
             for name, x in self._added.items()
             if not x.special and name not in IMAGE_TOKENS
         ]
-        settings = repr(ids) + (repr(sorted(parsed)) if parsed else "")
+        settings = repr(ids)
+        if parsed and self._json is not None:  # then the file beside it encodes, too
+            settings += repr(sorted(parsed)) + self._json.to_str()
         return hashlib.sha256(self.path.read_bytes() + settings.encode()).hexdigest()
 
     def save(self, folder: str | Path, num_rows: int = 0, chat_template: str = "") -> None:
@@ -199,6 +202,7 @@ class Tokenizer:
         if chat_template:
             write_text(folder / "chat_template.jinja", chat_template)
 
+    @cached_property  # converting takes a second, and is tried before an export needs it
     def _json(self) -> tokenizers.Tokenizer | None:
         if isinstance(self._backend, HuggingFace):
             return self._backend.model
@@ -206,7 +210,7 @@ class Tokenizer:
         return of_sentencepiece(self._backend, self._beside, bos)
 
     def _complete_json(self, num_rows: int) -> tokenizers.Tokenizer | None:
-        model = self._json()
+        model = self._json
         return (
             None if model is None else with_tokens(model, self._export_tokens(num_rows), self.path)
         )

@@ -5,20 +5,22 @@ Never a traceback, and nothing taken that the file does not say.
 
 import copy
 import json
+import os
 import random
 import shutil
 
 import pytest
 import sentencepiece
+import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.hf import load_decoder
+from mmalign.model.hf import load_decoder, load_projector
 from mmalign.tokenizer import Tokenizer
 from tests.model.tiny import hf_clip, hf_llama
 
-NUM_INPUTS = 1000
+NUM_INPUTS = int(os.environ.get("MMALIGN_FUZZ_INPUTS", 600))
 HOSTILE = [None, "", "7", "\ud83d", "x" * 400, -1, 0, 1, 3, 10**12, 10**30, 0.5, -2.0, True, False]
 HOSTILE += [float("nan"), float("inf"), [], {}, [1], ["a", None], {"a": 1}, [[[]]]]
 JSON_FILES = ["config.json", "preprocessor_config.json", "model.safetensors.index.json"]
@@ -144,3 +146,33 @@ def test_damage_is_harmless_or_named(good, tmp_path):
         shutil.copy(good / name, folder / name)
         (folder / "tower/preprocessor_config.json").unlink(missing_ok=True)
     assert NUM_INPUTS / 3 < refused < NUM_INPUTS
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_weights_are_named(good, tmp_path, zipped):
+    """A projector's .bin and the header of a safetensors file: loaded, or refused by name."""
+    names = ("model.mm_projector.weight", "model.mm_projector.bias")
+    tensors = {names[0]: torch.ones(8, 8), names[1]: torch.ones(8)}
+    binary, shard = tmp_path / "mm_projector.bin", next(good.glob("*.safetensors")).name
+    torch.save(tensors, binary, _use_new_zipfile_serialization=zipped)
+    shutil.copytree(good, tmp_path / "folder")
+    header = 8 + int.from_bytes((good / shard).read_bytes()[:8], "little")
+    for seed in range(NUM_INPUTS // 4):
+        rng = random.Random(seed)
+        for path, load, limit in (
+            (binary, load_projector, None),
+            (tmp_path / "folder" / shard, lambda path: load_decoder(path.parent), header),
+        ):
+            whole = path.read_bytes()
+            data = bytearray(whole)
+            for _ in range(rng.choice([1, 1, 2, 8])):
+                data[rng.randrange(limit or len(data))] = rng.randrange(256)
+            path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
+            try:
+                load(path)
+            except UserError as error:
+                assert str(tmp_path) in str(error), (seed, path.name)
+            except Exception as error:
+                raise AssertionError(f"seed {seed}, {path.name}") from error
+            path.write_bytes(whole)
