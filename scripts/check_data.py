@@ -6,6 +6,7 @@ python scripts/check_data.py --data.path chat.json --data.image-root images --da
 Exits with status 1 if a sample is unusable, and names the first 10.
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Check:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
     config = tyro.cli(Check, description=__doc__)
     try:
         validate(config)
@@ -40,5 +42,7 @@ if __name__ == "__main__":
         report = check_samples(dataset)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     show_report(report, dataset, Console())
     sys.exit(1 if report.skipped else 0)

@@ -53,3 +53,5 @@ if __name__ == "__main__":
             show(dataset, config.micro_batch_tokens, Console())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
