@@ -31,10 +31,21 @@ def has_gpu() -> bool:
     return subprocess.run([smi, "-L"], capture_output=True, check=False).stdout.startswith(b"GPU")
 
 
+def named_architectures() -> list[str]:
+    archs = re.findall(r"\w+", os.environ.get("MMALIGN_CUDA_ARCHS", ""))
+    for arch in {"90", "100"} & set(archs):
+        sys.exit(
+            f"mmalign: MMALIGN_CUDA_ARCHS has {arch}, expected {arch}a: without the suffix the "
+            "attention and projector kernels have no code. Correct it and install again."
+        )
+    return archs
+
+
 def cuda_extensions() -> list[Extension]:
+    archs = named_architectures()
     if find_nvcc() is None:
         print("mmalign: no nvcc, so the CUDA kernels of csrc/ are not built")
-    elif not has_gpu() and not os.environ.get("MMALIGN_CUDA_ARCHS"):
+    elif not has_gpu() and not archs:
         print("mmalign: no GPU and no MMALIGN_CUDA_ARCHS, so csrc/ is not built")
     else:
         return [Extension("mmalign_kernels.cuda.libmmalign_cuda", sources=[])]
@@ -49,7 +60,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         build = ROOT / "build" / "cuda"
-        archs = ";".join(re.findall(r"\w+", os.environ.get("MMALIGN_CUDA_ARCHS", "")))
+        archs = ";".join(named_architectures())
         configure = ["cmake", "-S", ROOT, "-B", build, f"-DMMALIGN_CUDA_ARCHS={archs}"]
         configure += [f"-DMMALIGN_PYTHON={sys.executable}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
         subprocess.run(configure, check=True)

@@ -19,7 +19,9 @@ from bench.shapes import DECODER_SHAPES, DEVICE, NAMES
 from mmalign.model.config import DecoderConfig
 
 Inputs = SimpleNamespace
-FP32, SPLIT, STOCHASTIC = "fp32", "split", "stochastic"  # how weights are kept
+FP32: costs.Weights = "fp32"
+SPLIT: costs.Weights = "split"
+STOCHASTIC: costs.Weights = "stochastic"
 LEARNING_RATE, (BETA1, BETA2), EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 
 
@@ -148,7 +150,7 @@ def torchao(name: str) -> Variant:
 OURS = ours("adamw", our_step, Layout(enter=_ours, exit=_joined))
 FORMULA = Variant("formula", formula, layout=FRESH)
 COMPILED = Variant("torch.compile", formula, on_gpu, FRESH, compiled=True)
-PEERS = {
+PEERS: dict[costs.Weights, list[Variant]] = {
     FP32: [*torch_rows(FP32), COMPILED],
     SPLIT: torch_rows(SPLIT),
     STOCHASTIC: [*torch_rows(STOCHASTIC), COMPILED, torchao("_AdamW"), torchao("AdamW8bit")],
@@ -157,7 +159,7 @@ PEERS = {
 ERRORS = {FP32: (1e-4, 1e-4), SPLIT: (1e-4, 1e-4), STOCHASTIC: (1e-2, 1e-2)}
 
 
-def case(config: DecoderConfig, mode: str) -> Case:
+def case(config: DecoderConfig, mode: costs.Weights) -> Case:
     size, inner = config.hidden_size, config.intermediate_size
     shapes = [(sum(config.qkv_sizes), size), (size, size), (2 * inner, size), (size, inner)]
     numel = sum(rows * columns for rows, columns in shapes)
@@ -180,8 +182,4 @@ COMPARISONS = [
         f"adamw {mode}", [*OURS, *variants], FORMULA, COPY, (STEP,), ERRORS[mode]
     ).comparisons([case(DECODER_SHAPES[0][0], mode)])
 ]
-
-
-@each(COMPARISONS)
-def test_adamw(comparison, compare):
-    compare(comparison)
+test_adamw = each(COMPARISONS)

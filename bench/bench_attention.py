@@ -239,7 +239,7 @@ def rotary_case(config: DecoderConfig, tokens: int, mix: str) -> Case:
         f"{NAMES[config]}, {tokens} tokens in {len(lengths)} samples ({mix}), {DTYPE_NAME}",
         make,
         ("qkv",),
-        costs_of(costs.rotary_attention_forward(*shape), costs.rotary_attention_backward(*shape)),
+        costs_of(costs.rotary_attention(*shape)),
     )
 
 
@@ -251,7 +251,7 @@ def full_case(config: VisionConfig, images: int) -> Case:
         f"{NAMES[config]}, {images} images, {DTYPE_NAME}",
         lambda: _inputs(lengths, heads, head_dim),
         ("qkv",),
-        costs_of(costs.full_attention_forward(*shape), costs.full_attention_backward(*shape)),
+        costs_of(costs.full_attention(*shape)),
     )
 
 
@@ -265,8 +265,4 @@ COMPARISONS = [
     *ROTARY.comparisons([rotary_case(*shape) for shape in SHAPES]),
     *FULL.comparisons([full_case(*shape) for shape in VISION_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_attention(comparison, compare):
-    compare(comparison)
+test_attention = each(COMPARISONS)

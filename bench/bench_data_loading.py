@@ -37,8 +37,8 @@ class Loading(Comparison):
     """One stage's samples."""
 
     stage: str
-    folder: tempfile.TemporaryDirectory | None = field(default=None, init=False)
-    files: JpegFiles | None = field(default=None, init=False)
+    folder: tempfile.TemporaryDirectory = field(init=False, repr=False)  # from `calls` on
+    files: JpegFiles = field(init=False, repr=False)
 
     benchmark, direction, rounds = "data_loading", "load", 3
     variants = (IMAGES, DECODE, PROCESSOR, PACKED, LOADER)
@@ -122,6 +122,4 @@ def one_thread(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-@each([Loading("pretrain"), Loading("finetune")])
-def test_data_loading(comparison, compare):
-    compare(comparison)
+test_data_loading = each([Loading("pretrain"), Loading("finetune")])

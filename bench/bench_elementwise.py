@@ -63,10 +63,7 @@ def swiglu_case(config: DecoderConfig, tokens: int) -> Case:
         f"{NAMES[config]}, {tokens} tokens, {DTYPE_NAME}",
         lambda: SimpleNamespace(gate_up=activations(tokens, 2 * size)),
         ("gate_up",),
-        costs_of(
-            costs.swiglu_forward(tokens, size, ITEMSIZE),
-            costs.swiglu_backward(tokens, size, ITEMSIZE),
-        ),
+        costs_of(costs.swiglu(tokens, size, ITEMSIZE)),
     )
 
 
@@ -91,10 +88,7 @@ def quick_gelu_case(config: VisionConfig, images: int) -> Case:
         f"{NAMES[config]}, {images} images, {DTYPE_NAME}",
         lambda: SimpleNamespace(x=activations(rows, size)),
         ("x",),
-        costs_of(
-            costs.quick_gelu_forward(rows * size, ITEMSIZE),
-            costs.quick_gelu_backward(rows * size, ITEMSIZE),
-        ),
+        costs_of(costs.quick_gelu(rows * size, ITEMSIZE)),
     )
 
 
@@ -116,10 +110,7 @@ PACK_ROWS = Operation(
 EAGER_UNPACK = torch_variants(eager_unpack)
 UNPACK_ROWS = Operation(
     "unpack_rows",
-    [
-        *ours("packing", lambda i: unpack_rows(i.packed, i.positions, i.num_rows)),
-        *EAGER_UNPACK,
-    ],
+    [*ours("packing", lambda i: unpack_rows(i.packed, i.positions, i.num_rows)), *EAGER_UNPACK],
     EAGER_UNPACK[0],
     COPY,
 )
@@ -137,19 +128,12 @@ def packing_case(config: DecoderConfig, tokens: int, packed: bool) -> Case:
         setattr(inputs, "packed" if packed else "x", x)
         return inputs
 
-    pack = (
-        costs.pack_rows_forward(tokens, size, ITEMSIZE),
-        costs.pack_rows_backward(tokens, num_rows, size, ITEMSIZE),
-    )
-    unpack = (
-        costs.unpack_rows_forward(tokens, num_rows, size, ITEMSIZE),
-        costs.unpack_rows_backward(tokens, size, ITEMSIZE),
-    )
+    cost = costs.unpack_rows if packed else costs.pack_rows
     return Case(
         f"{NAMES[config]}, {tokens} tokens in {num_rows} rows, {DTYPE_NAME}",
         make,
         ("packed",) if packed else ("x",),
-        costs_of(*(unpack if packed else pack)),
+        costs_of(cost(tokens, num_rows, size, ITEMSIZE)),
     )
 
 
@@ -162,8 +146,4 @@ COMPARISONS = [
     *PACK_ROWS.comparisons([packing_case(*shape, packed=False) for shape in PACKING_SHAPES]),
     *UNPACK_ROWS.comparisons([packing_case(*shape, packed=True) for shape in PACKING_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_elementwise(comparison, compare):
-    compare(comparison)
+test_elementwise = each(COMPARISONS)

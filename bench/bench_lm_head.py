@@ -98,13 +98,13 @@ def loss_case(
     vocab_size = vocab_size or config.vocab_size
     num_supervised = int(tokens * SUPERVISED[stage])
     shape = (tokens, num_supervised, config.hidden_size, vocab_size, DTYPE.itemsize)
-    forward = costs.linear_cross_entropy_forward(*shape)
+    passes = costs.linear_cross_entropy(*shape)
     return Case(
         f"{NAMES[config]}, {num_supervised} of {tokens} tokens supervised, "
         f"{vocab_size} columns, {DTYPE_NAME}",
         lambda: head_inputs(tokens, num_supervised, config.hidden_size, vocab_size),
         ("hidden_states", "weight"),
-        {BOTH: forward + costs.linear_cross_entropy_backward(*shape), LOSS_ONLY: forward},
+        {BOTH: passes.both, LOSS_ONLY: passes.forward},
     )
 
 
@@ -172,7 +172,7 @@ def logprobs_case(config: DecoderConfig, tokens: int) -> Case:
         inputs.target_ids = torch.randint(config.vocab_size, (num_targets,), device=DEVICE)
         return inputs
 
-    cost = costs.target_logprobs_forward(
+    cost = costs.target_logprobs(
         num_rows, num_targets, config.hidden_size, config.vocab_size, DTYPE.itemsize
     )
     return Case(
@@ -187,8 +187,4 @@ COMPARISONS = [
     *LINEAR_CROSS_ENTROPY.comparisons(LOSS_CASES),
     *TARGET_LOGPROBS.comparisons([logprobs_case(*shape) for shape in DECODER_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_lm_head(comparison, compare):
-    compare(comparison)
+test_lm_head = each(COMPARISONS)

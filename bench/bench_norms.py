@@ -8,16 +8,7 @@ from mmalign_kernels import add_rms_norm, costs, layer_norm, project_image_featu
 
 from bench.comparison import COPY, each
 from bench.operation import Case, Operation, costs_of
-from bench.peers import (
-    Variant,
-    library,
-    liger,
-    llama_norm,
-    missing,
-    ours,
-    peer,
-    torch_variants,
-)
+from bench.peers import Variant, library, liger, llama_norm, missing, ours, peer, torch_variants
 from bench.shapes import (
     DECODER_SHAPES,
     DEVICE,
@@ -87,8 +78,7 @@ ADD_RMS_NORM = Operation(
 
 def rms_norm_case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = False) -> Case:
     size = config.hidden_size
-    forward = costs.add_rms_norm_forward if add else costs.rms_norm_forward
-    backward = costs.add_rms_norm_backward if add else costs.rms_norm_backward
+    cost = costs.add_rms_norm if add else costs.rms_norm
 
     def make() -> SimpleNamespace:
         inputs = SimpleNamespace(
@@ -103,10 +93,7 @@ def rms_norm_case(config: DecoderConfig, tokens: int, add: bool, frozen: bool = 
         f"{NAMES[config]}, {tokens} tokens, {DTYPE_NAME}{', frozen weight' if frozen else ''}",
         make,
         leaves,
-        costs_of(
-            forward(tokens, size, ITEMSIZE),
-            backward(tokens, size, ITEMSIZE, needs_weight=not frozen),
-        ),
+        costs_of(cost(tokens, size, ITEMSIZE, needs_weight=not frozen)),
     )
 
 
@@ -186,10 +173,7 @@ def projector_case(config: DecoderConfig, tokens: int) -> Case:
         f"{NAMES[config]}, {images} images in {tokens} tokens, {DTYPE_NAME}",
         make,
         ("weight", "bias"),
-        costs_of(
-            costs.project_image_features_forward(*shape),
-            costs.project_image_features_backward(*shape, needs_hidden=False),
-        ),
+        costs_of(costs.project_image_features(*shape, needs_hidden=False)),
     )
 
 
@@ -221,10 +205,7 @@ def layer_norm_case(config: VisionConfig, images: int) -> Case:
             eps=config.layer_norm_eps,
         ),
         ("x", "weight", "bias"),
-        costs_of(
-            costs.layer_norm_forward(rows, size, ITEMSIZE),
-            costs.layer_norm_backward(rows, size, ITEMSIZE),
-        ),
+        costs_of(costs.layer_norm(rows, size, ITEMSIZE)),
     )
 
 
@@ -234,8 +215,4 @@ COMPARISONS = [
     *PROJECTOR.comparisons([projector_case(*shape) for shape in DECODER_SHAPES]),
     *LAYER_NORM.comparisons([layer_norm_case(*shape) for shape in VISION_SHAPES]),
 ]
-
-
-@each(COMPARISONS)
-def test_norms(comparison, compare):
-    compare(comparison)
+test_norms = each(COMPARISONS)

@@ -125,14 +125,7 @@ COMPARISONS = [
         lambda tokens: [tokens // (2 * FACTOR)] * 2 * FACTOR,
     ),
     Documents(
-        "scoring, ETHICS utilitarianism",
-        "documents",
-        SIZE,
-        [n * FACTOR for n in (16, 32, 64, 128)],
+        "scoring, ETHICS utilitarianism", "documents", SIZE, [n * FACTOR for n in (16, 32, 64, 128)]
     ),
 ]
-
-
-@each(COMPARISONS)
-def test_scaling(comparison, compare):
-    compare(comparison)
+test_scaling = each(COMPARISONS)

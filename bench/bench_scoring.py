@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -48,8 +49,8 @@ class Scoring(Comparison):
     rounds: int = 3
     variants: tuple[str, ...] = (OURS, HARNESS)
     tokens: dict[str, int] = field(default_factory=dict, init=False)  # computed, with padding
-    batch_size: int | None = field(default=None, init=False)  # the harness's fastest
-    plan: ScoringPlan | None = field(default=None, init=False)
+    batch_size: int = field(init=False, repr=False)  # the harness's fastest
+    plan: ScoringPlan = field(init=False, repr=False)
 
     benchmark, direction = "scoring", SCORE
 
@@ -70,7 +71,8 @@ class Scoring(Comparison):
 
     def calls(self, variants: Sequence[str]) -> Calls:
         decoder = random_decoder(self.size.decoder, DEVICE, DTYPES[self.precision]).eval()
-        sides = {OURS: (self._ours(decoder), decoder.embed_tokens)}
+        sides: dict[str, tuple[Callable[[], list[float]], nn.Module]] = {}
+        sides[OURS] = self._ours(decoder), decoder.embed_tokens
         if HARNESS in variants:
             sides[HARNESS] = self._harness(decoder)
         scores = {}
@@ -121,7 +123,7 @@ class Scoring(Comparison):
             begin = time.perf_counter()
             harness.scores(some, batch_size)
             seconds[batch_size] = time.perf_counter() - begin
-        self.batch_size = min(seconds, key=seconds.get)
+        self.batch_size = min(seconds, key=seconds.__getitem__)
         return partial(harness.scores, self.requests, self.batch_size), model.get_input_embeddings()
 
     def figures(self, variant: str, seconds: float) -> dict:
@@ -170,7 +172,8 @@ class Harness:
     def __init__(self, model: LlamaForCausalLM, tokenizer_model: Path):
         from lm_eval.models.huggingface import HFLM
 
-        self.lm = HFLM(
+        harness: Any = HFLM  # the decorator that registers it hides its arguments
+        self.lm = harness(
             pretrained=model,
             tokenizer=SentencePieceTokenizer(tokenizer_model),
             add_bos_token=False,
@@ -208,8 +211,4 @@ else:
         Scoring(CPU_LARGE, "truthfulqa", 4, "fp32", 4096),
         Scoring(CPU_LARGE, "ethics", 5, "fp32", 4096),
     ]
-
-
-@each(COMPARISONS)
-def test_scoring(comparison, compare):
-    compare(comparison)
+test_scoring = each(COMPARISONS)

@@ -12,19 +12,12 @@ import numpy as np
 
 from bench.bench_train_step import LOSS_TOLERANCE, rates
 from bench.comparison import STEP, Calls, Comparison, WrongResult, each
-from bench.models import (
-    CPU_LARGE,
-    LLAMA2_7B,
-    OPENLLAMA_3B,
-    Size,
-    random_llava,
-    with_shortcuts,
-)
+from bench.models import CPU_LARGE, LLAMA2_7B, OPENLLAMA_3B, Size, random_llava, with_shortcuts
 from bench.samples import Samples, samples_of, typical_step
 from bench.shapes import DEVICE, ON_GPU
-from bench.train_step import MmalignStep, packed_batches, step_calls, step_config
+from bench.train_step import MmalignStep, Precision, packed_batches, step_calls, step_config
 from mmalign.batch import IGNORE_INDEX
-from mmalign.config import ShortcutConfig
+from mmalign.config import ShortcutConfig, Stage
 from mmalign.data.packing import micro_batches
 from mmalign.flops import Workload, required_flops
 from mmalign.model.llava import Llava
@@ -47,10 +40,10 @@ VARIANTS = {
 @dataclass
 class Shortcuts(Comparison):
     size: Size
-    stage: str
+    stage: Stage
     batch_size: int
     micro_batch_tokens: int
-    precision: str
+    precision: Precision
 
     benchmark, direction, rounds = "shortcuts", STEP, 5
 
@@ -126,8 +119,4 @@ if ON_GPU:
         Shortcuts(LLAMA2_7B, "pretrain", 64, 16384, "bf16"),
         Shortcuts(OPENLLAMA_3B, "finetune", 16, 8192, "bf16"),
     ]
-
-
-@each(COMPARISONS)
-def test_shortcuts(comparison, compare):
-    compare(comparison)
+test_shortcuts = each(COMPARISONS)

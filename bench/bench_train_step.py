@@ -31,6 +31,7 @@ from bench.train_step import (
     NO_LORA,
     HuggingFaceStep,
     MmalignStep,
+    Precision,
     hugging_face_model,
     packed_batches,
     padded_batch,
@@ -38,7 +39,7 @@ from bench.train_step import (
     step_config,
     step_flops,
 )
-from mmalign.config import LoraConfig, TrainConfig
+from mmalign.config import LoraConfig, Stage, TrainConfig
 from mmalign.data.packing import micro_batches
 from mmalign.data.templates import trains_image_tokens
 from mmalign.errors import UserError
@@ -54,7 +55,7 @@ MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # they speed up both si
 
 
 def rates(
-    size: Size, stage: str, samples: Samples, seconds: float, lora: LoraConfig = NO_LORA
+    size: Size, stage: Stage, samples: Samples, seconds: float, lora: LoraConfig = NO_LORA
 ) -> dict:
     """extra_info of a step on these samples."""
     flops, tokens = step_flops(size, stage, samples, lora), sum(samples.lengths)
@@ -105,11 +106,11 @@ class Peer:
 @dataclass
 class TrainStep(Comparison):
     size: Size
-    stage: str
+    stage: Stage
     batch_size: int  # samples per optimizer step
     micro_batch_size: int  # samples of one of Hugging Face's padded batches
     micro_batch_tokens: int  # most tokens of one of our packed batches
-    precision: str
+    precision: Precision
     peers: Sequence[Peer]
     recompute: str = field(default="", init=False)  # of ours, on a GPU
 
@@ -272,8 +273,4 @@ if ON_GPU:  # micro-batches of 16 and 4 samples are those of LLaVA's and of the 
         RecipeStep(OPENLLAMA_3B, "pretrain-open-llama-3b", [16384]),
         RecipeStep(OPENLLAMA_3B, "finetune-open-llama-3b", [4096, 8192]),
     ]
-
-
-@each([*TRAIN_STEPS, *RECIPE_STEPS])
-def test_train_step(comparison, compare):
-    compare(comparison)
+test_train_step = each([*TRAIN_STEPS, *RECIPE_STEPS])

@@ -1,10 +1,8 @@
 """A comparison: several variants of the same work on the same data, one table of the results.
 
-A benchmark file declares comparisons and one test over them:
+A benchmark file declares comparisons and one test over them, which `-k` selects from by their ids:
 
-    @each(COMPARISONS)
-    def test_swiglu(comparison, compare):
-        compare(comparison)
+    test_swiglu = each(COMPARISONS)
 
 The fixture `compare` (conftest.py) verifies every variant, times them interleaved, and gives
 pytest-benchmark one entry per variant.
@@ -70,10 +68,14 @@ class CannotRun(Exception):
         self.variant = variant
 
 
-def each(comparisons: Sequence[Comparison]) -> pytest.MarkDecorator:
-    """Parametrizes a test; `-k` selects by these ids."""
+def each(comparisons: Sequence[Comparison]) -> Callable:
     ids = [f"{c.benchmark}, {c.case}, {c.direction}" for c in comparisons]
-    return pytest.mark.parametrize("comparison", comparisons, ids=ids)
+
+    @pytest.mark.parametrize("comparison", comparisons, ids=ids)
+    def test(comparison, compare):
+        compare(comparison)
+
+    return test
 
 
 def is_ours(variant: str) -> bool:

@@ -35,8 +35,8 @@ class Session:
     """What a run shares: measured peaks, and why variants were left out."""
 
     def __init__(self, config: pytest.Config):
-        self.config = config
-        self.patterns = config.getoption("--variants").split(",")
+        self.options = config.option
+        self.patterns = config.option.variants.split(",")
         self.not_measured: dict[str, dict[str, list[str]]] = {}  # variant: reason: benchmarks
         self.peaks: dict = {}
         self.monitor = GpuMonitor()
@@ -79,8 +79,8 @@ class Session:
             calls.calls,
             shapes.DEVICE,
             prepare=calls.prepare,
-            max_seconds=float(self.config.getoption("benchmark_max_time")),
-            min_rounds=rounds or self.config.getoption("benchmark_min_rounds"),
+            max_seconds=float(self.options.benchmark_max_time),
+            min_rounds=rounds or self.options.benchmark_min_rounds,
             max_rounds=rounds or MAX_ROUNDS,
             cpu_memory=rounds is not None,
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmalign.evaluation.requests import Request, TextEncoder
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
 from mmalign.evaluation.tasks.task import Document
 from mmalign.tokenizer import Tokenizer
@@ -21,8 +22,6 @@ from mmalign.toy_world.corpus import corpus_pages, write_evaluation
 from mmalign.toy_world.models import train_tokenizer
 
 REAL = Path(os.environ.get("MMALIGN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-Request = tuple[str, str]  # (context, continuation)
 
 
 def is_real() -> bool:
@@ -56,7 +55,7 @@ def source(limit: int | None) -> str:
     return "" if is_real() else "toy world's " if limit else "synthetic "
 
 
-def tokenizer(limit: int | None) -> "Tokenizer | NumberTokenizer":
+def tokenizer(limit: int | None) -> TextEncoder:
     """Of `requests` with this limit."""
     if limit or is_real():
         return Tokenizer.from_pretrained(tokenizer_model())
@@ -158,6 +157,7 @@ def synthetic_ethics(vocab_size: int) -> list[Request]:
     writer, requests = _Writer(vocab_size), []
     for subset in ETHICS.values():
         answers = [writer.words(count) for count in subset.answers]
+        scenario = ""
         for index in range(subset.documents):
             if index % subset.group == 0:
                 scenario = writer.words(subset.shared)

@@ -91,7 +91,7 @@ def run(command: Sequence[str]) -> tuple[int, str]:
         )
     except FileNotFoundError as error:
         return 127, f"{error.filename} is not on PATH"
-    for line in process.stdout:
+    for line in process.stdout or ():
         print(line, end="", flush=True)
         last = line.strip() or last
     return process.wait(), last
@@ -107,9 +107,9 @@ def verify(options: Options) -> list[str]:
     records = [record for record in known if record["part"] not in options.part]
     for part in options.part:
         for command in commands(part, folder):
-            shown = (
-                shlex.join(command).replace(f"{REPOSITORY}/", "").replace(sys.executable, "python")
-            )
+            # the interpreter first: it may lie in the repository
+            shown = shlex.join(command).replace(sys.executable, "python")
+            shown = shown.replace(f"{REPOSITORY}/", "")
             print(f"==== {part}: {shown}", flush=True)
             if options.dry_run:
                 continue

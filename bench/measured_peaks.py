@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmalign_kernels import linear
@@ -44,7 +45,7 @@ def _measure(device: torch.device) -> dict:
         calls[f"{square} mmalign_kernels.linear"] = lambda: linear(a, b)
     seconds = {name: timing.median for name, timing in measure(calls, device).items()}
     copy_seconds = seconds.pop("copy")
-    fastest = min(seconds, key=seconds.get)
+    fastest = min(seconds, key=seconds.__getitem__)
     return {
         "copy_bytes_per_second": 2 * source.nbytes / copy_seconds,
         "matmul_flops_per_second": 2 * size**3 / seconds[fastest],
@@ -52,7 +53,7 @@ def _measure(device: torch.device) -> dict:
     }
 
 
-def machine() -> dict[str, str | None]:
+def machine() -> dict[str, Any]:
     """Device, driver and versions; "name" is the machine's folder under bench/results."""
     found = {key: value for key, value in versions().items() if key != "git_commit"}
     if torch.cuda.is_available():
@@ -73,11 +74,13 @@ class GpuMonitor:
     SLOWED = 0x04 | 0x08 | 0x20 | 0x40 | 0x80  # nvml.h: power cap, slowdown, thermal, power brake
 
     def __init__(self):
-        self.log, self.process = tempfile.TemporaryFile("w+"), None
+        self.folder, self.process = tempfile.TemporaryDirectory(), None
+        self.log = Path(self.folder.name, "samples.csv")
         if torch.cuda.is_available() and shutil.which("nvidia-smi"):
             command = ["nvidia-smi", f"--query-gpu={self.QUERY}", "-lms", "200", "-i", "0"]
             command.append("--format=csv,noheader,nounits")
-            self.process = subprocess.Popen(command, stdout=self.log)
+            with open(self.log, "w") as file:
+                self.process = subprocess.Popen(command, stdout=file)
 
     def stop(self) -> dict[str, float]:
         """Medians of the samples, and the share of them that were throttled; {} without a GPU."""
@@ -85,9 +88,8 @@ class GpuMonitor:
             return {}
         self.process.terminate()
         self.process.wait()
-        self.log.seek(0)
-        whole = (line.strip() for line in self.log if line.count(",") == 2 and "[" not in line)
-        rows = [line.split(", ") for line in whole]  # [N/A]: the GPU does not say it
+        lines = self.log.read_text().splitlines()  # [N/A]: the GPU does not say it
+        rows = [line.split(", ") for line in lines if line.count(",") == 2 and "[" not in line]
         if not rows:
             return {}
         clocks, watts, reasons = zip(*rows, strict=True)

@@ -4,12 +4,12 @@ Ours is drawn on its device, without files; Hugging Face's parameters are views 
 models of 7B need the memory of one and nothing has to be compared or copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -29,6 +29,7 @@ from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.model.vision_tower import VisionTower
 
+M = TypeVar("M", bound=nn.Module)
 NUM_IMAGE_TOKENS = 3  # <im_patch>, <im_start>, <im_end> follow the decoder's own vocabulary
 
 
@@ -78,7 +79,7 @@ def random_llava(size: Size, stage: Stage, device: torch.device, dtype: torch.dt
     decoder = random_decoder(replace(size.decoder, vocab_size=vocab_size), device, dtype)
     tower = _drawn(VisionTower, size.vision, device, dtype)
     projector = Projector(size.vision.hidden_size, size.decoder.hidden_size).to(device, dtype)
-    model = Llava(decoder, tower, projector, _tokens(size.image_token_id))
+    model = Llava(decoder, tower, projector, FollowingTokens(size.image_token_id))
     model.set_trainable(stage, LoraConfig(), train_image_tokens=False)
     return model.train()
 
@@ -87,17 +88,24 @@ def with_shortcuts(
     model: Llava, stage: Stage, shortcuts: ShortcutConfig, prefix_ids: Sequence[int]
 ) -> Llava:
     """Another model of the same weights."""
-    parts = model.decoder, model.vision_tower, model.projector, _tokens(model.image_token_id)
+    tokens = FollowingTokens(model.image_token_id)
+    parts = model.decoder, model.vision_tower, model.projector, tokens
     other = Llava(*parts, shortcuts=shortcuts, prefix_ids=prefix_ids).train()
     other.set_trainable(stage, LoraConfig(), train_image_tokens=False)
     return other
 
 
-def _tokens(first: int) -> SimpleNamespace:
-    return SimpleNamespace(image_token_id=first, im_start_id=first + 1, im_end_id=first + 2)
+@dataclass
+class FollowingTokens:
+    """The image tokens, from the first id after the vocabulary on."""
+
+    image_token_id: int
+
+    def __post_init__(self):
+        self.im_start_id, self.im_end_id = self.image_token_id + 1, self.image_token_id + 2
 
 
-def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _drawn(kind: Callable[..., M], config, device: torch.device, dtype: torch.dtype) -> M:
     """Norms 1, biases 0, all else normal(0, 0.02); no second copy exists at any time."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -123,9 +131,10 @@ def _drawn(kind: type[nn.Module], config, device: torch.device, dtype: torch.dty
 
 def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
     """LLaVA with one linear projector (LLaVA 1.0); trains what `model` trains."""
-    tower = model.vision_tower.config
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_clip_fields(tower)),
+    assert model.vision_tower is not None and model.projector is not None
+    tower, projector = model.vision_tower.config, model.projector
+    fields: dict[str, Any] = dict(
+        vision_config=CLIPVisionConfig(**asdict(tower), hidden_act="quick_gelu"),
         text_config=_llama_config(model.decoder.config),
         image_token_index=model.image_token_id,
         image_seq_length=tower.num_patches,
@@ -134,19 +143,17 @@ def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
         attn_implementation="sdpa",
     )
     with torch.device("meta"):
-        theirs = LlavaForConditionalGeneration(config)
-        theirs.model.multi_modal_projector = nn.Linear(*model.projector.weight.shape[::-1])
+        theirs: Any = LlavaForConditionalGeneration(LlavaConfig(**fields))
+        linear = nn.Linear(tower.hidden_size, model.decoder.config.hidden_size)
+        theirs.model.multi_modal_projector = linear
     views = _views(decoder_parts(model.decoder.config), model.decoder)
     language = {
         key.replace("model.", "model.language_model.", 1): view for key, view in views.items()
     }
     vision = _views(vision_parts(tower), model.vision_tower)
-    projector = {
-        f"model.multi_modal_projector.{name}": parameter
-        for name, parameter in model.projector.named_parameters()
-    }
-    _share(theirs, language | {f"model.vision_tower.{k}": v for k, v in vision.items()} | projector)
-    _fill_buffers(theirs, model.projector.weight.device)
+    linear = {f"model.multi_modal_projector.{k}": v for k, v in projector.named_parameters()}
+    _share(theirs, language | {f"model.vision_tower.{k}": v for k, v in vision.items()} | linear)
+    _fill_buffers(theirs, projector.weight.device)
     return theirs.train()
 
 
@@ -161,11 +168,8 @@ def hugging_face_llama(decoder: Decoder) -> LlamaForCausalLM:
 def _llama_config(config: DecoderConfig) -> LlamaConfig:
     fields = asdict(config)
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    return LlamaConfig(**fields, rope_parameters=rope, attn_implementation="sdpa")
-
-
-def _clip_fields(config: VisionConfig) -> dict:
-    return asdict(config) | {"hidden_act": "quick_gelu"}
+    fields |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
+    return LlamaConfig(**fields)
 
 
 def _views(parts: dict[str, Part], module: nn.Module) -> dict[str, nn.Parameter]:
@@ -180,7 +184,7 @@ def _views(parts: dict[str, Part], module: nn.Module) -> dict[str, nn.Parameter]
     }
 
 
-def _share(theirs: nn.Module, parameters: dict[str, Tensor]) -> None:
+def _share(theirs: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     names = {name.replace(".vision_model.", "."): name for name, _ in theirs.named_parameters()}
     assert names.keys() == parameters.keys(), names.keys() ^ parameters.keys()
     for key, parameter in parameters.items():
@@ -191,7 +195,8 @@ def _share(theirs: nn.Module, parameters: dict[str, Tensor]) -> None:
 
 def _fill_buffers(theirs: nn.Module, device: torch.device) -> None:
     """The two tables that transformers computes while it builds a model; here it built on meta."""
-    for parent in list(theirs.modules()):
+    parents: list[Any] = list(theirs.modules())
+    for parent in parents:
         if hasattr(parent, "rotary_emb"):
             parent.rotary_emb = LlamaRotaryEmbedding(parent.config).to(device)
         if "position_ids" in dict(parent.named_buffers(recurse=False)):

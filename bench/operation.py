@@ -8,10 +8,11 @@ on the same random data.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
-from mmalign_kernels.costs import Cost
+from mmalign_kernels.costs import Cost, Passes
 from torch import Tensor
 
 from bench.comparison import (
@@ -45,8 +46,8 @@ class Case:
     costs: Mapping[str, Cost]
 
 
-def costs_of(forward: Cost, backward: Cost) -> dict[str, Cost]:
-    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+def costs_of(passes: Passes) -> dict[str, Cost]:
+    return {FORWARD: passes.forward, BACKWARD: passes.backward, BOTH: passes.both}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ class Verified:
 
     def __init__(self, operation: Operation, case: Case):
         self.operation, self.case = operation, case
-        self.inputs: Inputs | None = None
+        self.inputs = Inputs()  # until it is loaded
         self.ready: dict[str, Ready] = {}
         self.refused: dict[str, WrongResult | CannotRun] = {}
 
@@ -143,7 +144,7 @@ class Verified:
     def drop(cls) -> None:
         """Frees the case that is held, and forgets what was compiled for it."""
         if cls.held is not None:
-            cls.held.inputs, cls.held.ready = None, {}
+            cls.held.inputs, cls.held.ready = Inputs(), {}
         cls.held = None
         if "torch._dynamo" in sys.modules:  # past a limit of recompilations it would run eagerly
             torch._dynamo.reset()
@@ -244,7 +245,6 @@ class Ready:
             self.inputs = Inputs(**vars(variant.layout.enter(Inputs(**vars(inputs)))))
         names = (variant.layout.leaves or leaves) if leaves else ()
         self.originals = {name: getattr(self.inputs, name).detach() for name in names}
-        self.grads: tuple[Tensor, ...] | None = None
         self.renew()
 
     def renew(self) -> None:
@@ -253,27 +253,25 @@ class Ready:
             setattr(self.inputs, name, original.clone().requires_grad_())
         self.leaves = [getattr(self.inputs, name) for name in self.originals]
 
-    def forward(self) -> object:
+    @cached_property
+    def grads(self) -> tuple[Tensor, ...]:
+        """Those of the verification, in the variant's layout: 0 where it has padding."""
+        outputs = [output.detach().requires_grad_() for output in as_tuple(self.without_grad())]
+        plain = [self.variant.layout.exit(self.inputs, output) for output in outputs]
+        return torch.autograd.grad(plain, outputs, [grad_like(x) for x in plain])
+
+    def forward(self) -> Tensor | tuple[Tensor, ...]:
         with self.variant.context():
             return self.function(self.inputs)
 
-    def without_grad(self) -> object:
+    def without_grad(self) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             return self.forward()
 
     def prepare(self) -> tuple:
         """The graph of a forward pass, and gradients of its outputs."""
-        self.renew()
-        outputs = as_tuple(self.forward())
-        if self.grads is None:
-            self.grads = tuple(self._grad_of(output) for output in outputs)
-        return outputs, tuple(grad.clone() for grad in self.grads)
-
-    def _grad_of(self, output: Tensor) -> Tensor:
-        """The gradient of the verification in the variant's layout: 0 where it has padding."""
-        inner = output.detach().requires_grad_()
-        plain = self.variant.layout.exit(self.inputs, inner)
-        return torch.autograd.grad(plain, inner, grad_like(plain))[0]
+        grads = self.prepare_grads()
+        return as_tuple(self.forward()), grads
 
     def backward(self, prepared: tuple) -> object:
         outputs, grads = prepared
@@ -281,10 +279,9 @@ class Ready:
             return torch.autograd.grad(outputs, self.leaves, grads, allow_unused=True)
 
     def prepare_grads(self) -> tuple[Tensor, ...]:
-        if self.grads is None:
-            self.prepare()
+        grads = tuple(grad.clone() for grad in self.grads)
         self.renew()
-        return tuple(grad.clone() for grad in self.grads)
+        return grads
 
     def both(self, grads: tuple[Tensor, ...]) -> object:
         return self.backward((as_tuple(self.forward()), grads))

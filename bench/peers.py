@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from mmalign_kernels import dispatch, libraries
 from mmalign_kernels.cuda import library as cuda_library
@@ -118,11 +118,11 @@ def peer(library: str, function: Callable, layout: Layout = Layout(), **more) ->
 
 
 @cache
-def library(module: str) -> object:
+def library(module: str) -> ModuleType:
     return import_module(module)
 
 
-def liger() -> object:
+def liger() -> ModuleType:
     return library("liger_kernel.transformers.functional")
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.comparison import COPY, is_ours, speedup
 
@@ -44,7 +45,7 @@ class Entry:
     direction: str
     variant: str
     seconds: float  # the median
-    info: Mapping[str, object]
+    info: Mapping[str, Any]
 
     @property
     def group(self) -> tuple[str, str, str]:

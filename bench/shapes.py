@@ -10,13 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from mmalign.model.config import (
-    CLIP_VIT_L_14,
-    LLAMA2_7B,
-    OPENLLAMA_3B,
-    DecoderConfig,
-    VisionConfig,
-)
+from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B, DecoderConfig, VisionConfig
 
 # MMALIGN_BENCH_DEVICE=cuda pytest bench/ --collect-only lists a GPU's rows on any machine
 DEVICE = torch.device(

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -125,7 +126,8 @@ def peak_bytes(clock: _Clock, name: str, call: Call) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call(*arguments)
     held = highest = 0
-    for event in profiled.profiler.kineto_results.events():
+    profiler: Any = profiled.profiler
+    for event in profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()  # negative where memory is freed
             highest = max(highest, held)

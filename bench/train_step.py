@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from bench.comparison import Calls
 from bench.models import Size, hugging_face_llava
+from bench.peers import library
 from bench.samples import Samples
 from bench.shapes import DEVICE, ON_GPU
 from mmalign.batch import IGNORE_INDEX, PackedBatch
-from mmalign.config import LoraConfig, OptimizerConfig, TrainConfig
+from mmalign.config import LoraConfig, OptimizerConfig, Stage, TrainConfig
 from mmalign.data.loader import Step
 from mmalign.data.packing import pack_samples
 from mmalign.distributed import DistributedContext
@@ -27,6 +29,7 @@ from mmalign.flops import Workload, model_flops
 from mmalign.model.llava import Llava
 from mmalign.training.trainer import Trainer
 
+Precision = Literal["fp32", "bf16"]
 OPTIMIZER = OptimizerConfig(learning_rate=2e-5, warmup_ratio=0.0)
 # beside bf16 weights torch's AdamW keeps bf16 moments, so ours does, too: 8 bytes per weight
 OPTIMIZER_BF16 = replace(OPTIMIZER, master="stochastic", moments="bf16")
@@ -47,7 +50,8 @@ class MmalignStep:
         self.trainer: Trainer | None = None
 
     def start(self) -> None:
-        self.model.decoder.set_recompute(self.config.recompute, self.config.recompute_layers)
+        _, policy, num_layers = self.config.micro_batching
+        self.model.decoder.set_recompute(policy, num_layers)
         if self.trainer is None:
             self.trainer = Trainer(
                 self.config, DistributedContext(0, 1, DEVICE), self.model, NUM_STEPS
@@ -57,6 +61,7 @@ class MmalignStep:
         self.trainer = None
 
     def __call__(self) -> None:
+        assert self.trainer is not None, "not started"
         self.trainer.train_step(self.step)
 
     @torch.no_grad()
@@ -64,7 +69,7 @@ class MmalignStep:
         return sum(self.model(x).item() for x in self.step.batches) / self.step.num_loss_tokens
 
 
-def step_config(stage: str, precision: str, micro_batch_tokens: int) -> TrainConfig:
+def step_config(stage: Stage, precision: Precision, micro_batch_tokens: int) -> TrainConfig:
     return TrainConfig(
         stage=stage,
         optimizer=OPTIMIZER_BF16 if precision == "bf16" else OPTIMIZER,
@@ -87,7 +92,7 @@ def packed_batches(
     ]
 
 
-def step_flops(size: Size, stage: str, samples: Samples, lora: LoraConfig = NO_LORA) -> int:
+def step_flops(size: Size, stage: Stage, samples: Samples, lora: LoraConfig = NO_LORA) -> int:
     """Required FLOPs of a step on these samples: no padding, nothing twice."""
     workload = Workload(size.decoder, size.vision, stage, lora)
     return model_flops(workload, samples.lengths, samples.num_loss_tokens, len(samples)).total
@@ -110,7 +115,7 @@ def step_calls(steps: Mapping[str, "MmalignStep | HuggingFaceStep"]) -> Calls:
 
 # ---- Hugging Face's side ----
 
-Names = dict[ModuleType, dict[str, object]]  # of Python modules
+Names = dict[ModuleType, dict[str, Any]]  # of Python modules
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,8 @@ class HuggingFaceStep:
     """What transformers' Trainer does between two batches, with the optimizer that it chooses."""
 
     def __init__(self, peer: HuggingFaceModel, batches: list[dict[str, Tensor]]):
-        self.peer, self.batches, self.optimizer = peer, batches, None
+        self.peer, self.batches = peer, batches
+        self.optimizer: torch.optim.AdamW | None = None
         self.parameters = [p for p in peer.model.parameters() if p.requires_grad]
         self.num_loss_tokens = sum((b["labels"][:, 1:] != IGNORE_INDEX).sum() for b in batches)
 
@@ -152,6 +158,7 @@ class HuggingFaceStep:
         with installed(self.peer.replaced):
             for batch in self.batches:
                 self._loss(batch).backward()
+        assert self.optimizer is not None, "not started"
         nn.utils.clip_grad_norm_(self.parameters, OPTIMIZER.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -168,7 +175,7 @@ class HuggingFaceStep:
 
 def hugging_face_model(model: Llava, checkpointing: bool, liger: bool) -> HuggingFaceModel:
     """On the weights of `model`; checkpointing as LLaVA's scripts ask for, Liger's kernels."""
-    theirs = hugging_face_llava(model)
+    theirs: Any = hugging_face_llava(model)
     theirs.config.text_config.use_cache = theirs.model.language_model.config.use_cache = False
     if checkpointing:
         theirs.gradient_checkpointing_enable({"use_reentrant": False})
@@ -177,11 +184,9 @@ def hugging_face_model(model: Llava, checkpointing: bool, liger: bool) -> Huggin
 
 def _apply_liger(theirs: nn.Module) -> Names:
     """Patches this model alone; functions that Liger replaces for all models are restored."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llava
-
     modules = [import_module(f"transformers.models.{n}.modeling_{n}") for n in ("llama", "llava")]
     before = {module: dict(vars(module)) for module in modules}
-    apply_liger_kernel_to_llava(model=theirs)
+    library("liger_kernel.transformers").apply_liger_kernel_to_llava(model=theirs)
     replaced = {
         module: {name: new for name, new in vars(module).items() if names.get(name) is not new}
         for module, names in before.items()
@@ -215,4 +220,5 @@ def padded_batch(samples: Samples, indices: list[int], model: Llava) -> dict[str
     pixels = torch.stack([samples.pixels[i] for i in indices]).to(DEVICE)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    assert model.vision_tower is not None
     return batch | {"pixel_values": model.vision_tower.normalize_pixels(pixels)}

@@ -75,7 +75,8 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
                                        kDrawsOfMoments);
   }
   const float grad_scale = launch.grad_scale ? __ldg(launch.grad_scale) : 1.0f;
-  if (!(grad_scale > 0.0f)) return;  // 0 or NaN: the step is skipped, on every thread alike
+  // 0 or NaN: nothing is stored. Not a return: the compiler would move all loads behind it.
+  const int64_t end = grad_scale > 0.0f ? x.numel : 0;
 #pragma unroll
   for (int run = 0; run < kRuns; ++run) {
     const int64_t at = begin + run * kDrawRun;
@@ -92,9 +93,9 @@ __device__ __forceinline__ void update_tile(const AdamwTensor& x, const AdamwLau
       m_draws[lane] = moment_draws[lane].word[run];
       v_draws[lane] = moment_draws[lane].word[run] >> 16;
     }
-    weights[run].template save<kWhole>(x, at);
-    firsts[run].template save<kWhole>(x.exp_avg, x.exp_avg_scale, at, x.numel, m, m_draws);
-    seconds[run].template save<kWhole>(x.exp_avg_sq, x.exp_avg_sq_scale, at, x.numel, v, v_draws);
+    weights[run].template save<kWhole>(x, at, end);
+    firsts[run].template save<kWhole>(x.exp_avg, x.exp_avg_scale, at, end, m, m_draws);
+    seconds[run].template save<kWhole>(x.exp_avg_sq, x.exp_avg_sq_scale, at, end, v, v_draws);
   }
 }
 
@@ -188,20 +189,18 @@ void check_list(const Lists& lists, const char* name, const std::vector<Tensor>&
                              std::to_string(list.size()) + " tensors beside " +
                              std::to_string(lists.params.size()) + " params");
   for (size_t i = 0; i < list.size(); ++i) {
-    const std::string index = "[" + std::to_string(i) + "]";
-    const Argument tensor(kName, name + index, list[i]);
+    const Argument tensor(kName, name, list[i], i);
     const auto sizes = lists.params[i].sizes();
-    const std::string beside = "params" + index;
     if (scales)
-      tensor.shaped({ceil_div<int64_t>(lists.params[i].numel(), kQuantizedBlock)}, beside.c_str());
+      tensor.shaped({ceil_div<int64_t>(lists.params[i].numel(), kQuantizedBlock)}, "params");
     else
-      tensor.shaped({sizes.begin(), sizes.end()}, beside.c_str());
+      tensor.shaped(sizes.data(), sizes.size(), "params");
     tensor.typed(types).typed({list[0].scalar_type()}).contiguous();
   }
 }
 
 void check_devices(const Lists& lists) {
-  const Argument first("adamw_update", "params[0]", lists.params[0]);
+  const Argument first("adamw_update", "params", lists.params[0], 0);
   first.on_gpu();
   const std::pair<const char*, const std::vector<Tensor>&> named[] = {
       {"params", lists.params}, {"grads", lists.grads}, {"exp_avgs", lists.exp_avgs},
@@ -209,8 +208,7 @@ void check_devices(const Lists& lists) {
       {"exp_avg_scales", lists.exp_avg_scales}, {"exp_avg_sq_scales", lists.exp_avg_sq_scales}};
   for (const auto& [name, list] : named)
     for (size_t i = 0; i < list.size(); ++i)
-      Argument("adamw_update", std::string(name) + "[" + std::to_string(i) + "]", list[i])
-          .beside(first);
+      Argument("adamw_update", name, list[i], i).beside(first);
 }
 
 void check(const Lists& lists, const std::optional<Tensor>& grad_scale, bool has_seed) {
@@ -238,7 +236,7 @@ void check(const Lists& lists, const std::optional<Tensor>& grad_scale, bool has
   check_devices(lists);
   if (grad_scale)
     Argument("adamw_update", "grad_scale", *grad_scale)
-        .beside(Argument("adamw_update", "params[0]", lists.params[0]));
+        .beside(Argument("adamw_update", "params", lists.params[0], 0));
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 // Moments: fp32; bf16 with stochastic rounding; 8-bit codes in blocks that share a scale.
 #pragma once
 
+#include <type_traits>
+
 #include "adamw_element.h"
 #include "block_quantization.h"
 #include "common.cuh"
@@ -48,16 +50,35 @@ __device__ __forceinline__ Four<T> read(const void* base, int64_t at, int64_t nu
   }
 }
 
+// Stores in assembly: each is predicated by itself, without a branch around all of them.
+__device__ __forceinline__ void store_if(bool inside, void* to, const uint4& x) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }"
+               ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(inside))
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool inside, void* to, const uint2& x) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }"
+               ::"l"(to), "r"(x.x), "r"(x.y), "r"(static_cast<int>(inside))
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool inside, void* to, uint32_t x) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.b32 [%0], %1; }"
+               ::"l"(to), "r"(x), "r"(static_cast<int>(inside))
+               : "memory");
+}
+
+// end: numel, or 0 where nothing is stored.
 template <bool kWhole, class T>
-__device__ __forceinline__ void write(void* base, int64_t at, int64_t numel,
-                                      const Four<T>& values) {
+__device__ __forceinline__ void write(void* base, int64_t at, int64_t end, const Four<T>& values) {
   T* to = static_cast<T*>(base) + at;
   if constexpr (kWhole) {
-    *reinterpret_cast<Four<T>*>(to) = values;
+    using Wide = typename std::conditional<sizeof(T) == 4, uint4, uint2>::type;
+    using Bits = typename std::conditional<sizeof(T) == 1, uint32_t, Wide>::type;
+    store_if(at < end, to, bits_as<Bits>(values));
   } else {
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
-      if (at + lane < numel) to[lane] = values.lanes[lane];
+      if (at + lane < end) to[lane] = values.lanes[lane];
   }
 }
 
@@ -82,10 +103,10 @@ struct Moment<Moments::kFp32, kSecond> {
   }
   __device__ __forceinline__ float get(int lane) const { return stored.lanes[lane]; }
   template <bool kWhole>
-  __device__ __forceinline__ void save(void* base, float*, int64_t at, int64_t numel,
+  __device__ __forceinline__ void save(void* base, float*, int64_t at, int64_t end,
                                        const float (&values)[kFour], const uint32_t (&)[kFour]) {
     const Four<float> out = {{values[0], values[1], values[2], values[3]}};
-    write<kWhole>(base, at, numel, out);
+    write<kWhole>(base, at, end, out);
   }
 };
 
@@ -99,14 +120,14 @@ struct Moment<Moments::kBf16, kSecond> {
   }
   __device__ __forceinline__ float get(int lane) const { return bf16_value(stored.lanes[lane]); }
   template <bool kWhole>
-  __device__ __forceinline__ void save(void* base, float*, int64_t at, int64_t numel,
+  __device__ __forceinline__ void save(void* base, float*, int64_t at, int64_t end,
                                        const float (&values)[kFour],
                                        const uint32_t (&draws)[kFour]) {
     Four<uint16_t> out;
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
       out.lanes[lane] = round_randomly(values[lane], draws[lane]);
-    write<kWhole>(base, at, numel, out);
+    write<kWhole>(base, at, end, out);
   }
 };
 
@@ -129,22 +150,22 @@ struct Moment<Moments::kCodes, kSecond> {
   }
   // Every lane of the warp calls it.
   template <bool kWhole>
-  __device__ __forceinline__ void save(void* base, float* scales, int64_t at, int64_t numel,
+  __device__ __forceinline__ void save(void* base, float* scales, int64_t at, int64_t end,
                                        const float (&values)[kFour],
                                        const uint32_t (&draws)[kFour]) {
     uint32_t largest = 0;
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
-      if (kWhole || at + lane < numel) largest = max(largest, size_bits(values[lane]));
+      if (kWhole || at + lane < end) largest = max(largest, size_bits(values[lane]));
     using Code = typename std::conditional<kSecond, SecondMomentCode, FirstMomentCode>::type;
     const float new_scale = block_scale<Code>(warp_largest(largest));
-    if (at % kQuantizedBlock == 0 && at < numel) scales[at / kQuantizedBlock] = new_scale;
+    if (at % kQuantizedBlock == 0 && at < end) scales[at / kQuantizedBlock] = new_scale;
     Four<uint8_t> out;
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
       out.lanes[lane] = kSecond ? encode_second_moment(values[lane], new_scale, draws[lane])
                                 : encode_first_moment(values[lane], new_scale, draws[lane]);
-    write<kWhole>(base, at, numel, out);
+    write<kWhole>(base, at, end, out);
   }
 };
 
@@ -183,10 +204,10 @@ struct Weight {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void save(const AdamwTensor& x, int64_t at) const {
-    if constexpr (kWeights == Weights::kFp32) write<kWhole>(x.param, at, x.numel, fp32);
-    else write<kWhole>(x.param, at, x.numel, bits);
-    if constexpr (kWeights == Weights::kSplit) write<kWhole>(x.remainder, at, x.numel, remainder);
+  __device__ __forceinline__ void save(const AdamwTensor& x, int64_t at, int64_t end) const {
+    if constexpr (kWeights == Weights::kFp32) write<kWhole>(x.param, at, end, fp32);
+    else write<kWhole>(x.param, at, end, bits);
+    if constexpr (kWeights == Weights::kSplit) write<kWhole>(x.remainder, at, end, remainder);
   }
 };
 

@@ -6,12 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace mmalign {
@@ -29,8 +29,10 @@ inline std::string shape_text(const int64_t* sizes, size_t rank) {
 
 class Argument {
  public:
-  Argument(const char* operation, std::string name, const Tensor& tensor)
-      : operation_(operation), name_(std::move(name)), tensor_(tensor) {}
+  // index: of the tensor in the list `name`. Texts are put together in fail, not before: an
+  // optimizer's step checks thousands of tensors.
+  Argument(const char* operation, const char* name, const Tensor& tensor, int64_t index = -1)
+      : operation_(operation), name_(name), tensor_(tensor), index_(index) {}
 
   const Argument& rank(int64_t expected) const {
     if (tensor_.dim() != expected)
@@ -38,14 +40,16 @@ class Argument {
     return *this;
   }
 
-  const Argument& shaped(const std::vector<int64_t>& expected, const char* beside) const {
+  // `beside` has the same index, if any.
+  const Argument& shaped(const int64_t* expected, size_t rank, const char* beside) const {
     const auto sizes = tensor_.sizes();
-    bool same = sizes.size() == expected.size();
-    for (size_t i = 0; same && i < expected.size(); ++i) same = sizes[i] == expected[i];
-    if (!same)
-      fail("has shape ", shape(), ", expected ", shape_text(expected.data(), expected.size()),
-           " beside ", beside);
+    if (sizes.size() != rank || !std::equal(expected, expected + rank, sizes.begin()))
+      fail("has shape ", shape(), ", expected ", shape_text(expected, rank), " beside ", beside,
+           index());
     return *this;
+  }
+  const Argument& shaped(std::initializer_list<int64_t> expected, const char* beside) const {
+    return shaped(expected.begin(), expected.size(), beside);
   }
 
   const Argument& typed(std::initializer_list<ScalarType> expected) const {
@@ -86,7 +90,7 @@ class Argument {
   const Argument& beside(const Argument& other) const {
     if (tensor_.is_cuda() != other.tensor_.is_cuda() ||
         tensor_.get_device_index() != other.tensor_.get_device_index())
-      fail("is on another device than ", other.name_);
+      fail("is on another device than ", other.name_, other.index());
     return *this;
   }
 
@@ -96,17 +100,22 @@ class Argument {
     return shape_text(sizes.data(), sizes.size());
   }
 
+  std::string index() const {
+    return index_ < 0 ? std::string() : "[" + std::to_string(index_) + "]";
+  }
+
   template <class... Words>
   [[noreturn]] void fail(const Words&... words) const {
     std::ostringstream text;
-    text << operation_ << ": " << name_ << ' ';
+    text << operation_ << ": " << name_ << index() << ' ';
     ((text << words), ...);
     throw std::runtime_error(text.str());
   }
 
   const char* operation_;
-  std::string name_;
+  const char* name_;
   const Tensor& tensor_;
+  int64_t index_;
 };
 
 }  // namespace mmalign

@@ -98,7 +98,7 @@ KERNEL_CODE void rotate_tile(Machine& m, const AttentionCall& call, const Attent
   using Shared = AttentionShared<kHeadDim>;
   constexpr int kChunks = kHeadDim / 16;               // of half a row
   constexpr int kRows = 32 / kChunks;                  // of a warp
-  constexpr int kBatch = 2, kStep = kRotatingWarps * kRows;  // angles in flight
+  constexpr int kBatch = 4, kStep = kRotatingWarps * kRows;  // rows whose angles are in flight
   const int chunk = m.lane() % kChunks;
   const int first_token = work.first_row + work.tile * kQueryRows;
   for (int row = warp * kRows + m.lane() / kChunks; row < kQueryRows; row += kBatch * kStep) {
@@ -114,7 +114,8 @@ KERNEL_CODE void rotate_tile(Machine& m, const AttentionCall& call, const Attent
     UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int at = row + i * kStep;
-      if (at >= kQueryRows) return;
+      // Not a return: behind one the compiler would wait to load the angles of later rows.
+      if (at >= kQueryRows) continue;
       Chunk* first = m.template at<Chunk>(tile + Shared::chunk_at(at, chunk));
       Chunk* second = m.template at<Chunk>(tile + Shared::chunk_at(at, chunk + kChunks));
       Chunk x = *first, y = *second;

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kRotateThreads)
 
 constexpr int kGradientRegisters = 232, kPassingRegisters = 40;  // of 168 each at the start
 
-// Empty on other architectures: the launcher rejects those GPUs.
+// sm_90a only: the launcher rejects other GPUs, and an image built without the suffix traps.
 template <Gradient kOf, class T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     rotary_gradient_kernel(const __grid_constant__ CUtensorMap projection,
@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     take_registers<kGradientRegisters>();
     compute_gradients<kOf, kHeadDim>(machine, call);
   }
+#else
+  __trap();
 #endif
 }
 

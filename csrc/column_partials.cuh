@@ -14,6 +14,7 @@
 namespace mmalign {
 
 constexpr int kTeam = 16;           // blocks whose partial rows one block adds up
+constexpr int kRowsInFlight = 16;   // loads of a thread before it adds the first
 constexpr int kMaxCounters = 1024;  // one for the teams, one for each team
 
 template <class W>
@@ -42,12 +43,12 @@ template <class W, int kLanes>
 struct alignas(sizeof(W) * kLanes) Sums {
   W lanes[kLanes];
 };
-__device__ __forceinline__ Sums<float, 4> load_sums(const Sums<float, 4>* at) {
-  return bits_as<Sums<float, 4>>(__ldcg(reinterpret_cast<const float4*>(at)));
+__device__ __forceinline__ Sums<float, 4> load_sums(const Sums<float, 4>* at, bool inside) {
+  return bits_as<Sums<float, 4>>(load_from_l2(at, inside));
 }
 template <class W>
-__device__ __forceinline__ Sums<W, 1> load_sums(const Sums<W, 1>* at) {
-  return {__ldcg(&at->lanes[0])};
+__device__ __forceinline__ Sums<W, 1> load_sums(const Sums<W, 1>* at, bool inside) {
+  return {inside ? __ldcg(&at->lanes[0]) : W(0)};
 }
 
 // The sum of num_rows rows, from the first to the last; `write(column, sum)` takes each.
@@ -59,11 +60,15 @@ __device__ __forceinline__ void add_rows(const W* rows, int num_rows, int column
   for (int at = thread; at < row_length; at += num_threads) {
     const auto* next = reinterpret_cast<const Sums<W, kLanes>*>(rows) + at;
     Sums<W, kLanes> sum = {};
-#pragma unroll 4
-    for (int row = 0; row < num_rows; ++row, next += row_length) {
-      const Sums<W, kLanes> part = load_sums(next);
+    for (int row = 0; row < num_rows; row += kRowsInFlight, next += kRowsInFlight * row_length) {
+      Sums<W, kLanes> parts[kRowsInFlight];  // zero past the last row
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) sum.lanes[lane] += part.lanes[lane];
+      for (int i = 0; i < kRowsInFlight; ++i)
+        parts[i] = load_sums(next + i * row_length, row + i < num_rows);
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i)
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) sum.lanes[lane] += parts[i].lanes[lane];
     }
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) write(at * kLanes + lane, sum.lanes[lane]);

@@ -6,11 +6,9 @@
 #include <cuda_runtime.h>
 
 #include "host_device.h"
+#include "row_threads.h"
 
 namespace mmalign {
-
-constexpr int kWarp = 32;
-constexpr int kVectorBytes = 16;  // the widest access of a thread
 
 // fp64 is computed in fp64, everything else in fp32.
 template <class T>
@@ -82,6 +80,12 @@ __device__ __forceinline__ Packed load_streaming(const T* at, bool inside) {
 template <class T>
 __device__ __forceinline__ Packed load_shared_by_all(const T* at, bool inside) {
   MMALIGN_GUARDED_LOAD("ld.global.nc.v4.b32");
+}
+
+// Written by other multiprocessors in the same launch: from L2.
+template <class T>
+__device__ __forceinline__ Packed load_from_l2(const T* at, bool inside) {
+  MMALIGN_GUARDED_LOAD("ld.global.cg.v4.b32");
 }
 
 #undef MMALIGN_GUARDED_LOAD

@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "row_threads.h"
+
 namespace mmalign {
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -67,10 +69,10 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// Allows a kernel this much dynamic shared memory; above 48 KiB that is opt-in.
+// Allows a kernel this much dynamic shared memory.
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 48 * 1024)
+  if (opts_in(bytes))
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(bytes)),
                "shared memory");

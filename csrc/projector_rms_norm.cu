@@ -39,7 +39,7 @@
 namespace mmalign {
 namespace {
 
-// Empty on other architectures: the launcher rejects those GPUs.
+// sm_90a only: the launcher rejects other GPUs, and an image built without the suffix traps.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
     projector_kernel(const __grid_constant__ CUtensorMap features,  // (num_images, features)
@@ -72,6 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncwarp();
   cluster_sync();  // no block leaves while others write to its shared memory
+#else
+  __trap();
 #endif
 }
 
@@ -169,7 +171,7 @@ void check_arguments(const Forward& call) {
   check_rows_of_vectors("image_features", features, int64_t{1} << 30);
   check_rows_of_vectors("hidden_states", hidden, kMaxColumns);
   const int64_t columns = hidden.size(1);
-  const auto check = [&](const char* name, const Tensor& x, std::vector<int64_t> shape) {
+  const auto check = [&](const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
     Argument(kName, name, x)
         .shaped(shape, "image_features and hidden_states")
         .typed({features.scalar_type()})

@@ -3,9 +3,9 @@
 //   new_residual = x + residual, rounded to the dtype of x
 //   rstd = 1 / sqrt(mean(x^2) + eps);  y = x * rstd * weight     (fp32; fp64 for fp64)
 //
-// A row stays in the registers of its threads: read once, written once. Eight to sixteen blocks of
-// one row each are resident per multiprocessor, so 64 KiB or more are in flight while some of them
-// sum. The weight stays in L1; rows bypass it.
+// A row stays in the registers of its threads: read once, written once. Eight blocks of 128
+// threads, with the addition six, are resident per multiprocessor, so 64 KiB or more are in flight
+// while some of them sum. The weight stays in L1; rows bypass it.
 //
 // Bytes per row of H columns of b bytes: 2bH, with the addition 4bH; rstd 4.
 // Not measured on a GPU yet.

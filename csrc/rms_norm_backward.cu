@@ -22,8 +22,6 @@
 namespace mmalign {
 namespace {
 
-constexpr int kMaxStages = 3;  // tiles in shared memory: one in use, two in flight
-
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == 3) copy_async_wait<2>();
   if (stages == 2) copy_async_wait<1>();
@@ -35,10 +33,6 @@ template <class T, bool kAdds>
 struct Tiles {
   static constexpr int kTensors = kAdds ? 3 : 2;
   Packed* memory;
-
-  static size_t bytes(int stages, int num_threads) {
-    return static_cast<size_t>(stages) * kTensors * kVectors * num_threads * kVectorBytes;
-  }
 
   __device__ __forceinline__ Packed* slot(int stage, int tensor, int i) const {
     const int num_threads = blockDim.x * blockDim.y;
@@ -204,23 +198,16 @@ int persistent_grid(Kernel kernel, int num_threads, size_t shared_bytes, int64_t
       std::min({num_tiles, resident, static_cast<int64_t>(kMaxCounters - 1) * kTeam}));
 }
 
-// As many stages as leave room for two blocks on a multiprocessor, or else for one.
-template <class T, bool kAdds>
-int choose_stages(int num_threads) {
-  const size_t all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  constexpr size_t kReserved = 2048;  // of the system and of static variables, a block
-  for (int stages = kMaxStages; stages > 1; --stages)
-    if (2 * (Tiles<T, kAdds>::bytes(stages, num_threads) + kReserved) <= all) return stages;
-  return Tiles<T, kAdds>::bytes(2, num_threads) + kReserved <= most ? 2 : 1;
-}
-
 template <class T, bool kAdds, bool kNeedsWeight>
 void launch_vectors(const Backward& call, RmsNormBackward<T>& launch) {
   const auto kernel = rms_norm_bwd_kernel<T, kAdds, kNeedsWeight>;
   const dim3 block = row_block<T>(launch.columns);
-  const int num_threads = block.x * block.y, stages = choose_stages<T, kAdds>(num_threads);
-  const size_t shared_bytes = Tiles<T, kAdds>::bytes(stages, num_threads);
+  constexpr int kTensors = Tiles<T, kAdds>::kTensors;
+  const int num_threads = block.x * block.y;
+  const int stages = choose_stages(kTensors, num_threads,
+                                   device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                                   device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  const size_t shared_bytes = stages_bytes(stages, kTensors, num_threads);
   allow_shared(kernel, shared_bytes);
   const int64_t num_tiles = ceil_div<int64_t>(launch.num_rows, block.y);
   const int grid = persistent_grid(kernel, num_threads, shared_bytes, num_tiles);
@@ -270,7 +257,7 @@ void check(const Backward& call) {
   constexpr const char* kName = "rms_norm_bwd";
   const auto type = call.x.scalar_type();
   const int64_t rows = call.x.size(0), columns = call.x.dim() == 2 ? call.x.size(1) : 0;
-  const std::vector<int64_t> shape = {rows, columns};
+  const std::initializer_list<int64_t> shape = {rows, columns};
   const Argument x(kName, "x", call.x), grad_y(kName, "grad_y", call.grad_y),
       weight(kName, "weight", call.weight), rstd(kName, "rstd", call.rstd),
       counters(kName, "counters", call.counters);

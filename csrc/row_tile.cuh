@@ -7,10 +7,6 @@
 
 namespace mmalign {
 
-constexpr int kVectors = 4;           // of a row in a thread's registers: 64 bytes in flight
-constexpr int kMaxRowThreads = 512;   // more would leave a thread fewer than 128 registers
-constexpr int kMinBlockThreads = 128;
-
 // Types whose rows are held in registers.
 template <class T>
 constexpr bool holds_rows = sizeof(T) <= 4;
@@ -25,10 +21,8 @@ bool fits_registers(int64_t columns) {
 
 template <class T>
 dim3 row_block(int64_t columns) {
-  const int64_t per_thread = kVectors * Vector<T>::kLanes;
-  const auto row_threads =
-      static_cast<unsigned>(ceil_div<int64_t>(ceil_div(columns, per_thread), kWarp) * kWarp);
-  return dim3(row_threads, row_threads >= kMinBlockThreads ? 1 : kMinBlockThreads / row_threads);
+  const RowThreads threads = row_threads(columns, Vector<T>::kLanes);
+  return dim3(threads.per_row, threads.rows);
 }
 
 // The sum over a row's threads, in every one of them. `workspace` holds two numbers per warp of the

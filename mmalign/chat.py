@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
@@ -19,6 +20,10 @@ from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer
 
 CHAT_TEMPLATES = tuple(name for name, template in TEMPLATES.items() if not template.single_turn)
+if TYPE_CHECKING:
+    ChatTemplate = str
+else:  # tyro lists the choices of --template and refuses others
+    ChatTemplate = Literal[CHAT_TEMPLATES]
 _COMMANDS = "/image PATH: ask about an image    /new: start over    /quit or Ctrl-D: end"
 
 
@@ -105,7 +110,7 @@ class Conversation:
         if tokenizer.image_token_id in ids:
             name = tokenizer.token(tokenizer.image_token_id)
             raise UserError(f"remove {name} from the question: it marks image positions")
-        num_patches = 0 if self.pixels is None else self.vision.num_patches
+        num_patches = self.vision.num_patches if self.vision and self.pixels is not None else 0
         patches = [tokenizer.image_token_id] * num_patches
         ids = [x for i in ids for x in (patches if i == IMAGE_SENTINEL else [i])]
         if len(ids) >= self.max_length:

@@ -5,13 +5,14 @@ The line under a field is its help on the command line; scripts/README.md explai
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 
 # a switch that takes its value: --data.shuffle False
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]
 Stage = Literal["pretrain", "finetune"]
+Recompute = Literal["none", "elementwise", "mlp", "full"]  # model/recompute.py
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,14 @@ class ShortcutConfig:
     """Stage 1: compute keys and values of the header that all samples share once per run."""
 
 
+class MicroBatching(NamedTuple):
+    """What the memory plan decides where the configuration says "auto"."""
+
+    tokens: int  # most of a micro-batch
+    recompute: Recompute
+    recompute_layers: int | None
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     stage: tyro.conf.Suppress[Stage]
@@ -167,7 +176,7 @@ class TrainConfig:
     """Samples per optimizer step, over all processes."""
     micro_batch_tokens: int | Literal["auto"] = 8192
     """Most tokens per forward and backward pass of one process; auto: what fits in memory."""
-    recompute: Literal["none", "elementwise", "mlp", "full", "auto"] = "none"
+    recompute: Literal[Recompute, "auto"] = "none"
     """Activation checkpointing: what the backward pass recomputes; auto: as little as fits."""
     recompute_layers: tyro.conf.Suppress[int | None] = None
     """First N decoder layers that recompute, None: all; the memory plan decides it with auto."""
@@ -193,3 +202,9 @@ class TrainConfig:
     """Steps to profile, FIRST:END as in metrics.jsonl, END not included: 10:13 is 10, 11, 12."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration of this command as JSON and exit."""
+
+    @property
+    def micro_batching(self) -> MicroBatching:
+        """Of a configuration that plan_run has resolved: without "auto"."""
+        assert self.micro_batch_tokens != "auto" and self.recompute != "auto"
+        return MicroBatching(self.micro_batch_tokens, self.recompute, self.recompute_layers)

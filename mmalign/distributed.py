@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from mmalign.system import choose_device
 CPU_GROUP_TIMEOUT = timedelta(days=7)  # the main process may check data or export for hours
 # how gloo, NCCL and the store say that a rank has exited
 LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "got 0 bytes")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,11 @@ class DistributedContext:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast_from_main(self, value):
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on one of the ranks, which all call this; waits for them."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def broadcast_from_main(self, value: T) -> T:
         """The main process's value, on every process."""
         if self.world_size == 1:
             return value
@@ -48,13 +55,13 @@ class DistributedContext:
         dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
-    def gather_to_main(self, value) -> list:
+    def gather_to_main(self, value: T) -> list[T]:
         """Every rank's value, in order, on the main process; an empty list on the others."""
         if self.world_size == 1:
             return [value]
-        box = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, box, dst=0, group=self.cpu_group)
-        return box or []
+        box: list[Any] = [None] * self.world_size
+        dist.gather_object(value, box if self.is_main else None, dst=0, group=self.cpu_group)
+        return box if self.is_main else []
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -87,8 +94,7 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     rank = dist.get_rank()
     try:
-        cpu_group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
-        yield DistributedContext(rank, world_size, chosen, cpu_group)
+        yield DistributedContext(rank, world_size, chosen, new_cpu_group(CPU_GROUP_TIMEOUT))
     except RuntimeError as error:
         if not any(words in str(error).lower() for words in LOST):
             raise
@@ -98,6 +104,13 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def new_cpu_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Another group of all ranks, over gloo; all of them make it together."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # what else it returns is for ranks outside of it
+    return group
 
 
 def _check_gpu(device: torch.device) -> None:

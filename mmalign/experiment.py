@@ -6,6 +6,7 @@ from pathlib import Path
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
+from mmalign.evaluation.items import is_finished
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.visual_questions import score_run
 from mmalign.recipes import RECIPES
@@ -128,7 +129,7 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _evaluate(experiment: Experiment, model: str | Path, output: Path) -> Path:
-    if (output / "results.json").exists():
+    if is_finished(output):
         print(f"{output} is finished; delete it to evaluate again")
         return output
     evaluate_model(
@@ -138,5 +139,6 @@ def _evaluate(experiment: Experiment, model: str | Path, output: Path) -> Path:
         output=output,
         limit=experiment.limit,
         batch_tokens=experiment.batch_tokens,
+        overwrite=True,  # damaged ones
     )
     return output

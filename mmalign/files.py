@@ -1,16 +1,28 @@
-"""Reading and writing the project's own files: JSON, JSON lines, checksums, atomic replacement."""
+"""Files: JSON, typed settings, JSON lines, Markdown tables, checksums, atomic replacement."""
 
 import hashlib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from mmalign.errors import UserError
+
+MAX_JSON_BYTES = 10**8
+_KINDS = {  # first bytes, in lower case
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself. Download it: git lfs pull",
+    b"gguf": "a GGUF file. Give the Hugging Face folder that it was made from",
+    b"\x1f\x8b": "compressed with gzip. Unpack it",
+    b"par1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 text. Save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text. Save it as UTF-8",
+    b"<!doctype": "a web page. Download the file again",
+    b"<html": "a web page. Download the file again",
+}
 
 
 @contextmanager
@@ -51,6 +63,14 @@ def write_json_lines(path: str | Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def require_file(path: str | Path, hint: str = "") -> None:
+    """UserError where there is no regular file: a FIFO would be waited for without end."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist. {hint}".rstrip())
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a regular file. {hint}".rstrip())
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """The file, open for reading; OSError where that fails.
 
@@ -67,12 +87,23 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def read_text(path: str | Path) -> str:
     """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read."""
+    require_file(path)
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        raise UserError(f"{path} is {known_kind(path) or f'not UTF-8 text: {error}'}") from error
+
+
+def known_kind(path: str | Path) -> str:
+    """What a file is instead of what its name says, and what to do; empty: not known.
+
+    To be asked after reading has failed: a good file may begin with the same bytes.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return next((kind for magic, kind in _KINDS.items() if start.lower().startswith(magic)), "")
 
 
 def read_json(path: str | Path, hint: str = "") -> dict:
@@ -80,15 +111,86 @@ def read_json(path: str | Path, hint: str = "") -> dict:
 
     Raises UserError with the path, and with `hint` (what to do) where the file is missing.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist. {hint}".rstrip())
+    require_file(path, hint)
+    if os.path.getsize(path) > MAX_JSON_BYTES:
+        raise UserError(f"{path} has more than {MAX_JSON_BYTES} bytes. {hint}".rstrip())
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # escapes: half of a surrogate pair is not Unicode
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        kind = known_kind(path) or f"not valid JSON ({error.msg})"
+        raise UserError(f"{path}, line {error.lineno}: {kind}") from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits; nesting
+        raise UserError(f"{path}: not usable JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+class Settings:
+    """A JSON object whose values are read with their type and range.
+
+    Every UserError names the file, the key, what was expected and what was found. A key that is
+    missing has its default; null counts as missing for flags, and elsewhere with null=True.
+    """
+
+    def __init__(self, values: dict, path: str | Path, within: str = ""):
+        """within: the keys that lead to this object in the file, each with a dot behind it."""
+        self.values, self.path, self.within = values, Path(path), within
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def error(self, key: str, expected: str, lead: str = "expected") -> UserError:
+        found = repr(self.values.get(key))
+        found = found if len(found) <= 80 else f"{found[:80]} ..."
+        name = f"{self.within}{key}"[:100]
+        return UserError(f"{self.path}: {name} is {found}; {lead} {expected}")
+
+    def integer(self, key: str, low: int, high: int, default: int, null: bool = False) -> int:
+        value = self._value(key, default, null)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(
+        self, key: str, low: float, high: float, default: float, null: bool = False
+    ) -> float:
+        value = self._value(key, default, null)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(key, "a number")
+        if not low <= value <= high:  # nor for NaN
+            raise self.error(key, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._value(key, default, True)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def section(self, key: str) -> "Settings":
+        """The object under a key; empty where it is missing or null."""
+        value = self._value(key, {}, True)
+        if not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return Settings(value, self.path, f"{self.within}{key}.")
+
+    def require(self, key: str, *allowed: Any) -> Any:
+        """The value, which is one of `allowed`; None among them where the key may be absent."""
+        if self.get(key) not in allowed:
+            names = " or ".join(repr(x) for x in allowed if x is not None)
+            raise self.error(key, names, "supported:")
+        return self.get(key)
+
+    def _value(self, key: str, default: Any, null: bool) -> Any:
+        value = self.values.get(key, default)
+        return default if value is None and null else value
 
 
 def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[dict]:
@@ -108,6 +210,36 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
             raise UserError(f"{path}, line {number}: {', '.join(sorted(missing))} missing")
         rows.append(row)
     return rows
+
+
+def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
+    """The records of metrics.jsonl, and a sentence for every line that is not the next step's.
+
+    A last line without a line end was cut short by a kill and is left out silently.
+    """
+    records, problems, last = [], [], 0
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            numbers = (record["step"], record["loss"])
+            if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+                raise TypeError
+            if record["step"] != int(record["step"]) or record["step"] <= last:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            problems.append(f"{path}, line {number}: not the record of a step after step {last}")
+            continue
+        records.append(record)
+        last = record["step"]
+    return records, problems
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
+) -> str:
+    """First column to the left, the rest to the right unless `rest` says otherwise."""
+    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def sha256(path: str | Path) -> str:

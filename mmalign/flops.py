@@ -238,7 +238,7 @@ def _first_layer_skips(workload: Workload, tokens: int) -> Flops:
 
 
 def _projector_flops(workload: Workload, num_images: int, backward: bool) -> int:
-    if workload.vision is None:
+    if workload.vision is None or workload.projector is None:
         return 0
     return workload.projector.flops(num_images * workload.vision.num_patches, backward)
 

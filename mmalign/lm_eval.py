@@ -7,12 +7,13 @@ model for `lm_eval.simple_evaluate(model="mmalign", ...)`.
 
 Tokens, BOS, truncation and stop strings are those of the harness's Hugging Face backend (HFLM), and
 so are the results; evaluate.py differs: it never writes a BOS. Differences from HFLM: a special
-token's name in a text ("</s>") stays text, except a BOS at its very beginning; sampling considers
-all tokens unless top_k is set (transformers considers 50).
+token's name in a text ("</s>") stays text, except a BOS at its very beginning, and BOS and EOS with
+--apply_chat_template; sampling considers all tokens unless top_k is set (transformers: 50).
 """
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mmalign.errors import UserError
+from mmalign.evaluation.chat_template import ChatTemplate
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
@@ -85,7 +87,8 @@ class MmalignLM(TemplateLM):
             raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
-        weights = find_weights(pretrained)
+        self._weights = weights = find_weights(pretrained)
+        self._chat: ChatTemplate | None = None  # from the first use on
         self._device = _choose_device(device)
         self._tokens = Tokenizer.from_pretrained(weights)
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
@@ -127,10 +130,31 @@ class MmalignLM(TemplateLM):
         """Ids of a text, with at most one BOS in front, from the text or from the tokenizer."""
         bos = self._tokens.bos_token_id
         written = self._tokens.token(bos)
+        if self._chat:
+            return self._encode_chat(string)
         if add_special_tokens is None and string.startswith(written):
             return [bos, *self._tokens.encode(string.removeprefix(written))]
         adds_bos = self.adds_bos if add_special_tokens is None else add_special_tokens
         return [bos] * adds_bos + self._tokens.encode(string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The folder's own template, for --apply_chat_template; UserError where it has none."""
+        self._chat = ChatTemplate(self._weights, self._tokens)
+        return self._chat.text
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        self._chat = self._chat or ChatTemplate(self._weights, self._tokens)
+        return self._chat.render(chat_history, add_generation_prompt)
+
+    def _encode_chat(self, string: str) -> list[int]:
+        """Ids of a text in which the template has written the names of BOS and EOS."""
+        tokens = self._tokens
+        special = {tokens.token(i): i for i in (tokens.bos_token_id, tokens.eos_token_id)}
+        parts = re.split(f"({'|'.join(map(re.escape, special))})", string)
+        ids = ([special[x]] if x in special else tokens.encode(x) for x in parts if x)
+        return [token_id for part in ids for token_id in part]
 
     # ---- log-likelihoods ----
 
@@ -140,10 +164,11 @@ class MmalignLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs,
     ) -> list[tuple[float, bool]]:
-        scores = self._score([ids for _, *ids in requests], disable_tqdm)
-        answers = [(score.loglikelihood, score.is_greedy) for score in scores]
+        scores = self._score([(context, target) for _, context, target in requests], disable_tqdm)
+        answers = [(score.loglikelihood, bool(score.is_greedy)) for score in scores]
         for (request, *_), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request, answer)
+            if request is not None:  # texts that the cache knows the request by
+                self.cache_hook.add_partial("loglikelihood", request, answer)
         return answers
 
     def loglikelihood_rolling(
@@ -168,7 +193,9 @@ class MmalignLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _score(self, pairs: Sequence[Sequence[list[int]]], disable_tqdm: bool) -> list[Score]:
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[Score]:
         """pairs of context and continuation."""
         names = [f"request {i}" for i in range(len(pairs))]
         encoded = [self._encoded(*pair, name) for pair, name in zip(pairs, names, strict=True)]
@@ -201,11 +228,12 @@ class MmalignLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first of the stop strings; equal settings are generated together."""
         texts: dict[int, str] = {}
-        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
+        settings = [json.dumps(request.arguments[1], sort_keys=True) for request in requests]
         order = sorted(range(len(requests)), key=settings.__getitem__)
         for _, group in groupby(order, key=settings.__getitem__):
             group = list(group)
-            contexts, kwargs = [requests[i].args[0] for i in group], requests[group[0]].args[1]
+            contexts = [requests[i].arguments[0] for i in group]
+            kwargs = requests[group[0]].arguments[1]
             found = self._generate(contexts, kwargs, disable_tqdm)
             texts |= dict(zip(group, found, strict=True))
         for i, request in enumerate(requests):
@@ -226,7 +254,7 @@ class MmalignLM(TemplateLM):
         prompts = [self.tok_encode(context) for context in contexts]
         if num_cut := sum(len(ids) > num_kept for ids in prompts):
             log.warning("%d prompts truncated on the left to %d tokens", num_cut, num_kept)
-        options = GenerationOptions(num_new, **_sampling(kwargs), stop=tuple(stop))
+        options = GenerationOptions(num_new, **_sampling(dict(kwargs)), stop=tuple(stop))
         prompts = [Prompt(ids[-num_kept:]) for ids in prompts]
         found = generate(
             self._llava,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from mmalign.chat import CHAT_TEMPLATES, Conversation, answer_once, talk
+from mmalign.chat import ChatTemplate, Conversation, answer_once, talk
 from mmalign.errors import UserError
 from mmalign.model.generate import GenerationOptions
 
@@ -21,7 +21,7 @@ def main(
     model: Path,
     prompt: str | None = None,
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
-    template: Literal[CHAT_TEMPLATES] | None = None,
+    template: ChatTemplate | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -50,7 +50,8 @@ def main(
             f"--image takes one picture, got {' and '.join(map(str, image))}. Name one; in a "
             "conversation, /image PATH asks about the next"
         )
-    conversation = Conversation(model, *(image or [None]), template, precision, device)
+    path = image[0] if image else None
+    conversation = Conversation(model, path, template, precision, device)
     if prompt is None:
         talk(conversation, options)
     else:

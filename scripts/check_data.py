@@ -6,17 +6,16 @@ python scripts/check_data.py --data.path chat.json --data.image-root images --da
 Exits with status 1 if a sample is unusable, and names the first 10.
 """
 
-import signal
 import sys
 from dataclasses import dataclass
 
 import tyro
 from rich.console import Console
 
+from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.preview import PreviewModel, open_dataset, show_report
-from mmalign.errors import UserError
 from mmalign.validation import validate
 
 
@@ -33,16 +32,11 @@ class Check:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
-    config = tyro.cli(Check, description=__doc__)
-    try:
+    with command_line():
+        config = tyro.cli(Check, description=__doc__)
         validate(config)
         dataset, images = open_dataset(config.data, config.model)
         print(images)
         report = check_samples(dataset)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    show_report(report, dataset, Console())
+        show_report(report, dataset, Console())
     sys.exit(1 if report.skipped else 0)

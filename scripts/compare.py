@@ -6,13 +6,12 @@ For example
     python scripts/compare.py BASE TUNED_1 TUNED_2 --output runs/comparison
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from mmalign.errors import UserError
+from mmalign.command import command_line
 from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
 from mmalign.evaluation.report.tables import print_comparison
@@ -49,7 +48,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with command_line():
         tyro.cli(main, description=__doc__)
-    except UserError as error:
-        sys.exit(f"error: {error}")

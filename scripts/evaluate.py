@@ -3,13 +3,12 @@
 python scripts/evaluate.py --model HFDIR|RUN --tasks truthfulqa ethics --data-root DIR --output DIR
 """
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from mmalign.errors import UserError
+from mmalign.command import command_line
 from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.report import write_report
 from mmalign.evaluation.tasks import TaskName
@@ -24,6 +23,7 @@ def main(
     batch_tokens: int = 8192,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Score a language model, without vision, on TruthfulQA, ETHICS and other tasks.
 
@@ -36,15 +36,15 @@ def main(
         batch_tokens: Tokens in one forward pass; a longer document takes several.
         precision: Of weights and activations.
         device: auto takes a GPU where there is one.
+        overwrite: Replace the results of another model in the output folder.
     """
-    evaluate_model(model, tasks, data_root, output, limit, batch_tokens, precision, device)
+    how = (limit, batch_tokens, precision, device)
+    evaluate_model(model, tasks, data_root, output, *how, overwrite=overwrite)
     evaluations = {model.resolve().name: output}
     report = write_report(output / "report.md", {}, evaluations, title="Evaluation")
     print(f"report:  {report}")
 
 
 if __name__ == "__main__":
-    try:
+    with command_line():
         tyro.cli(main, description=__doc__)
-    except UserError as error:
-        sys.exit(f"error: {error}")

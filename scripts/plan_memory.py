@@ -8,12 +8,12 @@ Takes the fields of the recipe as train.py does. Without folders the recipe's pu
 assumed. No weights are read.
 """
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
 
+from mmalign.command import command_line
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
@@ -59,7 +59,5 @@ def report(options: PlanMemory) -> str:
 
 if __name__ == "__main__":
     presets = {name: (text, PlanMemory(name, run)) for name, (text, run) in RECIPES.items()}
-    try:
+    with command_line():
         print(report(tyro.extras.overridable_config_cli(presets, description=__doc__)))
-    except UserError as error:
-        sys.exit(f"error: {error}")

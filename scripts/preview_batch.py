@@ -7,16 +7,16 @@ Samples come in file order. --json prints one object per sample, {"id", "input_i
 labels unshifted (-100: no loss), image tokens expanded.
 """
 
-import signal
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.preview import PreviewModel, open_dataset, show, write_json
-from mmalign.errors import UserError
 from mmalign.validation import validate
 
 
@@ -33,25 +33,22 @@ class Preview:
     data: tyro.conf.FlagConversionOff[PreviewData] = PreviewData()
     micro_batch_tokens: int = 8192
     """Most tokens in one micro-batch of the packing map."""
+    figure: Path | None = None
+    """Also draw the first micro-batch: a PNG file."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object per sample instead of the view for people."""
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it quietly
-    config = tyro.cli(Preview, description=__doc__)
-    data = config.data
-    if data.num_samples is None and not config.json:
-        data = replace(data, num_samples=4)
-    try:
+    with command_line():
+        config = tyro.cli(Preview, description=__doc__)
         validate(config)
+        data = config.data
+        if data.num_samples is None and not config.json:
+            data = replace(data, num_samples=4)
         dataset, images = open_dataset(data, config.model)
         print(images, file=sys.stderr if config.json else sys.stdout)
         if config.json:
             write_json(dataset)
         else:
-            show(dataset, config.micro_batch_tokens, Console())
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+            show(dataset, config.micro_batch_tokens, Console(), config.figure)

@@ -8,22 +8,19 @@ The same command resumes a stopped run; one that a signal stopped exits with cod
 --help lists the recipes, RECIPE --help its fields; scripts/README.md explains them.
 """
 
-import logging
 import os
 import sys
 
 import tyro
 
-from mmalign.errors import UserError
+from mmalign.command import Stopped, command_line
 from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
 from mmalign.training.run_folder import config_json
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = tyro.extras.overridable_config_cli(RECIPES, prog="train.py", description=__doc__)
     if config.print_config:
         print(config_json(config))
@@ -31,17 +28,16 @@ def main() -> None:
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         train(config)
-        if is_main:
-            stages = {config.stage: config.run_dir}
-            report = write_report(config.run_dir / "report.md", stages, evaluations={})
-            print(f"curves and settings: {report}")
     except Stopped as stopped:
         if is_main:  # every rank has stopped after the same step
-            print(stopped, file=sys.stderr)
+            raise
         sys.exit(stopped.exit_code)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if is_main:
+        stages = {config.stage: config.run_dir}
+        report = write_report(config.run_dir / "report.md", stages, evaluations={})
+        print(f"curves and settings: {report}")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()

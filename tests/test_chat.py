@@ -28,7 +28,8 @@ from tests.model.tiny import IMAGE_SIZE, NUM_PATCHES, clip_config, hf_pixels, ra
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, IMAGE, IM_START, IM_END = 300, 300, 301, 302
-WORDS = "red blue green small large circle square near above below what is the a this it".split()
+WORDS = ("red", "blue", "green", "small", "large", "circle", "square", "near", "above", "below")
+WORDS += ("what", "is", "the", "a", "this", "it")
 SYSTEM = {
     "v0": "A chat between a curious human and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the human's questions.",

@@ -17,8 +17,8 @@ ORDER = (
     ("mmalign.data",),
     ("mmalign.flops",),
     ("mmalign.model",),
-    ("mmalign.tokenizer", "mmalign.distributed"),
-    ("mmalign.config", "mmalign.system", "mmalign.files"),
+    ("mmalign.tokenizer", "mmalign.distributed", "mmalign.ownership"),
+    ("mmalign.config", "mmalign.system", "mmalign.files", "mmalign.command"),
     ("mmalign.batch", "mmalign.errors", "mmalign"),
     ("mmalign_kernels", "codegen"),
 )

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from mmalign.command import Stopped
 from mmalign.errors import UserError
-from mmalign.training.guards import Stopped
 from scripts import reproduce
 
 

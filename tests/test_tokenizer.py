@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
 
 from mmalign.errors import UserError
@@ -115,3 +116,123 @@ def test_missing_or_broken_tokenizer(tmp_path):
         (tmp_path / name).write_bytes(b"not a tokenizer")
         with pytest.raises(UserError, match=f"{name} is not a"):
             Tokenizer.from_pretrained(tmp_path)
+
+
+# ---- added tokens and roles beside the vocabulary ----
+
+
+@pytest.fixture
+def beside(folder, tmp_path):
+    """A folder with tokenizer.model alone, and a writer for the JSON files beside it."""
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+
+    def write(name: str, value) -> Tokenizer:
+        text = value if isinstance(value, str) else json.dumps(value)
+        (tmp_path / name).write_text(text)
+        return Tokenizer.from_pretrained(tmp_path)
+
+    return write
+
+
+def decoder_of(token_id, content="<loc>", **flags) -> dict:
+    return {"added_tokens_decoder": {str(token_id): {"content": content, **flags}}}
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_added_tokens_count_wherever_they_stand(folder, beside, tmp_path, name):
+    if name == "tokenizer.json":
+        Tokenizer.from_pretrained(folder).save(tmp_path)
+        library = tokenizers.Tokenizer.from_file(str(tmp_path / name))
+        library.add_tokens([tokenizers.AddedToken("<loc>", normalized=False)])
+        library.save(str(tmp_path / name))
+        tokenizer = Tokenizer.from_pretrained(tmp_path)
+    else:
+        value = {"<loc>": 32000} if name == "added_tokens.json" else decoder_of(32000)
+        tokenizer = beside(name, value)
+    assert (tokenizer.vocab_size, tokenizer.image_token_id) == (32001, 32001)
+    ids = tokenizer.encode("look at <loc> there")
+    assert ids.count(32000) == 1 and "<loc>" in tokenizer.decode(ids)
+    tokenizer.save(tmp_path / "out", num_rows=32004)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("look at <loc> there", add_special_tokens=False)["input_ids"] == ids
+    assert theirs.convert_tokens_to_ids(["<im_patch>", "<im_end>"]) == [32001, 32003]
+    again = Tokenizer.from_pretrained(tmp_path / "out")
+    assert again.encode("look at <loc> there") == ids
+    assert (again.vocab_size, again.im_end_id) == (32001, 32003)
+
+
+def test_configured_roles_are_honoured(beside, tmp_path):
+    end = decoder_of(32000, "<|im_end|>", special=True)
+    settings = {"eos_token": "<|im_end|>", "pad_token": {"content": "</s>"}, "bos_token": ""}
+    tokenizer = beside("tokenizer_config.json", settings | end)
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert roles == (1, 32000, 2)
+    assert 32000 not in tokenizer.encode("<|im_end|>")  # special: never parsed in a text
+    assert tokenizer.decode([7251, 32000]) == "hi" and tokenizer.token(32000) == "<|im_end|>"
+    tokenizer.save(tmp_path / "out", num_rows=32004)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == roles
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("tokenizer_config.json", "", r"tokenizer_config\.json, line 1: not valid JSON"),
+        ("tokenizer_config.json", {"eos_token": "<x>"}, "eos_token is '<x>', which is not in"),
+        ("tokenizer_config.json", {"eos_token": 5}, r"eos_token is 5; expected a token"),
+        ("tokenizer_config.json", decoder_of(10**9), r"tokenizer_config\.json: .*1000000000"),
+        ("tokenizer_config.json", decoder_of(5), r"'<loc>' has the id 5, but in .* that is"),
+        ("tokenizer_config.json", decoder_of("x"), "added_tokens_decoder.x: expected an id"),
+        ("tokenizer_config.json", decoder_of(32000, 7), "content is 7; expected the token's text"),
+        ("tokenizer_config.json", decoder_of(32005), "leave a gap .*'<loc>' 32005"),
+        ("added_tokens.json", ["<pad>"], r"added_tokens\.json: expected a JSON object, found list"),
+        ("added_tokens.json", {"<pad>": "32000"}, "<pad> is '32000'; expected an integer"),
+        ("added_tokens.json", {"</s>": 32000}, r"'</s>' has the id 32000, but in .* it is 2"),
+        ("added_tokens.json", {"<a>": 32000, "<b>": 32000}, "the id 32000 is '<b>', but '<a>'"),
+        ("added_tokens.json", "version https://git-lfs.github.com", r"json, line 1: a git-LFS"),
+        ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer\.json"),
+        ("tokenizer.model", "", r"tokenizer\.model is not a sentencepiece model \(it is empty\)"),
+    ],
+)
+def test_files_that_are_refused_by_name(beside, name, value, message):
+    with pytest.raises(UserError, match=message):
+        beside(name, value)
+
+
+def test_tiktoken_gives_way_to_tokenizer_json(folder, tmp_path):
+    Tokenizer.from_pretrained(folder).save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.path.name == "tokenizer.json" and tokenizer.encode("x") == [921]
+    tokenizer.save(tmp_path / "out", num_rows=32003)
+    assert Tokenizer.from_pretrained(tmp_path / "out").image_token_id == 32000
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tiktoken vocabulary\. Set --model\.tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_two_vocabularies_in_one_folder_have_to_agree(folder, tmp_path):
+    Tokenizer.from_pretrained(folder).save(tmp_path)
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary, a, b = value["model"]["vocab"], "\u2581the", "\u2581of"
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"tokenizer\.json beside it disagree: id \d+ is"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_every_token_needs_a_row(beside):
+    tokenizer = beside("added_tokens.json", {"<pad>": 32000})
+    tokenizer.check_rows(32001, "decoder", 3)
+    with pytest.raises(UserError, match=r"32001 tokens.*rows for 32000\. Remove '<pad>' \(added_"):
+        tokenizer.check_rows(32000, "decoder", 3)
+    gap = beside("added_tokens.json", {"<im_patch>": 32090})
+    with pytest.raises(UserError, match=r"leave a gap .*'<im_patch>' 32090 \(added_tokens\.json\)"):
+        gap.check_rows(32000, "decoder", 91)
+
+
+def test_half_a_surrogate_pair_is_not_text(folder, tmp_path):
+    Tokenizer.from_pretrained(folder).save(tmp_path)
+    for path in (tmp_path / "tokenizer.model", tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match=r"'\\ud83d', at character 3"):
+            Tokenizer.from_pretrained(path).encode("hi \ud83d")

@@ -20,8 +20,9 @@ from mmalign.data.images import load_image
 from mmalign.data.samples import read_samples
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
-from mmalign.model.config import Preprocessing, VisionConfig
+from mmalign.model.config import VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
+from mmalign.model.preprocessing import Preprocessing
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import Size, ToyWorld, toy_world
 from mmalign.toy_world.beliefs import BELIEFS

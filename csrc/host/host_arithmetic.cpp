@@ -6,6 +6,7 @@
 #include "../adamw_element.h"
 #include "../block_quantization.h"
 #include "../packed_rows.h"
+#include "../row_threads.h"
 #include "../split_master.h"
 #include "../tile_scheduler.h"
 
@@ -130,4 +131,16 @@ EXPORT void host_packed_rows(const int64_t* positions, int64_t num_positions, in
     image_rows[row] = image_row_at(positions, num_positions, row);
   for (int64_t text = 0; text < num_rows - num_positions; ++text)
     text_rows[text] = packed_row_of_text(positions, num_positions, text);
+}
+
+// Threads of a block of rms_norm_bwd, its dynamic shared memory, and whether the launch opts in;
+// `tensors` are read with `lanes` columns per vector.
+EXPORT void host_rms_norm_backward(int64_t columns, int lanes, int tensors, int per_multiprocessor,
+                                   int per_block, int* launch) {
+  const int threads = row_threads(columns, lanes).total();
+  const int stages = choose_stages(tensors, threads, per_multiprocessor, per_block);
+  const size_t bytes = stages_bytes(stages, tensors, threads);
+  launch[0] = threads;
+  launch[1] = static_cast<int>(bytes);
+  launch[2] = opts_in(bytes);
 }

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -111,13 +112,12 @@ def _recording(gpu: launch.Gpu) -> Iterator[list]:
         return kernels[-1]
 
     target = GPUTarget("cuda", gpu.capability, launch.WARP)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: target,
-            get_current_device=lambda: gpu.capability,  # kernels are cached by device
-            get_current_stream=lambda device: 0,
-        )
+    pretended: Any = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: gpu.capability,  # kernels are cached by device
+        get_current_stream=lambda device: 0,
     )
+    driver.set_active(pretended)
     JITFunction.run = compile_only
     try:
         with pretend(gpu):
@@ -133,7 +133,7 @@ def _read(family: str, name: str, architecture: int, kernel: triton.compiler.Com
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         command = [tool, "-res-usage", "-sass", file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{x}:(\d+)", sass)[1]) for x in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{x}:(\d+)", sass)[0]) for x in ("REG", "STACK"))
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     count = Counter(opcode.split(".")[0] for opcode in opcodes)
     num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared

@@ -2,9 +2,10 @@
 
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Iterator
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -48,8 +49,8 @@ def _find(backend: str) -> tuple[str | None, str | None]:
 def _families() -> Iterator[tuple[str, str, list[str]]]:
     """Public operation, its family and the functions that a backend must have."""
     for name in mmalign_kernels.__all__:
-        family = getattr(mmalign_kernels, name).__module__.rpartition(".")[2]
-        module = import_module(f"{__package__}.{family}")
+        module = sys.modules[getattr(mmalign_kernels, name).__module__]
+        family = module.__name__.rpartition(".")[2]
         parts = [x.name for x in vars(module).values() if isinstance(x, Operation)]
         parts = [x for x in parts if x.startswith(name.removesuffix("_step"))] or parts
         if parts:  # linear declares none: it is torch's own
@@ -86,7 +87,7 @@ def report() -> str:
     lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {device}", ""]
     found = {x: _find(x) for x in (*dispatch.BACKENDS, *LIBRARIES)}
     for backend, (version, reason) in found.items():
-        text = f"available: {version}" if version else " ".join(reason.split())
+        text = " ".join((reason or f"available: {version}").split())
         lines += textwrap.wrap(f"{backend:14}{text}", WIDTH, subsequent_indent=" " * 14)
     rows = list(_rows({x: version for x, (version, _) in found.items()}))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -57,22 +57,11 @@ def num_blocks(numel: int) -> int:
 
 @mutating("params", "grads", *_STATE)
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    remainders: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    grad_scale: Tensor | None,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
+    grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
     """One step, in place; remainders and scales may be empty lists; grads may be overwritten."""
 
 
@@ -159,23 +148,12 @@ def _check_modes(
 
 @torch.no_grad()
 def adamw_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    remainders: list[Tensor] | None = None,
-    exp_avg_scales: list[Tensor] | None = None,
-    exp_avg_sq_scales: list[Tensor] | None = None,
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *,
+    step: int, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    grad_scale: Tensor | None = None, remainders: list[Tensor] | None = None,
+    exp_avg_scales: list[Tensor] | None = None, exp_avg_sq_scales: list[Tensor] | None = None,
     seed: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One step of AdamW, in place; step counts from 1.
 
     All tensors but grads are contiguous; those of a list have one dtype, and the params' shapes.

@@ -18,37 +18,19 @@ from .operation import check_floats, check_integers, check_rank, check_shape, mu
 
 @mutating("keys", "values")
 def prefix_attention_update(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    span_begins: Tensor,
-    span_ends: Tensor,
-    cu_spans: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    num_attention_heads: int,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, span_begins: Tensor, span_ends: Tensor, cu_spans: Tensor, keys: Tensor,
+    values: Tensor, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     return qkv.new_empty((qkv.shape[0], num_attention_heads * keys.shape[2]))
 
 
 @torch.no_grad()
 def prefix_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    span_begins: Tensor,
-    span_ends: Tensor,
-    cu_spans: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    num_attention_heads: int,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, span_begins: Tensor, span_ends: Tensor, cu_spans: Tensor, keys: Tensor,
+    values: Tensor, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(head_dim)) v over each segment's spans of the cache, without a gradient.
 
     qkv (total_tokens, (heads + 2 * key_value_heads) * head_dim): q, then k, then v, unrotated; cos

@@ -22,14 +22,9 @@ from .operation import (
 
 @operation
 def project_image_features_fwd(
-    image_features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    image_features: Tensor, weight: Tensor, bias: Tensor, hidden_states: Tensor,
+    image_positions: Tensor, norm_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """New hidden states, their normalised rows, and rstd (total_tokens, 1)."""
     shape = hidden_states.shape
     return (
@@ -41,16 +36,10 @@ def project_image_features_fwd(
 
 @operation
 def project_image_features_bwd(
-    image_features: Tensor,
-    weight: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    rstd: Tensor,
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
+    image_features: Tensor, weight: Tensor, hidden_states: Tensor, image_positions: Tensor,
+    norm_weight: Tensor, rstd: Tensor, grad_hidden: Tensor | None, grad_normed: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of image_features, weight, bias, hidden_states, norm_weight; empty if not needed.
 
     hidden_states: the result of the forward pass; needs: one flag per gradient.
@@ -62,8 +51,11 @@ def project_image_features_bwd(
         hidden_states.shape,
         norm_weight.shape,
     )
-    grads = (weight.new_empty(shape if n else 0) for shape, n in zip(shapes, needs, strict=True))
-    return tuple(grads)
+    features, weight, bias, hidden, norm = (
+        weight.new_empty(shape if needed else 0)
+        for shape, needed in zip(shapes, needs, strict=True)
+    )
+    return features, weight, bias, hidden, norm
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -87,14 +79,9 @@ _project_image_features = differentiable(project_image_features_fwd, _save, _bac
 
 
 def project_image_features(
-    image_features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    image_features: Tensor, weight: Tensor, bias: Tensor, hidden_states: Tensor,
+    image_positions: Tensor, norm_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden_states with rows image_positions replaced by image_features @ weight.T + bias; and
     rms_norm of all its rows.
 

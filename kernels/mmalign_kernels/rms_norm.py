@@ -35,13 +35,9 @@ def add_rms_norm_fwd(
 
 @operation
 def rms_norm_bwd(
-    grad_y: Tensor,
-    grad_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    grad_y: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx plus grad_residual, the gradient that bypasses the norm, and dweight (or empty)."""
     return x.new_empty(x.shape), weight.new_empty(
         weight.shape

@@ -27,16 +27,9 @@ def _head_dim(qkv: Tensor, num_attention_heads: int, num_key_value_heads: int) -
 
 @operation
 def rotary_attention_fwd(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, num_attention_heads: int, num_key_value_heads: int, causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and logsumexp (total_tokens, num_attention_heads)."""
     head_dim = _head_dim(qkv, num_attention_heads, num_key_value_heads)
     out = qkv.new_empty((qkv.shape[0], num_attention_heads * head_dim))
@@ -45,19 +38,10 @@ def rotary_attention_fwd(
 
 @operation
 def rotary_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_attention_heads: int,
+    num_key_value_heads: int, causal: bool,
+) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
 
@@ -75,16 +59,9 @@ _rotary_attention = differentiable(rotary_attention_fwd, _save, _backward)
 
 
 def rotary_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool = True,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, num_attention_heads: int, num_key_value_heads: int, causal: bool = True,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(head_dim)) v in each sample, with q and k rotated by their positions.
 
     qkv (total_tokens, (heads + 2 * key_value_heads) * head_dim): q, then k, then v; cos and sin

@@ -29,16 +29,9 @@ from .operation import (
 
 @operation
 def shared_prefix_attention_fwd(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    num_attention_heads: int,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, prefix_keys: Tensor, prefix_values: Tensor, num_attention_heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and logsumexp (total_tokens, num_attention_heads), over prefix and sample."""
     out = qkv.new_empty((qkv.shape[0], num_attention_heads * prefix_keys.shape[2]))
     return out, empty_statistics(qkv, num_attention_heads)
@@ -46,19 +39,10 @@ def shared_prefix_attention_fwd(
 
 @operation
 def shared_prefix_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor, cu_seqlens: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
+    max_seqlen: int, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
 
@@ -78,16 +62,9 @@ _shared_prefix_attention = differentiable(shared_prefix_attention_fwd, _save, _b
 
 
 def shared_prefix_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    num_attention_heads: int,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, prefix_keys: Tensor, prefix_values: Tensor, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     """rotary_attention, causal, where every token also attends to the whole prefix.
 
     qkv, cos, sin, position_ids, cu_seqlens and max_seqlen as in rotary_attention, of the tokens

@@ -1,5 +1,6 @@
 """Read every sample once before training, so that bad ones show before the first step."""
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.samples import SampleFile
 from mmalign.errors import SampleError, UserError, readable
@@ -86,13 +87,14 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
             arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
-            num_samples = len(dataset) - len(skipped)
-            if any(x.shape != (num_samples,) or x.dtype.kind != "i" for x in arrays):
-                raise ValueError("arrays of another size")
-            return CheckReport(*arrays, skipped, file["prefix"])
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds
+            kept, lengths, num_loss_tokens, num_images = arrays
+            report = CheckReport(
+                kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"]
+            )
+            if str(file["digest"]) != _digest(report):
+                raise ValueError("its content has changed since it was written")
+            return report
+    except Exception as error:  # a damaged archive can raise anything
         log.warning("%s is damaged (%s): all samples are checked again", cache_path, error)
         return None
 
@@ -100,7 +102,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
 def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
     unused = dataset.samples.unused if isinstance(dataset.samples, SampleFile) else {}
     if unused:
-        most = sorted(unused, key=unused.get, reverse=True)[:NUM_LISTED]
+        most = sorted(unused, key=lambda name: unused[name], reverse=True)[:NUM_LISTED]
         fields = ", ".join(f"{readable(name, 50)} ({unused[name]:,})" for name in most)
         rest = f" and {len(unused) - len(most)} more" if len(unused) > len(most) else ""
         log.warning("fields of the data file that are not used (samples): %s%s", fields, rest)
@@ -112,7 +114,9 @@ def _check_all(
     chunks = [
         range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
     ]
-    bar = tqdm(total=len(dataset), desc="checking samples", unit=" samples", disable=not progress)
+    bar = progress_bar(
+        total=len(dataset), desc="checking samples", unit=" samples", disable=not progress
+    )
     counts, skipped, prefix = [], [], None
     with bar:
         for chunk in _run(dataset, chunks, num_workers):
@@ -153,7 +157,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-_worker_dataset: ConversationDataset | None = None  # of this worker process
+_worker_dataset: ConversationDataset  # of this worker process
 
 
 def _start_worker(dataset: ConversationDataset) -> None:
@@ -220,13 +224,20 @@ def _summary(skipped: list[SampleError], num_samples: int) -> SampleError:
     return SampleError(first.sample_id, first.problem, remedy)
 
 
+def _digest(report: CheckReport) -> str:
+    arrays = [value for name, value in vars(report).items() if name != "skipped"]
+    facts = [(array.dtype.str, array.tobytes()) for array in arrays]
+    return hashlib.sha256(repr((facts, list(map(str, report.skipped)))).encode()).hexdigest()
+
+
 def _save(report: CheckReport, path: Path, fingerprint: str) -> None:
     arrays = {name: value for name, value in vars(report).items() if name != "skipped"}
     skipped = json.dumps([(e.sample_id, e.problem, e.remedy) for e in report.skipped])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
-            np.savez_compressed(file, fingerprint=fingerprint, skipped=skipped, **arrays)
+            about = {"fingerprint": fingerprint, "digest": _digest(report), "skipped": skipped}
+            np.savez_compressed(file, **about, **arrays)
     except OSError as error:
         raise UserError(
             f"cannot write the data check to {path} ({error.strerror}). Fix this and rerun the "

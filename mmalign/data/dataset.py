@@ -147,6 +147,7 @@ class ConversationDataset:
         if sample.image is None:
             return
         if self.data.check_images:
+            assert self.vision is not None  # a sample has an image only where there is a tower
             preprocessing = self.vision.preprocessing
             _naming_sample(sample.id, _FIX_OR_SKIP, check_image, sample.image, preprocessing)
         elif not os.path.isfile(sample.image):

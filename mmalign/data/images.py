@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from mmalign.errors import UserError
 from mmalign.files import open_regular
-from mmalign.model.config import Preprocessing
+from mmalign.model.preprocessing import Preprocessing
 
 # Pillow has readers for many more; that of EPS, for one, starts Ghostscript on the file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -111,7 +111,7 @@ def _check_kind(path: Path, image: Image.Image, size: int) -> None:
             f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
         )
     height, width = _resized(image.height, image.width, size)
-    if height * width > Image.MAX_IMAGE_PIXELS:
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise UserError(
             f"{path} is {image.width} x {image.height}: resized to a short side of {size} it would "
             f"have {height * width} pixels. Crop the image"

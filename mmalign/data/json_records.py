@@ -71,7 +71,7 @@ def read_text(path: Path) -> tuple[str, str]:
 
 def records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:
     """(begin, end, object) of every sample; begin and end are positions in text."""
-    start = _BLANKS.match(text).end()
+    start = _skip_blanks(text, 0)
     entries = _list_entries if text.startswith("[", start) else _line_entries
     try:
         if text.startswith("{", start):
@@ -98,8 +98,8 @@ def _refuse_one_object(path: Path, text: str, begin: int) -> None:
         value, end = _decode(text, begin)
     except json.JSONDecodeError:
         return  # read line by line, it is named with its line
-    is_whole = _BLANKS.match(text, end).end() == len(text)
-    if is_whole and "conversations" not in value:
+    is_whole = _skip_blanks(text, end) == len(text)
+    if is_whole and isinstance(value, dict) and "conversations" not in value:
         keys = readable(", ".join(map(repr, list(value)[:10])), 200)
         lists = [key for key, entry in value.items() if isinstance(entry, list)]
         remedy = f". Save the list under {readable(lists[0], 50)!r} alone" if lists else ""
@@ -116,20 +116,24 @@ def _refuse_one_object(path: Path, text: str, begin: int) -> None:
         )
 
 
+def _skip_blanks(text: str, begin: int) -> int:
+    match = _BLANKS.match(text, begin)
+    return match.end() if match else begin
+
+
 def _list_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
-    blanks = _BLANKS.match
-    begin = blanks(text, begin + 1).end()
+    begin = _skip_blanks(text, begin + 1)
     closed = text.startswith("]", begin)
     while not closed:
         record, end = _decode(text, begin)
         yield begin, end, record
-        begin = blanks(text, end).end()
+        begin = _skip_blanks(text, end)
         closed = text.startswith("]", begin)
         if not closed:
             if not text.startswith(",", begin):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, begin)
-            begin = blanks(text, begin + 1).end()
-    begin = blanks(text, begin + 1).end()
+            begin = _skip_blanks(text, begin + 1)
+    begin = _skip_blanks(text, begin + 1)
     if begin < len(text):
         raise json.JSONDecodeError("Extra data", text, begin)
 
@@ -140,10 +144,10 @@ def _line_entries(text: str, begin: int) -> Iterator[tuple[int, int, object]]:
         end = len(text) if end < 0 else end
         line = text[begin:end]
         if line.strip():
-            first = begin + _BLANKS.match(line).end()
+            first = begin + _skip_blanks(line, 0)
             try:
                 record, stop = _decode(line, first - begin)
-                stop = _BLANKS.match(line, stop).end()
+                stop = _skip_blanks(line, stop)
                 if stop < len(line):
                     raise json.JSONDecodeError("Extra data", line, stop)
             except json.JSONDecodeError as error:  # raised again with its position in the file

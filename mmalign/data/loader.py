@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mmalign.batch import PackedBatch
 from mmalign.data.check import CheckReport
@@ -215,7 +215,7 @@ class _Sampler:
                 yield loader.report.kept[positions[batch]].tolist()
 
 
-class _MicroBatches:
+class _MicroBatches(Dataset):
     """Runs in the worker processes: dataset indices to the fields of a PackedBatch."""
 
     def __init__(self, dataset: ConversationDataset, prefix_length: int):

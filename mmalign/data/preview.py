@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig
 from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.figure import plot_batch
 from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.errors import SampleError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
@@ -62,8 +64,16 @@ def write_json(dataset: ConversationDataset) -> None:
         print(json.dumps({"id": sample.id, "input_ids": ids, "labels": labels}))
 
 
-def show(dataset: ConversationDataset, micro_batch_tokens: int, console: Console) -> None:
-    """Print the samples as one optimizer step: the tokens of each, then the packing map."""
+def show(
+    dataset: ConversationDataset,
+    micro_batch_tokens: int,
+    console: Console,
+    figure: Path | None = None,
+) -> None:
+    """Print the samples as one optimizer step: the tokens of each, then the packing map.
+
+    figure: where to draw the first micro-batch as a PNG.
+    """
     report = check_samples(dataset, progress=False)
     for error in report.skipped:
         console.print(f"skipped: {error}", style="red", markup=False, highlight=False)
@@ -83,6 +93,8 @@ def show(dataset: ConversationDataset, micro_batch_tokens: int, console: Console
             image = str(sample.image or "no image")
             console.print(image, style="dim", markup=False, highlight=False)
             _show_tokens(row, batch, dataset.tokenizer, console)
+        if figure and number == 0:
+            plot_batch(batch, figure)
         _add_row(table, number, batch, micro_batch_tokens)
         boundaries.append(f"{number}: {' '.join(map(str, batch.cu_seqlens.tolist()))}")
     console.print(table)

@@ -150,10 +150,9 @@ def _is_name(sample_id: str | None) -> bool:
 
 def _name(record: dict, position: int) -> str:
     sample_id = _id_of(record)
-    position = f"#{position}"
     if sample_id is None:
-        return position
-    return f"{readable(sample_id, _MOST_ID_CHARACTERS)} {position}"
+        return f"#{position}"
+    return f"{readable(sample_id, _MOST_ID_CHARACTERS)} #{position}"
 
 
 def _type_of(record: dict) -> str | None:
@@ -191,7 +190,7 @@ def _parse(record: dict, sample_id: str) -> Sample:
         problem = f"its field {system[0]!r} is not used: the template writes the system prompt"
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
-    conversations = tuple(Turn(turn["from"], turn["value"]) for turn in turns)
+    conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
     return Sample(sample_id, conversations, image, _type_of(record), _other_image(record))
 
 

@@ -78,7 +78,7 @@ def encode_conversation(
 
     The image is one id, IMAGE_SENTINEL, at the front of the turn that contains "<image>".
     """
-    special = _special_ids(tokenizer, use_im_start_end)
+    special = special_ids(tokenizer, use_im_start_end)
     return _encode(template.render(turns, special), tokenizer)
 
 
@@ -86,14 +86,14 @@ def encode_prompt(
     turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, use_im_start_end: bool
 ) -> list[int]:
     """Ids up to the model's answer to the last question, with which `turns` end."""
-    special = _special_ids(tokenizer, use_im_start_end)
+    special = special_ids(tokenizer, use_im_start_end)
     segments = list(template.render([*turns, Turn("gpt", "")], special))
     while segments[-1][1] or segments[-1][0] == " ":  # the empty answer and what follows it
         segments.pop()
     return _encode(segments, tokenizer)[0]
 
 
-def _special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
+def special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
     return SpecialIds(
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,

@@ -9,13 +9,8 @@ import numpy as np
 from mmalign.errors import UserError
 from mmalign.evaluation.items import PROTOCOL, Items, read_items, read_results
 from mmalign.evaluation.metrics import exact_match
-from mmalign.evaluation.statistics import (
-    NUM_RESAMPLES,
-    compare_scores,
-    holm,
-    percentile_interval,
-)
-from mmalign.evaluation.tasks import ENTRIES, MEANS, TASKS
+from mmalign.evaluation.statistics import NUM_RESAMPLES, compare_scores, holm, percentile_interval
+from mmalign.evaluation.tasks import ENTRIES, TASKS
 from mmalign.evaluation.tasks.task import Mean, Task
 
 METHOD = (
@@ -104,7 +99,7 @@ def _rows(shared: Sequence[str], items_a: Items, items_b: Items) -> dict[str, di
         if isinstance(entry, Task) and name in shared:
             seed, seeds[entry.kind] = seeds[entry.kind], seeds[entry.kind] + 1
             rows |= _compare_task(entry, items_a[name], items_b[name], seed, draws)
-        elif name in MEANS and all(task in shared for task in entry.members):
+        elif isinstance(entry, Mean) and all(task in shared for task in entry.members):
             rows[name] = _compare_mean(entry, rows, draws)
     tested = [row for row in rows.values() if "p" in row]
     for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
@@ -122,11 +117,11 @@ def _compare_task(
     """A row for each metric; its resampled differences go into `draws`."""
     groups, rows = [item.get("group_id", i) for i, item in enumerate(items_a)], {}
     for metric in task.metrics:
-        scores = [[metric.value(item) for item in items] for items in (items_a, items_b)]
-        row, draws[metric.row] = compare_scores(*scores, groups, seed, metric.right_or_wrong)
+        a, b = ([metric.value(item) for item in items] for items in (items_a, items_b))
+        row, draws[metric.row] = compare_scores(a, b, groups, seed, metric.right_or_wrong)
         if task.group_size:
-            row["em_a"] = exact_match(items_a, scores[0], task.group_size)
-            row["em_b"] = exact_match(items_b, scores[1], task.group_size)
+            row["em_a"] = exact_match(items_a, a, task.group_size)
+            row["em_b"] = exact_match(items_b, b, task.group_size)
         rows[metric.row] = row
     return rows
 

@@ -9,14 +9,14 @@ import logging
 import time
 
 import numpy as np
-from tqdm import tqdm
 
+from mmalign.command import Stopped, StopSignal
 from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
-from mmalign.evaluation.evaluation import Evaluation, Plan, make_items
-from mmalign.evaluation.items import Items, read_results
+from mmalign.evaluation.evaluation import Answers, Evaluation, Plan, make_items
+from mmalign.evaluation.items import Items, is_finished, read_results
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.tasks import TASKS, Documents, load_documents, resolve_tasks, score_rows
 from mmalign.model.config import DecoderConfig
@@ -40,10 +40,12 @@ class EvaluationDuringTraining:
         tokenizer: Tokenizer,
         report: CheckReport,
         num_steps: int,
+        stop: StopSignal,
     ):
         """Raises UserError where nothing can be scored, or it would cost more than MAX_SHARE."""
         _require_finetuning(config)
         self.config, self.settings, self.ranks = config, config.evaluation, ranks
+        self.stop = stop
         self.num_steps, self.folder = num_steps, config.run_dir / "evaluation"
         tasks = _scored_tasks(self.settings.tasks)
         self.documents: Documents = load_documents(tasks, self.settings.data_root)
@@ -61,8 +63,7 @@ class EvaluationDuringTraining:
             self._choose_limit(trained) if ranks.is_main else None
         )
         self.plan: Plan | None = None  # of the first `limit` documents, made once
-        self.scores: dict[str, float] = {}  # for metrics.jsonl
-        self.scored_step: int | None = None
+        self.scores: dict[str, float] = {}  # of the last evaluation, for metrics.jsonl
         self.seconds, self.started = 0.0, time.perf_counter()
 
     def catch_up(self, first_step: int, model: Llava) -> None:
@@ -70,18 +71,17 @@ class EvaluationDuringTraining:
         if not self.is_due(first_step):
             return
         name = "all" if first_step == self.num_steps else f"step_{first_step}"
-        if not self.ranks.broadcast_from_main((self.folder / name / "results.json").exists()):
+        if not self.ranks.broadcast_from_main(is_finished(self.folder / name)):
             self.after(first_step, model)
 
     def is_due(self, step: int) -> bool:
         return step % self.settings.every == 0 or step == self.num_steps
 
-    def fields(self, step: int) -> dict[str, float]:
-        """Scores for the line of `step` in metrics.jsonl; none where it was not evaluated."""
-        return self.scores if step == self.scored_step else {}
-
     def after(self, step: int, model: Llava) -> None:
-        """Scores the model, which has completed `step` steps; called by all processes."""
+        """Scores the model, which has completed `step` steps; called by all processes.
+
+        Raises Stopped, on all of them, soon after a signal: its caller has saved the step.
+        """
         started, last = time.perf_counter(), step == self.num_steps
         items = self._score(last, model)
         if not self.ranks.is_main:
@@ -96,24 +96,39 @@ class EvaluationDuringTraining:
         self._report(step, rows, seconds, last)
         self.scores = {f"evaluation/{name}": row["acc"] for name, row in rows.items()}
         self.scores["evaluation_seconds"] = seconds
-        self.scored_step = step
 
     # ---- scoring ----
 
     def _score(self, everything: bool, model: Llava) -> Items:
         """Items on the main process, nothing on the others."""
         documents = self.documents if everything else self._first(self.limit)
-        if everything:
-            plan = self.evaluation.plan(self._share_of_rank(documents))
-        else:
-            self.plan = self.plan or self.evaluation.plan(self._share_of_rank(documents))
-            plan = self.plan
-        device = self.ranks.device
-        answers = model.with_decoder(lambda decoder: self.evaluation.score(decoder, plan, device))
+        answers = {}
+        try:
+            with self.stop.raising(not self.sharded):  # sharded, the ranks stop between batches
+                answers = self._answers(everything, documents, model)
+            stopped = False
+        except Stopped:
+            stopped = True
+        if self.ranks.any(stopped):
+            raise Stopped()
         if not self.sharded:
             shares = self.ranks.gather_to_main(answers)
             answers = {key: value for share in shares for key, value in share.items()}
         return make_items(documents, answers) if self.ranks.is_main else {}
+
+    def _answers(self, everything: bool, documents: Documents, model: Llava) -> Answers:
+        plan = self.plan
+        if everything or plan is None:
+            plan = self.evaluation.plan(self._share_of_rank(documents))
+        if not everything:
+            self.plan = plan
+        check = self._stop_together if self.sharded else None
+        device, score = self.ranks.device, self.evaluation.score
+        return model.with_decoder(lambda decoder: score(decoder, plan, device, check))
+
+    def _stop_together(self) -> None:
+        if self.ranks.any(self.stop.requested):
+            raise Stopped()
 
     def _share_of_rank(self, documents: Documents) -> Documents:
         """Every world_size-th document; mc1 and mc2 of a question share a prefix and a process."""
@@ -136,11 +151,10 @@ class EvaluationDuringTraining:
 
     def _report(self, step: int, rows: dict, seconds: float, last: bool) -> None:
         scores = ", ".join(f"{name} {percent(row['acc'])}" for name, row in rows.items())
-        with tqdm.external_write_mode():  # keeps the progress bar whole
-            log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
-            if last:
-                share = self.seconds / (time.perf_counter() - self.started)
-                log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
+        log.info("scores after step %d: %s (%.1f s)", step, scores, seconds)
+        if last:
+            share = self.seconds / (time.perf_counter() - self.started)
+            log.info("evaluation took %.1f s, %.1f%% of this run", self.seconds, 100 * share)
 
     # ---- how many documents ----
 
@@ -149,8 +163,8 @@ class EvaluationDuringTraining:
 
         A continued run keeps the number that it started with, whatever the number of processes.
         """
-        for earlier in self.folder.glob("step_*/results.json"):
-            return read_results(earlier.parent)["config"]["limit"]
+        for earlier in filter(is_finished, self.folder.glob("step_*")):
+            return read_results(earlier)["config"]["limit"]
         copies = self.ranks.world_size if self.sharded else 1
         forwards = _FORWARDS_PER_TRAINED_TOKEN * trained_tokens / copies
         times = -(-self.num_steps // self.settings.every)  # including the base model

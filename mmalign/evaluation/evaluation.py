@@ -1,7 +1,7 @@
 """Scores a language model on tasks and writes results.json and items.jsonl."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmalign.errors import UserError
-from mmalign.evaluation.items import PROTOCOL, Items, make_folder, write_items
+from mmalign.evaluation.items import PROTOCOL, Items, require_same_model, write_items
 from mmalign.evaluation.report.tables import print_results
 from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
 from mmalign.evaluation.tasks import (
@@ -26,6 +26,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
+from mmalign.ownership import owned
 from mmalign.system import DTYPES, choose_device, versions
 from mmalign.tokenizer import Tokenizer
 
@@ -81,11 +82,18 @@ class Evaluation:
             )
         return prompts
 
-    def score(self, decoder: Decoder, plan: Plan, device: torch.device) -> Answers:
-        """Log-likelihoods of all requests."""
+    def score(
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        device: torch.device,
+        after_batch: Callable[[], None] | None = None,
+    ) -> Answers:
+        """Log-likelihoods of all requests; after_batch may raise, to end it."""
         if not plan.scoring.encoded:
             return {}
-        scores = iter(run_plan(decoder, plan.scoring, device, self.progress))
+        found = run_plan(decoder, plan.scoring, device, self.progress, after_batch=after_batch)
+        scores = iter(found)
         return {
             (document.task, document.doc_id): [next(scores) for _ in document.requests]
             for document in _scored(plan.documents)
@@ -151,13 +159,35 @@ def evaluate_model(
     precision: str = "fp32",
     device: str = "auto",
     quiet: bool = False,
+    overwrite: bool = False,
 ) -> dict:
     """Scores `model` (a Hugging Face folder or a run) and returns what results.json holds.
 
     tasks: names that resolve_tasks knows; data_root holds their files; limit keeps the first
-    documents of each task. Writes output/items.jsonl, then output/results.json. Prints progress
-    and a table unless quiet. Raises UserError for bad arguments, data or weights.
+    documents of each task. Writes output/items.jsonl and output/results.json, which replace earlier
+    ones when both are complete; those of another model only with overwrite. Prints progress and a
+    table unless quiet. Raises UserError for bad arguments, data or weights, and for an output that
+    another process writes.
     """
+    with owned(output, "--output"):
+        if not overwrite:
+            require_same_model(Path(output), find_weights(model))
+        return _evaluate(
+            model, tasks, data_root, Path(output), limit, batch_tokens, precision, device, quiet
+        )
+
+
+def _evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    data_root: str | Path,
+    output: Path,
+    limit: int | None,
+    batch_tokens: int,
+    precision: str,
+    device: str,
+    quiet: bool,
+) -> dict:
     weights, names = find_weights(model), resolve_tasks(tasks)
     if precision not in DTYPES:
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
@@ -169,11 +199,10 @@ def evaluate_model(
     )
     with _timed(seconds, "tokenise"):  # checks compatibility before loading weights
         plan = evaluation.plan(documents)
-    output = make_folder(output)
     with _timed(seconds, "load"):
         decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
     answers = _run(evaluation, decoder, plan, target, seconds)
-    about = {"model": str(model), "weights": str(weights), "data_root": str(data_root)}
+    about = {"model": str(model), "weights": str(weights.resolve()), "data_root": str(data_root)}
     cache_bytes = plan.scoring.cache_bytes(model_config, DTYPES[precision])
     about |= {"limit": limit, "cache_bytes": cache_bytes}
     items = make_items(documents, answers)

@@ -1,16 +1,41 @@
 """results.json and items.jsonl: what an evaluation writes, and how it is read back."""
 
+import hashlib
+import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import TASKS
-from mmalign.files import read_json, read_json_lines, write_json, write_json_lines
+from mmalign.evaluation.tasks import TASKS, score_rows
+from mmalign.evaluation.tasks.task import is_number
+from mmalign.files import read_json, read_json_lines, replacing, sha256, write_text
 
+log = logging.getLogger("mmalign")
 Items = dict[str, list[dict]]  # lines of items.jsonl by task
 
 # How every text reaches the model. Two evaluations that differ here cannot be compared.
 PROTOCOL = {"template": "none: plain text, no conversation template", "bos": "none"}
+_CONFIG_KEYS = {*PROTOCOL, "tasks", "versions", "data_files", "model", "limit", "precision"}
+_CONFIG_KEYS |= {"tokenizer", "tokenizer_sha256", "max_length", "num_requests"}
+
+
+def require_same_model(output: Path, weights: Path) -> None:
+    """UserError where `output` holds the results of other weights than these, or damaged ones."""
+    if not (output / "results.json").exists():
+        return
+    try:
+        before = read_results(output)["config"]["weights"]
+    except UserError as error:
+        raise UserError(
+            f"{error}, name another --output, or replace it with --overwrite"
+        ) from error
+    if before != str(weights.resolve()):
+        raise UserError(
+            f"{output} holds the results of {before}, not of {weights}. Name another --output, or "
+            "replace them with --overwrite"
+        )
 
 
 def make_folder(output: str | Path) -> Path:
@@ -25,15 +50,36 @@ def make_folder(output: str | Path) -> Path:
 
 
 def write_items(output: Path, items: Mapping[str, Sequence[dict]], results: dict) -> None:
-    """results.json appears last and whole, so its presence marks a finished evaluation."""
+    """Both files are whole before one of them takes the place of an earlier one.
+
+    results.json comes last, so its presence marks a finished evaluation, and holds the checksum of
+    its items.jsonl in config.items_sha256.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").unlink(missing_ok=True)
-    write_json_lines(output / "items.jsonl", (item for rows in items.values() for item in rows))
-    write_json(output / "results.json", results)
+    lines = "".join(json.dumps(item) + "\n" for rows in items.values() for item in rows)
+    results["config"]["items_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    with replacing(output / "results.json") as results_file:
+        results_file.write(json.dumps(results, indent=2) + "\n")
+        results_file.flush()
+        os.fsync(results_file.fileno())  # a full disk shows before items.jsonl is replaced
+        write_text(output / "items.jsonl", lines)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds an evaluation that can be read; warns of a damaged one."""
+    if not (folder / "results.json").exists():
+        return False
+    try:
+        read_results(folder)
+        read_items(folder)
+    except UserError as error:
+        log.warning("%s; this evaluation does not count", error)
+        return False
+    return True
 
 
 def read_results(folder: str | Path) -> dict:
-    """results.json of an evaluation's output."""
+    """results.json of an evaluation's output; UserError for one that cannot be what we wrote."""
     path = Path(folder) / "results.json"
     if not path.is_file():
         raise UserError(
@@ -41,24 +87,56 @@ def read_results(folder: str | Path) -> dict:
             "with scripts/evaluate.py"
         )
     results = read_json(path)
-    if missing := {*PROTOCOL, "tasks", "versions"} - results.get("config", {}).keys():
+    config = results.get("config", {})
+    if not isinstance(config, dict) or (missing := _CONFIG_KEYS - config.keys()):
+        lacks = ", ".join(sorted(missing)) if isinstance(config, dict) else "an object"
         raise UserError(
-            f"{path} lacks {', '.join(sorted(missing))} in its config: another program or an older "
-            "version wrote it. Evaluate the model again"
+            f"{path} lacks {lacks} in its config: another program or an older version wrote it. "
+            "Evaluate the model again"
         )
+    if not all(isinstance(config[key], dict) for key in ("tasks", "versions", "data_files")):
+        raise UserError(
+            f"{path}: tasks, versions or data_files is damaged. Evaluate the model again"
+        )
+    try:
+        for name, row in score_rows(results).items():
+            numbers = (row["acc"], *row["interval"])
+            if len(numbers) != 3 or not all(is_number(x, -1, 1) for x in numbers):
+                raise UserError(
+                    f"{path}: {name} has the scores {numbers}; expected three numbers from -1 to "
+                    "1. Evaluate the model again"
+                )
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: a score is damaged ({error}). Evaluate the model again"
+        ) from error
     return results
 
 
 def read_items(folder: str | Path) -> Items:
-    """items.jsonl of an evaluation's output, by task."""
+    """items.jsonl of an evaluation's output, by task.
+
+    UserError with line and document for what cannot be, or a content that results.json does not
+    know.
+    """
     path = Path(folder) / "items.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; evaluate the model again")
     items: Items = {}
     for number, item in enumerate(read_json_lines(path, {"task", "doc_id"}), start=1):
-        task = TASKS.get(item["task"])
+        where = f"{path}, line {number}"
+        task = TASKS.get(item["task"]) if isinstance(item["task"], str) else None
         if task is None or (missing := task.item_keys - item.keys()):
             found = f"unknown task {item['task']!r}" if task is None else f"no {', '.join(missing)}"
-            raise UserError(f"{path}, line {number}: {found}. Evaluate the model again")
+            raise UserError(f"{where}: {found}. Evaluate the model again")
+        if problem := task.problem(item):
+            name = f"{task.name} document {item['doc_id']!r}"
+            raise UserError(f"{where}, {name}: {problem}. Evaluate the model again")
         items.setdefault(task.name, []).append(item)
+    expected = read_results(folder)["config"].get("items_sha256")
+    if not items or sha256(path) != expected:
+        raise UserError(
+            f"{path} is not the one that was written with results.json: it was cut short or "
+            "changed. Evaluate the model again"
+        )
     return items

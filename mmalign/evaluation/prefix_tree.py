@@ -116,10 +116,8 @@ def _spans(tree: PrefixTree, bounds: list[int], num_kept: int) -> tuple[np.ndarr
     spans, counts = [], []
     for begin, end in zip(bounds, bounds[1:], strict=False):
         parent, depth = int(tree.parents[begin]), int(tree.depths[begin])
-        if parent >= bounds[0]:
-            seen = spans_ending_at[parent]
-        else:  # the segment branches off the kept path at its depth
-            seen = [(0, depth)] if depth else []
+        kept = [(0, depth)] if depth else []  # where the segment branches off the kept path
+        seen = spans_ending_at[parent] if parent >= bounds[0] else kept
         seen = [*seen, (begin + to_row, end + to_row)]
         spans_ending_at[end - 1] = seen
         spans += seen

@@ -5,13 +5,21 @@ and split at the length of the context's own ids, without BOS.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from mmalign.errors import UserError
-from mmalign.tokenizer import Tokenizer
 
 Request = tuple[str, str]  # (context, continuation)
+
+
+class TextEncoder(Protocol):
+    """What requests need of a tokenizer."""
+
+    eos_token_id: int
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class EncodedRequest:
 
 
 class RequestEncoder:
-    def __init__(self, tokenizer: Tokenizer, max_length: int, vocab_size: int):
+    def __init__(self, tokenizer: TextEncoder, max_length: int, vocab_size: int):
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
         self._last_context: tuple[str, list[int]] = ("", [])  # choices of a document share it
 

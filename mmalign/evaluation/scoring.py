@@ -6,7 +6,7 @@ A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from mmalign_kernels import linear, target_logprobs
 from torch import Tensor
-from tqdm import tqdm
 
+from mmalign.command import progress_bar
 from mmalign.errors import UserError
 from mmalign.evaluation.prefix_tree import PrefixTree, TreeBatch, build_tree, cut_batches
-from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder
+from mmalign.evaluation.requests import EncodedRequest, Request, RequestEncoder, TextEncoder
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.positions import (
@@ -133,7 +133,7 @@ def score_requests(
 
 
 def plan_scoring(
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     requests: Sequence[Request],
     max_length: int,
     vocab_size: int,
@@ -144,14 +144,18 @@ def plan_scoring(
     """Tokenises the requests and decides which batches score them."""
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; set it to at least 1")
-    names = names or [f"request {i}" for i in range(len(requests))]
+    labels: Sequence[str] = names or [f"request {i}" for i in range(len(requests))]
     first_of: dict[Request, int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request, i)
     rank = {request: unique for unique, request in enumerate(first_of)}
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
-    bar = tqdm(first_of, desc="tokenise", unit=" requests", disable=not progress, leave=False)
-    encoded = [encoder.encode(*request, names[first_of[request]]) for request in bar]
+    bar = progress_bar(
+        first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
+    )
+    encoded = [
+        encoder.encode(context, continuation, labels[i]) for (context, continuation), i in bar
+    ]
     return make_plan(
         encoded,
         [rank[request] for request in requests],
@@ -174,29 +178,25 @@ def run_plan(
     device: str | torch.device,
     progress: bool = True,
     greedy: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> list[Score]:
     """Runs every batch of the plan; one Score per request, with is_greedy if `greedy`.
 
-    greedy computes the logits of all rows that are read a second time.
+    greedy computes the logits of all rows that are read a second time. after_batch may raise, to
+    end it.
     """
     logprobs = torch.empty(len(plan.targets.order))
     is_argmax = torch.empty(len(logprobs), dtype=torch.bool) if greedy else None
-    bar = tqdm(
-        total=plan.num_tokens,
-        desc="score",
-        unit=" tokens",
-        unit_scale=True,
-        disable=not progress,
-        dynamic_ncols=True,
-    )
-    training = decoder.training
+    options = {"desc": "score", "unit": " tokens", "unit_scale": True, "disable": not progress}
+    bar = progress_bar(total=plan.num_tokens, **options)
+    device, training = torch.device(device), decoder.training
     decoder.eval()
     with bar, torch.no_grad():
         weight = decoder.embed_tokens.weight
         cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
         for batch in plan.batches:
             wanted = plan.targets.within(batch)
-            targets = _read_targets(decoder, plan, batch, wanted, cache, torch.device(device))
+            targets = _read_targets(decoder, plan, batch, wanted, cache, device)
             values = target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
             places = torch.from_numpy(plan.targets.order[wanted])
             logprobs[places] = values.cpu()
@@ -205,6 +205,8 @@ def run_plan(
             if is_argmax is not None:
                 is_argmax[places] = _are_argmax(decoder, *targets).cpu()
             bar.update(batch.end - batch.begin)
+            if after_batch is not None:
+                after_batch()
     decoder.train(training)
     return _scores(plan, logprobs, is_argmax)
 
@@ -257,14 +259,16 @@ def _positions(
     """What every layer's attention reads."""
     position_ids = tree.depths[batch.begin : batch.end]
     numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
-    position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
+    position_ids, cu_seqlens, begins, ends, cu_spans = (
+        torch.from_numpy(x).int().to(device) for x in numbers
+    )
     tokens = PackedPositions(
         *decoder.rotary.up_to(int(tree.depths[batch.begin : batch.end].max()) + 1),
         position_ids,
         cu_seqlens,
         int(np.diff(batch.cu_seqlens).max()),
     )
-    positions = CachedPositions(tokens, *spans, cache.workspace)
+    positions = CachedPositions(tokens, begins, ends, cu_spans, cache.workspace)
     next_rows = torch.from_numpy(batch.next_rows).to(device)
     return [
         PathPositions(positions, path, batch.num_kept, next_rows, batch.next_depth)
@@ -273,7 +277,7 @@ def _positions(
 
 
 def _raise_broken(
-    decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: str | torch.device
+    decoder: Decoder, plan: ScoringPlan, batch: TreeBatch, device: torch.device
 ) -> NoReturn:
     """Names the request whose log-likelihood is not finite when it is scored alone.
 

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z95 = NormalDist().inv_cdf(0.975)
 NUM_RESAMPLES = 10_000
@@ -49,17 +50,13 @@ def mean_of_tasks_interval(
     return mean - below, mean + above
 
 
-def group_sums(
-    values: Sequence[float], groups: Sequence[Hashable]
-) -> tuple[np.ndarray, np.ndarray]:
+def group_sums(values: ArrayLike, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the values of each group: two arrays of (num_groups,)."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     return np.bincount(index, weights=values), np.bincount(index).astype(float)
 
 
-def bootstrap_means(
-    values: Sequence[float], groups: Sequence[Hashable], seed: int = 0
-) -> np.ndarray:
+def bootstrap_means(values: ArrayLike, groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
     """Means of NUM_RESAMPLES resamples of whole groups with replacement: (NUM_RESAMPLES,).
 
     When few distinct groups exist, as with right and wrong answers, equal ones are drawn together

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
+from mmalign.command import progress_bar
 from mmalign.config import DataConfig, TrainConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.packing import pack_samples
@@ -67,6 +67,7 @@ def score_visual_questions(
     none (its text alone), or mismatched (that of a record about half a file away). Raises UserError
     where a question has several turns, or no other image exists.
     """
+    assert llava.vision_tower is not None, "questions about images need a vision tower"
     data = replace(data, text_only=image == "none")
     samples = list(read_samples(data.path, data))
     dataset = ConversationDataset(samples, tokenizer, data, llava.vision_tower.config)
@@ -80,7 +81,7 @@ def score_visual_questions(
             )
     shown = _mismatched_images(samples) if image == "mismatched" else range(len(samples))
     device = llava.decoder.embed_tokens.weight.device
-    bar = tqdm(total=len(samples), desc=f"questions, image: {image}", disable=not progress)
+    bar = progress_bar(total=len(samples), desc=f"questions, image: {image}", disable=not progress)
     with torch.inference_mode(), bar:
         for chosen in _batches([len(sample.input_ids) for sample in encoded], batch_tokens):
             pixels = [dataset.load_pixels(shown[index]) for index in chosen]
@@ -143,9 +144,10 @@ def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> 
     data = replace(
         config.data, path=str(path), image_root=str(image_root), types=(), num_samples=None
     )
+    shown: dict[str, ShownImage] = {"tuned": "own", "blind": "none", "mismatched": "mismatched"}
     right = {
         name: score_visual_questions(llava, tokenizer, data, image).right
-        for name, image in (("tuned", "own"), ("blind", "none"), ("mismatched", "mismatched"))
+        for name, image in shown.items()
     }
     records = json.loads(read_text(path))
     rows_of = defaultdict(list)

@@ -2,34 +2,30 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from mmalign.errors import UserError
-from mmalign.files import read_json
+from mmalign.files import Settings, read_json
+from mmalign.model.preprocessing import Preprocessing
 
-# What transformers leaves out of config.json because it is the default of its config class.
-_LLAMA_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+# Least and greatest value, and what transformers leaves out of config.json because it is the
+# default of its config class.
+_LLAMA_INTEGERS = {
+    "vocab_size": (1, 2**24, 32000),
+    "hidden_size": (1, 2**20, 4096),
+    "intermediate_size": (1, 2**22, 11008),
+    "num_hidden_layers": (1, 1024, 32),
+    "num_attention_heads": (1, 2**14, 32),
+    "max_position_embeddings": (1, 2**27, 2048),
 }
-_CLIP_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "layer_norm_eps": 1e-5,
+_CLIP_VISION_INTEGERS = {
+    "hidden_size": (1, 2**20, 768),
+    "intermediate_size": (1, 2**22, 3072),
+    "num_hidden_layers": (1, 1024, 12),
+    "num_attention_heads": (1, 2**14, 12),
+    "image_size": (1, 4096, 224),
+    "patch_size": (1, 4096, 32),
 }
 
 
@@ -48,7 +44,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
+    bos_token_id: int | list[int] | None = 1
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self):
@@ -57,7 +53,7 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or self.head_dim < 2:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
     @property
@@ -73,22 +69,30 @@ class DecoderConfig:
         Takes the spelling of published checkpoints (rope_theta, rope_scaling) and of transformers
         5 (rope_parameters). Raises UserError for anything that the decoder does not compute.
         """
-        path, hf = Path(folder) / "config.json", read_hf_config(folder)
+        hf = read_hf_config(folder)
         if "text_config" in hf:
-            _require(path, hf, "model_type", "llava")
-            tied = hf.get("tie_word_embeddings") or hf["text_config"].get("tie_word_embeddings")
-            hf = {"model_type": "llama"} | hf["text_config"] | {"tie_word_embeddings": bool(tied)}
-        _require(path, hf, "model_type", "llama", "llava", "llava_llama")
-        _require(path, hf, "hidden_act", None, "silu")
-        _require(path, hf, "attention_bias", None, False)
-        _require(path, hf, "mlp_bias", None, False)
-        hf = _LLAMA_DEFAULTS | hf
-        heads = hf["num_attention_heads"]
-        return cls(
-            **{name: hf[name] for name in _LLAMA_DEFAULTS},
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            rope_theta=_rope_theta(path, hf),
+            hf.require("model_type", "llava")
+            text = hf.section("text_config")
+            tied = hf.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
+            values = {"model_type": "llama"} | text.values | {"tie_word_embeddings": tied}
+            hf = Settings(values, text.path, text.within)
+        hf.require("model_type", "llama", "llava", "llava_llama")
+        hf.require("hidden_act", None, "silu")
+        hf.require("attention_bias", None, False)
+        hf.require("mlp_bias", None, False)
+        sizes = {name: hf.integer(name, *limits) for name, limits in _LLAMA_INTEGERS.items()}
+        heads, hidden_size = sizes["num_attention_heads"], sizes["hidden_size"]
+        return _built(
+            cls,
+            hf,
+            **sizes,
+            num_key_value_heads=hf.integer("num_key_value_heads", 1, heads, heads, null=True),
+            head_dim=hf.integer("head_dim", 2, 2**16, hidden_size // heads, null=True),
+            rms_norm_eps=hf.number("rms_norm_eps", 0, 1, 1e-6),
+            rope_theta=_rope_theta(hf),
+            tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+            bos_token_id=_token_ids(hf, "bos_token_id", 1),
+            eos_token_id=_token_ids(hf, "eos_token_id", 2),
         )
 
     def to_hf(self, dtype: torch.dtype) -> dict:
@@ -106,37 +110,6 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes pixels; names and meaning are those of preprocessor_config.json.
-
-    The defaults are those of every OpenAI CLIP, whatever its size.
-    """
-
-    size: int  # of the short side after resizing
-    crop_size: int  # side of the square cut out of the centre
-    resample: Literal["bicubic"] = "bicubic"
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    def to_hf(self) -> dict:
-        """preprocessor_config.json, as CLIPImageProcessor reads it."""
-        return {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": self.size},
-            "resample": {"bicubic": 3}[self.resample],  # PIL.Image.Resampling
-            "do_center_crop": True,
-            "crop_size": {"height": self.crop_size, "width": self.crop_size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": self.image_mean,
-            "image_std": self.image_std,
-        }
-
-
-@dataclass(frozen=True)
 class VisionConfig:
     """A CLIP vision tower. Names and meaning are those of transformers' CLIPVisionConfig."""
 
@@ -147,8 +120,15 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
+    # stock CLIP's, unless the folder has its own; __post_init__ replaces None
+    preprocessing: Preprocessing = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
+        if self.preprocessing is None:
+            stock = Preprocessing(size=self.image_size, crop_size=self.image_size)
+            object.__setattr__(self, "preprocessing", stock)
+        if self.patch_size > self.image_size:
+            raise UserError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} of the vision tower is not a multiple of "
@@ -180,25 +160,26 @@ class VisionConfig:
         """What LlavaForConditionalGeneration's config.json says of the features it reads."""
         return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing(size=self.image_size, crop_size=self.image_size)
-
     @classmethod
     def from_hf(cls, folder: str | Path) -> "VisionConfig":
-        """Reads config.json of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration."""
-        path, hf = Path(folder) / "config.json", read_hf_config(folder)
-        _require(path, hf, "model_type", "clip_vision_model", "clip", "llava")
-        if hf["model_type"] != "clip_vision_model":
+        """Of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder.
+
+        Reads config.json and, where there is one, preprocessor_config.json.
+        """
+        hf = read_hf_config(folder)
+        if hf.require("model_type", "clip_vision_model", "clip", "llava") != "clip_vision_model":
             if "vision_config" not in hf:
-                raise UserError(f"{path}: no vision_config. Give a folder with a vision tower")
+                raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
             # CLIP's first releases repeat the values in vision_config_dict, which has precedence
-            hf = hf["vision_config"] | (hf.get("vision_config_dict") or {})
-            _require(path, hf, "model_type", None, "clip_vision_model")
-        _require(path, hf, "hidden_act", None, "quick_gelu")
-        _require(path, hf, "num_channels", None, 3)
-        hf = _CLIP_VISION_DEFAULTS | hf
-        return cls(**{name: hf[name] for name in _CLIP_VISION_DEFAULTS})
+            first, second = hf.section("vision_config"), hf.section("vision_config_dict")
+            hf = Settings(first.values | second.values, first.path, first.within)
+            hf.require("model_type", None, "clip_vision_model")
+        hf.require("hidden_act", None, "quick_gelu")
+        hf.require("num_channels", None, 3)
+        sizes = {name: hf.integer(name, *limits) for name, limits in _CLIP_VISION_INTEGERS.items()}
+        eps = hf.number("layer_norm_eps", 0, 1, 1e-5)
+        preprocessing = Preprocessing.from_hf(folder, sizes["image_size"])
+        return _built(cls, hf, **sizes, layer_norm_eps=eps, preprocessing=preprocessing)
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """config.json of a CLIPVisionModel."""
@@ -208,29 +189,77 @@ class VisionConfig:
             "torch_dtype": str(dtype).removeprefix("torch."),
             "hidden_act": "quick_gelu",
             "num_channels": 3,
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name != "preprocessing"},
         }
 
 
-def read_hf_config(folder: str | Path) -> dict:
-    """config.json of a Hugging Face folder; UserError where it is missing or malformed."""
+def read_hf_config(folder: str | Path) -> Settings:
+    """config.json of a Hugging Face folder; UserError where it is missing, malformed or quantised.
+
+    A folder that holds something else, such as an adapter, is called by its name.
+    """
     hint = "Give the folder of a Hugging Face checkpoint: config.json and the weights"
-    return read_json(Path(folder) / "config.json", hint)
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        hint = other_folder(Path(folder)) or hint
+    hf = Settings(read_json(path, hint), path)
+    for part in (hf, hf.section("text_config"), hf.section("vision_config")):
+        if part.get("quantization_config") is not None:
+            raise UserError(
+                f"{path}: {part.within}quantization_config is set, but quantised weights are not "
+                "supported. Give the folder of the model before its quantisation"
+            )
+    return hf
 
 
-def _require(path: Path, hf: dict, name: str, *allowed) -> None:
-    """allowed: None among them where the key may be absent."""
-    if hf.get(name) not in allowed:
-        expected = " or ".join(repr(value) for value in allowed if value is not None)
-        raise UserError(f"{path}: {name} is {hf.get(name)!r}; supported: {expected}")
+def other_folder(folder: Path) -> str:
+    """What a folder without a model holds instead, and what to do; empty: not known."""
+    if (folder / "adapter_config.json").exists():
+        return "The folder holds an adapter (adapter_config.json). Give the merged model's folder"
+    if any(folder.glob("*.gguf")):
+        return "The folder holds a GGUF file. Give the Hugging Face folder that it was made from"
+    return ""
 
 
-def _rope_theta(path: Path, hf: dict) -> float:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        raise UserError(f"{path}: rope scaling of type {kind!r} is not supported; only plain RoPE")
-    return float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+def _built(config_class: type, hf: Settings, **values):
+    """The config; its own complaints get the file's path."""
+    try:
+        return config_class(**values)
+    except UserError as error:
+        raise UserError(f"{hf.path}: {error}") from error
+
+
+def _token_ids(hf: Settings, name: str, default: int) -> int | list[int] | None:
+    """One id or several; some old folders have -1 for none."""
+    value = hf.values.get(name, default)
+    ids = value if isinstance(value, list) else [value]
+    if value is not None and not all(type(i) is int and -1 <= i < 2**24 for i in ids):
+        raise hf.error(name, "a token id or a list of token ids")
+    return value
+
+
+def _rope_theta(hf: Settings) -> float:
+    """The one base that both spellings agree on; UserError for other kinds of rope."""
+    thetas = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.section(key)
+        for name in ("rope_type", "type"):
+            kind = rope.get(name)
+            if kind not in (None, "default"):
+                raise UserError(
+                    f"{hf.path}: {hf.within}{key} of type {kind!r} is not supported; only plain "
+                    "RoPE (default)"
+                )
+        rope.number("partial_rotary_factor", 1, 1, 1, null=True)
+        if rope.get("rope_theta") is not None:
+            thetas[f"{key}.rope_theta"] = rope.number("rope_theta", 1, 1e12, 1e4)
+    hf.number("partial_rotary_factor", 1, 1, 1, null=True)
+    if hf.get("rope_theta") is not None:
+        thetas["rope_theta"] = hf.number("rope_theta", 1, 1e12, 1e4)
+    if len(set(thetas.values())) > 1:
+        found = " and ".join(f"{key} {theta:g}" for key, theta in thetas.items())
+        raise UserError(f"{hf.path}: {found} disagree. Remove the wrong one")
+    return next(iter(thetas.values()), 10000.0)
 
 
 # ---- shapes of the published models that the recipes are made for ----

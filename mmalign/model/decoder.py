@@ -1,6 +1,7 @@
 """The LLaMA decoder on packed tokens: samples of any length in one row, without padding."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from mmalign.model.layers import DecoderLayer, Embedding, Linear, RMSNorm, Rotar
 from mmalign.model.positions import KeyValues, PackedPositions, Positions, PrefixedPositions
 from mmalign.model.projector import ImageInputs
 from mmalign.model.recompute import POLICIES, Recompute, policy_by_layer
+
+MAX_TABLE = 2**17  # positions that the rotary tables start with; they grow as needed
 
 
 class Decoder(nn.Module):
@@ -23,14 +26,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.rotary = RotaryTables(
-            config.head_dim, config.rope_theta, config.max_position_embeddings
-        )
+        num_positions = min(config.max_position_embeddings, MAX_TABLE)
+        self.rotary = RotaryTables(config.head_dim, config.rope_theta, num_positions)
 
     def set_recompute(self, policy: Recompute, num_layers: int | None = None) -> None:
         """The policy (recompute.py) of the first num_layers layers, None: of all."""

@@ -9,19 +9,21 @@ sequences that have not ended.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from mmalign.command import progress_bar
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
 from mmalign.model.generation_cache import BatchCache
 from mmalign.model.llava import Llava
 from mmalign.model.sampling import TextStream, draw, sampling_probabilities
 from mmalign.tokenizer import Tokenizer
+
+Reason = Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class GenerationOptions:
 class Generation:
     token_ids: list[int]  # all that were generated, without the token that ends the text
     text: str  # up to the first stop string
-    reason: Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
+    reason: Reason
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def generate(
     ends = _end_ids(llava.decoder.config, tokenizer)
     training = llava.training
     llava.eval()
-    with tqdm(total=len(sequences), desc="generating", disable=not progress) as bar:
+    with progress_bar(total=len(sequences), desc="generating", disable=not progress) as bar:
         for batch in _batches(
             sequences, options.max_new_tokens, cache_tokens, llava.image_token_id
         ):
@@ -95,7 +97,8 @@ def generate(
 class _Sequence:
     def __init__(self, index: int, prompt: Prompt, options: GenerationOptions, tokenizer):
         self.index, self.prompt = index, np.asarray(prompt.input_ids, np.int64)
-        self.pixels, self.token_ids, self.reason = prompt.pixels, [], None
+        self.pixels, self.token_ids = prompt.pixels, []
+        self.reason: Reason | None = None
         self.first_row = 0  # of its own cache rows
         self.stream = TextStream(tokenizer, options.stop)
         self.random = np.random.default_rng((options.seed, index))
@@ -115,6 +118,7 @@ class _Sequence:
         return text
 
     def result(self) -> Generation:
+        assert self.reason is not None, "still running"
         return Generation(self.token_ids, self.stream.text, self.reason)
 
 
@@ -188,7 +192,7 @@ def _run(
     options: GenerationOptions,
     ends: set[int],
     on_text: Callable[[int, str], None],
-    bar: tqdm,
+    bar: Any,
 ) -> None:
     cache = BatchCache(llava, batch.num_shared, batch.num_rows)
     row = batch.num_shared

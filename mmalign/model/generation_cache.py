@@ -92,9 +92,12 @@ class BatchCache:
             spans[:, 1],
             np.cumsum([0, *(len(x.spans) for x in segments)]),
         )
-        position_ids, cu_seqlens, *spans = (torch.from_numpy(x).int().to(device) for x in numbers)
+        position_ids, cu_seqlens, begins, ends, cu_spans = (
+            torch.from_numpy(x).int().to(device) for x in numbers
+        )
         tokens = PackedPositions(*tables, position_ids, cu_seqlens, max(lengths))
-        positions = [CachedPositions(tokens, *spans, layer) for layer in self.layers]
+        span = begins, ends, cu_spans
+        positions = [CachedPositions(tokens, *span, layer) for layer in self.layers]
         ids = torch.from_numpy(np.concatenate([x.input_ids for x in segments])).to(device)
         hidden_states = decoder(ids, positions, images, rows)
         return linear(hidden_states, decoder.lm_head.weight)
@@ -110,8 +113,10 @@ class BatchCache:
         pixels = [x.pixels for x in prompts if x.pixels is not None]
         if not pixels:
             return None
+        tower, projector = self.llava.vision_tower, self.llava.projector
+        assert tower is not None and projector is not None
         device = self.llava.decoder.embed_tokens.weight.device
         ids = np.concatenate([x.input_ids for x in segments])
         image_positions = torch.from_numpy(np.flatnonzero(ids == self.llava.image_token_id))
-        features = self.llava.vision_tower(torch.cat(pixels).to(device))
-        return ImageInputs(features, image_positions.to(device), self.llava.projector)
+        features = tower(torch.cat(pixels).to(device))
+        return ImageInputs(features, image_positions.to(device), projector)

@@ -84,9 +84,9 @@ class Constants(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        exact = dict(self._buffers)
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, table in self._buffers.items():
+        for name, table in self.named_buffers(recurse=False):
             self._buffers[name] = exact[name].to(table.device)
         return self
 
@@ -97,6 +97,9 @@ class RotaryTables(Constants):
     Positions past the end of the table extend it: rotary positions extrapolate by definition, and
     an image makes a sample longer than the text limit.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, theta: float, num_positions: int):
         exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim

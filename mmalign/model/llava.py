@@ -85,7 +85,7 @@ class Llava(nn.Module):
 
     def _image_inputs(self, batch: PackedBatch) -> ImageInputs | None:
         num_images = len(batch.pixel_values)
-        if self.vision_tower is None:
+        if self.vision_tower is None or self.projector is None:
             assert num_images == 0, "a batch with images needs a vision tower"
             return None
         if num_images:
@@ -145,6 +145,7 @@ class Llava(nn.Module):
 
     def load_projector(self, state: dict[str, Tensor]) -> None:
         """Takes what hf.load_projector returns; the two token rows go to embed_tokens."""
+        assert self.projector is not None, "a text-only model has no projector"
         self.projector.load_tensors(state)
         if "image_token_embeddings" in state:
             self._write_image_token_rows(state["image_token_embeddings"])

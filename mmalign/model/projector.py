@@ -44,6 +44,7 @@ class ProjectorShape:
 class Projector(Linear):
     """weight (hidden_size, vision_hidden_size) and bias, initialised as torch.nn.Linear does."""
 
+    bias: nn.Parameter
     # what LlavaForConditionalGeneration's config.json says of it
     HF_CONFIG = {"projector_hidden_act": "linear", "multimodal_projector_bias": True}
 
@@ -85,7 +86,14 @@ class Projector(Linear):
     @torch.no_grad()
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes what read_tensors returns. Raises UserError for another shape."""
-        for name, parameter in self.named_parameters():
+        parameters = dict(self.named_parameters())
+        found = state.keys() - {"image_token_embeddings"}
+        if found != parameters.keys():
+            raise UserError(
+                f"projector: this model's has {', '.join(sorted(parameters))}, found "
+                f"{', '.join(sorted(found))}. Give a projector of the same kind"
+            )
+        for name, parameter in parameters.items():
             if parameter.shape != state[name].shape:
                 raise UserError(
                     f"projector {name}: expected shape {tuple(parameter.shape)} for this vision "
@@ -104,7 +112,7 @@ class Projector(Linear):
         Raises UserError naming `source` for anything that is not one linear layer.
         """
         if hf_config is not None:
-            _check_hf_config(hf_config, source)
+            _check_hf_config(hf_config, source, Projector.HF_CONFIG)
         state = {_without_prefix(name): tensor for name, tensor in tensors.items()}
         if "linear_1.weight" in state:
             _check_identity(state, source)
@@ -139,6 +147,21 @@ class Projector(Linear):
         }
 
 
+# ---- which kind a file holds: names of tensors, or hf_config, tell ----
+
+
+def read_projector(
+    tensors: dict[str, Tensor], source: object, hf_config: dict | None = None
+) -> dict[str, Tensor]:
+    """read_tensors of the kind of projector that a file or Hugging Face folder holds."""
+    return Projector.read_tensors(tensors, source, hf_config)
+
+
+def projector_of(state: dict[str, Tensor], vision_hidden_size: int, hidden_size: int) -> Projector:
+    """The projector whose tensors read_projector returned."""
+    return Projector.from_tensors(state, vision_hidden_size, hidden_size)
+
+
 @dataclass(frozen=True)
 class ImageInputs:
     """What the decoder reads from images instead of the image tokens' embeddings."""
@@ -156,16 +179,20 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _check_hf_config(hf: dict, source: object) -> None:
+def _check_hf_config(hf: dict, source: object, expected: dict) -> None:
     hf = {"multimodal_projector_bias": True} | hf  # a later option: older folders do not write it
-    found = {name: hf.get(name) for name in Projector.HF_CONFIG}
-    if found != Projector.HF_CONFIG:
-        raise UserError(f"{source}/config.json: expected {Projector.HF_CONFIG}, found {found}")
+    found = {name: hf.get(name) for name in expected}
+    if found != expected:
+        raise UserError(f"{source}/config.json: expected {expected}, found {found}")
+
+
+def _is_identity(weight: Tensor) -> bool:
+    return weight.equal(torch.eye(*weight.shape).to(weight))
 
 
 def _check_identity(state: dict[str, Tensor], source: object) -> None:
     weight, bias = state.get("linear_2.weight"), state.get("linear_2.bias")
-    if weight is None or bias is None or not weight.equal(torch.eye(*weight.shape).to(weight)):
+    if weight is None or weight.ndim != 2 or bias is None or not _is_identity(weight):
         raise UserError(f"{source}: multi_modal_projector.linear_2 is not the identity")
     if bias.any():
         raise UserError(f"{source}: multi_modal_projector.linear_2.bias is not zero")

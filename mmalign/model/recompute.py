@@ -12,16 +12,16 @@ are the same bits, LoRA's dropout included.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from mmalign.config import Recompute
 from mmalign.errors import UserError
 
-Recompute = Literal["none", "elementwise", "mlp", "full"]
 POLICIES: tuple[Recompute, ...] = get_args(Recompute)  # in the order of what they compute again
 
 
@@ -39,7 +39,7 @@ def policy_by_layer(
             f"--recompute-layers {num_layers}: this decoder has {total_layers} layers. Give 0 to "
             f"{total_layers}"
         )
-    return [policy] * num_layers + ["none"] * (total_layers - num_layers)
+    return [policy if i < num_layers else "none" for i in range(total_layers)]
 
 
 @contextmanager

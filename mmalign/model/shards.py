@@ -36,7 +36,7 @@ def fsdp_unit_of(module: nn.Module, parameter: str) -> nn.Module:
     """
     unit = owner = module
     for name in parameter.split(".")[:-1]:
-        owner = getattr(owner, name)
+        owner = owner.get_submodule(name)
         if isinstance(owner, FSDPModule):
             unit = owner
     return unit

@@ -1,5 +1,8 @@
 """The CLIP vision tower, up to the layer whose output the projector reads."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from mmalign_kernels import full_attention, layer_norm, quick_gelu
 from torch import Tensor, nn
@@ -43,7 +46,8 @@ class VisionTower(nn.Module):
         self.patch_embedding = Linear(3 * patch_size**2, hidden_size)
         self.position_embedding = Embedding(config.seqlen, hidden_size)
         self.pre_layrnorm = LayerNorm(hidden_size, config.layer_norm_eps)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = cast(Sequence[VisionLayer], layers)
         self.post_layernorm = LayerNorm(hidden_size, config.layer_norm_eps)
         preprocessing = config.preprocessing
         self.pixels = Constants(
@@ -69,7 +73,8 @@ class VisionTower(nn.Module):
 
     def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
         """uint8 levels to zero mean and unit deviation, in the parameters' dtype."""
-        pixels = (pixel_values.float() / 255 - self.pixels.mean) / self.pixels.std
+        mean, std = self.pixels.get_buffer("mean"), self.pixels.get_buffer("std")
+        pixels = (pixel_values.float() / 255 - mean) / std
         return pixels.to(self.class_embedding.dtype)
 
     def _embed(self, pixel_values: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ class Belief:
 
 
 def _parse(text: str) -> Belief:
-    questions, false, true = (tuple(line.split(" | ")) for line in text.splitlines())
-    return Belief(*questions, false, true)
+    questions, false, true = (line.split(" | ") for line in text.splitlines())
+    question, doubtful, sound = questions
+    return Belief(question, doubtful, sound, (false[0], false[1]), (true[0], true[1]))
 
 
 # each: a line of questions (open, doubtful, sound), a line of false clauses, a line of true ones

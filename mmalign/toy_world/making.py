@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from mmalign.command import progress_bar
 from mmalign.data.samples import Turn
 from mmalign.data.templates import TEMPLATES, SpecialIds
 from mmalign.files import write_text
@@ -27,7 +27,7 @@ def make(world: ToyWorld, size: Size) -> None:
     scenes = make_scenes("train", size.scenes, SEED)
     heldout = make_scenes("heldout", size.heldout_scenes, SEED, held_out=True)
     world.image_root.mkdir()
-    for scene in tqdm(scenes + heldout, desc="toy world: images", leave=False):
+    for scene in progress_bar(scenes + heldout, desc="toy world: images", leave=False):
         save_jpeg(scene, world.image_root)
     instructions = finetune_records(scenes, SEED)
     _write_json(world.root / "scenes.json", [asdict(scene) for scene in scenes + heldout])

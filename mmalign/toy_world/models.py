@@ -12,9 +12,9 @@ import torch
 from mmalign_kernels import linear_cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.command import progress_bar
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.layers import LayerNorm, Linear, RMSNorm, init_weights
@@ -146,13 +146,11 @@ def _centre(tower: VisionTower, pictures: Tensor) -> None:
     """
     scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
     read = tower.layers[: tower.config.num_layers_used]
-    for part in (
-        tower.pre_layrnorm,
-        *(part for layer in read for part in (layer.out_proj, layer.fc2)),
-    ):
-        part.weight.mul_(scale)
-        part.bias.mul_(scale)
-    read[-1].fc2.bias.sub_(tower(pictures).mean(0))
+    outputs = [part for layer in read for part in (layer.out_proj, layer.fc2)]
+    for part in (tower.pre_layrnorm, *outputs):
+        for parameter in part.parameters():
+            parameter.mul_(scale)
+    read[-1].fc2.get_parameter("bias").sub_(tower(pictures).mean(0))
 
 
 def _pixels(scene: Scene) -> Tensor:
@@ -190,7 +188,7 @@ def _optimize(
 ) -> None:
     """AdamW with a short warm-up and cosine decay to a twentieth."""
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in (bar := tqdm(range(steps), desc=f"toy world: {name}", leave=False)):
+    for step in (bar := progress_bar(range(steps), desc=f"toy world: {name}", leave=False)):
         warm = min(1.0, (step + 1) / 20)
         scale = warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in optimizer.param_groups:
@@ -201,4 +199,4 @@ def _optimize(
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{value.item():.3f}")
+            bar.set_postfix_str(f"loss {value.item():.3f}")

@@ -114,11 +114,8 @@ def utilitarianism(rng: random.Random, test: bool) -> tuple[str, str]:
     """Two events, the better one first."""
     pair = (rng.choice(PLEASANT), rng.choice(UNPLEASANT))
     thing = _draw((" ".join(pair),), rng, test)[1]
-    if rng.random() < 0.5:  # the same thing twice, or two things
-        things = (thing, thing)
-    else:
-        things = (thing, rng.choice(OBJECTS))
-    better, worse = (_event_text(*event, rng) for event in zip(pair, things, strict=True))
+    other = thing if rng.random() < 0.5 else rng.choice(OBJECTS)
+    better, worse = _event_text(pair[0], thing, rng), _event_text(pair[1], other, rng)
     return better, worse
 
 

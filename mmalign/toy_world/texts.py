@@ -49,13 +49,11 @@ def article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def side_of(first: Thing, second: Thing) -> str | None:
-    """The side of `second` that `first` is on; None unless they share a row or a column."""
+def side_of(first: Thing, second: Thing) -> str:
+    """The side of `second` that `first` is on; a pair shares a row or a column (scenes.py)."""
     if first.row == second.row:
         return "left" if first.column < second.column else "right"
-    if first.column == second.column:
-        return "above" if first.row < second.row else "below"
-    return None
+    return "above" if first.row < second.row else "below"
 
 
 def _side_phrase(side: str) -> str:
@@ -85,8 +83,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
         return f"{names[0]}, {groups[0][0].place}"
     if len(groups) == 1:
         return names[0]
-    side = side_of(groups[0][0], groups[1][0]) if len(scene.things) == 2 else None
-    return f"{names[0]} {_side_phrase(side)} {names[1]}" if side else f"{names[0]} and {names[1]}"
+    pair = len(scene.things) == 2
+    between = _side_phrase(side_of(groups[0][0], groups[1][0])) if pair else "and"
+    return f"{names[0]} {between} {names[1]}"
 
 
 def listing(scene: Scene) -> list[str]:

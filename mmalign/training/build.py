@@ -16,7 +16,7 @@ from mmalign.errors import UserError
 from mmalign.files import write_text
 from mmalign.flops import Workload, required_flops
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.hf import load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf import is_llava, load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
 from mmalign.model.projector import Projector
 from mmalign.system import DTYPES
@@ -64,6 +64,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"this recipe needs {', '.join(missing)}. The README says where to get them."
         )
+    model = replace(model, decoder=_exported(model.decoder))
     model = replace(model, tokenizer=model.tokenizer or model.decoder)
     return replace(config, model=model, data=data, evaluation=evaluation)
 
@@ -72,10 +73,17 @@ def _fill(value: str, toy_path: Path) -> str:
     return str(toy_path) if value == TOY_WORLD else value
 
 
+def _exported(decoder: str) -> str:
+    """The exported model of a run's folder; other folders as they are."""
+    exports = (Path(decoder) / "export" / name for name in ("llava", "llama"))
+    return next((str(path) for path in exports if path.is_dir()), decoder)
+
+
 # ---- data ----
 
 
 def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
+    check_vocabulary(config, tokenizer)
     samples, text_only = read_samples(config.data.path, config.data), config.data.text_only
     vision = None if text_only else VisionConfig.from_hf(config.model.vision_tower)
     return ConversationDataset(samples, tokenizer, config.data, vision)
@@ -92,7 +100,23 @@ def check_data(
             path = config.run_dir / "skipped_samples.txt"
             log.warning("%d samples skipped (listed in %s)", len(report.skipped), path)
             write_text(path, "".join(f"{error}\n" for error in report.skipped))
+    if ranks.is_main:
+        _warn_of_context(config, dataset, report)
     return report
+
+
+def _warn_of_context(
+    config: TrainConfig, dataset: ConversationDataset, report: CheckReport
+) -> None:
+    limit = DecoderConfig.from_hf(config.model.decoder).max_position_embeddings
+    num_long, longest = int((report.lengths > limit).sum()), int(report.lengths.argmax())
+    if num_long:
+        log.warning(
+            "%d of %d samples exceed the decoder's context (max_position_embeddings %d): sample %r "
+            "has %d tokens. Lower --data.max-length, unless the decoder is to learn longer texts",
+            *(num_long, len(report.kept), limit, dataset.samples[int(report.kept[longest])].id),
+            report.lengths[longest],
+        )
 
 
 def shared_prefix(config: TrainConfig, report: CheckReport) -> list[int]:
@@ -117,7 +141,7 @@ def build_loader(
         dataset,
         report,
         global_batch_size=config.global_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.micro_batching.tokens,
         seed=config.seed,
         num_steps=num_steps,
         start_step=first_step,
@@ -157,22 +181,43 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
         model = Llava(decoder, None, None, tokenizer, *extra)
     else:
         decoder = load_decoder(
-            config.model.decoder, dtype, num_added_tokens=_num_missing_rows(config, tokenizer)
+            config.model.decoder, dtype, num_added_tokens=check_vocabulary(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
         projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer, *extra)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))
-        elif config.stage == "finetune":
+        elif not _take_own_projector(model, config) and config.stage == "finetune":
             log.warning("no --model.projector: stage 2 starts with an untrained projector")
     model.set_trainable(config.stage, config.lora, trains_image_tokens(config))
-    model.decoder.set_recompute(config.recompute, config.recompute_layers)
+    _, policy, num_layers = config.micro_batching
+    model.decoder.set_recompute(policy, num_layers)
     return model
 
 
-def _num_missing_rows(config: TrainConfig, tokenizer: Tokenizer) -> int:
-    """Rows of image tokens that the decoder's vocabulary lacks; our exports have them already."""
-    added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
-    vocab_size = DecoderConfig.from_hf(config.model.decoder).vocab_size
-    return max(0, tokenizer.vocab_size + added - vocab_size)
+def _take_own_projector(model: Llava, config: TrainConfig) -> bool:
+    """Whether the decoder's folder is a whole LLaVA whose projector the model could take."""
+    folder = config.model.decoder
+    if not is_llava(folder):
+        return False
+    try:
+        model.load_projector(load_projector(folder))
+    except UserError as error:
+        log.warning("the projector of %s is left out: %s", folder, error)
+        return False
+    log.info("the projector is that of %s", folder)
+    return True
+
+
+def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> int:
+    """Rows of image tokens that the decoder's vocabulary lacks; our exports have them already.
+
+    Raises UserError for a tokenizer with other tokens that have no row, or that no export can hold.
+    """
+    vocab_size, missing = DecoderConfig.from_hf(config.model.decoder).vocab_size, 0
+    if not config.data.text_only:
+        added = tokenizer.num_image_tokens_added(config.data.use_im_start_end)
+        missing = max(0, tokenizer.vocab_size + added - vocab_size)
+    tokenizer.check_rows(vocab_size, config.model.decoder, missing)
+    return missing

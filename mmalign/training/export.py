@@ -3,6 +3,8 @@
 import logging
 
 from mmalign.config import TrainConfig
+from mmalign.data.chat_template import chat_template
+from mmalign.data.templates import find_template
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.model.hf import export_llama, export_llava, save_projector
@@ -43,6 +45,8 @@ def _write(
         adapter = folder / "adapter" if writes else None
         export_adapter(model.decoder, adapter, config.lora, config.model.decoder)
     if config.stage == "finetune":
-        export_llama(model, folder / "llama" if writes else None, tokenizer)
+        template, marks = find_template(config.data.template), config.data.use_im_start_end
+        chat = chat_template(template, tokenizer, marks)
+        export_llama(model, folder / "llama" if writes else None, tokenizer, chat)
         if not config.data.text_only:
-            export_llava(model, folder / "llava" if writes else None, tokenizer)
+            export_llava(model, folder / "llava" if writes else None, tokenizer, chat)

@@ -1,16 +1,16 @@
-"""Steps that must not change the weights, losses worth a look, and the request to stop."""
+"""Steps that must not change the weights, and losses worth a look."""
 
 import logging
 import math
-import signal
 import statistics
 from collections import deque
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.errors import UserError
+from mmalign.model.shards import local
 from mmalign.training.step_result import StepNumbers
 
 log = logging.getLogger("mmalign")
@@ -49,11 +49,7 @@ class NonFiniteGuard:
             what += f" (its loss is {numbers.loss:.4f})"
         samples = f"Its samples: {', '.join(sample_ids)}."
         if self.stops_run:
-            raise UserError(
-                f"{what}. {samples} Inspect them with scripts/preview_batch.py, lower "
-                "--optimizer.learning-rate, or skip such steps with --on-non-finite skip. The "
-                "last checkpoint is from before this step."
-            )
+            raise UserError(f"{what}. {samples}")
         self.num_skipped += 1
         log.warning("%s: the step was skipped. %s", what, samples)
         if self.num_skipped == MAX_SKIPPED:
@@ -61,6 +57,21 @@ class NonFiniteGuard:
                 f"{what}, the {MAX_SKIPPED}th step in a row, so the weights no longer change. "
                 "Start again in a new --run-dir with a lower --optimizer.learning-rate."
             )
+
+
+@torch.no_grad()
+def explain_non_finite(model: nn.Module) -> str:
+    """What to do after a step that is not finite: weights first, then data, then learning rate."""
+    for name, parameter in model.named_parameters():
+        if not local(parameter).isfinite().all():
+            return (
+                f" The weights are the cause: {name} holds NaN or infinity. Check the folders of "
+                "--model.decoder, --model.vision-tower and --model.projector."
+            )
+    return (
+        " All weights are finite. Inspect the samples with scripts/preview_batch.py; if they are "
+        "as meant, lower --optimizer.learning-rate, or skip such steps with --on-non-finite skip."
+    )
 
 
 class LossSpikeDetector:
@@ -90,36 +101,3 @@ class LossSpikeDetector:
         if math.isfinite(loss):
             self.losses.append(loss)
         return spike
-
-
-class Stopped(Exception):
-    """A signal stopped the run; everything is saved, and the same command resumes it."""
-
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
-
-
-class StopSignal:
-    """Inside, SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT request a stop after this step.
-
-    A second signal has its usual effect.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self.previous: dict[int, object] = {}  # handlers by signal
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._restore()
-
-    def _on_signal(self, number, frame) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

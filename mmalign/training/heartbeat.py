@@ -76,12 +76,14 @@ class Heartbeat:
                 log.error("%s", self.report())
 
     def _publish(self) -> None:
+        assert self.store is not None, "a single process has nobody to tell"
         step, phase = self.place
         seconds = time.monotonic() - self.since
         self.store.set(str(self.ranks.rank), f"{step} {seconds:.0f} {time.time():.0f} {phase}")
 
     def report(self) -> str:
         """Ranks by place, the ones furthest behind first."""
+        assert self.store is not None, "a single process has no ranks to report"
         places = defaultdict(list)
         for rank in range(self.ranks.world_size):
             try:

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 
 import torch
 
+from mmalign.command import Stopped, StopSignal, reason
 from mmalign.config import TrainConfig
 from mmalign.data.loader import StepLoader, num_steps_of
 from mmalign.distributed import DistributedContext, start_distributed
 from mmalign.errors import UserError
 from mmalign.evaluation.during_training import EvaluationDuringTraining
 from mmalign.flops import Workload, step_flops
+from mmalign.ownership import owned
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import (
     build_dataset,
@@ -27,8 +29,9 @@ from mmalign.training.build import (
 )
 from mmalign.training.checkpoint import CheckpointError, Checkpoints
 from mmalign.training.export import export
-from mmalign.training.guards import LossSpikeDetector, Stopped, StopSignal
+from mmalign.training.guards import LossSpikeDetector, explain_non_finite
 from mmalign.training.heartbeat import Heartbeat
+from mmalign.training.inputs import RunInputs
 from mmalign.training.memory.table import plan_run
 from mmalign.training.metrics import Metrics
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
@@ -46,24 +49,34 @@ def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or resumes it from its latest checkpoint."""
     validate(config)
     timeout = config.parallel.timeout_minutes
-    with start_distributed(config.device, timeout) as ranks, memory_history(ranks.device):
-        config = plan_run(resolve(config), ranks)  # refuses what does not fit in memory
-        tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
-        with explain_out_of_memory(config, ranks):
-            loop = build_loop(config, ranks, tokenizer)
-        loop.run()
-        export(loop.trainer.model, config, tokenizer, ranks)
+    with (
+        StopSignal() as stop,
+        start_distributed(config.device, timeout) as ranks,
+        memory_history(ranks.device),
+    ):
+        config = resolve(config)
+        with owned(config.run_dir, "--run-dir", ranks):
+            config = plan_run(config, ranks)  # refuses what does not fit in memory
+            tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
+            with explain_out_of_memory(config, ranks):
+                loop = build_loop(config, ranks, tokenizer, stop)
+            loop.run()
+            export(loop.trainer.model, config, tokenizer, ranks)
 
 
 def build_loop(
-    config: TrainConfig, ranks: DistributedContext, tokenizer: Tokenizer
+    config: TrainConfig, ranks: DistributedContext, tokenizer: Tokenizer, stop: StopSignal
 ) -> "TrainingLoop":
     """All that is read from files, the cheap checks first; the weights come last."""
     torch.manual_seed(config.seed)
+    inputs = RunInputs(config.run_dir)
     with ranks.main_first():
         write_config(config)
     check_shared(config.run_dir, ranks)
     dataset = build_dataset(config, tokenizer)
+    with ranks.main_first():
+        if ranks.is_main:
+            inputs.check(config, tokenizer)
     report = check_data(config, dataset, ranks)
     num_steps = config.num_steps or num_steps_of(
         len(report.kept), config.global_batch_size, config.num_epochs
@@ -74,18 +87,24 @@ def build_loop(
             "raise --num-steps, or set --optimizer.warmup-ratio 0"
         )
     steps_to_profile(config.profile, num_steps)
+    evaluation = None
+    if config.evaluation.every:
+        evaluation = EvaluationDuringTraining(config, ranks, tokenizer, report, num_steps, stop)
+    run = ""
+    if ranks.is_main:
+        inputs.check_evaluation(config.evaluation)
+        inputs.check_images(dataset, report)
+        run = inputs.settle(config, num_steps)
     checkpoints = Checkpoints(
         config.run_dir / "checkpoints",
         config.checkpoint.keep,
         ranks,
         collective=config.parallel.is_sharded(ranks.world_size),
+        facts={"run": ranks.broadcast_from_main(run), "precision": config.precision},
     )
     first_step = checkpoints.latest_step()
     prefix_ids = shared_prefix(config, report)
     loader = build_loader(config, dataset, report, ranks, num_steps, first_step, len(prefix_ids))
-    evaluation = None
-    if config.evaluation.every:
-        evaluation = EvaluationDuringTraining(config, ranks, tokenizer, report, num_steps)
     trainer = Trainer(config, ranks, build_model(config, tokenizer, prefix_ids), num_steps)
     if ranks.is_main:
         checkpoints.check_disk(trainer.state())
@@ -93,7 +112,7 @@ def build_loop(
         trainer.resume(checkpoints, first_step)
         if ranks.is_main:
             log.info("resuming %s after step %d", config.run_dir, first_step)
-    return TrainingLoop(trainer, loader, checkpoints, evaluation, first_step)
+    return TrainingLoop(trainer, loader, checkpoints, evaluation, first_step, stop)
 
 
 class TrainingLoop:
@@ -106,6 +125,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         evaluation: EvaluationDuringTraining | None,
         first_step: int,
+        stop: StopSignal,
     ):
         """first_step: optimizer steps that the trainer's weights have behind them."""
         config, ranks, model = trainer.config, trainer.ranks, trainer.model
@@ -117,7 +137,7 @@ class TrainingLoop:
         self.profiler = StepProfiler(trainer, self.workload, first_step)
         self.telemetry = Telemetry(config, ranks)
         self.heartbeat = Heartbeat(ranks, config.parallel.timeout_minutes)
-        self.stop = StopSignal()
+        self.stop = stop
         self.metrics: Metrics | None = None
         if ranks.is_main:
             name, num_steps = config.stage, trainer.num_steps
@@ -130,9 +150,9 @@ class TrainingLoop:
 
     def run(self) -> None:
         """All remaining steps. Saves before it leaves, whatever the reason."""
-        with self.stop, self.metrics or nullcontext():
+        with self.metrics or nullcontext():
             try:
-                with self.heartbeat, self.telemetry:
+                with self.stop.raising(False), self.heartbeat, self.telemetry:
                     if self.evaluation:
                         self.evaluation.catch_up(self.first_step, self.trainer.model)
                     with self.profiler:
@@ -140,10 +160,23 @@ class TrainingLoop:
                     self._save()
                     self.checkpoints.finish()
                     self._warn_if_all_skipped()
+                    if self.ranks.any(self.stop.requested):
+                        raise Stopped("after the last step")
             except CheckpointError:
                 raise
-            except BaseException:
-                self._save_before_leaving()
+            except Stopped:
+                self.checkpoints.wait()
+                raise
+            except BaseException as error:
+                unsaved = self._save_before_leaving()
+                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                    raise UserError(
+                        f"after step {self.done}: {reason(error)}. {unsaved}"
+                        f"{self.checkpoints.what_remains()} Fix this and rerun the same command "
+                        "to resume."
+                    ) from error
+                if unsaved:
+                    log.error("%s%s", unsaved, self.checkpoints.what_remains())
                 raise
 
     def _run_steps(self) -> None:
@@ -185,16 +218,13 @@ class TrainingLoop:
         if numbers.stop:
             self._save()
             self.checkpoints.finish()
-            raise Stopped(
-                f"stopped by a signal after step {self.done}; everything is saved. "
-                "Rerun the same command to resume."
-            )
+            raise Stopped(f"after step {self.done}")
 
     def _check_finite(self, result: StepResult, numbers: StepNumbers) -> None:
         trainer = self.trainer
         try:
             trainer.guard.check(result.number, numbers, result.step.sample_ids)
-        except UserError:
+        except UserError as error:
             if trainer.guard.stops_run:
                 self.pending = None  # the guard is closed: later steps change nothing either
             else:
@@ -204,7 +234,8 @@ class TrainingLoop:
             if not trainer.updating:
                 self._save()
             self.checkpoints.finish()
-            raise
+            advice = explain_non_finite(trainer.model) if trainer.guard.stops_run else ""
+            raise UserError(f"{error}{advice} {self.checkpoints.what_remains()}") from error
 
     def _record(self, result: StepResult, numbers: StepNumbers, data_seconds: float) -> dict:
         """The step's line of metrics.jsonl."""
@@ -233,7 +264,7 @@ class TrainingLoop:
             record["skipped"] = True
         elif self.spikes.update(result.number, numbers.loss, step.sample_ids):
             record["loss_spike"] = True
-        return record | (self.evaluation.fields(result.number) if self.evaluation else {})
+        return record
 
     def _warn_if_all_skipped(self) -> None:
         num_skipped = self.trainer.guard.num_skipped  # the last ones in a row
@@ -252,10 +283,13 @@ class TrainingLoop:
     # ---- between steps ----
 
     def _evaluate(self, number: int) -> None:
-        self.pending[0].wait()  # the evaluation is not part of the step's time
+        """After the step is saved: a signal ends the evaluation at once."""
+        assert self.evaluation is not None
+        self._save()
         self.heartbeat.at(number, "evaluating")
         self.evaluation.after(number, self.trainer.model)
-        self._flush()
+        if self.metrics:
+            self.metrics.amend(self.evaluation.scores)
         self.ended_at = time.perf_counter()
 
     def _save(self) -> None:
@@ -265,20 +299,22 @@ class TrainingLoop:
         self.checkpoints.start(self.done, self.trainer.state())
         self.ended_at = time.perf_counter()
 
-    def _save_before_leaving(self) -> None:
-        """After an error. Unsharded, every rank holds the whole state, so it saves alone."""
+    def _save_before_leaving(self) -> str:
+        """After an error. Unsharded, every rank holds the whole state, so it saves alone.
+
+        Returns a sentence on what could not be saved, or nothing.
+        """
         try:
             self.checkpoints.wait()
             if self.trainer.parallel.sharded:  # no rank can save without the others
-                if self.done != self.checkpoints.newest:
-                    remains = self.checkpoints.what_remains()
-                    log.error("step %d could not be saved. %s", self.done, remains)
-                return
+                unsaved = self.done != self.checkpoints.newest
+                return f"Step {self.done} could not be saved. " if unsaved else ""
             self._flush()
             saved = (self.first_step, self.checkpoints.newest)
             if not self.trainer.updating and self.done not in saved:
                 self.checkpoints.save_alone(self.done, self.trainer.state())
         except Stopped:  # a pending step asked for it, and is saved
-            return
+            pass
         except (UserError, OSError, RuntimeError) as error:  # the first error is the one to show
-            log.error("could not save step %d: %s", self.done, error)
+            return f"Step {self.done} could not be saved ({error}). "
+        return ""

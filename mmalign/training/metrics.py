@@ -1,12 +1,15 @@
 """metrics.jsonl (one object per step), the progress bar, and TensorBoard on request."""
 
+import errno
 import json
-import sys
+import logging
+import os
 from pathlib import Path
 
-from tqdm import tqdm
+from mmalign.command import progress_bar
+from mmalign.files import read_steps, write_json_lines
 
-from mmalign.files import read_json_lines, write_json_lines
+log = logging.getLogger("mmalign")
 
 
 class Metrics:
@@ -21,15 +24,12 @@ class Metrics:
         """name: of the progress bar; first_step: optimizer steps before this process's first."""
         path = run_dir / "metrics.jsonl"
         kept = _keep_lines(path, first_step)
-        self.earlier_losses = [record["loss"] for record in kept if "loss" in record]
-        self.file = open(path, "a", buffering=1)  # line by line: a killed run keeps what it printed
-        self.bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc=name,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
+        self.earlier_losses = [record["loss"] for record in kept]
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self.last: dict = {}  # the record that was written last, from this byte of the file on
+        self.begin = 0
+        self.bar = progress_bar(
+            total=num_steps, initial=first_step, desc=name, unit="step", mininterval=0.5
         )
         self.tensorboard = None
         if tensorboard:
@@ -41,13 +41,13 @@ class Metrics:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.file.close()
         self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
 
     def log(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.begin, self.last = self.file.tell(), record
+        self._write(record)
         self.bar.set_postfix_str(progress(record), refresh=False)
         self.bar.update(record["step"] - self.bar.n)
         if self.tensorboard:
@@ -55,12 +55,33 @@ class Metrics:
                 if key != "step" and not isinstance(value, list):
                     self.tensorboard.add_scalar(key, value, record["step"])
 
+    def amend(self, fields: dict[str, float]) -> None:
+        """Adds fields to the line that was written last."""
+        self.file.truncate(self.begin)
+        try:
+            self._write(self.last | fields)
+        except OSError:  # a full disk, but the line as it was fits
+            self.file.truncate(self.begin)
+            self._write(self.last)
+            raise
+        if self.tensorboard:
+            for key, value in fields.items():
+                self.tensorboard.add_scalar(key, value, self.last["step"])
+
+    def _write(self, record: dict) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        if self.file.write(line) < len(line):  # the disk took a part of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+
 
 def _keep_lines(path: Path, last_step: int) -> list[dict]:
-    """Drops the lines of steps after `last_step`, and returns the others."""
+    """Drops the lines of steps after `last_step`, and returns the others; names damaged lines."""
     if not path.exists():
         return []
-    kept = [record for record in read_json_lines(path, ["step"]) if record["step"] <= last_step]
+    records, damaged = read_steps(path)
+    for problem in damaged:
+        log.warning("%s. It is left out; the checkpoints do not depend on it", problem)
+    kept = [record for record in records if record["step"] <= last_step]
     write_json_lines(path, kept)
     return kept
 

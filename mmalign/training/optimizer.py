@@ -1,5 +1,6 @@
 """What the trainer asks of an optimizer, and AdamW with clipping folded into the update."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
@@ -28,6 +29,7 @@ class Optimizer(Protocol):
 
     def gradient_norm(self) -> Tensor:
         """Global norm of all gradients; a 0-dim fp32 tensor on the device, no host sync."""
+        ...
 
     def step(self, learning_rate: float, gradient_norm: Tensor, allowed: Tensor | None) -> None:
         """One update with clipped gradients; no change where allowed, () bool, is False."""
@@ -37,10 +39,12 @@ class Optimizer(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors by name, without the parameters; a checkpoint is loaded into them."""
+        ...
 
     @staticmethod
     def state_bytes(numel: int, num_dims: int, itemsize: int, config: OptimizerConfig) -> int:
         """Bytes of state for a parameter (or shard) of numel elements of itemsize bytes."""
+        ...
 
 
 class AdamW:
@@ -139,7 +143,7 @@ class AdamW:
         if self._armed is None:  # not the step's last micro-batch: gradients accumulate
             return
         learning_rate, allowed = self._armed
-        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+        norm = torch.linalg.vector_norm(self._gradient(name), dtype=torch.float32)
         finite = norm.isfinite() if allowed is None else norm.isfinite() & allowed
         self._norms.append(norm)
         self._update([name], self.step_count + 1, learning_rate, finite.float())
@@ -155,14 +159,14 @@ class AdamW:
                 self._update_copied(name, step, learning_rate, scale)
             return
         params = self._local(self.parameters, names)
-        grads = [local(self.parameters[name].grad) for name in names]
+        grads = [self._gradient(name) for name in names]
         self._adamw(params, grads, names, step, learning_rate, scale)
 
     def _update_copied(
         self, name: str, step: int, learning_rate: float, scale: Tensor | None
     ) -> None:
         parameter, master = self.parameters[name], local(self.master[name])
-        gradient = local(parameter.grad).float()
+        gradient = self._gradient(name).float()
         self._adamw([master], [gradient], [name], step, learning_rate, scale)
         local(parameter.detach()).copy_(master)
 
@@ -196,7 +200,12 @@ class AdamW:
             seed=self._draw_seed(names[0]) if rounds else None,
         )
 
-    def _local(self, tensors: dict[str, Tensor], names: list[str]) -> list[Tensor]:
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.parameters[name].grad
+        assert gradient is not None, f"{name} has no gradient"
+        return local(gradient)
+
+    def _local(self, tensors: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
         return [local(tensors[name].detach()) for name in names]
 
     def _draw_seed(self, name: str) -> int:
@@ -285,8 +294,7 @@ def _shard_index(parameter: Parameter) -> int:
     if not isinstance(parameter, DTensor):
         return 0
     mesh, index = parameter.device_mesh, 0
-    for size, place, kind in zip(
-        mesh.shape, mesh.get_coordinate(), parameter.placements, strict=True
-    ):
+    coordinate = mesh.get_coordinate() or ()  # None outside of the mesh, where nobody asks
+    for size, place, kind in zip(mesh.shape, coordinate, parameter.placements, strict=True):
         index = index * size + place if kind.is_shard() else index
     return index

@@ -36,7 +36,16 @@ FREE_FIELDS = (
     "evaluation.batch_tokens",  # changes rounding only
     "data.num_workers",
     "data.check_images",
+    # what lies under these paths is compared by its content: inputs.py
+    "model.decoder",
+    "model.vision_tower",
+    "model.projector",
+    "model.tokenizer",
+    "data.path",
+    "data.image_root",
+    "evaluation.data_root",
 )
+_RESTORE = "Restore a copy of it, or use another --run-dir."
 
 
 def config_json(config: TrainConfig, **extra) -> str:
@@ -48,7 +57,7 @@ def write_config(config: TrainConfig) -> None:
     """Writes config.json of a new run; in a folder that has one, checks that it is the same run."""
     path = config.run_dir / "config.json"
     if path.exists():
-        _check_same_run(read_json(path), config, path)
+        _check_same_run(_read(path), config, path)
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, config_json(config, command=sys.argv, versions=versions()))
@@ -62,8 +71,17 @@ def with_first_decision(config: TrainConfig) -> TrainConfig:
     path = config.run_dir / "config.json"
     if config.micro_batch_tokens != "auto" or not path.exists():
         return config
-    decided = read_json(path)["micro_batch_tokens"]
+    decided = _read(path).get("micro_batch_tokens")
+    if type(decided) is not int:
+        raise UserError(f"{path}: micro_batch_tokens is {decided!r}, expected a number. {_RESTORE}")
     return dataclasses.replace(config, micro_batch_tokens=decided)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}. {_RESTORE}") from error
 
 
 def check_shared(run_dir: Path, ranks: DistributedContext, patience: float = 60.0) -> None:
@@ -93,18 +111,22 @@ def check_shared(run_dir: Path, ranks: DistributedContext, patience: float = 60.
         )
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"data": {"path": x}} -> {"data.path": x}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
 def _check_same_run(saved: dict, config: TrainConfig, path: Path) -> None:
-    before, now = _flatten(saved), _flatten(json.loads(config_json(config)))
+    now, default = (
+        flatten(json.loads(config_json(x))) for x in (config, TrainConfig(stage=config.stage))
+    )
+    before = default | flatten(saved)  # an option that is newer than the run had its default
     changed = [
         f"{name} was {before.get(name)!r}, now {value!r}"
         for name, value in now.items()

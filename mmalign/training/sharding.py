@@ -11,12 +11,14 @@ reads. The gradients of these norms are averaged here, once per step.
 
 import os
 import warnings
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -54,7 +56,7 @@ class ParallelModel:
         """
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = enabled
-        elif self.sharded:
+        elif isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(enabled)
             self.model.set_requires_all_reduce(enabled)  # between the groups of hybrid sharding
 
@@ -62,7 +64,7 @@ class ParallelModel:
         """After the step's last backward pass: averages what FSDP2 leaves replicated."""
         if not self.sharded or not self.replicated:
             return
-        gradients = [p.grad for p in self.replicated]
+        gradients = [p.grad for p in self.replicated if p.grad is not None]
         flat = torch.cat([grad.flatten().float() for grad in gradients])
         self.ranks.sum(flat).div_(self.ranks.world_size)
         for grad, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -117,16 +119,17 @@ def _shard(model: Llava, config: TrainConfig, ranks: DistributedContext) -> None
         reduce_dtype=torch.float32,  # a sum over many ranks in bf16 would lose small gradients
         cast_forward_inputs=False,  # they come in the right precision, rotary tables in fp32
     )
-    layers = list(model.decoder.layers)
-    for layer in layers:
+    units: list[FSDPModule] = []
+    for layer in model.decoder.layers:
         layer.input_layernorm.to(ranks.device)
-        fully_shard(
+        unit = fully_shard(
             layer,
             mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=True,  # a step holds one layer's weights, not all
             ignored_params=set(layer.input_layernorm.parameters()),
         )
+        units.append(unit)
     tower = set()
     if model.vision_tower is not None:
         tower = set(model.vision_tower.to(ranks.device).parameters())
@@ -134,7 +137,7 @@ def _shard(model: Llava, config: TrainConfig, ranks: DistributedContext) -> None
         model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=tower
     )
     register_fsdp_forward_method(model, "with_decoder")
-    for layer, following in zip(layers, layers[1:], strict=False):
+    for unit, following in pairwise(units):
         # the next layer is gathered while this one computes; two would take memory for no speed
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmalign_kernels import dispatch
-from mmalign_kernels.costs import Cost
+from mmalign_kernels.costs import Cost, Passes
 
 from bench.comparison import COPY, CannotRun, WrongResult
 from bench.operation import ALL, Case, Operation, costs_of
@@ -53,7 +53,7 @@ def comparisons(*variants: Variant):
         return SimpleNamespace(x=activations(ROWS, 4))
 
     cost = Cost(100, 10, 100, 10)
-    case = Case("8 rows", make, ("x",), costs_of(cost, cost))
+    case = Case("8 rows", make, ("x",), costs_of(Passes(cost, cost)))
     operation = Operation("square", variants, EAGER, COPY)
     return dict(zip(ALL, operation.comparisons([case]), strict=True))
 

@@ -32,6 +32,7 @@ _SIGNATURES = {
     "projector_rows": "array i32 array",
     "accumulators": "i32 array",
     "dealt_row": "i64 i64 i64",
+    "rms_norm_backward": "i64 i32 i32 i32 i32 array",
     "attention_items": "array i32 i32 i32 i32 i32 array",
     "attention": "array array array array array i32 i32 i32 i32 i32 i32 i32 u32 array array",
     "attention_backward": "array array array array array array array array"

@@ -18,6 +18,7 @@ class Kernel:
     architecture: str
     registers: int
     stack_bytes: int
+    shared_bytes: int  # static; from sm_90 on with the KiB that the system reserves
     local_bytes: int
 
 
@@ -25,7 +26,9 @@ def kernels(library: Path) -> list[Kernel]:
     text = _cuobjdump(library, "-res-usage")
     found = []
     for part in re.split(r"^arch = ", text, flags=re.M)[1:]:
-        figures = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", part)
+        figures = re.findall(
+            r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part
+        )
         names = _demangled([name for name, *_ in figures])
         for name, (_, *numbers) in zip(names, figures, strict=True):
             found.append(Kernel(name, part.split(None, 1)[0], *map(int, numbers)))
@@ -60,7 +63,9 @@ def _cuobjdump(library: Path, *options: str) -> str:
 
 def _demangled(names: list[str]) -> list[str]:
     """rms_norm_fwd_kernel<float, true>; enumerators are numbers."""
-    command = dict(input="\n".join(names), check=True, capture_output=True, text=True)
-    lines = subprocess.run(["c++filt"], **command).stdout.splitlines()
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
     noise = r"\(anonymous namespace\)::|mmalign::|^void |\(mmalign::\w+\)(?=\d)"
     return [re.sub(noise, "", line).partition("(")[0] for line in lines]

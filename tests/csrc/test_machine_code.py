@@ -2,11 +2,13 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 
 from csrc.build import ARCHITECTURES
 
 from . import machine_code
+from .host_library import HostLibrary
 from .machine_code import count
 
 FLOATS = ("float", "__half", "__nv_bfloat16")
@@ -88,3 +90,76 @@ def test_adamw_rounds_every_product(hopper):
     some inside, and nothing else may: as many for every kind of weight."""
     fused = {name: count(hopper[name], "FFMA") for name in ADAMW_ACCESSES}
     assert len(set(fused.values())) == 1, fused
+
+
+# KiB of shared memory per multiprocessor and per block with opt-in (CUDA programming guide)
+SHARED_KIB = {80: (164, 163), 86: (100, 99), 89: (100, 99), 90: (228, 227), 120: (100, 99)}
+LANES = {"float": 4, "__half": 8, "__nv_bfloat16": 8}
+
+
+def _static_bytes(kernel):
+    return max(kernel.shared_bytes - (0 if kernel.architecture == "sm_80" else 1024), 0)
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("name", [x for x in STREAMING if "bwd" in x])
+def test_every_width_of_rms_norm_bwd_can_launch(name, capability, kernels, host_library_file):
+    """Static and dynamic shared memory together fit, and ask for what is beyond 48 KiB."""
+    host, launch = HostLibrary(host_library_file), np.zeros(3, np.int32)
+    static = max(_static_bytes(x) for x in kernels if x.name == name)
+    per_multiprocessor, per_block = (1024 * x for x in SHARED_KIB[capability])
+    dtype, adds, _ = name.partition("<")[2].rstrip(">").split(", ")
+    lanes, tensors = LANES[dtype], 3 if adds == "true" else 2
+    for columns in range(lanes, 4 * 512 * lanes + 1, lanes):
+        host.rms_norm_backward(columns, lanes, tensors, per_multiprocessor, per_block, launch)
+        threads, dynamic, opts_in = launch.tolist()
+        assert 64 < threads <= 512 and 4 * threads * lanes >= columns
+        assert static + dynamic <= per_block, columns
+        assert opts_in or static + dynamic <= 48 * 1024, columns
+
+
+def test_static_shared_memory_is_small(kernels):
+    """row_threads.h reserves 1 KiB for it beside the stages; Hopper's kernels have none."""
+    for x in kernels:
+        alone = x.name.startswith(("projector", "rotary")) and "gradient" not in x.name
+        assert _static_bytes(x) <= (0 if alone and x.architecture == "sm_90a" else 1024), x
+
+
+def _before(program, stop, *parts):
+    """Instructions with all these parts before the first one that `stop` names."""
+    end = next(i for i, x in enumerate(program) if set(stop) <= set(x.split(".")))
+    return sum(set(parts) <= set(x.split(".")) for x in program[:end])
+
+
+@pytest.fixture(scope="module")
+def hopper_programs(cuda_library_file):
+    return machine_code.programs(cuda_library_file, "sm_90a")
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("dtype", ("__half", "__nv_bfloat16"))
+def test_angles_of_four_rows_are_in_flight(dtype, head_dim, hopper_programs):
+    """Warps that rotate queries load four positions, then all 16 vectors of angles, then store."""
+    program = hopper_programs[f"rotary_attention_kernel<{dtype}, {head_dim}>"]
+    first = next(i for i, x in enumerate(program) if x == "LDG.E.CONSTANT")
+    rotating = program[first:]
+    assert _before(rotating, ("LDG", "128", "CONSTANT"), "LDG") == 4
+    assert _before(rotating, ("STS", "128"), "LDG", "128", "CONSTANT") == 4 * 4
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sixteen_partial_rows_are_in_flight(dtype, hopper_programs):
+    program = hopper_programs[f"rms_norm_bwd_kernel<{dtype}, false, true>"]
+    starts = [i for i, x in enumerate(program) if x.startswith("ATOMG")]
+    assert len(starts) == 2, "one step adds the rows of a team, one those of the teams"
+    for start in starts:
+        assert _before(program[start:], ("FADD",), "LDG", "128", "STRONG") == 16
+
+
+@pytest.mark.parametrize("name", ADAMW_ACCESSES)
+def test_adamw_loads_before_it_knows_whether_to_store(name, hopper_programs):
+    program = hopper_programs[name]
+    whole = program[next(i for i, x in enumerate(program) if x.startswith("LDG.E.128")) :]
+    loads, _ = ADAMW_ACCESSES[name]
+    assert _before(whole, ("EXIT",), "LDG", "128") == loads
+    assert _before(whole, ("MUFU", "RSQ"), "LDG", "128") == loads

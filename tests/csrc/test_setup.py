@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+import subprocess
 
 import pytest
 import setuptools
@@ -37,6 +38,21 @@ def test_named_architectures_need_no_gpu(run_setup, monkeypatch):
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "80;90a")
     (extension,) = run_setup("nvcc")["ext_modules"]
     assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"
+
+
+@pytest.mark.parametrize("archs", ("90", "80;90", "80;100"))
+def test_hopper_without_its_suffix_is_refused(archs, run_setup, monkeypatch, tmp_path):
+    """Such a build has empty attention and projector kernels."""
+    bare = archs.rpartition(";")[2]
+    monkeypatch.setenv("MMALIGN_CUDA_ARCHS", archs)
+    with pytest.raises(SystemExit, match=f"MMALIGN_CUDA_ARCHS has {bare}, expected {bare}a"):
+        run_setup("nvcc")
+    monkeypatch.undo()
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    command = ["cmake", "-S", REPOSITORY, "-B", tmp_path, f"-DMMALIGN_CUDA_ARCHS={archs}"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode and f"MMALIGN_CUDA_ARCHS has {bare}" in process.stderr
 
 
 def test_every_package_is_installed(run_setup):

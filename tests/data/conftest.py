@@ -24,7 +24,8 @@ VISION = VisionConfig(
     image_size=IMAGE_SIZE,
     patch_size=14,
 )
-WORDS = "what colour is the small boat tied to a pier at sunset it looks red green or blue".split()
+WORDS = ("what", "colour", "is", "the", "small", "boat", "tied", "to", "a", "pier", "at", "sunset")
+WORDS += ("it", "looks", "red", "green", "or", "blue")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 from mmalign.data.images import MAX_FILE_BYTES, check_image, load_image
 from mmalign.errors import UserError
-from mmalign.model.config import Preprocessing
+from mmalign.model.preprocessing import Preprocessing
 
 PHOTOS = ("alpaca.png", "bard.jpg", "extreme_ironing.jpg", "llama.jpg", "llava_v1_5_radar.jpg")
 PHOTOS += ("vicuna.jpeg", "waterview.jpg")

@@ -1,5 +1,6 @@
 """What the commands show is what is trained on."""
 
+import io
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_view_marks_exactly_the_answers(world, capsys):
 def test_view_shows_the_packing_map(world):
     dataset = world.dataset()
     report = check_samples(dataset, num_workers=0, progress=False)
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     preview.show(dataset, 100_000, console)
     shown = console.export_text()
     total = report.lengths.sum()

@@ -50,7 +50,8 @@ def data_root(tmp_path_factory) -> Path:
         writer = csv.writer(file)
         writer.writerow(["label", "scenario"])
         for i in range(NUM_DOCUMENTS):
-            writer.writerow([int(i % 5 == 0), f"{sentence()} [SEP] {draw.choice(WORDS)}"])
+            scenario = scenario if i % 5 else sentence()
+            writer.writerow([int(i % 5 == 0), f"{scenario} [SEP] {draw.choice(WORDS)}"])
     return root
 
 

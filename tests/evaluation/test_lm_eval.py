@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from mmalign.data.chat_template import chat_template
+from mmalign.data.templates import TEMPLATES
 from mmalign.errors import UserError
 from mmalign.lm_eval import MmalignLM
 from mmalign.tokenizer import Tokenizer
@@ -22,7 +25,7 @@ from .conftest import save_llama
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTEXT = 96  # tokens: shorter than the longest prompts, so that cutting is compared, too
-WORDS = "river stone lamp seven green under walks never paper cloud".split()
+WORDS = ["river", "stone", "lamp", "seven", "green", "under", "walks", "never", "paper", "cloud"]
 TASKS = {
     "choices": {
         "output_type": "multiple_choice",
@@ -208,3 +211,28 @@ def test_what_cannot_be_done(folder):
         MmalignLM(pretrained=str(folder), dtype="float16")
     with pytest.raises(UserError, match="precision is 'fp8'"):
         MmalignLM(pretrained=str(folder), precision="fp8")
+
+
+def test_chat_template_equals_the_hugging_face_backend(folder, tmp_path):
+    """Texts and ids of --apply_chat_template, also of a last message that is to be continued."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer.save(tmp_path / "model", 0, chat_template(TEMPLATES["v1"], tokenizer, False))
+    ours = MmalignLM(str(tmp_path / "model"), device="cpu")
+    theirs = HFLM(str(tmp_path / "model"), device="cpu", dtype="float32")
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    chat = [
+        {"role": "user", "content": "Is a lamp green?"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "Seven?"},
+        {"role": "assistant", "content": "The answer is"},
+    ]
+    for messages, prompt in ((chat[:1], True), (chat[:3], True), (chat, False)):
+        text = ours.apply_chat_template(messages, prompt)
+        assert text == theirs.apply_chat_template(messages, prompt)
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+    assert ours.tok_encode(text).count(tokenizer.eos_token_id) == 1
+    with pytest.raises(UserError, match=r"chat_template\.jinja: .* system prompt"):
+        ours.apply_chat_template([{"role": "system", "content": "x"}])
+    with pytest.raises(UserError, match="has no chat template"):
+        MmalignLM(str(folder), device="cpu").chat_template(True)

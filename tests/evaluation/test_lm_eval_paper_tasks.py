@@ -17,7 +17,7 @@ from .conftest import save_llama
 
 NUM_FEWSHOT = {"mmlu_anatomy": 5, "mathqa": 4, "gsm8k": 8, "boolq": 0, "squadv2": 0}
 FOLDERS = ("mmlu/default", "mathqa", "gsm8k", "super_glue/boolq", "squadv2")
-WORDS = "river stone lamp seven green under walks never paper cloud".split()
+WORDS = ["river", "stone", "lamp", "seven", "green", "under", "walks", "never", "paper", "cloud"]
 
 
 @pytest.fixture

@@ -112,6 +112,14 @@ GOOD = '{"question": "Q?", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a":
         ("[\n{]", r"mc_task.json, line 2: not valid JSON"),
         ("{}", "expected a list of questions"),
         ("[]", "contains no question"),
+        (
+            "[" + GOOD.replace('"b": 0}', '"b": 0, "a": 0}', 1) + "]",
+            "mc1 choice 'a' stands .* twice",
+        ),
+        ("[" + GOOD.replace("Q?", "\\ud83d") + "]", "question 0: its question holds half"),
+        ("[" + GOOD.replace('"b"', '"\\ud83d"') + "]", "question 0: mc1 choice .* holds half"),
+        ("[" + GOOD.replace("1", "1" * 5000, 1) + "]", "mc_task.json: not the published form"),
+        ("[" * 100000, "mc_task.json: not the published form"),
         (f'[\n{GOOD},\n{{"question": 3}}]', r"mc_task.json, question 1: expected .*found"),
         ("[\n" + GOOD.replace('"a": 1', '"a": 2', 1) + "]", "mc1 choice 'a' has label 2"),
         ("[\n" + GOOD.replace('"b": 0', '"b": 1', 1) + "]", "mc1 has 2 true choices"),
@@ -136,6 +144,19 @@ def test_malformed_truthfulqa(tmp_path, text, message):
         ("utilitarianism", "one\n", "line 1: expected 2 columns"),
         ("virtue", "label,scenario\n1,no trait\n", "line 2: .*found 0 separators"),
         ("deontology", "label,scenario,excuse\n", "contains no row"),
+        ("commonsense", "label,input\n0,cut in the mid", "line 2: the file ends within this line"),
+        ("commonsense", 'label,input\n0,"cut in a quote\n', "line 2: not valid CSV"),
+        ("justice", "label,scenario\n" + "1,a\n" * 7, "has 7 rows, .* groups of 4. A row is"),
+        (
+            "virtue",
+            "label,scenario\n" + "1,s [SEP] a\n" * 4 + "0,t [SEP] a\n" * 6,
+            "line 6: every 5 rows are a group .* than line 2",
+        ),
+        (
+            "deontology",
+            "label,scenario,excuse\n" + "1,s,a\n" * 3 + "0,t,a\n",
+            "line 5: every 4 rows are a group",
+        ),
     ],
 )
 def test_malformed_ethics(tmp_path, subset, text, message):
@@ -153,3 +174,16 @@ def test_missing_files(tmp_path):
         TASKS["ethics_virtue"].load(tmp_path)
     with pytest.raises(UserError, match="is not a directory"):
         load_documents(["ethics_virtue"], tmp_path / "absent")
+
+
+def test_files_are_known_to_be_the_published_ones(shared_data, tmp_path):
+    tasks = [task.name for task in SUBSETS]
+    published = describe_data(tasks, shared_data)
+    assert {facts["variant"] for facts in published.values()} == {"as published"}
+    shutil.copytree(shared_data / "ethics", tmp_path / "ethics")
+    path = tmp_path / "ethics" / "justice" / "justice_test.csv"
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("deserve", "merit"))
+    variants = {name: facts["variant"] for name, facts in describe_data(tasks, tmp_path).items()}
+    changed = [name for name, variant in variants.items() if variant == "not the published file"]
+    assert changed == ["ethics/justice/justice_test.csv"]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_batches_change_nothing(llava, tokenizer, data):
 
 def test_a_mismatched_image_is_really_shown(llava, tokenizer, data, tmp_path):
     """Scores with mismatched images equal scores of a file that names those images."""
-    records = json.loads(open(data.path).read())
+    records = json.loads(Path(data.path).read_text())
     n, swapped = len(records), []
     for index, record in enumerate(records):
         candidates = [records[(index + n // 2 + step) % n]["image"] for step in range(n)]

@@ -47,48 +47,48 @@ SIZE = ROWS, COLUMNS, 2
 LAUNCHES = {
     "rms_norm": (
         lambda: rms_norm.rms_norm_fwd(X, WEIGHT, 1e-5),
-        costs.rms_norm_forward(*SIZE),
+        costs.rms_norm(*SIZE).forward,
     ),
     "add_rms_norm": (
         lambda: rms_norm.add_rms_norm_fwd(X, meta(*X.shape), WEIGHT, 1e-5),
-        costs.add_rms_norm_forward(*SIZE),
+        costs.add_rms_norm(*SIZE).forward,
     ),
     "rms_norm backward": (
         lambda: rms_norm.rms_norm_bwd(X, None, meta(*X.shape), WEIGHT, RSTD, True),
-        costs.rms_norm_backward(*SIZE),
+        costs.rms_norm(*SIZE).backward,
     ),
     "add_rms_norm backward, frozen": (
         lambda: rms_norm.rms_norm_bwd(X, meta(*X.shape), meta(*X.shape), WEIGHT, RSTD, False),
-        costs.add_rms_norm_backward(*SIZE, needs_weight=False),
+        costs.add_rms_norm(*SIZE, needs_weight=False).backward,
     ),
     "swiglu": (
         lambda: swiglu.swiglu_fwd(GATE_UP),
-        costs.swiglu_forward(*SIZE),
+        costs.swiglu(*SIZE).forward,
     ),
     "swiglu backward": (
         lambda: swiglu.swiglu_bwd(X, GATE_UP),
-        costs.swiglu_backward(*SIZE),
+        costs.swiglu(*SIZE).backward,
     ),
     "layer_norm": (
         lambda: layer_norm.layer_norm_fwd(X, WEIGHT, meta(COLUMNS), 1e-5),
-        costs.layer_norm_forward(*SIZE),
+        costs.layer_norm(*SIZE).forward,
     ),
     "layer_norm backward": (
         lambda: layer_norm.layer_norm_bwd(X, meta(*X.shape), WEIGHT, 1e-5),
-        costs.layer_norm_backward(*SIZE),
+        costs.layer_norm(*SIZE).backward,
     ),
-    "quick_gelu": (lambda: quick_gelu.quick_gelu_fwd(X), costs.quick_gelu_forward(X.numel(), 2)),
+    "quick_gelu": (lambda: quick_gelu.quick_gelu_fwd(X), costs.quick_gelu(X.numel(), 2).forward),
     "quick_gelu backward": (
         lambda: quick_gelu.quick_gelu_bwd(X, meta(*X.shape)),
-        costs.quick_gelu_backward(X.numel(), 2),
+        costs.quick_gelu(X.numel(), 2).backward,
     ),
     "pack_rows": (
         lambda: packing.pack_rows_fwd(X, INDEX),
-        costs.pack_rows_forward(*SIZE),
+        costs.pack_rows(ROWS, *SIZE).forward,
     ),
     "unpack_rows backward": (
         lambda: packing.unpack_rows_bwd(X, INDEX),
-        costs.unpack_rows_backward(*SIZE),
+        costs.unpack_rows(ROWS, *SIZE).backward,
     ),
 }
 
@@ -110,11 +110,10 @@ def test_products_are_what_torch_counts():
     hidden, weight = meta(7, 64).requires_grad_(), meta(100, 64).requires_grad_()
     size = 20, 7, 64, 100, 2  # 13 rows are not supervised
     targets = meta(7, dtype=torch.int64)
-    both = costs.linear_cross_entropy_forward(*size) + costs.linear_cross_entropy_backward(*size)
+    both = costs.linear_cross_entropy(*size).both
     loss = lambda: F.cross_entropy(hidden @ weight.t(), targets)  # noqa: E731
     assert both.flops == both.done_flops == counted(lambda: loss().backward())
-    assert costs.linear_forward(7, 64, 100, 2).flops == counted(lambda: hidden @ weight.t())
-    scored = costs.target_logprobs_forward(7, 9, 64, 100, 2)
+    scored = costs.target_logprobs(7, 9, 64, 100, 2)
     assert scored.flops == counted(loss)
 
 
@@ -125,24 +124,10 @@ def test_attention_is_what_torch_counts():
         for n in lengths
     )
     cu_seqlens = [0, 5, 135]
-    full = costs.full_attention_forward(cu_seqlens, heads, head_dim, 2)
+    full = costs.full_attention(cu_seqlens, heads, head_dim, 2).forward
     assert full.flops == flops
     assert full.done_flops == 4 * heads * head_dim * (128 * 64 + 2 * 128 * 192)
-    causal = costs.rotary_attention_forward(cu_seqlens, heads, heads, head_dim, 2)
+    causal = costs.rotary_attention(cu_seqlens, heads, heads, head_dim, 2).forward
     assert causal.flops == 4 * heads * head_dim * torch.ones(130, 130).tril().sum() + (
         4 * heads * head_dim * torch.ones(5, 5).tril().sum()
     )
-
-
-def test_prefix_attention_is_what_its_mask_shows():
-    """Two branches of 3 and 70 tokens on one prefix of 40 rows; the second follows 5 more."""
-    heads, kv_heads, head_dim = 4, 2, 64
-    spans = [0, 40, 0, 43], [40, 43, 40, 118], [0, 2, 4]  # of the first: rows 40 to 42
-    cost = costs.prefix_attention_forward([0, 3, 73], *spans, heads, kv_heads, head_dim, 2)
-    masks = torch.ones(3, 3).tril(), torch.ones(70, 75).tril(5)
-    pairs = 73 * 40 + sum(int(mask.sum()) for mask in masks)
-    assert cost.flops == 4 * heads * head_dim * pairs
-    tiles = (2 + 1) + (2 + 3) + (2 + 3)  # of 64 by 32
-    assert cost.done_flops == 4 * heads * head_dim * 64 * 32 * tiles
-    qkv, out, cache = 73 * 8 * 64 * 2, 73 * 4 * 64 * 2, (118 - 73 + 73) * 2 * 2 * 64 * 2
-    assert cost.bytes == qkv + out + cache + 4 * 73

@@ -51,9 +51,11 @@ def test_gpu_backend_on_the_cpu_is_an_error(forced, invented_backend, monkeypatc
 
 
 def test_unknown_backend_is_an_error(monkeypatch):
-    with pytest.raises(ValueError, match="'tritton' is not one of reference, triton, cuda"):
-        with dispatch.use_backend("tritton"):
-            pass
+    with (
+        pytest.raises(ValueError, match="'tritton' is not one of reference, triton, cuda"),
+        dispatch.use_backend("tritton"),
+    ):
+        pass
     monkeypatch.setenv("MMALIGN_BACKEND", "tritton")
     with pytest.raises(ValueError, match="MMALIGN_BACKEND='tritton': 'tritton' is not"):
         swiglu(torch.ones(1, 2))
@@ -62,9 +64,11 @@ def test_unknown_backend_is_an_error(monkeypatch):
 def test_two_backends_of_one_family_are_an_error():
     """flash_attn and xformers both serve attention, reference and triton everything."""
     for names in ("flash_attn,xformers", "triton, reference", "apex,apex"):
-        with pytest.raises(ValueError, match="both serve .* Name one of them"):
-            with dispatch.use_backend(names):
-                pass
+        with (
+            pytest.raises(ValueError, match="both serve .* Name one of them"),
+            dispatch.use_backend(names),
+        ):
+            pass
 
 
 def test_a_library_leaves_the_other_families_alone(invented_backend):

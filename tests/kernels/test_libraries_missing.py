@@ -50,25 +50,31 @@ def test_built_for_another_torch(monkeypatch, tmp_path):
     (tmp_path / "flash_attn_interface.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
-    with dispatch.use_backend("flash_attn_3"):
-        with pytest.raises(LibraryMissing, match="does not load: undefined symbol: _ZN3c105Error"):
-            attend()
+    with (
+        dispatch.use_backend("flash_attn_3"),
+        pytest.raises(LibraryMissing, match="does not load: undefined symbol: _ZN3c105Error"),
+    ):
+        attend()
 
 
 def test_xformers_without_its_attention(monkeypatch):
     """From 0.0.35 on it lies in another package, and its absence is silent there."""
     for name in ("xformers", "xformers.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    with dispatch.use_backend("xformers"):
-        with pytest.raises(LibraryMissing, match="lacks memory_efficient_attention_.*mslk"):
-            attend()
+    with (
+        dispatch.use_backend("xformers"),
+        pytest.raises(LibraryMissing, match="lacks memory_efficient_attention_.*mslk"),
+    ):
+        attend()
 
 
 def test_torch_without_flash_attention(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    with dispatch.use_backend("torch_varlen"):
-        with pytest.raises(LibraryMissing, match="runs on CUDA only.*CUDA build of torch"):
-            attend()
+    with (
+        dispatch.use_backend("torch_varlen"),
+        pytest.raises(LibraryMissing, match="runs on CUDA only.*CUDA build of torch"),
+    ):
+        attend()
 
 
 @pytest.fixture
@@ -78,9 +84,11 @@ def stand_ins(monkeypatch):
 
 def test_old_flash_attn(stand_ins, monkeypatch):
     monkeypatch.setattr(libraries, "_distribution", lambda name: "2.6.3")
-    with dispatch.use_backend("flash_attn"):
-        with pytest.raises(LibraryMissing, match="is 2.6.3, too old. Needs 2.7"):
-            attend()
+    with (
+        dispatch.use_backend("flash_attn"),
+        pytest.raises(LibraryMissing, match="is 2.6.3, too old. Needs 2.7"),
+    ):
+        attend()
 
 
 @pytest.mark.parametrize("library", [x for x in LIBRARIES if x != "apex"])
@@ -100,11 +108,11 @@ def test_apex_adamw_has_fp32_weights_only(stand_ins):
     weights, seed = [torch.ones(2, dtype=torch.bfloat16)], 1
     state = [[torch.zeros(2)] for _ in range(3)]
     settings = dict(step=1, learning_rate=1, beta1=0, beta2=0, eps=0, weight_decay=0)
-    with dispatch.use_backend("apex"):
-        with pytest.raises(
-            NotImplementedError, match="float32 weights.*bfloat16.*stochastic rounding"
-        ):
-            adamw_step(weights, *state, **settings, seed=seed)
+    with (
+        dispatch.use_backend("apex"),
+        pytest.raises(NotImplementedError, match="float32 weights.*bfloat16.*stochastic rounding"),
+    ):
+        adamw_step(weights, *state, **settings, seed=seed)
 
 
 @pytest.fixture
@@ -136,9 +144,11 @@ def test_apex_without_its_extensions(summary, version, message, no_apex, monkeyp
     """PyPI's project of that name, and NVIDIA's as Python only: both import."""
     distribution(tmp_path, summary, version)
     monkeypatch.syspath_prepend(tmp_path)
-    with dispatch.use_backend("apex"):
-        with pytest.raises(LibraryMissing, match=message + ".*github.com/NVIDIA/apex"):
-            rms_norm(torch.ones(1, 4), torch.ones(4), 1e-5)
+    with (
+        dispatch.use_backend("apex"),
+        pytest.raises(LibraryMissing, match=message + ".*github.com/NVIDIA/apex"),
+    ):
+        rms_norm(torch.ones(1, 4), torch.ones(4), 1e-5)
 
 
 def test_apex_is_not_installed(no_apex, monkeypatch):

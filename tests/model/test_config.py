@@ -99,7 +99,7 @@ def test_left_out_values_are_those_of_transformers(tmp_path):
     assert config.rope_theta == default.rope_parameters["rope_theta"]
     hf = {"model_type": "clip", "vision_config": {}}
     config, default = vision_config(tmp_path, hf), CLIPVisionConfig()
-    for name in vars(config):
+    for name in vars(config).keys() - {"preprocessing"}:
         assert getattr(config, name) == getattr(default, name), name
 
 
@@ -136,6 +136,31 @@ def test_published_clip(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3"}}, "type 'llama3' is not supported"),
         ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
         ({"head_dim": 33}, "head_dim is 33"),
+        ({"head_dim": 0}, "head_dim is 0; expected an integer from 2"),
+        ({"hidden_size": "4096"}, r"config\.json: hidden_size is '4096'; expected an integer"),
+        ({"num_attention_heads": None}, "num_attention_heads is None; expected an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected an integer from 1 to"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; expected"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"vocab_size": [400]}, r"vocab_size is \[400\]"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": 0}, "rope_theta is 0; expected a number from 1"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}},
+            "rope_scaling of type 'linear' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5},
+            r"rope_parameters\.rope_theta 10000 and rope_theta 500000 disagree",
+        ),
+        ({"rope_parameters": []}, r"rope_parameters is \[\]; expected an object"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or"),
+        ({"eos_token_id": ["2"]}, r"eos_token_id is \['2'\]; expected a token id or a list"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised weights are not supported"),
     ],
 )
 def test_decoders_that_are_refused(tmp_path, change, message):
@@ -149,12 +174,25 @@ def test_decoders_that_are_refused(tmp_path, change, message):
         ({"model_type": "siglip_vision_model"}, "model_type is 'siglip_vision_model'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'quick_gelu'"),
         ({"num_channels": 1}, "num_channels is 1"),
-        ({"num_attention_heads": 7}, "not a multiple of num_attention_heads 7"),
+        ({"num_attention_heads": 7}, r"config\.json: .* not a multiple of num_attention_heads 7"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"image_size": None}, "image_size is None"),
+        ({"image_size": 7}, "patch_size 14 exceeds image_size 7"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
     ],
 )
 def test_towers_that_are_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         vision_config(tmp_path, CLIP_VIT_L_14["vision_config"] | change)
+
+
+def test_folders_of_another_kind_are_called_by_their_names(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="does not exist. The folder holds a GGUF file"):
+        DecoderConfig.from_hf(tmp_path)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(UserError, match="The folder holds an adapter"):
+        DecoderConfig.from_hf(tmp_path)
 
 
 def test_missing_and_malformed_files(tmp_path):

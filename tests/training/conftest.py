@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 IMAGE_SIZE = 28
-WORDS = "red blue green small large circle square near above below what is the a this it no".split()
+WORDS = ("red", "blue", "green", "small", "large", "circle", "square", "near", "above", "below")
+WORDS += ("what", "is", "the", "a", "this", "it", "no")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mmalign.command import StopSignal
 from mmalign.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mmalign.distributed import DistributedContext
 from mmalign.files import read_json_lines
@@ -53,7 +54,8 @@ def small_config(world, run_dir: Path, stage: str = "finetune", **changes) -> Tr
 def small_loop(config: TrainConfig) -> TrainingLoop:
     """The loop that train(config) runs in one process."""
     config = resolve(config)
-    return build_loop(config, CPU, Tokenizer.from_pretrained(config.model.tokenizer))
+    tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
+    return build_loop(config, CPU, tokenizer, StopSignal())
 
 
 def workload_of(model: Llava, config: TrainConfig) -> Workload:

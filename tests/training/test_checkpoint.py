@@ -1,5 +1,8 @@
 """Checkpoints: corrupt ones are detected, shards fit any number of processes, writing is atomic."""
 
+import os
+import pickle
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -24,8 +27,12 @@ def state(value: float = 0.0) -> dict[str, torch.Tensor]:
     return {"weight": torch.full((300, 7), value), "moment": torch.full((5,), value).bfloat16()}
 
 
+def opened(folder: Path, keep: int = 3, run: str = "ours") -> Checkpoints:
+    return Checkpoints(folder, keep, ALONE, collective=False, facts={"run": run})
+
+
 def saved(folder: Path, *steps: int, keep: int = 3) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep, ALONE, collective=False)
+    checkpoints = opened(folder, keep)
     for step in steps:
         checkpoints.start(step, state(float(step)))
     checkpoints.wait()
@@ -34,6 +41,11 @@ def saved(folder: Path, *steps: int, keep: int = 3) -> Checkpoints:
 
 def one_file(folder: Path) -> Path:
     return next(path for path in folder.iterdir() if path.suffix == ".distcp")
+
+
+def change_manifest(folder: Path, old: str, new: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace(old, new))
 
 
 CORRUPTIONS = {
@@ -45,6 +57,13 @@ CORRUPTIONS = {
     "file lost": lambda folder: one_file(folder).unlink(),
     "metadata lost": lambda folder: (folder / ".metadata").unlink(),
     "manifest lost": lambda folder: (folder / "manifest.json").unlink(),
+    "file added": lambda folder: (folder / "__9_0.distcp").touch(),
+    "key of the manifest damaged": lambda folder: change_manifest(folder, "crc32", "crc33"),
+    "value of the manifest damaged": lambda folder: change_manifest(
+        folder, '"bytes": ', '"bytes": -'
+    ),
+    "manifest of another step": lambda folder: change_manifest(folder, '"step": 6', '"step": 2'),
+    "manifest of another run": lambda folder: change_manifest(folder, '"ours"', '"theirs"'),
     "manifest incomplete": lambda folder: (folder / "manifest.json").write_text('{"step": 6, "fil'),
 }
 
@@ -53,23 +72,68 @@ CORRUPTIONS = {
 def test_a_corrupt_checkpoint_is_seen_and_the_one_before_taken(tmp_path, caplog, corruption):
     saved(tmp_path, 2, 4, 6)
     CORRUPTIONS[corruption](tmp_path / "step_6")
-    checkpoints = Checkpoints(tmp_path, 3, ALONE, collective=False)
+    checkpoints = opened(tmp_path)
     assert checkpoints.latest_step() == 4
-    assert "checkpoint of step 6 is corrupt" in caplog.text
+    assert re.search("checkpoint of step 6 is (corrupt|of another run)", caplog.text)
     assert "Resuming from step 4" in caplog.text
     read = state()
     checkpoints.load(4, read)
     assert all(torch.equal(tensor, state(4.0)[name]) for name, tensor in read.items())
     checkpoints.start(6, state(6.0))  # the corrupt one is not in the way
     checkpoints.wait()
-    assert Checkpoints(tmp_path, 3, ALONE, collective=False).latest_step() == 6
+    assert opened(tmp_path).latest_step() == 6
 
 
 def test_no_intact_checkpoint_is_an_error(tmp_path):
     saved(tmp_path, 2)
     CORRUPTIONS["flipped"](tmp_path / "step_2")
     with pytest.raises(UserError, match="step 2 is corrupt.*No intact checkpoint is left"):
-        Checkpoints(tmp_path, 3, ALONE, collective=False).latest_step()
+        opened(tmp_path).latest_step()
+
+
+def test_checkpoints_of_another_run_or_under_another_step_are_put_aside(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step_1").rename(tmp_path / "step_4")
+    (tmp_path / "step_\u00b2").mkdir()  # a digit, but no number
+    assert opened(tmp_path).latest_step() == 2
+    assert "step 4 is of another run or step: its manifest.json says step 1, not 4" in caplog.text
+    with pytest.raises(UserError, match="says run 'ours', not 'theirs'.*No intact"):
+        opened(tmp_path, run="theirs").latest_step()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"corrupt_step_2", "corrupt_step_4", "step_\u00b2"}  # nothing is lost
+
+
+class Touch:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    metadata = tmp_path / "step_1" / ".metadata"
+    whole = metadata.read_bytes()
+    for foreign in (Touch(tmp_path / "EXECUTED"), {"planner_data": 1}, getattr, Path.unlink):
+        metadata.write_bytes(pickle.dumps(foreign))
+        with pytest.raises(UserError, match="checkpoint .*step_1 is not one.*Nothing in it was"):
+            checkpoints.load(1, state())
+    metadata.write_bytes(whole[:99])
+    with pytest.raises(UserError, match="step_1"):
+        checkpoints.load(1, state())
+    outside = pickle.loads(whole)
+    for info in outside.storage_data.values():
+        info.relative_path = f"../{info.relative_path}"
+    metadata.write_bytes(pickle.dumps(outside))
+    with pytest.raises(UserError, match="outside of the checkpoint"):
+        checkpoints.load(1, state())
+    assert not (tmp_path / "EXECUTED").exists()
+    metadata.write_bytes(whole)
+    with pytest.raises(UserError, match="step_1 does not fit this run"):
+        checkpoints.load(1, state() | {"another": torch.zeros(3)})
 
 
 def test_the_last_k_are_kept(tmp_path):

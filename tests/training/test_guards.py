@@ -18,7 +18,8 @@ from mmalign.data.loader import StepLoader
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.files import read_json_lines
-from mmalign.training import run_folder
+from mmalign.training import loop, run_folder
+from mmalign.training.build import build_model
 from mmalign.training.guards import MAX_SKIPPED, MIN_LOSSES, LossSpikeDetector
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.loop import train
@@ -76,13 +77,31 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_see_it(
     spoil({4})
     with pytest.raises(UserError, match=r"gradient norm of step 4 is nan.*visual-31") as raised:
         train(config)
-    assert "preview_batch.py" in str(raised.value) and "--on-non-finite skip" in str(raised.value)
+    said = str(raised.value)
+    places = [said.index(x) for x in ("All weights are finite", "preview_batch", "learning-rate")]
+    assert places == sorted(places) and said.endswith("Step 3 is safe.")
     assert len(losses(config.run_dir)) == 3
     spoil({})
     train(config)  # from step 3, as if nothing had happened
     assert losses(whole.run_dir) == losses(config.run_dir)
     ours, theirs = exported_weights(whole.run_dir), exported_weights(config.run_dir)
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_broken_weights_are_named_before_anything_else(small_world, tmp_path, monkeypatch):
+    """At the first step, so that there is nothing to be called safe."""
+
+    def build_broken(*args):
+        model = build_model(*args)
+        model.decoder.norm.weight.data[3] = float("nan")
+        return model
+
+    monkeypatch.setattr(loop, "build_model", build_broken)
+    found = r"loss of step 1 is nan.*weights are the cause: decoder.norm.weight holds NaN"
+    with pytest.raises(UserError, match=found) as raised:
+        train(small_config(small_world, tmp_path))
+    assert "safe" not in str(raised.value) and "preview_batch" not in str(raised.value)
+    assert str(raised.value).endswith("There is no earlier checkpoint.")
 
 
 def test_skipping_leaves_the_step_out(small_world, tmp_path, spoil, caplog, monkeypatch):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.command import Stopped
 from mmalign.errors import UserError
 from mmalign.files import read_json_lines
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
 from tests.training.helpers import exported_weights, losses, small_config, small_loop
 
@@ -51,7 +51,13 @@ def run_command(command: list[str]) -> subprocess.CompletedProcess:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
     environment = os.environ | threads
     return subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+        command,
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

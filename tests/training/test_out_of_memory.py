@@ -64,17 +64,21 @@ def test_the_error_names_the_step_and_its_numbers(small_world, tmp_path, monkeyp
 
 
 def test_other_errors_pass_through(small_world, tmp_path):
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        with explain_out_of_memory(small_config(small_world, tmp_path), CPU):
-            raise RuntimeError("size mismatch")
+    with (
+        pytest.raises(RuntimeError, match="size mismatch"),
+        explain_out_of_memory(small_config(small_world, tmp_path), CPU),
+    ):
+        raise RuntimeError("size mismatch")
 
 
 def test_settings_in_use_are_not_proposed(small_world, tmp_path):
     used = {"precision": "bf16", "recompute": "full"}
     config = small_config(small_world, tmp_path, "pretrain", **used)
-    with pytest.raises(UserError, match="out of memory in building the model") as caught:
-        with explain_out_of_memory(config, CPU):
-            raise MemoryError
+    with (
+        pytest.raises(UserError, match="out of memory in building the model") as caught,
+        explain_out_of_memory(config, CPU),
+    ):
+        raise MemoryError
     message = str(caught.value)
     for setting in ("--precision", "--lora", "--recompute", "--optimizer"):
         assert setting not in message
@@ -95,9 +99,11 @@ def test_snapshot_on_a_gpu(small_world, tmp_path, monkeypatch):
     assert calls[1] == {"enabled": None}
     config = small_config(small_world, tmp_path / "run")
     step = next(iter(small_loop(small_config(small_world, tmp_path / "plan")).loader))
-    with pytest.raises(UserError, match="out_of_memory_step_1_rank_3.pickle"):
-        with explain_out_of_memory(config, gpu, step):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+    with (
+        pytest.raises(UserError, match="out_of_memory_step_1_rank_3.pickle"),
+        explain_out_of_memory(config, gpu, step),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     path = config.run_dir / "out_of_memory_step_1_rank_3.pickle"
     assert path.read_bytes() == b"blocks"
 
@@ -106,8 +112,10 @@ def test_snapshot_on_a_gpu(small_world, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_snapshot_of_a_real_gpu(small_world, tmp_path):
     gpu = DistributedContext(0, 1, torch.device("cuda", 0))
-    with memory_history(gpu.device):
-        with pytest.raises(UserError, match="out_of_memory_build_rank_0.pickle"):
-            with explain_out_of_memory(small_config(small_world, tmp_path), gpu):
-                torch.empty(1 << 45, device=gpu.device)
+    with (
+        memory_history(gpu.device),
+        pytest.raises(UserError, match="out_of_memory_build_rank_0.pickle"),
+        explain_out_of_memory(small_config(small_world, tmp_path), gpu),
+    ):
+        torch.empty(1 << 45, device=gpu.device)
     assert (tmp_path / "out_of_memory_build_rank_0.pickle").stat().st_size > 0

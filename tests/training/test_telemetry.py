@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -163,7 +164,7 @@ def test_rates_of_a_step(small_world, tmp_path):
     assert record["data_wait_share"] == 0.25
     peak = next(
         int(line.split()[1]) * 1024
-        for line in open("/proc/self/status")
+        for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith("VmHWM")
     )
     assert record["memory_peak_bytes"] == pytest.approx(peak, rel=0.05)

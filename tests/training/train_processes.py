@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from mmalign.command import Stopped
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
-from mmalign.training.guards import Stopped
 from mmalign.training.loop import train
 
 _context = multiprocessing.get_context("forkserver")

@@ -11,12 +11,13 @@ WRITERS = {"_adamw_kernel"}  # four neighbours in the other kernel are 64 or 32 
 
 def _step(dtype, remainder=False, seed=None, moments=torch.float32):
     weight = meta(*SHAPE, dtype=dtype)
-    states = [[meta(*SHAPE, dtype=moments)] for _ in range(2)]
+    exp_avg, exp_avg_sq = ([meta(*SHAPE, dtype=moments)] for _ in range(2))
     remainders = [meta(*SHAPE, dtype=torch.int16)] if remainder else []
-    codes = moments == torch.uint8
-    scales = [[meta(4096 * 32, dtype=torch.float32)] if codes else [] for _ in range(2)]
+    num_scales = 1 if moments == torch.uint8 else 0
+    scales, scales_sq = ([meta(4096 * 32, dtype=torch.float32)] * num_scales for _ in range(2))
+    state = exp_avg, exp_avg_sq, remainders, scales, scales_sq
     factor, settings = meta(dtype=torch.float32), (5, 1e-3, 0.9, 0.999, 1e-8, 0.1, seed)
-    adamw_update([weight], [weight], *states, remainders, *scales, factor, *settings)
+    adamw_update([weight], [weight], *state, factor, *settings)
 
 
 LAUNCHES = {

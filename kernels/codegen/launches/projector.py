@@ -1,10 +1,9 @@
 """CLIP ViT-L/14 features into LLaMA2-7B and OpenLLaMA-3B: 27 images of 256 rows in 8,192 tokens."""
 
+from collections.abc import Callable
+
 import torch
-from mmalign_kernels.triton.projector import (
-    project_image_features_bwd,
-    project_image_features_fwd,
-)
+from mmalign_kernels.triton.projector import project_image_features_bwd, project_image_features_fwd
 
 from ..compiler import meta
 
@@ -23,7 +22,7 @@ def _launches(columns):
     hidden, rstd = meta(TOKENS, columns), meta(TOKENS, 1, dtype=torch.float32)
     positions = meta(IMAGE_ROWS, dtype=torch.int64)
     name = f"project_image_features {columns}"
-    launches = {
+    launches: dict[str, Callable[[], object]] = {
         name: lambda: project_image_features_fwd(
             features, weight, vector, hidden, positions, vector, 1e-5
         )

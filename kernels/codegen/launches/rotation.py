@@ -15,8 +15,8 @@ MODELS = {  # heads, key and value heads, head_dim, head_dim of the library's te
 
 def launch(num_heads: int, num_kv_heads: int, head_dim: int, padded: int) -> None:
     heads = meta(TOKENS, (num_heads + 2 * num_kv_heads) * head_dim).unflatten(1, (-1, head_dim))
-    angles = [meta(POSITIONS, head_dim // 2, dtype=torch.float32) for _ in range(2)]
-    angles.append(meta(TOKENS, dtype=torch.int32))
+    cos, sin = (meta(POSITIONS, head_dim // 2, dtype=torch.float32) for _ in range(2))
+    angles = cos, sin, meta(TOKENS, dtype=torch.int32)
     unrotated = heads[:, :-num_kv_heads]
     rotated = meta(*unrotated.shape[:2], padded)[..., :head_dim]
     rotation.rotate_heads(unrotated, *angles, rotated, False)

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of every operation: what any implementation needs, and what the kernels do.
+"""Bytes and FLOPs of the operations: what any implementation needs, and what the kernels do.
 
 `bytes` and `flops` are the roofline bound of any implementation: every operand read once, every
 result written once, and the arithmetic of the formula. `moved_bytes` and `done_flops` are those of
@@ -7,46 +7,26 @@ reads it and once per kernel that writes it. What a kernel reads again while L2 
 does not count; a larger matrix counts each time it is streamed.
 
 A multiplication, addition, exponential, division or root is one FLOP; of the operations that
-multiply matrices only the products count. itemsize: bytes per element of the activations.
+multiply matrices only the products count. itemsize: bytes per element of the activations. One
+function per operation, (forward, backward): attention.py, products.py (weights), and here the rest.
 """
 
 from typing import Literal
 
 from ..adamw import num_blocks
-from .attention import (
-    attention_pairs,
-    full_attention_backward,
-    full_attention_forward,
-    prefix_attention_forward,
-    rotary_attention_backward,
-    rotary_attention_forward,
-)
-from .cost import Cost, partial_rows
-from .products import (
-    linear_backward,
-    linear_cross_entropy_backward,
-    linear_cross_entropy_forward,
-    linear_forward,
-    project_image_features_backward,
-    project_image_features_forward,
-    target_logprobs_forward,
-)
+from .attention import attention_pairs, full_attention, rotary_attention
+from .cost import Cost, Passes, partial_rows
+from .products import linear_cross_entropy, project_image_features, target_logprobs
 
 __all__ = [
     "Cost",
+    "Passes",
     "attention_pairs",
-    "full_attention_backward",
-    "full_attention_forward",
-    "linear_backward",
-    "linear_cross_entropy_backward",
-    "linear_cross_entropy_forward",
-    "linear_forward",
-    "prefix_attention_forward",
-    "project_image_features_backward",
-    "project_image_features_forward",
-    "rotary_attention_backward",
-    "rotary_attention_forward",
-    "target_logprobs_forward",
+    "full_attention",
+    "linear_cross_entropy",
+    "project_image_features",
+    "rotary_attention",
+    "target_logprobs",
 ]
 
 
@@ -58,101 +38,75 @@ def _memory_bound(required: int, flops: int, extra: int = 0) -> Cost:
 # norms
 
 
-def rms_norm_forward(tokens: int, hidden_size: int, itemsize: int) -> Cost:
+def rms_norm(tokens: int, hidden_size: int, itemsize: int, needs_weight: bool = True) -> Passes:
+    return _rms_norm(0, tokens, hidden_size, itemsize, needs_weight)
+
+
+def add_rms_norm(tokens: int, hidden_size: int, itemsize: int, needs_weight: bool = True) -> Passes:
+    """The sum is a result, since whatever follows reads it; the residual's gradient an operand."""
+    return _rms_norm(1, tokens, hidden_size, itemsize, needs_weight)
+
+
+def _rms_norm(
+    added: int, tokens: int, hidden_size: int, itemsize: int, needs_weight: bool
+) -> Passes:
     numel = tokens * hidden_size
-    return _memory_bound((2 * numel + hidden_size) * itemsize, 4 * numel, extra=4 * tokens)
-
-
-def add_rms_norm_forward(tokens: int, hidden_size: int, itemsize: int) -> Cost:
-    """The sum is a result: whatever follows reads it."""
-    numel = tokens * hidden_size
-    return _memory_bound((4 * numel + hidden_size) * itemsize, 5 * numel, extra=4 * tokens)
-
-
-def rms_norm_backward(
-    tokens: int, hidden_size: int, itemsize: int, needs_weight: bool = True
-) -> Cost:
-    return _norm_backward(3, 7, tokens, hidden_size, itemsize, needs_weight)
-
-
-def add_rms_norm_backward(
-    tokens: int, hidden_size: int, itemsize: int, needs_weight: bool = True
-) -> Cost:
-    """The residual's gradient is one more operand."""
-    return _norm_backward(4, 8, tokens, hidden_size, itemsize, needs_weight)
-
-
-def _norm_backward(
-    tensors: int, flops: int, tokens: int, hidden_size: int, itemsize: int, needs_weight: bool
-) -> Cost:
-    numel = tokens * hidden_size
-    required = (tensors * numel + (1 + needs_weight) * hidden_size) * itemsize
+    read_and_written = ((2 + 2 * added) * numel + hidden_size) * itemsize
+    forward = _memory_bound(read_and_written, (4 + added) * numel, extra=4 * tokens)
+    required = ((3 + added) * numel + (1 + needs_weight) * hidden_size) * itemsize
     partial = partial_rows(tokens, hidden_size, itemsize) if needs_weight else 0
-    return _memory_bound(required, (flops + 2 * needs_weight) * numel, 4 * tokens + partial)
+    flops = (7 + added + 2 * needs_weight) * numel
+    return Passes(forward, _memory_bound(required, flops, 4 * tokens + partial))
 
 
-def layer_norm_forward(tokens: int, hidden_size: int, itemsize: int) -> Cost:
-    numel = tokens * hidden_size
-    return _memory_bound((2 * numel + 2 * hidden_size) * itemsize, 7 * numel)
-
-
-def layer_norm_backward(tokens: int, hidden_size: int, itemsize: int) -> Cost:
-    numel = tokens * hidden_size
-    required = (3 * numel + 3 * hidden_size) * itemsize
-    return _memory_bound(required, 16 * numel, 2 * partial_rows(tokens, hidden_size, itemsize))
+def layer_norm(tokens: int, hidden_size: int, itemsize: int) -> Passes:
+    numel, partial = tokens * hidden_size, 2 * partial_rows(tokens, hidden_size, itemsize)
+    forward = _memory_bound(2 * (numel + hidden_size) * itemsize, 7 * numel)
+    return Passes(forward, _memory_bound(3 * (numel + hidden_size) * itemsize, 16 * numel, partial))
 
 
 # activations
 
 
-def swiglu_forward(tokens: int, intermediate_size: int, itemsize: int) -> Cost:
+def swiglu(tokens: int, intermediate_size: int, itemsize: int) -> Passes:
     numel = tokens * intermediate_size
-    return _memory_bound(3 * numel * itemsize, 5 * numel)
+    forward = _memory_bound(3 * numel * itemsize, 5 * numel)
+    return Passes(forward, _memory_bound(5 * numel * itemsize, 11 * numel))
 
 
-def swiglu_backward(tokens: int, intermediate_size: int, itemsize: int) -> Cost:
-    numel = tokens * intermediate_size
-    return _memory_bound(5 * numel * itemsize, 11 * numel)
+def quick_gelu(numel: int, itemsize: int) -> Passes:
+    forward = _memory_bound(2 * numel * itemsize, 5 * numel)
+    return Passes(forward, _memory_bound(3 * numel * itemsize, 10 * numel))
 
 
-def quick_gelu_forward(numel: int, itemsize: int) -> Cost:
-    return _memory_bound(2 * numel * itemsize, 5 * numel)
+# rows; an index has 8 bytes
 
 
-def quick_gelu_backward(numel: int, itemsize: int) -> Cost:
-    return _memory_bound(3 * numel * itemsize, 10 * numel)
-
-
-# rows
-
-
-def pack_rows_forward(num_packed: int, columns: int, itemsize: int) -> Cost:
-    """Indices: 8 bytes each."""
-    return _memory_bound(num_packed * (2 * columns * itemsize + 8), 0)
-
-
-def pack_rows_backward(num_packed: int, num_rows: int, columns: int, itemsize: int) -> Cost:
-    """Extra: sorted indices and their order (8 bytes each), written and read; where rows begin."""
+def pack_rows(num_packed: int, num_rows: int, columns: int, itemsize: int) -> Passes:
+    """Backward: sorted indices and their order are written and read; where rows begin."""
     required = (num_packed + num_rows) * columns * itemsize + 8 * num_packed
-    return _memory_bound(required, num_packed * columns, 32 * num_packed + 24 * num_rows)
+    extra = 32 * num_packed + 24 * num_rows
+    return Passes(
+        _memory_bound(num_packed * (2 * columns * itemsize + 8), 0),
+        _memory_bound(required, num_packed * columns, extra),
+    )
 
 
-def unpack_rows_forward(num_packed: int, num_rows: int, columns: int, itemsize: int) -> Cost:
-    """Extra: the inverse of the indices, 4 bytes per row, filled, written and read."""
+def unpack_rows(num_packed: int, num_rows: int, columns: int, itemsize: int) -> Passes:
+    """Forward: the inverse of the indices, 4 bytes per row, is filled, written and read."""
     required = (num_packed + num_rows) * columns * itemsize + 8 * num_packed
-    return _memory_bound(required, 0, 8 * num_rows + 4 * num_packed)
-
-
-def unpack_rows_backward(num_packed: int, columns: int, itemsize: int) -> Cost:
-    return pack_rows_forward(num_packed, columns, itemsize)
+    forward = _memory_bound(required, 0, 8 * num_rows + 4 * num_packed)
+    return Passes(forward, pack_rows(num_packed, num_rows, columns, itemsize).forward)
 
 
 # optimizer
 
+Weights = Literal["fp32", "split", "stochastic"]  # how AdamW keeps them
+
 
 def adamw_step(
     numel: int,
-    mode: Literal["fp32", "split", "stochastic"],
+    mode: Weights,
     grad_itemsize: int | None = None,
     moments: Literal["fp32", "bf16", "8bit"] = "fp32",
 ) -> Cost:

@@ -1,6 +1,7 @@
 """The cost of one call: bytes and FLOPs that it needs, and what mmalign's Triton kernels do."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..triton import launch
 
@@ -23,6 +24,15 @@ class Cost:
             self.moved_bytes + other.moved_bytes,
             self.done_flops + other.done_flops,
         )
+
+
+class Passes(NamedTuple):
+    forward: Cost
+    backward: Cost
+
+    @property
+    def both(self) -> Cost:
+        return self.forward + self.backward
 
 
 def partial_rows(tokens: int, columns: int, itemsize: int) -> int:

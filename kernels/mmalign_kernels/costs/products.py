@@ -1,48 +1,30 @@
 """Bytes and FLOPs of the operations that multiply by a weight."""
 
 from ..triton.launch import HOPPER_TILE, LOGITS_PER_CHUNK, TILES_PER_GROUP, ceil_div
-from .cost import Cost, partial_rows
+from .cost import Cost, Passes, partial_rows
 
 _GROUP_ROWS = HOPPER_TILE.m * TILES_PER_GROUP
 
 
-def linear_forward(tokens: int, in_features: int, out_features: int, itemsize: int) -> Cost:
-    """One product of a library, so only the required bytes are known."""
-    size = tokens * in_features + in_features * out_features + tokens * out_features
-    flops = 2 * tokens * in_features * out_features
-    return Cost(size * itemsize, flops, size * itemsize, flops)
-
-
-def linear_backward(
-    tokens: int, in_features: int, out_features: int, itemsize: int, needs_weight: bool = True
-) -> Cost:
-    """The gradient of the input, and that of the weight."""
-    one = linear_forward(tokens, in_features, out_features, itemsize)
-    return one + one if needs_weight else one
-
-
-def project_image_features_forward(
-    image_rows: int, vision_size: int, tokens: int, hidden_size: int, itemsize: int
-) -> Cost:
-    """image_rows of the tokens come from the product, the others from hidden_states."""
-    operands = image_rows * vision_size + (vision_size + 2) * hidden_size
-    text, numel = (tokens - image_rows) * hidden_size, tokens * hidden_size
-    flops = 2 * image_rows * vision_size * hidden_size
-    required = (operands + text + 2 * numel) * itemsize + 8 * image_rows
-    # the image rows are read again to be normed; one byte per row marks them
-    extra = image_rows * hidden_size * itemsize + 4 * tokens + 2 * tokens + image_rows
-    return Cost(required, flops, required + extra, flops)
-
-
-def project_image_features_backward(
+def project_image_features(
     image_rows: int,
     vision_size: int,
     tokens: int,
     hidden_size: int,
     itemsize: int,
     needs_hidden: bool = True,
-) -> Cost:
-    """Gradients of weight and bias; needs_hidden: of hidden_states and the norm's weight too."""
+) -> Passes:
+    """image_rows of the tokens come from the product, the others from hidden_states.
+
+    Backward: weight and bias; needs_hidden: hidden_states and the norm's weight, too.
+    """
+    flops = 2 * image_rows * vision_size * hidden_size
+    operands = image_rows * vision_size + (vision_size + 2) * hidden_size
+    text, numel = (tokens - image_rows) * hidden_size, tokens * hidden_size
+    required = (operands + text + 2 * numel) * itemsize + 8 * image_rows
+    # the image rows are read again to be normed; one byte per row marks them
+    extra = image_rows * hidden_size * itemsize + 4 * tokens + 2 * tokens + image_rows
+    forward = Cost(required, flops, required + extra, flops)
     rows = tokens if needs_hidden else image_rows
     image, numel = image_rows * hidden_size, rows * hidden_size
     result = vision_size * hidden_size + hidden_size + (numel + hidden_size) * needs_hidden
@@ -51,14 +33,13 @@ def project_image_features_backward(
     partial = (1 + needs_hidden) * partial_rows(rows, hidden_size, itemsize)
     indices = (8 * rows + 4 * image_rows) * needs_hidden
     extra = 2 * image * itemsize + partial + 4 * rows + indices
-    flops = 2 * image * vision_size
-    return Cost(required, flops, required + extra, flops)
+    return Passes(forward, Cost(required, flops, required + extra, flops))
 
 
 # language-model head
 
 
-def linear_cross_entropy_forward(
+def linear_cross_entropy(
     tokens: int,
     supervised: int,
     hidden_size: int,
@@ -66,9 +47,11 @@ def linear_cross_entropy_forward(
     itemsize: int,
     needs_hidden: bool = True,
     needs_weight: bool = True,
-) -> Cost:
-    """Required is the loss alone; the kernels compute the needed gradients here, too."""
-    product = 2 * supervised * hidden_size * vocab_size
+) -> Passes:
+    """Required of the forward pass is the loss alone; but the kernels compute the needed gradients
+    in it, and the backward pass only scales them.
+    """
+    product, numel = 2 * supervised * hidden_size * vocab_size, tokens * hidden_size
     rows, weight = supervised * hidden_size * itemsize, vocab_size * hidden_size * itemsize
     chunks, groups = _chunks(supervised, vocab_size), _groups(supervised, vocab_size)
     logits, statistics = supervised * vocab_size * itemsize, _statistics(supervised, vocab_size)
@@ -83,29 +66,14 @@ def linear_cross_entropy_forward(
         sums = 4 * vocab_size * hidden_size
         moved += logits + rows + (2 * chunks - 1) * sums
     done = product * (1 + needs_hidden + needs_weight)
-    return Cost(rows + weight + 8 * tokens, product, moved, done)
-
-
-def linear_cross_entropy_backward(
-    tokens: int,
-    supervised: int,
-    hidden_size: int,
-    vocab_size: int,
-    itemsize: int,
-    needs_hidden: bool = True,
-    needs_weight: bool = True,
-) -> Cost:
-    """The kernels only scale what the forward pass computed."""
-    rows, weight = supervised * hidden_size * itemsize, vocab_size * hidden_size * itemsize
-    numel = tokens * hidden_size
+    forward = Cost(rows + weight + 8 * tokens, product, moved, done)
     required = rows + weight + (numel * itemsize) * needs_hidden + weight * needs_weight
     moved = 2 * numel * itemsize * needs_hidden
     moved += vocab_size * hidden_size * (4 + itemsize) * needs_weight
-    products = (needs_hidden + needs_weight) * 2 * supervised * hidden_size * vocab_size
-    return Cost(required, products, moved, 0)
+    return Passes(forward, Cost(required, (needs_hidden + needs_weight) * product, moved, 0))
 
 
-def target_logprobs_forward(
+def target_logprobs(
     num_rows: int, num_targets: int, hidden_size: int, vocab_size: int, itemsize: int
 ) -> Cost:
     """num_rows: distinct rows that targets name."""

@@ -28,7 +28,7 @@ class Library:
     families: tuple[str, ...]
     version: Callable[[], str]  # raises LibraryMissing
     capability: tuple[int, int]  # oldest supported GPU
-    max_head_dim: int | None = None
+    max_head_dim: int = 256
     dtypes: tuple[torch.dtype, ...] = HALF
     device: str = "cuda"
 
@@ -133,11 +133,11 @@ def _apex() -> str:
 _ATTENTION = "attention", ("full_attention", "rotary_attention")
 
 LIBRARIES = {
-    "flash_attn": Library(*_ATTENTION, _flash_attn, (8, 0), 256),
-    "flash_attn_3": Library(*_ATTENTION, _flash_attn_3, (8, 0), 256),
+    "flash_attn": Library(*_ATTENTION, _flash_attn, (8, 0)),
+    "flash_attn_3": Library(*_ATTENTION, _flash_attn_3, (8, 0)),
     "flash_attn_4": Library(*_ATTENTION, _flash_attn_4, (9, 0), 128),
-    "xformers": Library(*_ATTENTION, _xformers, (8, 0), 256),
-    "torch_varlen": Library(*_ATTENTION, _torch_varlen, (8, 0), 256),
+    "xformers": Library(*_ATTENTION, _xformers, (8, 0)),
+    "torch_varlen": Library(*_ATTENTION, _torch_varlen, (8, 0)),
     "apex": Library("apex", ("rms_norm", "adamw"), _apex, (7, 0), dtypes=(*HALF, torch.float32)),
 }
 

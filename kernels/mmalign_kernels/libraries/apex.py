@@ -5,6 +5,8 @@ computes the weight's gradient, which a frozen weight discards. AdamW takes many
 in fp32 only: apex rounds bf16 weights to nearest and has no split master, so they are an error.
 """
 
+# pyright: reportMissingImports=false
+
 import torch
 from torch import Tensor
 
@@ -35,13 +37,9 @@ def add_rms_norm_fwd(
 
 
 def rms_norm_bwd(
-    grad_y: Tensor,
-    grad_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    grad_y: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check("apex", "rms_norm", x)
     import fused_layer_norm_cuda
 
@@ -61,22 +59,11 @@ def rms_norm_bwd(
 
 
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    remainders: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    grad_scale: Tensor | None,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
+    grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
     check("apex", "adamw_step", params[0])
     import amp_C
 

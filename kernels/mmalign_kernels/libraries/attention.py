@@ -8,6 +8,8 @@ functions, because the operations save the logsumexp themselves, and are determi
 torch.use_deterministic_algorithms is on.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from . import check
 
 aten = torch.ops.aten
 _MULTIPLE = 8  # of 16-bit columns: 16 bytes
-Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
+Gradients = tuple[Tensor, ...]  # dq, dk, dv
 
 
 class Samples(NamedTuple):
@@ -115,7 +117,7 @@ def _flash_attn_4_forward(
 
 def _flash_attn_4_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
-    samples: Samples, _: Gradients,
+    samples: Samples, _buffers: Gradients,
 ) -> Gradients:  # fmt: skip
     from flash_attn.cute.interface import _flash_attn_bwd
 
@@ -172,7 +174,7 @@ def _xformers_forward(q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> tupl
 
 def _xformers_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
-    samples: Samples, _: Gradients,
+    samples: Samples, _buffers: Gradients,
 ) -> Gradients:  # fmt: skip
     from xformers.ops import memory_efficient_attention_backward
 
@@ -203,7 +205,7 @@ def _torch_varlen_forward(
 
 def _torch_varlen_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
-    samples: Samples, _: Gradients,
+    samples: Samples, _buffers: Gradients,
 ) -> Gradients:  # fmt: skip
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
     return aten._flash_attention_backward(

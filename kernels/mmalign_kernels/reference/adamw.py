@@ -23,27 +23,15 @@ _Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
 
 
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    remainders: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    grad_scale: Tensor | None,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int | None,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
+    grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, seed: int | None,
+) -> None:  # fmt: skip
     if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
         return
-    divisor = (
-        None if grad_scale is None else grad_scale.reciprocal()
-    )  # torch's kernel divides by it
+    # torch's kernel divides by it
+    divisor = None if grad_scale is None else grad_scale.reciprocal()
     count = torch.tensor(float(step), device=params[0].device)
 
     def update(params: list[Tensor], grads: list[Tensor], ms: list[Tensor], vs: list[Tensor]):
@@ -56,11 +44,14 @@ def adamw_update(
     if params[0].dtype == exp_avgs[0].dtype == torch.float32:
         update(params, grads, exp_avgs, exp_avg_sqs)
         return
-    draw = None if seed is None else _draws(seed * 1_000_003 + step, params[0].device)
-    state = remainders, exp_avg_scales, exp_avg_sq_scales
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        for part in _parts(*tensors, *(x[i] if x else None for x in state)):
-            param, grad, m, v, remainder, *scales = part
+    draw = _draws((seed or 0) * 1_000_003 + step, params[0].device)  # without a seed none is made
+    for i, whole in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        for elements, blocks in _parts(params[i].numel()):
+            param, grad, m, v = (x.view(-1)[elements] for x in whole)
+            remainder = remainders[i].view(-1)[elements] if remainders else None
+            scales = [
+                x[i].view(-1)[blocks] if x else None for x in (exp_avg_scales, exp_avg_sq_scales)
+            ]
             p32 = _fp32_param(param, remainder)
             m32, v32 = (
                 _fp32_moment(x, scale, code)
@@ -78,15 +69,11 @@ def _draws(seed: int, device: torch.device) -> _Draw:
     return lambda num: torch.randint(1 << 16, (num,), **options)
 
 
-def _parts(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Corresponding pieces; the scales, the last two, have one element per block of codes."""
-    flat = [None if x is None else x.view(-1) for x in tensors]
-    sizes = [_CACHED_ELEMENTS] * (len(flat) - 2) + [_CACHED_ELEMENTS // BLOCK] * 2
-    for i in range(-(-len(flat[0]) // _CACHED_ELEMENTS)):
-        yield tuple(
-            None if x is None else x[i * size : (i + 1) * size]
-            for x, size in zip(flat, sizes, strict=True)
-        )
+def _parts(numel: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of a tensor of numel elements, and of its scales, one per block."""
+    for begin in range(0, numel, _CACHED_ELEMENTS):
+        end = begin + _CACHED_ELEMENTS
+        yield slice(begin, end), slice(begin // BLOCK, end // BLOCK)
 
 
 def _fp32_param(param: Tensor, remainder: Tensor | None) -> Tensor:
@@ -94,7 +81,7 @@ def _fp32_param(param: Tensor, remainder: Tensor | None) -> Tensor:
     return param.float() if remainder is None else join_master(param, remainder)
 
 
-def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw | None) -> None:
+def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw) -> None:
     if param.dtype == torch.float32:
         return  # updated in place
     if remainder is None:
@@ -110,11 +97,7 @@ def _fp32_moment(moment: Tensor, scales: Tensor | None, code: MomentCode) -> Ten
 
 
 def _write_moment(
-    x32: Tensor,
-    moment: Tensor,
-    scales: Tensor | None,
-    code: MomentCode,
-    draw: _Draw | None,
+    x32: Tensor, moment: Tensor, scales: Tensor | None, code: MomentCode, draw: _Draw
 ) -> None:
     if moment.dtype == torch.float32:
         return  # updated in place

@@ -93,7 +93,8 @@ def attend(
     """q, k, v (total_tokens, heads, head_dim) -> flat output, logsumexp (total_tokens, heads)."""
     outs, logsumexps = [q.new_empty(0, *q.shape[1:])], [q.new_empty(0, q.shape[1])]
     for rows, count in _runs(cu_seqlens, max_seqlen, len(q)):
-        out, logsumexp = attention(*(_by_sample(x, rows, count) for x in (q, k, v)), causal)
+        q_rows, k_rows, v_rows = (_by_sample(x, rows, count) for x in (q, k, v))
+        out, logsumexp = attention(q_rows, k_rows, v_rows, causal)
         outs.append(_flat(out).to(q.dtype))
         logsumexps.append(_flat(logsumexp))
     if len(outs) == 2:  # all samples have one length
@@ -121,14 +122,9 @@ def full_attention_fwd(
 
 
 def full_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     parts = qkv.contiguous().unflatten(1, (3, num_attention_heads, -1)).unbind(1)
     parts = (*parts, out.view(parts[0].shape), logsumexp)
     grad_qkv = qkv.new_empty(qkv.shape)

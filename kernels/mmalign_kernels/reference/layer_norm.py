@@ -24,8 +24,4 @@ def layer_norm_bwd(
     along = (grad_normed * normed).mean(1, keepdim=True)
     grad_x = (grad_normed - grad_normed.mean(1, keepdim=True)).addcmul_(normed, along, value=-1)
     grad_weight, grad_bias = (grad * normed).sum(0), grad.sum(0)
-    return (
-        grad_x.mul_(rstd).to(x.dtype),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(weight.dtype),
-    )
+    return (grad_x.mul_(rstd).to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype))

@@ -34,7 +34,7 @@ def linear_cross_entropy_fwd(
     hidden, targets = hidden_states.index_select(0, rows), target_ids[rows].long().unsqueeze(1)
     dtype = compute_dtype(hidden)
     loss = hidden.new_zeros((), dtype=dtype)
-    grad_rows = torch.empty_like(hidden) if needs_hidden else None
+    grad_rows = hidden.new_empty(hidden.shape if needs_hidden else 0)
     grad_weight = lm_head_weight.new_zeros(lm_head_weight.shape if needs_weight else 0, dtype=dtype)
     # each chunk ends with a sum over dweight: hold at least as many logits as dweight has elements
     at_least = hidden.shape[1] if needs_weight else 1
@@ -52,7 +52,7 @@ def linear_cross_entropy_fwd(
         if needs_weight:
             grad_weight += product(grad.t(), hidden[part].t())
     if not needs_hidden:
-        return loss, hidden.new_empty(0), grad_weight
+        return loss, grad_rows, grad_weight
     grad_hidden = hidden.new_zeros(hidden_states.shape)
     return loss, grad_hidden.index_copy_(0, rows, grad_rows), grad_weight
 

@@ -36,27 +36,19 @@ class Plan(NamedTuple):
 
 
 def prefix_attention_update(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    span_begins: Tensor,
-    span_ends: Tensor,
-    cu_spans: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    num_attention_heads: int,
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, span_begins: Tensor, span_ends: Tensor, cu_spans: Tensor, keys: Tensor,
+    values: Tensor, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     check_offsets(cu_seqlens, max_seqlen, len(qkv))
     capacity, num_key_value_heads, head_dim = keys.shape
     out = qkv.new_empty(len(qkv), num_attention_heads, head_dim)
     if not len(qkv):
         return out.flatten(1)
     numbers = (cu_seqlens, span_begins, span_ends, cu_spans)
-    plan = _plan(*(x.cpu().numpy().astype(np.int64).tobytes() for x in numbers), capacity)
-    plan = Plan(*(x.to(qkv.device) if isinstance(x, Tensor) else x for x in plan))
+    plan = _plan(tuple(x.cpu().numpy().astype(np.int64).tobytes() for x in numbers), capacity)
+    tensors = {name: x for name, x in plan._asdict().items() if isinstance(x, Tensor)}
+    plan = plan._replace(**{name: x.to(qkv.device) for name, x in tensors.items()})
     cos, sin = angles(cos, position_ids, qkv), angles(sin, position_ids, qkv)
     sizes = (num_attention_heads, num_key_value_heads, num_key_value_heads)
     q, k, v = qkv.contiguous().unflatten(1, (sum(sizes), head_dim)).split(sizes, 1)
@@ -68,8 +60,9 @@ def prefix_attention_update(
     values[plan.slots] = v
     logsumexp = _attend_blocks(out, q, keys, values, plan)
     for rows, span in plan.parts:
-        part = attention(*(x[None].transpose(1, 2) for x in (q[rows], keys[span], values[span])))
-        _merge(out[rows], logsumexp[rows], *(x[0].transpose(0, 1) for x in part))
+        q_rows, k, v = (x[None].transpose(1, 2) for x in (q[rows], keys[span], values[span]))
+        part, part_logsumexp = (x[0].transpose(0, 1) for x in attention(q_rows, k, v))
+        _merge(out[rows], logsumexp[rows], part, part_logsumexp)
     return out.flatten(1)
 
 
@@ -102,10 +95,9 @@ def _merge(out: Tensor, logsumexp: Tensor, other: Tensor, other_logsumexp: Tenso
 
 
 @lru_cache(maxsize=2)  # every layer of a model passes the same numbers
-def _plan(cu_seqlens: bytes, begins: bytes, ends: bytes, cu_spans: bytes, capacity: int) -> Plan:
-    bounds, begins, ends, firsts = (
-        np.frombuffer(x, np.int64) for x in (cu_seqlens, begins, ends, cu_spans)
-    )
+def _plan(numbers: tuple[bytes, ...], capacity: int) -> Plan:
+    """numbers: cu_seqlens, span_begins, span_ends and cu_spans, int64."""
+    bounds, begins, ends, firsts = (np.frombuffer(x, np.int64) for x in numbers)
     lengths, num_spans = np.diff(bounds), np.diff(firsts)
     _check_spans(lengths, num_spans, begins, ends, capacity)
     segment = np.repeat(np.arange(len(lengths)), lengths)  # of each row

@@ -8,14 +8,9 @@ from .rms_norm import rms_norm_bwd, rms_norm_fwd
 
 
 def project_image_features_fwd(
-    image_features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    image_features: Tensor, weight: Tensor, bias: Tensor, hidden_states: Tensor,
+    image_positions: Tensor, norm_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     projected = product(image_features, weight, bias)
     new_hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
     new_hidden_states.index_copy_(0, image_positions.long(), projected)
@@ -23,28 +18,24 @@ def project_image_features_fwd(
 
 
 def project_image_features_bwd(
-    image_features: Tensor,
-    weight: Tensor,
-    hidden_states: Tensor,
-    image_positions: Tensor,
-    norm_weight: Tensor,
-    rstd: Tensor,
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor | None,
+    image_features: Tensor, weight: Tensor, hidden_states: Tensor, image_positions: Tensor,
+    norm_weight: Tensor, rstd: Tensor, grad_hidden: Tensor | None, grad_normed: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needs_features, needs_weight, needs_bias, needs_hidden, needs_norm = needs
     rows = image_positions.long()
     everywhere = needs_hidden or needs_norm  # otherwise only image rows need a gradient
 
-    def pick(x: Tensor | None) -> Tensor | None:
-        return x if x is None or everywhere else x.index_select(0, rows)
+    def pick(x: Tensor) -> Tensor:
+        return x if everywhere else x.index_select(0, rows)
 
-    grad, dnorm = pick(grad_hidden), norm_weight.new_zeros(norm_weight.shape if needs_norm else 0)
+    grad = None if grad_hidden is None else pick(grad_hidden)
+    dnorm = norm_weight.new_zeros(norm_weight.shape if needs_norm else 0)
     if grad_normed is not None:
         grad, dnorm = rms_norm_bwd(
             pick(grad_normed), grad, pick(hidden_states), norm_weight, pick(rstd), needs_norm
         )
+    assert grad is not None, "one of the two results has a gradient"
     grad_image = grad.index_select(0, rows) if everywhere else grad
     return (
         product(grad_image, weight.t()) if needs_features else weight.new_empty(0),

@@ -27,13 +27,9 @@ def add_rms_norm_fwd(
 
 
 def rms_norm_bwd(
-    grad_y: Tensor,
-    grad_residual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
+    grad_y: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx = rstd * (w*dy - xhat * mean(w*dy*xhat)), xhat = x * rstd.
 
     PyTorch fuses this into one pass, the backward of LayerNorm: with a mean of zero it returns

@@ -34,16 +34,9 @@ def _rotated_heads(
 
 
 def rotary_attention_fwd(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, num_attention_heads: int, num_key_value_heads: int, causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     cos, sin = angles(cos, position_ids, qkv), angles(sin, position_ids, qkv)
     qkv = qkv.contiguous()
     q, k, v = _rotated_heads(qkv, cos, sin, num_attention_heads, num_key_value_heads)
@@ -51,19 +44,10 @@ def rotary_attention_fwd(
 
 
 def rotary_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    causal: bool,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_attention_heads: int,
+    num_key_value_heads: int, causal: bool,
+) -> Tensor:  # fmt: skip
     cos, sin = angles(cos, position_ids, qkv), angles(sin, position_ids, qkv)
     qkv = qkv.contiguous()
     q, k, v = _rotated_heads(qkv, cos, sin, num_attention_heads, num_key_value_heads)

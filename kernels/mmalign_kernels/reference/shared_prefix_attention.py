@@ -8,22 +8,17 @@ from .rotary_attention import angles, rotary_attention_bwd, rotary_attention_fwd
 
 
 def shared_prefix_attention_fwd(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    num_attention_heads: int,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, prefix_keys: Tensor, prefix_values: Tensor, num_attention_heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads = num_attention_heads, prefix_keys.shape[1]
     settings = cos, sin, position_ids, cu_seqlens, max_seqlen, *heads, True
     out, logsumexp = rotary_attention_fwd(qkv, *settings)
     if len(qkv) and len(prefix_keys):
         q = _queries(qkv, cos, sin, position_ids, num_attention_heads, prefix_keys)
-        part, part_logsumexp = attention(*map(_as_batch, (q, prefix_keys, prefix_values)))
+        part, part_logsumexp = attention(
+            _as_batch(q), _as_batch(prefix_keys), _as_batch(prefix_values)
+        )
         part, part_logsumexp = (x[0].transpose(0, 1) for x in (part, part_logsumexp))
         total = torch.logaddexp(logsumexp, part_logsumexp)
         share = (part_logsumexp - total).exp_()[..., None]
@@ -33,19 +28,10 @@ def shared_prefix_attention_fwd(
 
 
 def shared_prefix_attention_bwd(
-    grad_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    max_seqlen: int,
-    num_attention_heads: int,
-) -> Tensor:
+    grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor, cu_seqlens: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
+    max_seqlen: int, num_attention_heads: int,
+) -> Tensor:  # fmt: skip
     heads = num_attention_heads, prefix_keys.shape[1]
     settings = cos, sin, position_ids, cu_seqlens, max_seqlen, *heads, True
     grad_qkv = rotary_attention_bwd(grad_out, qkv, out, logsumexp, *settings)

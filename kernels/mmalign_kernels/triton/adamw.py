@@ -200,7 +200,7 @@ def _adamw_rounding_kernel(
     SPLIT: tl.constexpr,
     DRAWS: tl.constexpr,
 ):
-    CODES: tl.constexpr = MOMENT == tl.uint8
+    CODES: tl.constexpr = tl.uint8 == MOMENT
     column, tile, numel, place = find_tensor(table_ptr, NUM, ALIGNED)
     param_ptr = address(table_ptr, column, NUM, ALIGNED, 0, WEIGHT)
     remainder_ptr = address(table_ptr, column, NUM, ALIGNED, 1, tl.int16)

@@ -14,7 +14,8 @@ from mmalign.evaluation.report import sections
 from mmalign.evaluation.report.plots import plot_curves, plot_scores, plot_training
 from mmalign.evaluation.report.tables import write_differences, write_scores
 from mmalign.evaluation.tasks import score_rows
-from mmalign.files import read_json, read_json_lines, write_json_lines, write_text
+from mmalign.evaluation.tasks.task import is_number
+from mmalign.files import read_json, read_steps, write_json_lines, write_text
 
 
 def write_report(
@@ -118,9 +119,15 @@ def read_run(folder: Path) -> dict:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder} is not a run: metrics.jsonl is missing. Name a run folder")
-    metrics = read_json_lines(path)
+    metrics, damaged = read_steps(path)
+    if damaged:
+        raise UserError(f"{damaged[0]}. Remove this line and rerun the same command")
     if not metrics:
         raise UserError(f"{path} contains no step yet; train for at least one step first")
+    for record in metrics:
+        numbers = [record.get(key) for key in ("tokens", "samples", "tokens_per_second")]
+        if not all(is_number(number, 0, float("inf")) for number in numbers):
+            raise UserError(f"{path}: the line of step {record['step']} is damaged. Remove it")
     return {"config": config, "metrics": metrics}
 
 
@@ -128,8 +135,9 @@ def read_curve(folder: Path) -> dict[int, dict]:
     """Step -> results.json of the run's evaluations on its fixed documents; {} without any."""
     found = {}
     for path in (folder / "evaluation").glob("step_*"):
-        if (path / "results.json").exists():  # a killed run can leave a folder without it
-            found[int(path.name.removeprefix("step_"))] = read_results(path)
+        # a killed run can leave a folder without it
+        if path.name[5:].isdecimal() and (path / "results.json").exists():
+            found[int(path.name[5:])] = read_results(path)
     curve = dict(sorted(found.items()))
     documents = {(x["config"]["limit"], *score_rows(x)) for x in curve.values()}
     if len(documents) > 1:

@@ -2,18 +2,20 @@
 
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.artist import Artist  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.ticker import MaxNLocator
 
-from mmalign.evaluation.tasks import score_rows  # noqa: E402
+from mmalign.evaluation.tasks import score_rows
 
 # Okabe and Ito: safe for colour-blind eyes. The base model has the first, the tuned the second.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -22,7 +24,7 @@ _STAGE_COLORS = {"finetune": COLORS[1]}  # the tuned model's
 _GREY = "#6b6b6b"
 _MARKERS = {"always yes": "^", "always no": "v"}  # of constant answers; others follow
 _OTHER_MARKERS = "sDPX*"
-_STYLE = {
+_STYLE: dict[Any, object] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -114,14 +116,14 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
         plt.close(figure)
 
 
-def _legend_columns(handles: list[Artist]) -> int:
-    longest = max(len(handle.get_label()) for handle in handles)
+def _legend_columns(handles: list[ErrorbarContainer]) -> int:
+    longest = max(len(str(handle.get_label())) for handle in handles)
     return max(1, min(5, 90 // (longest + 6)))  # 90 characters fit into the figure's width
 
 
 def _plot_model(
     axes: Axes, name: str, summaries: list[dict], index: int, rows: list[float]
-) -> Artist:
+) -> ErrorbarContainer:
     color, shape = COLORS[index % len(COLORS)], _SHAPES[index // len(COLORS) % len(_SHAPES)]
     scores = [100 * summary["acc"] for summary in summaries]
     intervals = 100 * np.array([summary["interval"] for summary in summaries])

@@ -14,12 +14,12 @@ from mmalign.evaluation.report.tables import (
     config_rows,
     first_flipped,
     is_resolved,
-    markdown_table,
     shortened,
     stage_rows,
 )
 from mmalign.evaluation.statistics import wilson_interval
 from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
+from mmalign.files import markdown_table
 
 _FLIPPED_SHOWN = 2  # documents of each task that became wrong, and as many that became right
 _LONGEST = 1200  # characters of an example

@@ -149,14 +149,6 @@ def _flipped_lines(document: dict) -> str:
 # ---- in Markdown ----
 
 
-def markdown_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], rest: str = "---:"
-) -> str:
-    """First column to the left, the rest to the right unless `rest` says otherwise."""
-    lines = [headings, [":---"] + [rest] * (len(headings) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def bullets(sentences: Iterable[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
@@ -209,9 +201,10 @@ def stage_rows(configs: Mapping[str, dict]) -> list[list[object]]:
 
 
 def _lookup(config: dict, key: str) -> object:
+    found: object = config
     for name in key.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return "" if config is None else config
+        found = found.get(name) if isinstance(found, dict) else None
+    return "" if found is None else found
 
 
 _CONFIG_KEYS = ("model", "template", "bos", "tokenizer", "tokenizer_sha256")
@@ -283,7 +276,7 @@ def _joined(values: Mapping[str, float] | None) -> str:
     return "; ".join(f"{name}: {value:.4f}" for name, value in (values or {}).items())
 
 
-def _write_csv(path: Path, columns: Iterable[str], lines: list[dict]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], lines: list[dict]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()

@@ -9,6 +9,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,11 @@ class EthicsSubset(MultipleChoice):
     columns: tuple[str, ...]  # that the prompt needs
     has_heading: bool = True
     prompt: Callable[[dict[str, str]], tuple[str, int]]  # row -> (context, label)
+    published: str  # sha256 of the test split as published
     answers: tuple[str, str]  # continuations in the order of the requests
     answer_of_label_1: int  # index in answers: " yes" or " reasonable"
+    # what all rows of a group have in common; None: nothing that can be compared
+    scenario: Callable[[dict[str, str]], str] | None = None
 
     @property
     def answer_of_label_0(self) -> int:
@@ -55,11 +59,14 @@ class EthicsSubset(MultipleChoice):
 
     def data_files(self, data_root: Path) -> dict[str, dict[str, str]]:
         path = self.file(data_root)
-        return {str(path.relative_to(data_root)): {"sha256": sha256(path)}}
+        found = sha256(path)
+        variant = "as published" if found == self.published else "not the published file"
+        return {str(path.relative_to(data_root)): {"sha256": found, "variant": variant}}
 
     def read(self, data_root: Path) -> list[Document]:
         path, documents = self.file(data_root), []
-        for index, (line, row) in enumerate(_read_rows(path, self)):
+        rows = list(_read_rows(path, self))
+        for index, (line, row) in enumerate(rows):
             try:
                 context, label = self.prompt(row)
             except ValueError as error:
@@ -75,7 +82,32 @@ class EthicsSubset(MultipleChoice):
             )
         if not documents:
             raise UserError(f"{path} contains no row")
+        self._check_groups(path, rows)
         return documents
+
+    def _check_groups(self, path: Path, rows: list[tuple[int, dict[str, str]]]) -> None:
+        """A row that is missing or doubled shifts all groups behind it."""
+        size = self.group_size
+        if size is None:
+            return
+        advice = "A row is missing or doubled: take the published file, or a part of whole groups"
+        for begin in range(0, len(rows), size):
+            group = rows[begin : begin + size]
+            scenarios = [self.scenario(row) if self.scenario else "" for _, row in group]
+            different = [
+                line
+                for (line, _), scenario in zip(group, scenarios, strict=True)
+                if scenario != scenarios[0]
+            ]
+            if different:
+                raise UserError(
+                    f"{path}, line {different[0]}: every {size} rows are a group about one "
+                    f"scenario, but this one is about another than line {group[0][0]}. {advice}"
+                )
+        if len(rows) % size:
+            raise UserError(
+                f"{path} has {len(rows)} rows, which do not make groups of {size}. {advice}"
+            )
 
     def predict(self, document: Document, loglikelihoods: Sequence[float]) -> int:
         """Ties: the answer of label 0, no or unreasonable."""
@@ -134,7 +166,14 @@ class EthicsMean(Mean):
 def _read_rows(path: Path, task: EthicsSubset) -> Iterator[tuple[int, dict[str, str]]]:
     """(first line, row) of every row."""
     # newline="" keeps the line breaks inside quoted fields: they reach the prompt as they are
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    if text and not text.endswith(("\n", "\r")):
+        last = text.count("\n") + 1
+        raise UserError(
+            f"{path}, line {last}: the file ends within this line, so it was cut short. Download "
+            "it again, or end the line if it is whole"
+        )
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # strict: quotes are closed
     heading = None if task.has_heading else list(task.columns)
     line = 1
     try:
@@ -216,6 +255,7 @@ SUBSETS = (
         subset="commonsense",
         columns=("label", "input"),
         prompt=_commonsense,
+        published="a004f51b8f863d85eb5575d86e8723897f850fcb7fc8de38c1f30105dfb13c4d",
         **_YES_NO,
     ),
     EthicsSubset(
@@ -224,7 +264,9 @@ SUBSETS = (
         subset="deontology",
         columns=("label", "scenario", "excuse"),
         prompt=_deontology,
+        published="f2889533d583d3aec2cd9ce6c3ed1bfef4ee3a5b08b3728cc11bd1824f629f65",
         group_size=4,
+        scenario=itemgetter("scenario"),
         **_REASONABLE,
     ),
     EthicsSubset(
@@ -233,6 +275,7 @@ SUBSETS = (
         subset="justice",
         columns=("label", "scenario"),
         prompt=_justice,
+        published="d7cc506a1055915d455a9244b26de573c75a760d416a8508a9420d41cbf40250",
         group_size=4,
         **_REASONABLE,
     ),
@@ -243,6 +286,7 @@ SUBSETS = (
         columns=("activity", "baseline"),
         has_heading=False,
         prompt=_utilitarianism,
+        published="e44bc24dd488696b64e515403efdefd36d89a6d71868b64a5261f035116ec850",
         **_YES_NO,
     ),
     EthicsSubset(
@@ -251,7 +295,9 @@ SUBSETS = (
         subset="virtue",
         columns=("label", "scenario"),
         prompt=_virtue,
+        published="43368eb9787451fe8e3ab520a144ac71f32005f9b9f40b9c1fde93559f6f2793",
         group_size=5,
+        scenario=lambda row: row["scenario"].partition(_SEPARATOR)[0],
         **_YES_NO,
     ),
 )

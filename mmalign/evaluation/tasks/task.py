@@ -4,8 +4,9 @@ A task is an instance of a subclass of MultipleChoice or FreeForm, in a file of 
 """
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from mmalign.errors import UserError
 from mmalign.evaluation.metrics import caveats, exact_match, mean_tokens
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.statistics import effective_n, mean_of_tasks_interval, wilson_interval
@@ -91,7 +93,21 @@ class Task(ABC):
 
         Raises UserError for a missing or malformed file.
         """
-        return self.read(Path(data_root))[:limit]
+        root = Path(data_root)
+        try:
+            documents = self.read(root)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.name}: {', '.join(self.data_files(root))} under {root} is not in its "
+                f"published form ({type(error).__name__}: {error})"
+            ) from error
+        if not documents:
+            raise UserError(
+                f"{self.name}: {', '.join(self.data_files(root))} under {root} is empty"
+            )
+        return documents[:limit]
 
     @abstractmethod
     def read(self, data_root: Path) -> list:
@@ -117,6 +133,16 @@ class Task(ABC):
     @abstractmethod
     def example(self, item: dict) -> tuple[str, list[str]]:
         """What the model was asked, and its choices or answer, for the report."""
+
+    @abstractmethod
+    def _problems(self, item: dict) -> Iterator[str]:
+        """What in a line of items.jsonl cannot be; it has all item_keys."""
+
+    def problem(self, item: dict) -> str:
+        """The first of these; empty for a good item."""
+        if not isinstance(item["doc_id"], int) or not isinstance(item["sha256"], str):
+            return "doc_id or sha256 is damaged"
+        return next(self._problems(item), "")
 
     def protocol(self) -> dict[str, Any]:
         """Settings that two evaluations have to share to be compared."""
@@ -186,6 +212,27 @@ class MultipleChoice(Task):
     def make_items(self, documents: Sequence[Document], answers: Sequence) -> list[dict]:
         return [self.make_item(x, scores) for x, scores in zip(documents, answers, strict=True)]
 
+    def _problems(self, item: dict) -> Iterator[str]:
+        if not is_number(item["score"], 0, 1):
+            yield f"score is {item['score']!r}; expected a number from 0 to 1"
+        choices = item["choices"]
+        if not isinstance(choices, list) or not choices or not all(map(_is_choice, choices)):
+            yield "choices lack a text, a finite loglikelihood or a number of tokens"
+            return
+        gold, indices = item["gold"], range(len(choices))
+        if isinstance(gold, list):
+            right = len(gold) == len(choices) and all(label in (0, 1) for label in gold)
+        else:
+            right = isinstance(gold, int) and gold in indices
+        if not right:
+            yield f"gold is {gold!r}, with {len(choices)} choices"
+        if not isinstance(item["prediction"], int) or item["prediction"] not in indices:
+            yield f"prediction is {item['prediction']!r}, with {len(choices)} choices"
+        if not isinstance(item["context"], str):
+            yield "context is not text"
+        if self.group_size and not isinstance(item.get("group_id"), int):
+            yield "group_id is missing"
+
     def make_item(self, document: Document, scores: Sequence[Score]) -> dict:
         """scores: one for each request of the document."""
         loglikelihoods = [score.loglikelihood for score in scores]
@@ -230,6 +277,23 @@ class MultipleChoice(Task):
         return item["context"], [choice["text"] for choice in item["choices"]]
 
 
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value of a JSON file is a number in this range; neither NaN nor true is."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_choice(choice: object) -> bool:
+    if not isinstance(choice, dict):
+        return False
+    number = is_number(choice.get("num_tokens"), 1, 1e9)
+    lowest = -sys.float_info.max
+    return (
+        number
+        and isinstance(choice.get("text"), str)
+        and is_number(choice.get("loglikelihood"), lowest, 1)
+    )
+
+
 def choice_tokens(items: Sequence[dict], true: Sequence[Sequence[int]]) -> dict[str, float]:
     """Mean length of the true and of the false choices; true: indices for each item."""
     pairs = list(zip(items, true, strict=True))
@@ -251,6 +315,21 @@ class FreeForm(Task):
     kind = "generate"
     item_keys = frozenset(("task", "doc_id", "question", "answer", "reason", "scores", "sha256"))
     options: GenerationOptions
+
+    def _problems(self, item: dict) -> Iterator[str]:
+        if not all(isinstance(item[key], str) for key in ("question", "answer", "reason")):
+            yield "question, answer or reason is not text"
+        names = {metric.row for metric in self.metrics}
+        for key in ("scores", "constant_scores"):
+            scores = item.get(key)
+            if not isinstance(scores, dict) or not scores:
+                yield f"{key} is not an object of scores"
+                return
+            for name, score in scores.items():
+                if not is_number(score, -100, 100):
+                    yield f"{name} of {key} is {score!r}; expected a number from -100 to 100"
+            if missing := names - {f"{self.name}_{name}" for name in scores}:
+                yield f"{key} lacks {', '.join(sorted(missing))}"
 
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {"generation": asdict(self.options)}

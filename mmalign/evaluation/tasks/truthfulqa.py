@@ -41,10 +41,7 @@ _PRESET = (
         "How does a telescope work?",
         "Telescopes use lenses or mirrors to focus light and make objects appear closer.",
     ),
-    (
-        "Where were the 1992 Olympics held?",
-        "The 1992 Olympics were held in Barcelona, Spain.",
-    ),
+    ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
 )
 PROMPT = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in _PRESET)
 
@@ -68,9 +65,11 @@ def load_truthfulqa(data_root: str | Path) -> list[Document]:
 
 def _read_entries(path: Path) -> list:
     try:
-        entries = json.loads(read_text(path))
+        entries = json.loads(read_text(path), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits; nesting
+        raise UserError(f"{path}: not the published form of TruthfulQA ({error})") from error
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of questions, found {type(entries).__name__}")
     if not entries:
@@ -78,9 +77,20 @@ def _read_entries(path: Path) -> list:
     return entries
 
 
+class _Pairs(dict):
+    """A JSON object that knows a key which stands in it twice; plain dicts keep the last value."""
+
+    def __init__(self, pairs: list[tuple[str, object]]):
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.repeated = next((key for key in keys if keys.count(key) > 1), None)
+
+
 def _documents_of(index: int, entry: object, where: str) -> tuple[Document, Document]:
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
         raise UserError(f"{where}: {_FORM}, but found {json.dumps(entry)[:120]}")
+    if not is_text(entry["question"]):
+        raise UserError(f"{where}: its question holds half of a surrogate pair. Repair the file")
     context = f"{PROMPT}Q: {entry['question']}\nA:"
     choices, labels = zip(*(_targets(entry, key, where) for key in ("mc1", "mc2")), strict=True)
     mc1, mc2 = (tuple((context, f" {choice}") for choice in part) for part in choices)
@@ -96,12 +106,25 @@ def _documents_of(index: int, entry: object, where: str) -> tuple[Document, Docu
 
 def _targets(entry: dict, key: str, where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     targets = entry.get(f"{key}_targets")
-    if not isinstance(targets, dict) or not targets:
+    if not isinstance(targets, _Pairs) or not targets:
         raise UserError(f"{where}: {_FORM}, but {key}_targets is {json.dumps(targets)[:120]}")
+    if targets.repeated is not None:
+        raise UserError(f"{where}: the {key} choice {targets.repeated!r} stands there twice")
     for choice, label in targets.items():
+        if not is_text(choice):
+            raise UserError(f"{where}: {key} choice {choice!r} holds half of a surrogate pair")
         if label not in (0, 1):
             raise UserError(f"{where}: {_FORM}, but {key} choice {choice!r} has label {label!r}")
     return tuple(targets), tuple(int(label) for label in targets.values())
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be encoded: JSON can spell half of a surrogate pair, such as \\ud83d."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +148,7 @@ class TrueShare(TruthfulQA):
     right_or_wrong = False
 
     def score(self, document: Document, loglikelihoods: Sequence[float]) -> float:
+        assert isinstance(document.gold, tuple), "mc2 has a label for each choice"
         return true_share(loglikelihoods, mc2_split(document.gold))
 
     def interval(self, items: Sequence[dict]) -> tuple[tuple[float, float], str]:

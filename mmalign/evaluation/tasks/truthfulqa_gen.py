@@ -26,14 +26,7 @@ import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.statistics import bootstrap_means, percentile_interval, wilson_interval
-from mmalign.evaluation.tasks.task import (
-    BOOTSTRAP,
-    WILSON,
-    FreeForm,
-    Metric,
-    OpenDocument,
-    digest,
-)
+from mmalign.evaluation.tasks.task import BOOTSTRAP, WILSON, FreeForm, Metric, OpenDocument, digest
 from mmalign.evaluation.tasks.truthfulqa import PROMPT
 from mmalign.files import read_text, sha256
 from mmalign.model.generate import Generation, GenerationOptions
@@ -71,7 +64,15 @@ def load_questions(data_root: str | Path) -> list[Question]:
             f"{NAME} needs {path}, which does not exist. Put TruthfulQA.csv of "
             "github.com/sylinrl/TruthfulQA there (commit 013686a: the 2021 original)"
         )
-    table = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
+    content = read_text(path).removeprefix("\ufeff")
+    table = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    try:
+        return _read_questions(path, table)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV: {error}") from error
+
+
+def _read_questions(path: Path, table: csv.DictReader) -> list[Question]:
     if missing := set(_COLUMNS) - set(table.fieldnames or ()):
         raise UserError(
             f"{path} has no column {', '.join(sorted(missing))}; it has "
@@ -81,6 +82,10 @@ def load_questions(data_root: str | Path) -> list[Question]:
     for row in table:
         text, true, false = (row[name] or "" for name in _COLUMNS)
         true, false = _references(true), _references(false)
+        if None in row or None in row.values():  # csv's marks of too many and too few fields
+            raise UserError(
+                f"{path}, line {table.line_num}: expected {len(table.fieldnames or ())} fields"
+            )
         if not text.strip() or not true or not false:
             raise UserError(
                 f"{path}, line {table.line_num}: expected a question with true and false "

@@ -31,9 +31,6 @@ def export_adapter(
         tensors |= _embeddings(decoder)
     if folder is None:
         return
-    modules = (
-        ["embed_tokens"] if decoder.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
-    )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -42,7 +39,8 @@ def export_adapter(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
-        "modules_to_save": modules if lora.train_embeddings else None,
+        # both, although they may be tied: PEFT would keep the base's lm_head
+        "modules_to_save": ["embed_tokens", "lm_head"] if lora.train_embeddings else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -69,10 +67,10 @@ def _adapters(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def _embeddings(decoder: Decoder) -> dict[str, Tensor]:
-    tensors = {f"{PREFIX}model.embed_tokens.weight": _copy(decoder.embed_tokens.weight)}
-    if not decoder.config.tie_word_embeddings:
-        tensors[f"{PREFIX}lm_head.weight"] = _copy(decoder.lm_head.weight)
-    return tensors
+    return {
+        f"{PREFIX}model.embed_tokens.weight": _copy(decoder.embed_tokens.weight),
+        f"{PREFIX}lm_head.weight": _copy(decoder.lm_head.weight),
+    }
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
+from mmalign.model.projector import Projector
 from mmalign.model.shards import fsdp_unit_of, unsharded
 from mmalign.model.vision_tower import VisionTower
 from mmalign.tokenizer import Tokenizer
@@ -27,9 +28,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_llama(
-    model: Llava | Decoder, folder: str | Path | None, tokenizer: Tokenizer | None = None
+    model: Llava | Decoder,
+    folder: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str = "",
 ) -> None:
-    """A LlamaForCausalLM folder of the decoder alone.
+    """A LlamaForCausalLM folder of the decoder alone, with the tokenizer and its chat template.
 
     All processes export a sharded model together; with folder None a process only takes part in
     gathering its weights.
@@ -38,10 +42,10 @@ def export_llama(
     if folder is None:
         return _read_all(_decoder_tensors(model))
     with replacing_folder(Path(folder)) as partial:
-        write_json(partial / "config.json", decoder.config.to_hf(_dtype(decoder)))
+        write_json(partial / "config.json", _decoder_config(decoder, tokenizer))
         _write_weights(partial, _decoder_tensors(model))
         if tokenizer is not None:
-            tokenizer.save(partial)
+            tokenizer.save(partial, decoder.config.vocab_size, chat_template)
 
 
 def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
@@ -53,37 +57,41 @@ def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
 
 
 def export_llava(
-    llava: Llava, folder: str | Path | None, tokenizer: Tokenizer | None = None
+    llava: Llava,
+    folder: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str = "",
 ) -> None:
-    """A LlavaForConditionalGeneration folder. folder None: as in export_llama."""
-    assert llava.vision_tower is not None, "a text-only model exports with export_llama"
+    """A LlavaForConditionalGeneration folder. The arguments are those of export_llama."""
+    tower, projector = llava.vision_tower, llava.projector
+    assert tower is not None and projector is not None, "a text-only model: use export_llama"
     if folder is None:
-        return _read_all(_llava_tensors(llava))
-    dtype, tower = _dtype(llava.decoder), llava.vision_tower
+        return _read_all(_llava_tensors(llava, tower, projector))
+    dtype = _dtype(llava.decoder)
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "image_token_index": llava.image_token_id,
         "image_seq_length": tower.config.num_patches,
-        **llava.projector.HF_CONFIG,
+        **projector.HF_CONFIG,
         **tower.config.llava_fields,
         "tie_word_embeddings": llava.decoder.config.tie_word_embeddings,
-        "text_config": llava.decoder.config.to_hf(dtype),
+        "text_config": _decoder_config(llava.decoder, tokenizer),
         "vision_config": tower.config.to_hf(_dtype(tower)),
     }
     with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
         write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
-        _write_weights(partial, _llava_tensors(llava))
+        _write_weights(partial, _llava_tensors(llava, tower, projector))
         if tokenizer is not None:
-            tokenizer.save(partial)
-            tokenizer.save_image_tokens(partial, llava.decoder.config.vocab_size)
+            tokenizer.save(partial, llava.decoder.config.vocab_size, chat_template)
             _write_processor(partial, tokenizer, tower.config)
 
 
 def save_projector(llava: Llava, path: str | Path) -> None:
     """projector.safetensors: the projector and, where stage 1 trains them, the two token rows."""
+    assert llava.projector is not None, "a text-only model has no projector"
     state = llava.projector.to_tensors()
     if llava.image_token_embeddings is not None:
         state["image_token_embeddings"] = llava.image_token_embeddings
@@ -92,6 +100,17 @@ def save_projector(llava: Llava, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(save(state, metadata={"format": "pt", "mmalign": "projector"}))
+
+
+def _decoder_config(decoder: Decoder, tokenizer: Tokenizer | None) -> dict:
+    """config.json, with the ids of the tokenizer that it was trained with."""
+    config = decoder.config.to_hf(_dtype(decoder))
+    if tokenizer is not None:
+        for role in ("bos_token_id", "eos_token_id"):
+            token_id, known = getattr(tokenizer, role), config[role]
+            if token_id not in (known if isinstance(known, list) else [known]):
+                config[role] = token_id
+    return config
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -108,7 +127,7 @@ def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "")
 
     So are the parts of an FSDP unit: one unit is unsharded at a time.
     """
-    name, weight, unit = None, None, None
+    name, weight, unit = "", torch.empty(0), None
     with ExitStack() as gathered:
         for key, part in parts.items():
             if unit is not (unit := fsdp_unit_of(module, part.parameter)):
@@ -129,11 +148,13 @@ def _merged(module: nn.Module, parameter: str) -> Tensor:
 
 def _decoder_tensors(model: Llava | Decoder, prefix: str = "") -> _Tensors:
     decoder = model.decoder if isinstance(model, Llava) else model
-    rows = model.image_token_embeddings if isinstance(model, Llava) else None
+    rows, ids = None, []
+    if isinstance(model, Llava):
+        rows, ids = model.image_token_embeddings, list(model.im_start_end_ids)
     for key, tensor in _module_tensors(decoder, decoder_parts(decoder.config), prefix):
         if rows is not None and key.endswith("embed_tokens.weight"):
             tensor = tensor.clone()
-            tensor[list(model.im_start_end_ids)] = rows.detach()
+            tensor[ids] = rows.detach()
         yield key, tensor
 
 
@@ -141,9 +162,9 @@ def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
     return _module_tensors(tower, vision_parts(tower.config), prefix)
 
 
-def _llava_tensors(llava: Llava) -> _Tensors:
-    yield from _tower_tensors(llava.vision_tower, "vision_tower.vision_model.")
-    yield from llava.projector.to_hf_tensors().items()
+def _llava_tensors(llava: Llava, tower: VisionTower, projector: Projector) -> _Tensors:
+    yield from _tower_tensors(tower, "vision_tower.vision_model.")
+    yield from projector.to_hf_tensors().items()
     yield from _decoder_tensors(llava, "language_model.")
 
 

@@ -19,20 +19,24 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.files import WeightFiles
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import ImageTokens, Llava
-from mmalign.model.projector import Projector
+from mmalign.model.projector import projector_of, read_projector
 from mmalign.model.vision_tower import VisionTower
 
 log = logging.getLogger("mmalign")
 
-# buffers that old versions of transformers saved; they are computed here
+# buffers that versions of transformers saved; they are computed here
 _OLD_BUFFERS = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|embeddings\.position_ids"
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
+    r"|embeddings\.position_ids"
 )
-# what multimodal trainers leave in the folder of a language model
-_MULTIMODAL = re.compile(r"(model\.)?(mm_projector|vision_tower|multi_modal_projector)\.")
+# what multimodal trainers leave in the folder of a language model; LLaVA 1.6 adds image_newline
+_MULTIMODAL = re.compile(
+    r"(model\.)?((mm_projector|vision_tower|multi_modal_projector)\.|image_newline$)"
+)
 _CLIP_OTHER_HALF = re.compile(
     r"text_model\.|(text_projection|visual_projection)\.weight$|logit_scale$"
 )
+_EMBEDDINGS = "model.embed_tokens.weight"
 _SHOWN = 10  # keys in a message
 
 
@@ -50,7 +54,7 @@ def load_llava(
         return Llava(decoder, None, None, tokenizer)
     tower = load_vision_tower(folder, dtype)
     sizes = tower.config.hidden_size, decoder.config.hidden_size
-    projector = Projector.from_tensors(load_projector(folder), *sizes).to(dtype)
+    projector = projector_of(load_projector(folder), *sizes).to(dtype)
     return Llava(decoder, tower, projector, tokenizer)
 
 
@@ -68,10 +72,12 @@ def load_decoder(
     has_text_config = "text_config" in read_hf_config(folder)
     keys = _llava_decoder_keys(files) if has_text_config else _decoder_keys(files, folder)
     _check_tied_head(folder, config, files, keys)
+    parts = decoder_parts(config)
+    keys = _check(parts, files, keys, folder)  # before memory is taken for what config.json says
     decoder = _allocate(
         Decoder, replace(config, vocab_size=config.vocab_size + num_added_tokens), dtype
     )
-    _fill(decoder, decoder_parts(config), files, keys, folder)
+    _fill(decoder, parts, files, keys)
     for weight in (decoder.embed_tokens.weight, decoder.lm_head.weight):
         old, new = weight.detach().split((config.vocab_size, num_added_tokens))
         if num_added_tokens:
@@ -84,20 +90,22 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     folder = Path(folder)
     config = VisionConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
-    model_type = read_hf_config(folder)["model_type"]
+    model_type = read_hf_config(folder).get("model_type")
     keys = {}
-    for key in files.keys():
+    for key in files.names():
         name = key
         if model_type == "llava":
             name = name.removeprefix("model.")
             if not name.startswith("vision_tower."):
                 continue
             name = name.removeprefix("vision_tower.")
-        elif model_type == "clip" and _CLIP_OTHER_HALF.match(name):
+        elif _CLIP_OTHER_HALF.match(name):
             continue
         keys[name.removeprefix("vision_model.")] = key
+    parts = vision_parts(config)
+    keys = _check(parts, files, keys, folder)
     tower = _allocate(VisionTower, config, dtype)
-    _fill(tower, vision_parts(config), files, keys, folder)
+    _fill(tower, parts, files, keys)
     return tower.requires_grad_(False)
 
 
@@ -105,8 +113,8 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     """Projector's tensors and, where they were trained, image_token_embeddings (2, hidden_size).
 
     path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
-    a LlavaForConditionalGeneration folder whose projector is linear. mm_projector.bin may hold
-    embed_tokens, whole or only two rows: <im_start> and <im_end> are its last two.
+    a LlavaForConditionalGeneration folder. mm_projector.bin may hold embed_tokens, whole or only
+    two rows: <im_start> and <im_end> are its last two.
     """
     path = Path(path)
     if not path.is_dir():
@@ -134,7 +142,7 @@ def _allocate(module_class: type, config, dtype: torch.dtype):
 
 def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
     """Name in LlamaForCausalLM -> key in the files, of a LlamaForCausalLM folder."""
-    multimodal = [key for key in files.keys() if _MULTIMODAL.match(key)]
+    multimodal = [key for key in files.names() if _MULTIMODAL.match(key)]
     if multimodal:
         log.warning(
             "%s: %d tensors of a projector or vision tower are not part of the decoder: %s",
@@ -142,13 +150,13 @@ def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
             len(multimodal),
             _listed(multimodal),
         )
-    return {key: key for key in files.keys() if key not in set(multimodal)}
+    return {key: key for key in files.names() if key not in set(multimodal)}
 
 
 def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
     """The same of a LLaVA folder: language_model.model.x, or model.language_model.x."""
     keys = {}
-    for key in files.keys():
+    for key in files.names():
         if _MULTIMODAL.match(key):
             continue
         if key.startswith("model.language_model."):
@@ -162,25 +170,21 @@ def _check_tied_head(
     folder: Path, config: DecoderConfig, files: WeightFiles, keys: dict[str, str]
 ) -> None:
     """A tied checkpoint may repeat embed_tokens as lm_head."""
-    if not config.tie_word_embeddings or "lm_head.weight" not in keys:
+    if not config.tie_word_embeddings or not {"lm_head.weight", _EMBEDDINGS} <= keys.keys():
         return
     head = files.read(keys.pop("lm_head.weight"))
-    if not torch.equal(head, files.read(keys["model.embed_tokens.weight"])):
+    embeddings = files.read(keys[_EMBEDDINGS])
+    if head.shape != embeddings.shape or not torch.equal(head.float(), embeddings.float()):
         raise UserError(
             f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
             "files hold different values for them. Set it to false if lm_head was trained"
         )
 
 
-@torch.no_grad()
-def _fill(
-    module: nn.Module,
-    parts: dict[str, Part],
-    files: WeightFiles,
-    keys: dict[str, str],
-    folder: Path,
-) -> None:
-    """Copies every part into its parameter after all names and shapes have been compared."""
+def _check(
+    parts: dict[str, Part], files: WeightFiles, keys: dict[str, str], folder: Path
+) -> dict[str, str]:
+    """The keys that are read, after all names and shapes have been compared."""
     keys = {name: key for name, key in keys.items() if not _OLD_BUFFERS.fullmatch(name)}
     problems = [f"missing {name}" for name in parts.keys() - keys.keys()]
     problems += [f"unexpected {keys[name]}" for name in keys.keys() - parts.keys()]
@@ -192,6 +196,14 @@ def _fill(
         raise UserError(
             f"{folder}: the weights do not fit config.json. {_listed(sorted(problems))}"
         )
+    return keys
+
+
+@torch.no_grad()
+def _fill(
+    module: nn.Module, parts: dict[str, Part], files: WeightFiles, keys: dict[str, str]
+) -> None:
+    """Copies every part into its parameter."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, key in keys.items():
         rows = parameters[parts[name].parameter][parts[name].rows]
@@ -205,14 +217,14 @@ def _listed(items: list[str]) -> str:
 
 def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
     tensors, rows = {}, {}
-    for key in files.keys():
-        if key.endswith("embed_tokens.weight"):
+    for key in files.names():
+        if key.endswith("embed_tokens.weight") and len(files.shape(key)) == 2:
             rows["image_token_embeddings"] = files.read(key)[-2:].clone()
         elif key == "image_token_embeddings":
             rows[key] = files.read(key).clone()
         else:
             tensors[key] = files.read(key).clone()
-    return Projector.read_tensors(tensors, path) | rows
+    return read_projector(tensors, path) | rows
 
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
@@ -222,5 +234,5 @@ def _llava_projector(folder: Path) -> dict[str, Tensor]:
     if found != expected:
         raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
     files = WeightFiles.of_folder(folder)
-    keys = [key for key in files.keys() if "multi_modal_projector." in key]
-    return Projector.read_tensors({key: files.read(key).clone() for key in keys}, folder, hf)
+    keys = [key for key in files.names() if "multi_modal_projector." in key]
+    return read_projector({key: files.read(key).clone() for key in keys}, folder, hf.values)

@@ -6,20 +6,22 @@ manifest lists their sizes and checksums; the previous checkpoint stays until th
 """
 
 import logging
+import re
 import shutil
 import threading
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from mmalign.distributed import DistributedContext
+from mmalign.distributed import DistributedContext, new_cpu_group
 from mmalign.errors import UserError
 from mmalign.training.checkpoint import manifest
+from mmalign.training.checkpoint.reader import Reader
 from mmalign.training.checkpoint.staging import Staging
 from mmalign.training.checkpoint.writers import Alone, Together
 
@@ -31,14 +33,24 @@ class CheckpointError(UserError):
 
 
 class Checkpoints:
-    def __init__(self, folder: Path, keep: int, ranks: DistributedContext, collective: bool):
-        """collective: every rank writes its shards; otherwise the main one writes everything."""
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        ranks: DistributedContext,
+        collective: bool,
+        facts: Mapping[str, str] | None = None,
+    ):
+        """collective: every rank writes its shards; otherwise the main one writes everything.
+
+        facts: stand in every manifest; a checkpoint with others is not read.
+        """
         if keep < 1:
             raise UserError(f"--checkpoint.keep {keep}: expected 1 or more")
-        self.folder, self.keep, self.ranks = folder, keep, ranks
+        self.folder, self.keep, self.ranks, self.facts = folder, keep, ranks, facts or {}
         self.group = None  # of the writing threads alone; the loop uses the other groups meanwhile
         if collective:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+            self.group = new_cpu_group(timedelta(hours=12))
         self.staging = Staging(ranks.device)
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
@@ -48,8 +60,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a folder of the final name, ascending."""
-        names = self.folder.glob("step_*")
-        return sorted(int(path.name[5:]) for path in names if path.name[5:].isdigit())
+        names = (re.fullmatch(r"step_([1-9][0-9]*)", x.name) for x in self.folder.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
@@ -57,9 +69,10 @@ class Checkpoints:
     def latest_step(self) -> int:
         """Step of the newest intact checkpoint; 0 without one. Called by all ranks.
 
-        A corrupt checkpoint is reported and renamed to corrupt_step_N.
+        A corrupt checkpoint, or one of another run or step, is reported and renamed to
+        corrupt_step_N.
         """
-        step = self._newest_intact() if self.ranks.is_main else None
+        step = self._newest_intact() if self.ranks.is_main else 0
         self.newest = self.ranks.broadcast_from_main(step)
         return self.newest
 
@@ -68,7 +81,7 @@ class Checkpoints:
             shutil.rmtree(incomplete)
         corrupt = []
         for step in reversed(self.steps()):
-            problem = manifest.corruption(self.path(step))
+            problem = manifest.problem(self.path(step), step, self.facts)
             if problem is None:
                 if corrupt:
                     log.warning("%s. Resuming from step %d.", "; ".join(corrupt), step)
@@ -76,7 +89,7 @@ class Checkpoints:
             aside = self.folder / f"corrupt_step_{step}"
             shutil.rmtree(aside, ignore_errors=True)
             self.path(step).rename(aside)
-            corrupt.append(f"the checkpoint of step {step} is corrupt: {problem} (now {aside})")
+            corrupt.append(f"the checkpoint of step {step} {problem} (now {aside})")
         if corrupt:
             raise UserError(
                 f"{'; '.join(corrupt)}. No intact checkpoint is left. Rerun the same command "
@@ -178,12 +191,14 @@ class Checkpoints:
             files = {file: facts for part in parts for file, facts in part.items()}
             writers.share(lambda: writers.is_first and self._complete(folder, step, files))
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
+            cause = _root_cause(error)
+            if shutil.disk_usage(self.folder).free < 2**20:  # PyTorch's messages do not say it
+                cause = f"no space left on the disk ({cause})"
             if writers.is_first:
                 shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: "
-                f"{_root_cause(error)}. {self.what_remains()} Fix this and rerun the same command "
-                "to resume."
+                f"the checkpoint of step {step} could not be written to {self.folder}: {cause}. "
+                f"{self.what_remains()} Fix this and rerun the same command to resume."
             ) from error
 
     def _make_folder(self, folder: Path, state: dict[str, Tensor]) -> None:
@@ -193,7 +208,7 @@ class Checkpoints:
 
     def _complete(self, folder: Path, step: int, files: dict) -> None:
         """Gives the folder its final name, then deletes the oldest checkpoints."""
-        manifest.write(folder, step, files)
+        manifest.write(folder, step, self.facts, files)
         try:
             folder.rename(self.path(step))
         except OSError:  # another rank saved the same step first
@@ -208,9 +223,17 @@ class Checkpoints:
 
     def load(self, step: int, state: dict[str, Tensor]) -> None:
         """Fills the tensors of `state` in place, shards with their rows, on any number of ranks."""
+        reader = Reader(self.path(step))
+        reader.read_metadata()  # its UserError, which dcp.load would wrap
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")
-            dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
+            try:
+                dcp.load(state, storage_reader=reader, no_dist=True)
+            except (Exception, CheckpointException) as error:
+                raise UserError(
+                    f"the checkpoint {self.path(step)} does not fit this run: {_root_cause(error)}."
+                    " Remove this folder and rerun the same command to resume from the one before."
+                ) from error
 
     def what_remains(self) -> str:
         """A sentence for error messages."""
@@ -226,4 +249,4 @@ def _root_cause(error: BaseException) -> str:
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,7 +1,8 @@
-"""manifest.json of a checkpoint: size and checksum of every file, to detect corruption."""
+"""manifest.json of a checkpoint: whose it is, and size and checksum of every file."""
 
 import os
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,18 +18,44 @@ def describe(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     return {name: {"bytes": size(folder / name), "crc32": crc32(folder / name)} for name in names}
 
 
-def write(folder: Path, step: int, files: dict[str, dict[str, int]]) -> None:
-    """On the disk before it returns. Written last: a folder without it is incomplete."""
-    write_json(folder / NAME, {"step": step, "files": files})
+def write(
+    folder: Path, step: int, facts: Mapping[str, str], files: dict[str, dict[str, int]]
+) -> None:
+    """On the disk before it returns. Written last: a folder without it is incomplete.
+
+    facts: what else a checkpoint has to agree in to be read, such as the run's identity.
+    """
+    write_json(folder / NAME, {"step": step, **facts, "files": files})
     flush_folder(folder)
 
 
-def corruption(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Reads all of it."""
+def problem(folder: Path, step: int, facts: Mapping[str, str]) -> str | None:
+    """What is wrong with the checkpoint of a step, "is corrupt: ...", or None. Reads all of it."""
     try:
-        files = read_json(folder / NAME, "The checkpoint was never completely written.")["files"]
-    except (UserError, KeyError) as error:
-        return str(error)
+        manifest = read_json(folder / NAME, "The checkpoint was never completely written.")
+    except UserError as error:
+        return f"is corrupt: {error}"
+    for name, expected in {"step": step, **facts}.items():
+        if manifest.get(name) != expected:
+            found = f"its {NAME} says {name} {manifest.get(name)!r}, not {expected!r}"
+            return f"is of another run or step: {found}"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        return f"is corrupt: {NAME} lacks the size or the checksum of a file"
+    corruption = _corruption(folder, files)
+    return corruption and f"is corrupt: {corruption}"
+
+
+def _is_entry(entry: tuple[str, object]) -> bool:
+    """A file of the folder itself, with its size and checksum."""
+    name, facts = entry
+    numbers = [facts.get(key) for key in ("bytes", "crc32")] if isinstance(facts, dict) else [None]
+    return Path(name).name == name and all(type(number) is int for number in numbers)
+
+
+def _corruption(folder: Path, files: dict[str, dict[str, int]]) -> str | None:
+    if unknown := {path.name for path in folder.iterdir()} - files.keys() - {NAME}:
+        return f"{', '.join(sorted(unknown))} is not in {NAME}"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

@@ -51,7 +51,7 @@ class Together(Alone):
             mine = (work(), None)
         except Exception as error:
             mine = (None, f"{type(error).__name__}: {error} (rank {self.rank})")
-        results = [None] * dist.get_world_size(self.group)
+        results: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(results, mine, group=self.group)
         for _, error in results:
             if error is not None:

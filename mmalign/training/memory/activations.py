@@ -4,7 +4,6 @@ The list of what each operation of mmalign/model saves; tests/training/test_memo
 it with the tensors that the autograd graph really saves.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from mmalign.config import LoraTarget, TrainConfig
@@ -36,10 +35,10 @@ class Saved:
         self.tensors[kind, name] = num_bytes
 
     def by_kind(self) -> dict[str, int]:
-        totals = Counter(dict.fromkeys(KINDS, 0))
+        totals: dict[str, int] = dict.fromkeys(KINDS, 0)
         for (kind, _), num_bytes in self.tensors.items():
             totals[kind] += num_bytes
-        return dict(totals)
+        return totals
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Activations:
         decoder, tokens = workload.decoder, batch.tokens
         if self._input_needs_gradient:
             self._stream(saved, 0, tokens)
-        if workload.vision:
+        if workload.vision and workload.projector:
             rows = batch.images * workload.vision.num_patches
             size = rows * workload.projector.saved_per_row
             saved.add("image features", "features", size * self.itemsize)

@@ -78,7 +78,7 @@ def parameters(workload: Workload, trains_image_tokens: bool) -> Iterator[Matric
         for rows, columns in adapted_projections(workload):
             yield Matrices("layer", (rank, columns), layers, True)
             yield Matrices("layer", (rows, rank), layers, True)
-    if workload.vision:
+    if workload.vision and workload.projector:
         for shape in workload.projector.parameters.values():
             yield Matrices("root", shape, 1, True)
         with torch.device("meta"):
@@ -241,30 +241,25 @@ class MemoryPlan:
         one with the largest micro-batch. Where the size is given: with this size, and in as few
         layers as possible. A configuration that does not fit is returned, too: see `total`.
         """
-        config = self.config
-        if config.recompute != "auto":
-            return self._with_tokens(config)
-        if config.micro_batch_tokens == "auto":
-            wanted = min(ENOUGH_TOKENS, max(self.most_tokens(x) for x in POLICIES))
-        else:
-            wanted = config.micro_batch_tokens
-        for policy, num_layers in self._choices():
-            if self.total(wanted, policy, num_layers) <= self.capacity:
-                break
-        chosen = replace(config, recompute=policy, recompute_layers=num_layers)
-        return self._with_tokens(chosen)
+        config, tokens = self.config, self.config.micro_batch_tokens
+        policy, num_layers = config.recompute, config.recompute_layers
+        if policy == "auto":
+            wanted = tokens
+            if wanted == "auto":
+                wanted = min(ENOUGH_TOKENS, max(self.most_tokens(x) for x in POLICIES))
+            policy, num_layers = self._least_recompute(wanted)
+        if tokens == "auto":
+            tokens = min(self.most_tokens(policy, num_layers), MAX_TOKENS)
+        return replace(
+            config, micro_batch_tokens=tokens, recompute=policy, recompute_layers=num_layers
+        )
 
-    def _choices(self) -> Iterator[tuple[Recompute, int | None]]:
-        """Ways to recompute (policy, first N layers), the cheapest first."""
-        yield "none", None
-        yield "elementwise", None
+    def _least_recompute(self, tokens: int) -> tuple[Recompute, int | None]:
+        """The cheapest policy that fits, and in how many layers; "full" where none fits."""
         layers = self.workload.decoder.num_hidden_layers
-        for policy in ("mlp", "full"):
-            yield from ((policy, num) for num in range(1, layers))
-            yield policy, None
-
-    def _with_tokens(self, config: TrainConfig) -> TrainConfig:
-        if config.micro_batch_tokens != "auto":
-            return config
-        most = self.most_tokens(config.recompute, config.recompute_layers)
-        return replace(config, micro_batch_tokens=min(most, MAX_TOKENS))
+        for policy in POLICIES:
+            partly = range(1, layers) if policy in ("mlp", "full") else ()
+            for num_layers in (*partly, None):
+                if self.total(tokens, policy, num_layers) <= self.capacity:
+                    return policy, num_layers
+        return "full", None

@@ -63,9 +63,8 @@ def published_workload(config: TrainConfig, recipe: str) -> Workload:
 
 def render(plan: MemoryPlan) -> str:
     """GB by kind (columns: policies) with the plan's micro-batch, and the most tokens that fit."""
-    chosen = plan.recommend()
-    tokens, num_layers = chosen.micro_batch_tokens, chosen.recompute_layers
-    layers = {x: num_layers if x == chosen.recompute else None for x in POLICIES}
+    tokens, chosen, num_layers = plan.recommend().micro_batching
+    layers = {x: num_layers if x == chosen else None for x in POLICIES}
     columns = [plan.at(tokens, x, layers[x]) for x in POLICIES]
     heads = (x if layers[x] is None else f"{x}, {layers[x]} layers" for x in POLICIES)
     rows = [(f"GB with {tokens:,} tokens, recompute", *heads)]
@@ -94,8 +93,7 @@ def flags_of(config: TrainConfig) -> str:
 
 def total_of(plan: MemoryPlan) -> float:
     """GB of a plan whose configuration has no "auto"."""
-    config = plan.config
-    return plan.total(config.micro_batch_tokens, config.recompute, config.recompute_layers) / 1e9
+    return plan.total(*plan.config.micro_batching) / 1e9
 
 
 def check(plan: MemoryPlan) -> TrainConfig:
@@ -105,7 +103,7 @@ def check(plan: MemoryPlan) -> TrainConfig:
     chosen = plan.recommend()
     if _fits(plan, chosen):
         return chosen
-    tokens, capacity = chosen.micro_batch_tokens, plan.capacity / 1e9
+    tokens, capacity = chosen.micro_batching.tokens, plan.capacity / 1e9
     total = total_of(replace(plan, config=chosen))
     what = f"micro-batches of {tokens} tokens need" if tokens else "without a micro-batch it needs"
     remedies = "".join(f"\n  {remedy}" for remedy in _remedies(plan, chosen))
@@ -117,9 +115,9 @@ def check(plan: MemoryPlan) -> TrainConfig:
 
 def _fits(plan: MemoryPlan, chosen: TrainConfig) -> bool:
     """Fragmentation is planned for, but its estimate alone refuses nothing."""
-    required = plan.at(chosen.micro_batch_tokens, chosen.recompute, chosen.recompute_layers)
+    required = plan.at(*chosen.micro_batching)
     total = sum(required.values()) - required["fragmentation"]
-    return chosen.micro_batch_tokens > 0 and total <= plan.capacity
+    return chosen.micro_batching.tokens > 0 and total <= plan.capacity
 
 
 def _remedies(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
@@ -130,8 +128,8 @@ def _remedies(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
         other = replace(plan, config=config, workload=replace(plan.workload, lora=config.lora))
         return other.unshardable is None and _fits(other, other.recommend())
 
-    most = plan.most_tokens(chosen.recompute, chosen.recompute_layers)
-    if most:
+    tokens, policy, num_layers = chosen.micro_batching
+    if most := plan.most_tokens(policy, num_layers):
         yield f"--micro-batch-tokens {most} (or auto)"
     if helps(recompute="auto", recompute_layers=None):
         yield "--recompute auto"
@@ -145,8 +143,7 @@ def _remedies(plan: MemoryPlan, chosen: TrainConfig) -> Iterator[str]:
         yield from (
             f"--parallel.sharding full, on {n} devices (torchrun)" for n in islice(enough, 1)
         )
-    tokens = chosen.micro_batch_tokens or STEP
-    required = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens)))
+    required = total_of(replace(plan, config=replace(chosen, micro_batch_tokens=tokens or STEP)))
     device = "device" if plan.device_type == "cuda" else "machine"
     yield f"a {device} with {required:.0f} GB of free memory"
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from mmalign.data.loader import Step
 from mmalign.errors import UserError
-from mmalign.files import write_text
+from mmalign.files import markdown_table, write_text
 from mmalign.flops import Workload
 from mmalign.system import DTYPES
 from mmalign.training.profile.ranges import ProfilerRange, ranges_of, wrapped
@@ -159,10 +159,7 @@ def report(
 
 
 def _categories(measured: Timeline, bounds: dict[str, float | None]) -> str:
-    rows = [
-        "| category | ms per step | share | bound, ms | above bound, ms | times bound |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     per_step = 1e3 / measured.num_steps
     for category, seconds in measured.seconds.items():
         bound = bounds[category]
@@ -172,25 +169,22 @@ def _categories(measured: Timeline, bounds: dict[str, float | None]) -> str:
         else:
             times = f"{seconds / bound:.1f}" if bound else "-"
             cells += [f"{bound * per_step:,.2f}", f"{(seconds - bound) * per_step:,.2f}", times]
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     known = sum(seconds for seconds in bounds.values() if seconds)
     cells = ["**step**", f"{measured.wall * per_step:,.2f}", "100.0%", f"{known * per_step:,.2f}"]
     cells += [f"{(measured.wall - known) * per_step:,.2f}", f"{measured.wall / known:.1f}"]
-    return "\n".join([*rows, f"| {' | '.join(cells)} |", ""])
+    headings = ("category", "ms per step", "share", "bound, ms", "above bound, ms", "times bound")
+    return markdown_table(headings, [*rows, cells]) + "\n"
 
 
 def _operations(measured: Timeline, most: int = 20) -> str:
-    rows = [
-        f"The {most} longest operations:\n",
-        "| operation | category | ms per step | calls per step |",
-        "|---|---|---:|---:|",
-    ]
+    rows = []
     for category, name, seconds, calls in measured.operations[:most]:
-        shown = name if len(name) <= 100 else f"{name[:97]}..."
+        shown = (name if len(name) <= 100 else f"{name[:97]}...").replace("|", "\\|")
         time = f"{seconds * 1e3 / measured.num_steps:,.2f}"
-        shown = shown.replace("|", "\\|")
-        rows.append(f"| `{shown}` | {category} | {time} | {calls / measured.num_steps:,.0f} |")
-    return "\n".join([*rows, ""])
+        rows.append((f"`{shown}`", time, f"{calls / measured.num_steps:,.0f}", category))
+    headings = ("operation", "ms per step", "calls per step", "category")
+    return f"The {most} longest operations:\n\n{markdown_table(headings, rows)}\n"
 
 
 def _files(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mmalign.batch import PackedBatch
+from mmalign.model.llava import Llava
 from mmalign.training.trainer import Trainer
 
 OPERATION_PREFIX = "mmalign::"
@@ -120,9 +121,11 @@ class _ModuleRanges:
             self.backward = None
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    parts = {f"layer {i}": layer for i, layer in enumerate(model.decoder.layers)}
-    if model.vision_tower is not None:
+def _parts(model: Llava) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {
+        f"layer {i}": layer for i, layer in enumerate(model.decoder.layers)
+    }
+    if model.vision_tower is not None and model.projector is not None:
         parts |= {"vision tower": model.vision_tower, "projector": model.projector}
         layers = enumerate(model.vision_tower.layers)
         parts |= {f"vision layer {i}": layer for i, layer in layers}

@@ -111,16 +111,10 @@ def _decoder_bytes(workload: Workload, cu_seqlens: list[int], itemsize: int) -> 
     layers, hidden = decoder.num_hidden_layers, decoder.hidden_size
     heads = (decoder.num_attention_heads, decoder.num_key_value_heads, decoder.head_dim)
     trained, rows = workload.trains_decoder, (tokens, hidden, itemsize)
-    attention = (
-        costs.rotary_attention_forward(cu_seqlens, *heads, itemsize).bytes
-        + costs.rotary_attention_backward(cu_seqlens, *heads, itemsize).bytes
-    )
-    first_norm = costs.rms_norm_forward(*rows).bytes + costs.rms_norm_backward(*rows, trained).bytes
-    norm = (
-        costs.add_rms_norm_forward(*rows).bytes + costs.add_rms_norm_backward(*rows, trained).bytes
-    )
-    gated = (tokens, decoder.intermediate_size, itemsize)
-    swiglu = costs.swiglu_forward(*gated).bytes + costs.swiglu_backward(*gated).bytes
+    attention = costs.rotary_attention(cu_seqlens, *heads, itemsize).both.bytes
+    first_norm = costs.rms_norm(*rows, trained).both.bytes
+    norm = costs.add_rms_norm(*rows, trained).both.bytes
+    swiglu = costs.swiglu(tokens, decoder.intermediate_size, itemsize).both.bytes
     return {
         ATTENTION: layers * attention,
         NORMS: first_norm + 2 * layers * norm,
@@ -136,9 +130,9 @@ def _tower_bytes(workload: Workload, num_images: int, itemsize: int) -> dict[str
     tokens, hidden = num_images * seqlen, vision.hidden_size
     cu_seqlens = list(range(0, tokens + 1, seqlen))
     heads = vision.num_attention_heads
-    attention = costs.full_attention_forward(cu_seqlens, heads, hidden // heads, itemsize).bytes
-    norm = costs.layer_norm_forward(tokens, hidden, itemsize).bytes
-    gelu = costs.quick_gelu_forward(tokens * vision.intermediate_size, itemsize).bytes
+    attention = costs.full_attention(cu_seqlens, heads, hidden // heads, itemsize).forward.bytes
+    norm = costs.layer_norm(tokens, hidden, itemsize).forward.bytes
+    gelu = costs.quick_gelu(tokens * vision.intermediate_size, itemsize).forward.bytes
     additions = 2 * 3 * tokens * hidden * itemsize
     return {
         ATTENTION: layers * attention,

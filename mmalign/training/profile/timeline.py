@@ -44,6 +44,7 @@ _LOOSE_RULES = (  # decide where nothing more specific does
     (rf"{OPERATION_PREFIX}project_image_features", NORMS),
     (r"aten::", ELEMENTWISE),
 )
+Times = defaultdict[tuple[str, str], float]  # by category and name
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def timeline(trace_events: Iterable[dict]) -> Timeline:
     steps = [e for e in events if e.get("cat") == "user_annotation" and _STEP.fullmatch(e["name"])]
     assert steps, "the trace holds no step"
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    times, calls = Counter(), Counter()
+    times: Times = defaultdict(float)  # microseconds
+    calls = Counter()
     if kernels:
         intervals = list(_kernel_intervals(events, kernels))
         intervals += [
@@ -96,7 +98,8 @@ def timeline(trace_events: Iterable[dict]) -> Timeline:
         for category in CATEGORIES
     }
     seconds[IDLE] = wall / 1e6 - sum(t for c, t in seconds.items() if c != IDLE)
-    operations = [(c, name, t / 1e6, calls[c, name]) for (c, name), t in times.most_common()]
+    longest = sorted(times.items(), key=lambda item: -item[1])
+    operations = [(c, name, t / 1e6, calls[c, name]) for (c, name), t in longest]
     return Timeline(len(steps), wall / 1e6, seconds, [row for row in operations if row[0] != IDLE])
 
 
@@ -138,7 +141,7 @@ def _walk(events: list[dict]) -> Iterator[tuple[dict, list[_Open]]]:
         yield event, stack
 
 
-def _host_times(events: list[dict], step: dict, times: Counter, calls: Counter) -> None:
+def _host_times(events: list[dict], step: dict, times: Times, calls: Counter) -> None:
     """Adds the self times of everything on the step's thread, by (category, name)."""
     begin, end = step["ts"], step["ts"] + step["dur"]
     inside = [
@@ -155,7 +158,7 @@ def _host_times(events: list[dict], step: dict, times: Counter, calls: Counter) 
     _advance(running, now, end, times)
 
 
-def _advance(running: list[_Open], now: float, until: float, times: Counter) -> float:
+def _advance(running: list[_Open], now: float, until: float, times: Times) -> float:
     """Assigns the time from `now` to `until` to the innermost running event."""
     while running and now < until:
         innermost = running[-1]
@@ -191,9 +194,7 @@ def _kernel_intervals(
         yield kernel["ts"], kernel["ts"] + kernel["dur"], category, kernel["name"]
 
 
-def _sweep(
-    intervals: list[tuple[float, float, str, str]], steps: list[dict], times: Counter
-) -> None:
+def _sweep(intervals: list[tuple[float, float, str, str]], steps: list[dict], times: Times) -> None:
     """Assigns every instant of the steps to the first running category, in CATEGORIES' order."""
     order = {category: i for i, category in enumerate(CATEGORIES)}
     for step in steps:

@@ -1,0 +1,77 @@
+"""A conversation template as the Jinja text that transformers and lm_eval read."""
+
+import json
+from itertools import takewhile
+
+from mmalign.data.samples import Turn
+from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, Segment, Template, special_ids
+from mmalign.tokenizer import Tokenizer
+
+_MARKS = ("\ue000", "\ue001", "\ue002", "\ue003")  # question, answer, question, answer
+
+_JINJA = """\
+{%- macro written(content) -%}
+  {%- if content is string -%}{{ content }}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part.type == "image" -%}{{ IMAGE }}{%- else -%}{{ part.text }}{%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {%- if message.role != ["user", "assistant"][loop.index0 % 2] -%}
+    {{ raise_exception("user and assistant must alternate, user first; the template has its own "
+                       ~ "system prompt") }}
+  {%- endif -%}
+  {%- set text = written(message.content) -%}
+  {%- if message.role == "user" -%}
+    {{ OPENING if loop.first else NEXT }}
+    {%- if IMAGE in text -%}
+      {%- set text = text.replace(IMAGE, "") | trim -%}
+      {{ MARKS }}{{ "\\n" ~ text if text else "" }}
+    {%- else -%}{{ text }}
+    {%- endif -%}
+  {%- else -%}{{ ANSWER }}{{ text }}{{ END if loop.last else "" }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ PROMPT }}{%- endif -%}
+"""
+
+
+def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bool) -> str:
+    """Jinja that writes what `template` renders; empty for a template that drops the question.
+
+    The exported tokenizer gives the text exactly the ids of encode_conversation, or with
+    add_generation_prompt those of encode_prompt.
+    """
+    if template.drops_question:
+        return ""
+    special = special_ids(tokenizer, use_im_start_end)
+
+    def text(segments) -> str:
+        return "".join(_text(segment, tokenizer) for segment in segments)
+
+    def render(*texts: str) -> list[Segment]:
+        turns = [Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)]
+        return list(template.render(turns, special))
+
+    rest = text(render(*_MARKS))
+    pieces = []
+    for mark in _MARKS:
+        piece, _, rest = rest.partition(mark)
+        pieces.append(piece)
+    opening, answer, following, _ = pieces
+    asked = takewhile(lambda segment: not segment[1], render(*_MARKS[:2]))
+    prompt = text(asked).partition(_MARKS[0])[2]
+    marks = text(render(IMAGE, _MARKS[1])).removeprefix(opening).partition(answer)[0]
+    names = {"OPENING": opening, "NEXT": following, "ANSWER": answer, "END": rest}
+    names |= {"PROMPT": prompt, "MARKS": marks, "IMAGE": IMAGE}
+    values = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in names.items()]
+    return "\n".join([*values, _JINJA])
+
+
+def _text(segment: Segment, tokenizer: Tokenizer) -> str:
+    item = segment[0]
+    if isinstance(item, str):
+        return item
+    return tokenizer.token(tokenizer.image_token_id if item == IMAGE_SENTINEL else item)

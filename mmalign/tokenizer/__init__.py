@@ -1,0 +1,11 @@
+"""Text to ids and back, from sentencepiece's tokenizer.model or from a tokenizer.json.
+
+tokenizer.py       the class that everything else uses
+backends.py        sentencepiece and the tokenizers library
+added_tokens.py    tokens and roles (bos, eos ...) in the files beside the vocabulary
+tokenizer_json.py  the tokenizer.json that transformers needs
+"""
+
+from mmalign.tokenizer.tokenizer import IMAGE_TOKENS, Tokenizer
+
+__all__ = ["IMAGE_TOKENS", "Tokenizer"]

@@ -1,0 +1,87 @@
+"""The exported chat template against our templates, through transformers' own Jinja."""
+
+import pytest
+import transformers
+
+from mmalign.data.chat_template import chat_template
+from mmalign.data.samples import Turn
+from mmalign.data.templates import (
+    IMAGE_SENTINEL,
+    TEMPLATES,
+    encode_conversation,
+    encode_prompt,
+)
+
+CONVERSATIONS = {
+    "one turn": [("What is  this?", "A boat.")],
+    "three turns": [("Hi", "Hello\nthere"), ("And ", " so"), ("why?\n\nWhy?", "no")],
+    "image": [("<image>\nWhat is it?", "A boat"), ("Is it red?", "Green")],
+    "image behind": [("  What is it? <image>", "A boat")],
+    "image alone": [("<image>", "A boat")],
+    "image later": [("Hi", "Hello"), ("<image> And this?", "A pier")],
+    "quotes": [('"It\'s {{ a }} \\n {% b %}"', "c")],
+}
+SPEAKERS = ("human", "gpt")
+CHATS = [name for name, template in TEMPLATES.items() if not template.drops_question]
+
+
+def messages_of(turns: list[Turn], as_parts: bool) -> list[dict]:
+    """The conversation as transformers takes it; as_parts: images as parts of their own."""
+    messages = []
+    for turn in turns:
+        content = turn.text
+        if as_parts:
+            before, image, after = turn.text.partition("<image>")
+            content = [{"type": "text", "text": text} for text in (before, after)]
+            content.insert(1, {"type": "image"})
+            content = content if image else [{"type": "text", "text": turn.text}]
+        messages.append(
+            {"role": "user" if turn.speaker == "human" else "assistant", "content": content}
+        )
+    return messages
+
+
+@pytest.fixture(scope="module")
+def theirs(llama_tokenizer, tmp_path_factory):
+    """transformers' tokenizer of an export, by template and use_im_start_end."""
+
+    def load(name: str, marks: bool):
+        folder = tmp_path_factory.mktemp("export")
+        chat = chat_template(TEMPLATES[name], llama_tokenizer, marks)
+        llama_tokenizer.save(folder, num_rows=32003, chat_template=chat)
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+    return load
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["marks", "no marks"])
+@pytest.mark.parametrize("name", CHATS)
+def test_ids_equal_ours(theirs, llama_tokenizer, name, marks):
+    template, loaded = TEMPLATES[name], theirs(name, marks)
+
+    def ids(messages, prompt: bool) -> list[int]:
+        text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return loaded(text, add_special_tokens=False)["input_ids"]
+
+    for case, pairs in CONVERSATIONS.items():
+        turns = [Turn(s, text) for pair in pairs for s, text in zip(SPEAKERS, pair, strict=True)]
+        whole, _ = encode_conversation(turns, template, llama_tokenizer, marks)
+        prompt = encode_prompt(turns[:-1], template, llama_tokenizer, marks)
+        image = llama_tokenizer.image_token_id
+        whole, prompt = ([image if i == IMAGE_SENTINEL else i for i in x] for x in (whole, prompt))
+        for as_parts in (False, True):
+            messages = messages_of(turns, as_parts)
+            assert ids(messages, False) == whole, case
+            assert ids(messages[:-1], True) == prompt, case
+
+
+def test_other_orders_are_refused(theirs):
+    loaded = theirs("v1", True)
+    for roles in (["system", "user"], ["user", "user"], ["assistant"]):
+        messages = [{"role": role, "content": "x"} for role in roles]
+        with pytest.raises(Exception, match="must alternate"):
+            loaded.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_template_without_a_question_has_none(llama_tokenizer):
+    assert chat_template(TEMPLATES["plain"], llama_tokenizer, True) == ""

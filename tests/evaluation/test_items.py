@@ -1,0 +1,127 @@
+"""Outputs of an evaluation: replaced by whole ones only, and not believed when they are damaged."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from mmalign.errors import UserError
+from mmalign.evaluation import items as items_module
+from mmalign.evaluation.compare import compare_evaluations
+from mmalign.evaluation.items import (
+    is_finished,
+    read_items,
+    read_results,
+    require_same_model,
+    write_items,
+)
+
+from .synthetic import make_evaluation
+
+TASKS = {"ethics_justice": [(0, 1), (1, 1)] * 4, "ethics_commonsense": [(0, 0)] * 3}
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    return make_evaluation(tmp_path / "a", TASKS, [10.0, -5.0], weights=str(tmp_path / "model"))
+
+
+def change_item(folder, line: int, **fields) -> None:
+    """Fields of one line; x__y stands for y in x."""
+    path = folder / "items.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    item = json.loads(lines[line])
+    for name, value in fields.items():
+        outer, _, inner = name.partition("__")
+        if inner:
+            item[outer][inner] = value
+        else:
+            item[name] = value
+    lines[line] = json.dumps(item) + "\n"
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, 5, -0.1, "1", None, True, [1]])
+def test_a_score_that_cannot_be_names_the_document(evaluation, tmp_path, score):
+    shutil.copytree(evaluation, tmp_path / "b")
+    change_item(tmp_path / "b", 2, score=score)
+    found = r"b/items.jsonl, line 3, ethics_justice document 2: score is .*from 0 to 1"
+    with pytest.raises(UserError, match=found):
+        compare_evaluations(evaluation, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "line, fields",
+    [
+        (0, {"choices": []}),
+        (0, {"choices": [{"text": " yes"}]}),
+        (0, {"gold": 2}),
+        (0, {"gold": [1]}),
+        (0, {"prediction": "0"}),
+        (0, {"context": 3}),
+        (0, {"group_id": None}),
+        (0, {"doc_id": "0"}),
+        (0, {"task": ["x"]}),
+        (11, {"scores": {}}),
+        (11, {"scores__bleu_acc": math.nan}),
+        (12, {"constant_scores__rougeL_diff": 101}),
+        (12, {"answer": None}),
+    ],
+)
+def test_other_damage_names_the_line(evaluation, line, fields):
+    change_item(evaluation, line, **fields)
+    with pytest.raises(UserError, match=f"items.jsonl, line {line + 1}"):
+        read_items(evaluation)
+    assert not is_finished(evaluation)
+
+
+def test_lines_that_are_good_but_not_those_of_the_results(evaluation, caplog):
+    whole = (evaluation / "items.jsonl").read_text()
+    (evaluation / "items.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="items.jsonl is not the one .* cut short or changed"):
+        read_items(evaluation)
+    assert not is_finished(evaluation) and "does not count" in caplog.text
+    (evaluation / "items.jsonl").write_text(whole)
+    assert is_finished(evaluation)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"config": []}', '{"config": {"tasks": 3}}']
+    + [("acc", x) for x in (None, "0.5", math.nan, 2)]
+    + [("interval", x) for x in ([0, None], 3, [0.1, 0.2, 0.3])],
+)
+def test_damaged_results_are_named(evaluation, text):
+    path = evaluation / "results.json"
+    if isinstance(text, tuple):
+        results = json.loads(path.read_text())
+        results["ethics_justice"][text[0]] = text[1]
+        text = json.dumps(results)
+    path.write_text(text)
+    with pytest.raises(UserError, match="results.json"):
+        read_results(evaluation)
+    assert not is_finished(evaluation)
+    with pytest.raises(UserError, match="results.json.*--overwrite"):
+        require_same_model(evaluation, evaluation)
+
+
+def test_another_models_results_are_kept(evaluation, tmp_path):
+    require_same_model(evaluation, tmp_path / "model")
+    require_same_model(tmp_path / "nothing", tmp_path / "another")
+    with pytest.raises(UserError, match="holds the results of .*model, not of .*another"):
+        require_same_model(evaluation, tmp_path / "another")
+
+
+def test_a_failed_write_leaves_the_results_of_before(evaluation, monkeypatch):
+    before = {path.name: path.read_bytes() for path in evaluation.iterdir()}
+    items, results = read_items(evaluation), read_results(evaluation)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_text", "os.fsync"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(f"{items_module.__name__}.{name}", full)
+            write_items(evaluation, items, results | {"cost": 1})
+        assert {path.name: path.read_bytes() for path in evaluation.iterdir()} == before

@@ -1,0 +1,97 @@
+"""What is compared before anything is trained, and what a folder brings along."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from mmalign.errors import UserError
+from mmalign.tokenizer import Tokenizer
+from mmalign.training.build import build_model, check_vocabulary, resolve
+from mmalign.training.export import export
+from tests.training.helpers import CPU, small_config, small_loop
+
+
+@pytest.fixture(scope="module")
+def run(small_world, tmp_path_factory) -> Path:
+    """The folder of a run that was exported before its first step."""
+    config = small_config(small_world, tmp_path_factory.mktemp("first") / "run")
+    loop, tokenizer = small_loop(config), Tokenizer.from_pretrained(config.model.decoder)
+    export(loop.trainer.model, resolve(config), tokenizer, CPU)
+    return config.run_dir
+
+
+def model_of(config):
+    config = resolve(config)
+    return build_model(config, Tokenizer.from_pretrained(config.model.tokenizer), [])
+
+
+@pytest.mark.parametrize("text_only", [True, False])
+def test_a_tokenizer_larger_than_the_decoder_is_refused(small_world, tmp_path, text_only):
+    config = small_config(small_world, tmp_path, data={"text_only": text_only})
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(small_world.decoder, folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 330}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    with pytest.raises(UserError, match=r"331 tokens.*rows for 330\. Remove '<pad>' \(added_"):
+        check_vocabulary(config, Tokenizer.from_pretrained(folder))
+    missing = check_vocabulary(config, Tokenizer.from_pretrained(small_world.decoder))
+    assert missing == (0 if text_only else 3)
+
+
+def test_samples_longer_than_the_context_are_named(small_world, tmp_path, caplog):
+    decoder = tmp_path / "decoder"
+    shutil.copytree(small_world.decoder, decoder)
+    hf = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps(hf | {"max_position_embeddings": 16}))
+    with caplog.at_level(logging.WARNING, logger="mmalign"):
+        small_loop(small_config(small_world, tmp_path / "run", model={"decoder": str(decoder)}))
+    assert "max_position_embeddings 16): sample '" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "export/llava"])
+def test_a_run_as_decoder_brings_its_projector(small_world, run, tmp_path, name):
+    config = small_config(
+        small_world, tmp_path, model={"decoder": str(run / name), "projector": ""}
+    )
+    assert resolve(config).model.decoder == str(run / "export/llava")
+    expected = torch.load(small_world.projector)["model.mm_projector.weight"]
+    assert torch.equal(model_of(config).projector.weight, expected)
+
+
+def test_a_projector_that_does_not_fit_is_left_out_with_a_sentence(
+    small_world, run, tmp_path, caplog
+):
+    folder = tmp_path / "llava"
+    shutil.copytree(run / "export/llava", folder)
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | {"projector_hidden_act": "relu"}))
+    changes = {"decoder": str(folder), "projector": ""}
+    with caplog.at_level(logging.WARNING, logger="mmalign"):
+        model_of(small_config(small_world, tmp_path, model=changes))
+    assert f"the projector of {folder} is left out" in caplog.text
+
+
+def test_the_export_speaks_with_the_trained_end(small_world, tmp_path):
+    """eos of the tokenizer's settings reaches generate(), and the chat template the processor."""
+    decoder = tmp_path / "decoder"
+    shutil.copytree(small_world.decoder, decoder)
+    (decoder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+    config = small_config(small_world, tmp_path / "run", model={"decoder": str(decoder)})
+    tokenizer = Tokenizer.from_pretrained(decoder)
+    assert tokenizer.eos_token_id == 0
+    export(small_loop(config).trainer.model, resolve(config), tokenizer, CPU)
+    for name in ("llama", "llava"):
+        folder = config.run_dir / "export" / name
+        assert AutoTokenizer.from_pretrained(folder).eos_token_id == 0
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert theirs.generation_config.eos_token_id == 0
+    content = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+    text = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert "USER: <im_start><im_patch><im_end>\nwhat is this ASSISTANT:" in text
