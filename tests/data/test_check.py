@@ -148,7 +148,8 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
         assert load_report(world.dataset(**skip, **settings), cache) is None
     assert load_report(world.dataset(), cache) is None  # on_bad_sample error
     data = world.dataset(**skip).data
-    resized = replace(VISION, image_size=56, patch_size=28)  # the same number of patches
+    # the same number of patches of another size
+    resized = replace(VISION, image_size=56, patch_size=28, preprocessing=None)
     for vision in (replace(VISION, patch_size=7), resized, None):
         settings = replace(data, text_only=vision is None)
         assert load_report(rebuild(world, settings, vision), cache) is None
