@@ -82,6 +82,7 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
     Raises:
         UserError: another rank has exited, or this one has no GPU of its own.
     """
+    _set_allocator()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         _check_gpu(chosen)
@@ -111,6 +112,15 @@ def new_cpu_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # what else it returns is for ranks outside of it
     return group
+
+
+def _set_allocator() -> None:
+    """Micro-batches differ in length, so blocks of fixed size would leave gaps that fit nothing.
+
+    PyTorch reads the variable when CUDA starts. Its effect is not measured yet.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same variable
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _check_gpu(device: torch.device) -> None:

@@ -42,7 +42,7 @@ from mmalign.files import read_json
 from mmalign.model.generate import GenerationOptions, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
-from mmalign.system import DTYPES, choose_device, versions
+from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 
 log = logging.getLogger("mmalign")
@@ -57,17 +57,17 @@ _GENERATION = ("do_sample", "temperature", "top_k", "top_p", "seed")  # besides 
 class MmalignLM(TemplateLM):
     """A language model from a Hugging Face folder or a finetune run, without vision.
 
-    pretrained: the folder or run. precision: fp32 or bf16. batch_tokens: maximum input tokens per
-    forward pass of scoring; cache_tokens: maximum tokens whose keys and values generation holds.
-    add_bos_token: whether texts start with BOS; default: what the folder's tokenizer does.
-    prefix_token_id: precedes texts without a context; default: BOS. max_length: of the context in
-    tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
+    pretrained: the folder or run. precision: fp32, bf16, or auto (bf16 on a GPU). batch_tokens:
+    maximum input tokens per forward pass of scoring; cache_tokens: maximum tokens whose keys and
+    values generation holds. add_bos_token: whether texts start with BOS; default: what the folder's
+    tokenizer does. prefix_token_id: precedes texts without a context; default: BOS. max_length: of
+    the context in tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
     """
 
     def __init__(
         self,
         pretrained: str,
-        precision: str = "fp32",
+        precision: str = "auto",
         device: str = "auto",
         batch_tokens: int = 8192,
         cache_tokens: int = 16384,
@@ -83,13 +83,12 @@ class MmalignLM(TemplateLM):
             raise UserError(
                 f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
             )
-        if precision not in DTYPES:
-            raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
         self._weights = weights = find_weights(pretrained)
         self._chat: ChatTemplate | None = None  # from the first use on
         self._device = _choose_device(device)
+        precision = choose_precision(precision, self._device)
         self._tokens = Tokenizer.from_pretrained(weights)
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)

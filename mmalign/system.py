@@ -56,6 +56,15 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def choose_precision(precision: str, device: torch.device) -> str:
+    """auto: bf16 on a GPU, where our kernels multiply fp32 without matrix units; fp32 on a CPU."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision!r}; expected auto or one of {', '.join(DTYPES)}")
+    return precision
+
+
 def versions() -> dict[str, str | None]:
     """Of mmalign (with its git commit), Python, the libraries and the device."""
     packages = ("torch", "triton", "numpy", "pillow", "safetensors", "sentencepiece", "tokenizers")

@@ -21,7 +21,7 @@ def main(
     tasks: tuple[TaskName, ...] = ("truthfulqa", "ethics"),
     limit: int | None = None,
     batch_tokens: int = 8192,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
 ) -> None:
@@ -34,7 +34,7 @@ def main(
         tasks: Groups of tasks, or single ones.
         limit: Score only the first N documents of each task.
         batch_tokens: Tokens in one forward pass; a longer document takes several.
-        precision: Of weights and activations.
+        precision: Of weights and activations. auto: bf16 on a GPU, fp32 on a CPU.
         device: auto takes a GPU where there is one.
         overwrite: Replace the results of another model in the output folder.
     """

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; read once, when anything first imports triton
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # tests of bits need cuBLAS deterministic
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -20,7 +20,9 @@ def run(body: str, shell: str = "", **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", BODY.format(body.replace("\n", "\n    "))]
     if shell:
         command = ["bash", "-c", f'"$0" "$@" {shell}', *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, **options
+    )
 
 
 @pytest.mark.parametrize(

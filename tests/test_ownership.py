@@ -64,7 +64,7 @@ def test_a_killed_owner_owns_nothing_but_its_other_ranks_do(tmp_path):
 def test_what_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("precious")
     for path in (tmp_path / "file", tmp_path / "file" / "run", "/dev/null"):
-        with pytest.raises(UserError, match=f"--run-dir {path} cannot be a directory"):
-            with owned(path, "--run-dir"):
-                pass
+        message = f"--run-dir {path} cannot be a directory"
+        with pytest.raises(UserError, match=message), owned(path, "--run-dir"):
+            pass
     assert (tmp_path / "file").read_text() == "precious"

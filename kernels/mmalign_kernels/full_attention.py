@@ -39,9 +39,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.num_attention_heads = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd writes zeros for logsumexp
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
+    if grad_out is None:
+        return (None,) * 4
     grad = full_attention_bwd(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.num_attention_heads)
     return grad, None, None, None
 

@@ -49,9 +49,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     qkv, cos, sin, position_ids, cu_seqlens, *ctx.settings = inputs
     ctx.save_for_backward(qkv, *output, cos, sin, position_ids, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd writes zeros for logsumexp
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
+    if grad_out is None:
+        return (None,) * 9
     return rotary_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings), *(None,) * 8
 
 

@@ -51,9 +51,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.settings = max_seqlen, num_heads
     ctx.save_for_backward(qkv, *output, cos, sin, position_ids, cu_seqlens, keys, values)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd writes zeros for logsumexp
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple:
+    if grad_out is None:
+        return (None,) * 9
     grad = shared_prefix_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
     return grad, *(None,) * 8
 

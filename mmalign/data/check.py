@@ -81,6 +81,8 @@ def check_samples(
 
 def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport | None:
     """The stored report; None if there is none, one of other data or settings, or a damaged one."""
+    if not cache_path.exists():
+        return None
     try:
         with np.load(cache_path) as file:
             if str(file["fingerprint"]) != dataset.fingerprint:

@@ -27,7 +27,7 @@ from mmalign.model.generate import Generation, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
 from mmalign.ownership import owned
-from mmalign.system import DTYPES, choose_device, versions
+from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 
 Answers = dict[tuple[str, int], list[Score] | Generation]  # by task and doc_id
@@ -156,7 +156,7 @@ def evaluate_model(
     output: str | Path,
     limit: int | None = None,
     batch_tokens: int = 8192,
-    precision: str = "fp32",
+    precision: str = "auto",
     device: str = "auto",
     quiet: bool = False,
     overwrite: bool = False,
@@ -189,9 +189,8 @@ def _evaluate(
     quiet: bool,
 ) -> dict:
     weights, names = find_weights(model), resolve_tasks(tasks)
-    if precision not in DTYPES:
-        raise UserError(f"precision is {precision!r}; expected one of {', '.join(DTYPES)}")
     target, seconds = choose_device(device), {}
+    precision = choose_precision(precision, target)
     documents = load_documents(names, data_root, limit)
     tokenizer, model_config = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
     evaluation = Evaluation(

@@ -6,7 +6,7 @@ A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -144,18 +144,16 @@ def plan_scoring(
     """Tokenises the requests and decides which batches score them."""
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; set it to at least 1")
-    labels: Sequence[str] = names or [f"request {i}" for i in range(len(requests))]
+    names = names or [f"request {i}" for i in range(len(requests))]
     first_of: dict[Request, int] = {}
     for i, request in enumerate(requests):
         first_of.setdefault(request, i)
     rank = {request: unique for unique, request in enumerate(first_of)}
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
-    bar = progress_bar(
+    bar: Iterable[tuple[Request, int]] = progress_bar(
         first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
     )
-    encoded = [
-        encoder.encode(context, continuation, labels[i]) for (context, continuation), i in bar
-    ]
+    encoded = [encoder.encode(*request, names[i]) for request, i in bar]
     return make_plan(
         encoded,
         [rank[request] for request in requests],

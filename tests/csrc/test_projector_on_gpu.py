@@ -25,13 +25,12 @@ SHAPES = {  # columns, features, image rows, packed rows
 
 
 @pytest.fixture(autouse=True)
-def on_hopper(monkeypatch):
+def on_hopper():
     reason = cuda_library.missing() if torch.cuda.is_available() else "no CUDA device"
     if not reason and torch.cuda.get_device_capability() != (9, 0):
         reason = "no Hopper GPU"
     if reason:
         pytest.skip(f"the kernels of csrc/: {reason}")
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's products must repeat, too
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # memory that nothing wrote is NaN
     with torch.device("cuda"), dispatch.use_backend("cuda"):

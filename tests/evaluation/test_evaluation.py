@@ -15,6 +15,7 @@ from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.evaluation import evaluate_model, find_weights
 from mmalign.evaluation.items import read_items, read_results, write_items
 from mmalign.evaluation.tasks import resolve_tasks
+from mmalign.system import choose_precision
 
 from .conftest import save_llama
 
@@ -50,6 +51,7 @@ def tuned(tmp_path_factory, tokenizer_model, shared_data):
         "--limit", LIMIT, "--batch-tokens", 1500,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert "(fp32)" in result.stdout  # beside "score"; a narrow table breaks the line
     assert "chance" in result.stdout and str(output / "results.json") in result.stdout
     assert "tokens computed" in result.stdout and "tokenise" in result.stdout
     assert "| ethics_virtue | 20 | **" in (output / "report.md").read_text()
@@ -121,6 +123,14 @@ def test_single_tasks(tmp_path, llama_folder, shared_data, base):
             # 8 bits of mantissa on logits of about 10 in size
             assert ours["loglikelihood"] == pytest.approx(theirs["loglikelihood"], abs=0.5)
             assert ours["loglikelihood"] != theirs["loglikelihood"]
+
+
+def test_a_gpu_scores_in_bf16_unless_told_otherwise():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_precision("auto", gpu) == "bf16" and choose_precision("auto", cpu) == "fp32"
+    assert choose_precision("fp32", gpu) == "fp32" and choose_precision("bf16", cpu) == "bf16"
+    with pytest.raises(UserError, match="precision is 'fp8'; expected auto or one of fp32, bf16"):
+        choose_precision("fp8", gpu)
 
 
 def test_compare(base, tuned):

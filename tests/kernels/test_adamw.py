@@ -111,7 +111,8 @@ def test_split_master_of_every_kind_of_number():
     assert torch.equal(join_master(plain, torch.zeros(1000, dtype=torch.int16)), plain.float())
 
 
-NANS = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001]).int().view(torch.float32)
+def nans():
+    return torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001]).int().view(torch.float32)
 
 
 @pytest.mark.parametrize("moments", (torch.float32, torch.bfloat16, torch.uint8))
@@ -124,7 +125,7 @@ def test_nan_stays_nan(master, moments):
     rounds = master == "stochastic" or moments != torch.float32
     run = Run([weight], low, seed=3 if rounds else None, moments=moments)
     grads = torch.ones(weight.shape)
-    grads[::128] = NANS
+    grads[::128] = nans()
     run.step([grads])
     run.step([torch.ones(weight.shape)])  # the narrow forms are read again
     expected = grads.isnan()
@@ -138,7 +139,7 @@ def test_nan_stays_nan(master, moments):
 
 
 def test_split_master_of_nan_is_nan_for_both_readers():
-    weight, remainder = split_master(NANS)
+    weight, remainder = split_master(nans())
     assert weight.isnan().all() and join_master(weight, remainder).isnan().all()
 
 

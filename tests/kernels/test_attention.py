@@ -7,6 +7,7 @@ import torch
 from mmalign_kernels import full_attention, rotary_attention
 from mmalign_kernels.reference import full_attention as reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -146,6 +147,28 @@ def test_same_bits():
     assert_same_bits(case.ours, (case.qkv,))
 
 
+@pytest.mark.parametrize("attention", ("rotary", "full"))
+def test_no_gradient_of_logsumexp_is_made(attention):
+    """Autograd would write zeros for it in every layer's backward pass."""
+    case, filled = Case(), []  # shapes
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zero_):
+                filled.append(tuple(out.shape))
+            return out
+
+    if attention == "full":
+        qkv = torch.randn(sum(LENGTHS), 3 * 2 * 16, requires_grad=True)
+        out, heads = full_attention(qkv, offsets(LENGTHS), max(LENGTHS), 2), 2
+    else:
+        out, heads = case.ours(case.qkv), case.num_heads
+    with Zeros():
+        out.sum().backward()
+    assert (sum(LENGTHS), heads) not in filled
+
+
 def test_form_for_other_devices():
     """Away from the CPU the reference computes attention eagerly: the same results in fp64."""
     q = torch.randn(2, 6, 9, 4, dtype=torch.float64)
@@ -166,23 +189,28 @@ def test_form_for_other_devices():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lengths": [200]}, "increase from 0 to 243"),
         ({"num_kv": 3}, "columns of qkv"),
-        ({"position_ids": torch.arange(5)}, r"position_ids has shape \(5,\).*\(243, 128\)"),
-        ({"cos": torch.ones(9, 4)}, r"cos has shape \(9, 4\).*\(9, 8\)"),
-        ({"cos": torch.ones(260, 8).double()}, "float64"),
-        ({"position_ids": torch.ones(243)}, "int32 or int64"),
+        ({"position_ids": lambda: torch.arange(5)}, r"position_ids has shape \(5,\).*\(243, 128\)"),
+        ({"cos": lambda: torch.ones(9, 4)}, r"cos has shape \(9, 4\).*\(9, 8\)"),
+        ({"cos": lambda: torch.ones(260, 8).double()}, "float64"),
+        ({"position_ids": lambda: torch.ones(243)}, "int32 or int64"),
     ],
 )
 def test_wrong_arguments(change, words):
     case = Case(heads=(4, 2, 16))
     for name, value in change.items():
-        setattr(case, name, value)
+        setattr(case, name, value() if callable(value) else value)
     with pytest.raises(ValueError, match=words):
         case.ours(case.qkv)
 
 
-def test_max_seqlen_too_small():
+def test_offsets_that_do_not_fit(backend):
+    if backend != "reference" and torch.cuda.is_available():
+        pytest.skip("on a GPU the check would synchronise")
+    case = Case(heads=(4, 2, 16))
+    case.lengths = [200]
+    with pytest.raises(ValueError, match="increase from 0 to 243"):
+        case.ours(case.qkv)
     with pytest.raises(ValueError, match="max_seqlen is 3, but a sample has 5"):
         full_attention(torch.ones(5, 12), offsets([5]), 3, 2)
 

@@ -47,14 +47,10 @@ def test_chunks(num_logits, dtype, backend, monkeypatch):
     compare(linear_cross_entropy, whole_logits, inputs(130, ignored=0.8), dtype, RATIOS)
 
 
-def test_tensor_descriptors(backend):
+@pytest.mark.usefixtures("sm_90_settings")
+def test_tensor_descriptors():
     """The path of sm_90: tiles loaded by descriptor, which needs rows of a multiple of 16 bytes."""
-    if backend != "triton":
-        pytest.skip("Triton only")
-    from codegen.compiler import H100, pretend
-
-    with pretend(H100._replace(num_multiprocessors=3)):
-        compare(linear_cross_entropy, whole_logits, inputs(150), torch.float16, RATIOS)
+    compare(linear_cross_entropy, whole_logits, inputs(150), torch.float16, RATIOS)
 
 
 def test_gradcheck():

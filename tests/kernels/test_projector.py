@@ -9,7 +9,6 @@ from .accuracy import assert_same_bits, compare, results
 from .test_rms_norm import EPS, hugging_face_norm
 
 VISION, HIDDEN = 24, 40
-POSITIONS = torch.cat((torch.arange(3, 9), torch.arange(20, 26)))
 NAMES = ("image_features", "weight", "bias", "hidden_states", "norm_weight")
 
 
@@ -21,13 +20,19 @@ def type_of_the_kernel(backend, request):
         pytest.skip("the CUDA kernel takes bf16 and fp16")
 
 
-def inputs(trained=NAMES, positions=POSITIONS, num_tokens=31):
-    shapes = ((len(positions), VISION), (HIDDEN, VISION), HIDDEN, (num_tokens, HIDDEN), HIDDEN)
+def image_positions():
+    return torch.cat((torch.arange(3, 9), torch.arange(20, 26)))
+
+
+def inputs(trained=NAMES, num_images=12, num_tokens=31):
+    shapes = ((num_images, VISION), (HIDDEN, VISION), HIDDEN, (num_tokens, HIDDEN), HIDDEN)
     tensors = dict(zip(NAMES, map(torch.randn, shapes), strict=True))
     return tuple(x.requires_grad_(name in trained) for name, x in tensors.items())
 
 
-def ours(positions=POSITIONS):
+def ours(positions=None):
+    positions = image_positions() if positions is None else positions
+
     def function(image_features, weight, bias, hidden_states, norm_weight):
         return project_image_features(
             image_features, weight, bias, hidden_states, positions, norm_weight, EPS
@@ -36,7 +41,9 @@ def ours(positions=POSITIONS):
     return function
 
 
-def hugging_face(positions=POSITIONS):
+def hugging_face(positions=None):
+    positions = image_positions() if positions is None else positions
+
     """As LlavaForConditionalGeneration does it, for a projector of one linear layer."""
 
     def function(image_features, weight, bias, hidden_states, norm_weight):
@@ -60,27 +67,23 @@ def test_equals_hugging_face(trained, dtype):
 
 @pytest.mark.parametrize("trained", TRAINED, ids=" ".join)
 def test_no_image(trained):
-    none = POSITIONS[:0]
-    arguments = inputs(trained, none)
+    none = image_positions()[:0]
+    arguments = inputs(trained, num_images=0)
     found, expected = (results(f(none), arguments) for f in (ours, hugging_face))
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name])
 
 
-def test_tensor_descriptors(backend):
+@pytest.mark.usefixtures("sm_90_settings")
+def test_tensor_descriptors():
     """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
-    if backend != "triton":
-        pytest.skip("Triton only")
-    from codegen.compiler import H100, pretend
-
-    with pretend(H100._replace(num_multiprocessors=3)):
-        compare(ours(), hugging_face(), inputs(), torch.float16)
+    compare(ours(), hugging_face(), inputs(), torch.float16)
 
 
 def test_only_images():
     everywhere = torch.arange(12).flip(0).int()
-    arguments = inputs(positions=everywhere, num_tokens=12)
+    arguments = inputs(num_tokens=12)
     found = results(ours(everywhere), arguments)
     expected = F.linear(*arguments[:3]).flip(0)
     torch.testing.assert_close(found["output 0"], expected)
@@ -91,14 +94,14 @@ def test_image_rows_ignore_their_embedding():
     arguments = inputs()
     before = results(ours(), arguments)
     with torch.no_grad():
-        arguments[3][POSITIONS] = torch.nan
+        arguments[3][image_positions()] = torch.nan
     after = results(ours(), arguments)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_positions_matter():
     arguments = inputs()
-    moved = results(ours(POSITIONS + 1), arguments)
+    moved = results(ours(image_positions() + 1), arguments)
     for name, value in results(ours(), arguments).items():
         assert not torch.allclose(value, moved[name]), name
 
@@ -127,6 +130,6 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"weight has shape \(24, 40\), expected \(40, 24\)"):
         ours()(image_features, weight.t(), bias, hidden_states, norm_weight)
     with pytest.raises(ValueError, match=r"image_positions has shape \(5,\), expected \(12,\)"):
-        ours(POSITIONS[:5])(image_features, weight, bias, hidden_states, norm_weight)
+        ours(image_positions()[:5])(image_features, weight, bias, hidden_states, norm_weight)
     with pytest.raises(ValueError, match="weight is torch.bfloat16"):
         ours()(image_features, weight.bfloat16(), bias, hidden_states, norm_weight)

@@ -51,14 +51,10 @@ def test_row_by_row():
     compare(target_logprobs, whole_logits, (hidden_states, weight, target_ids, None), torch.float32)
 
 
-def test_tensor_descriptors(backend):
+@pytest.mark.usefixtures("sm_90_settings")
+def test_tensor_descriptors():
     """The path of sm_90: tiles come by descriptor. It needs rows of a multiple of 16 bytes."""
-    if backend != "triton":
-        pytest.skip("Triton only")
-    from codegen.compiler import H100, pretend
-
-    with pretend(H100._replace(num_multiprocessors=3)):
-        compare(target_logprobs, whole_logits, inputs(150), torch.float16, RATIOS)
+    compare(target_logprobs, whole_logits, inputs(150), torch.float16, RATIOS)
 
 
 def test_each_distinct_row_is_multiplied_once(backend):

@@ -84,7 +84,15 @@ def make_table(title: str, *headings: str) -> Table:
 def print_results(results: dict, output: Path) -> None:
     """Every score with its interval, chance level and constant answers beside it."""
     console, config, seconds = open_console(), results["config"], results["seconds"]
-    headings = ("n", "score", "95% interval", "chance", "constant", "yes-rate", "em (chance)")
+    headings = (
+        "n",
+        f"score ({config['precision']})",
+        "95% interval",
+        "chance",
+        "constant",
+        "yes-rate",
+        "em (chance)",
+    )
     table = make_table(f"[bold]{config['model']}[/bold]", "task", *headings)
     found = [entry for name, entry in ENTRIES.items() if name in results]
     for entry in found:
