@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -164,6 +166,13 @@ def _start_worker(dataset: ConversationDataset) -> None:
     global _worker_dataset
     _worker_dataset = dataset
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends these
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Otherwise a worker outlives a main process that a signal has ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _check_chunk_in_worker(chunk: range) -> _CheckedChunk:

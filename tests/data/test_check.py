@@ -3,8 +3,11 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmalign.data.check as check_module
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples, load_report
@@ -144,7 +148,8 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
         assert load_report(world.dataset(**skip, **settings), cache) is None
     assert load_report(world.dataset(), cache) is None  # on_bad_sample error
     data = world.dataset(**skip).data
-    resized = replace(VISION, image_size=56, patch_size=28)  # the same number of patches
+    # the same number of patches of another size
+    resized = replace(VISION, image_size=56, patch_size=28, preprocessing=None)
     for vision in (replace(VISION, patch_size=7), resized, None):
         settings = replace(data, text_only=vision is None)
         assert load_report(rebuild(world, settings, vision), cache) is None
@@ -199,6 +204,42 @@ def test_a_worker_that_is_killed_is_not_a_traceback(world, monkeypatch):
     monkeypatch.setattr(ConversationDataset, "encode", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(UserError, match="a process of the data check was killed"):
         check_samples(world.dataset(), num_workers=2, progress=False)
+
+
+def test_workers_end_with_the_main_process(world, tmp_path):
+    """Even where that is killed; a signal without a handler ends it as silently."""
+    pids = []
+
+    def check() -> None:
+        def tell_and_wait(*_) -> None:
+            (tmp_path / f"worker-{os.getpid()}").touch()
+            time.sleep(600)
+
+        ConversationDataset.encode = tell_and_wait
+        check_module._CHUNK = 8
+        check_samples(world.dataset(), num_workers=2, progress=False)
+
+    main = multiprocessing.get_context("fork").Process(target=check)
+    main.start()
+    while len(pids) < 2:
+        pids = [int(path.name.partition("-")[2]) for path in tmp_path.glob("worker-*")]
+        time.sleep(0.01)
+    main.kill()
+    main.join()
+    deadline = time.monotonic() + 30
+    while any(_is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = [pid for pid in pids if _is_running(pid)]
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_failed_check_is_not_remembered(world, tmp_path):
