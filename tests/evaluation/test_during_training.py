@@ -49,6 +49,7 @@ def data_root(tmp_path_factory) -> Path:
     with open(folder / "virtue_test.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "scenario"])
+        scenario = ""
         for i in range(NUM_DOCUMENTS):
             scenario = scenario if i % 5 else sentence()
             writer.writerow([int(i % 5 == 0), f"{scenario} [SEP] {draw.choice(WORDS)}"])
