@@ -2,6 +2,8 @@
 
 import logging
 
+from safetensors import SafetensorError
+
 from mmalign.config import TrainConfig
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
@@ -22,7 +24,7 @@ def export(
     try:
         with unsharded(model):
             _write(model, config, tokenizer, ranks)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' own, of a full disk
         raise UserError(
             f"{folder} could not be written: {error}. All steps are safe in the last checkpoint. "
             "Free some space and rerun the same command to export."

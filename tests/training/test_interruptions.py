@@ -18,7 +18,11 @@ import pytest
 import torch
 
 from mmalign.evaluation.items import is_finished, read_items
-from tests.evaluation.test_during_training import data_root, evaluated  # noqa: F401  a fixture
+from tests.evaluation.test_during_training import (  # noqa: F401  data_root: a fixture
+    data_root,
+    evaluated,
+    newest_step,
+)
 from tests.training.helpers import exported_weights, losses, small_config
 from tests.training.test_kill import NUM_KILLS, NUM_STEPS, wait_for_a_moment
 from tests.training.train_processes import start
@@ -55,11 +59,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
     for folder in (one / "evaluation").iterdir():
         assert read_items(folder) == read_items(other / "evaluation" / folder.name)
-
-
-def newest_step(run_dir: Path) -> int:
-    names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
 
 
 def test_sigterm_loses_no_step(whole, tmp_path):
