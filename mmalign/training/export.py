@@ -2,6 +2,8 @@
 
 import logging
 
+from safetensors import SafetensorError
+
 from mmalign.config import TrainConfig
 from mmalign.data.chat_template import chat_template
 from mmalign.data.templates import find_template
@@ -24,7 +26,7 @@ def export(
     try:
         with unsharded(model):
             _write(model, config, tokenizer, ranks)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' own, of a full disk
         raise UserError(
             f"{folder} could not be written: {error}. All steps are safe in the last checkpoint. "
             "Free some space and rerun the same command to export."

@@ -220,7 +220,7 @@ def test_items_that_are_missing_or_malformed_are_refused(tmp_path):
     a, b = (generated(tmp_path / name, [1.0, 2.0]) for name in "ab")
     lines = (b / "items.jsonl").read_text().splitlines(keepends=True)
     (b / "items.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match="truthfulqa_gen: 2 documents against 1"):
+    with pytest.raises(UserError, match="items.jsonl is not the one"):
         compare_evaluations(a, b)
     (b / "items.jsonl").write_text("".join(lines).replace("sha256", "sha"))
     with pytest.raises(UserError, match=r"items.jsonl, line 1: no sha256. Evaluate"):

@@ -3,19 +3,24 @@
 import csv
 import json
 import logging
+import os
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmalign.command import Stopped
 from mmalign.config import EvaluationConfig, ParallelConfig
 from mmalign.errors import UserError
+from mmalign.evaluation import evaluation as evaluation_module
 from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.during_training import largest_limit
 from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.items import read_items, read_results
+from mmalign.evaluation.scoring import run_plan
 from mmalign.files import read_json_lines
 from mmalign.model.hf import export_llama, load_decoder
 from mmalign.tokenizer import Tokenizer
@@ -171,6 +176,69 @@ def test_two_processes(one_process, tmp_path, sharding):
         )
         # the weights differ by rounding, as test_fsdp allows
         assert_same_items(*folders, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("where", ["0", "2"])
+def test_a_signal_during_an_evaluation_is_obeyed_at_once(
+    pair, small_world, data_root, tmp_path, monkeypatch, where
+):
+    """Of the base model, or after step 2, which is saved before it is evaluated."""
+    _, scored = pair
+    config = replace(scored, run_dir=tmp_path / "run")
+    config = replace(config, checkpoint=replace(config.checkpoint, every=0))
+    num_batches = []
+
+    def interrupted(*args, **options):
+        number = newest_step(config.run_dir)
+        num_batches.append(number)
+        if number == int(where):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_plan(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmalign.evaluation.evaluation.run_plan", interrupted)
+        with pytest.raises(Stopped, match="everything is saved. Rerun the same command"):
+            train(config)
+    assert num_batches[-1] == int(where)  # and none after it
+    assert not (config.run_dir / "evaluation" / f"step_{where}").exists()
+    assert newest_step(config.run_dir) == int(where)
+    assert len(losses(config.run_dir)) == int(where)
+    train(config)
+    assert losses(scored.run_dir) == losses(config.run_dir)
+    names = ("step_0", "step_2", "step_4", "step_6", "all")
+    for name in names:
+        folders = (run.run_dir / "evaluation" / name for run in (scored, config))
+        ours, theirs = map(read_items, folders)
+        assert ours == theirs
+
+
+def newest_step(run_dir: Path) -> int:
+    names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def stop_in_evaluation(rank: int) -> None:
+    """Both processes get SIGTERM, as torchrun sends it, when the second evaluation begins."""
+    number = [0]
+
+    def interrupted(*args, **options):
+        number[0] += 1
+        if number[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_plan(*args, **options)
+
+    evaluation_module.run_plan = interrupted
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_signal_during_an_evaluation_of_two_processes(small_world, data_root, tmp_path, sharding):
+    config = evaluated(small_config(small_world, tmp_path / "run", num_steps=4), data_root)
+    config = replace(config, parallel=ParallelConfig(sharding=sharding))
+    running = start(config, 2, stop_in_evaluation)
+    assert running.wait() == [1, 1]
+    for text in running.outputs():
+        assert "stopped by a signal; everything is saved" in text, text
+    assert newest_step(config.run_dir) == len(losses(config.run_dir)) == 2
 
 
 def test_text_only(small_world, data_root, tmp_path):

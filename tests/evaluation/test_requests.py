@@ -118,7 +118,10 @@ GOOD = '{"question": "Q?", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a":
         ),
         ("[" + GOOD.replace("Q?", "\\ud83d") + "]", "question 0: its question holds half"),
         ("[" + GOOD.replace('"b"', '"\\ud83d"') + "]", "question 0: mc1 choice .* holds half"),
-        ("[" + GOOD.replace("1", "1" * 5000, 1) + "]", "mc_task.json: not the published form"),
+        (
+            "[" + GOOD.replace(": 1", f": {'1' * 5000}", 1) + "]",
+            "mc_task.json: not the published form",
+        ),
         ("[" * 100000, "mc_task.json: not the published form"),
         (f'[\n{GOOD},\n{{"question": 3}}]', r"mc_task.json, question 1: expected .*found"),
         ("[\n" + GOOD.replace('"a": 1', '"a": 2', 1) + "]", "mc1 choice 'a' has label 2"),
