@@ -171,7 +171,8 @@ def _start_worker(dataset: ConversationDataset) -> None:
 
 def _exit_with_parent() -> None:
     """Otherwise a worker outlives a main process that a signal has ended."""
-    multiprocessing.parent_process().join()
+    if main := multiprocessing.parent_process():
+        main.join()
     os._exit(1)
 
 
