@@ -10,6 +10,7 @@ import torch
 
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
+from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.ownership import owned
 
 context = multiprocessing.get_context("spawn")
@@ -68,3 +69,13 @@ def test_what_cannot_be_a_folder(tmp_path):
         with pytest.raises(UserError, match=message), owned(path, "--run-dir"):
             pass
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_evaluation_owns_its_output(tmp_path):
+    first, end = start(tmp_path)
+    with pytest.raises(UserError, match=f"in use by process {first.pid}"):
+        evaluate_model("absent", ["ethics"], "absent", tmp_path)
+    end.set()
+    first.join()
+    with pytest.raises(UserError, match="absent is not a directory"):
+        evaluate_model("absent", ["ethics"], "absent", tmp_path)

@@ -24,8 +24,11 @@ def ends_with(error: Exception, monkeypatch) -> int | str:
 
 def test_a_stop_by_a_signal_is_no_failure(monkeypatch, capfd):
     """So that a queue may start the same command again."""
-    assert ends_with(Stopped("stopped; everything is saved"), monkeypatch) == 75
-    assert capfd.readouterr().err == "stopped; everything is saved\n"
+    assert ends_with(Stopped("after step 3"), monkeypatch) == 75
+    said = (
+        "stopped by a signal after step 3; everything is saved. Rerun the same command to resume."
+    )
+    assert capfd.readouterr().err == f"{said}\n"
 
 
 def test_an_error_is_told(monkeypatch):

@@ -6,10 +6,12 @@
       sharding.py      DDP and FSDP2
       optimizer.py     the Optimizer protocol and AdamW; schedule.py: the learning rate
       step_result.py   a step's numbers, copied to the host while the next step runs
-      guards.py        non-finite steps, loss spikes, signals
+      guards.py        non-finite steps, loss spikes
     metrics.py         metrics.jsonl, progress bar, TensorBoard; telemetry.py: rates, MFU, NVML
     run_folder.py      config.json, and whether a command matches it
-    checkpoint/        atomic, checksummed, written in the background; for any number of ranks
+    inputs.py          inputs.json: what the run is made from, by content, and its identity
+    checkpoint/        atomic, checksummed, written in the background; for any number of ranks;
+                       read without executing anything
     export.py          Hugging Face folders at the end
     memory/            the memory that a run needs, from shapes; decides "auto"
     profile/           --profile: trace, categories, roofline bounds
