@@ -14,7 +14,7 @@ PRODUCTS = [x for x in compiler.families() if hasattr(compiler.launches(x), "MAT
 
 
 # All of these take half an hour of compiling: MMALIGN_CODEGEN=all, after changing a kernel. By
-# default the pairs that once failed: fp64 where q is rotated, and tiles too large for small devices.
+# default the pairs that once failed: fp64 where q is rotated, and tiles of small devices.
 FAMILIES = [x for x in compiler.families() if x != "adamw"]
 IN_DTYPE = [(x, y) for x in FAMILIES for y in ("float16", "float32", "float64")]
 ON_DEVICE = [(x, y) for x in PRODUCTS for y in compiler.OTHERS]
