@@ -55,12 +55,12 @@ TINY = Experiment(
 
 def run_experiment(experiment: Experiment) -> Path:
     """Runs whatever is not finished yet and returns the path of report.md."""
+    for settings in (experiment, *_stages(experiment)):  # all before hours of the first
+        validate(settings)
     if experiment.pretrain.startswith("tiny"):
         experiment = _in_toy_world(experiment)
     output = experiment.output
     pretrain, finetune = _stages(experiment)
-    for settings in (experiment, pretrain, finetune):  # all before hours of the first
-        validate(settings)
     train(pretrain)
     train(finetune)
     evaluations = {

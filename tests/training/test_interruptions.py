@@ -81,9 +81,12 @@ def test_sigterm_loses_no_step(whole, tmp_path):
     assert_same_run(whole[0].run_dir, config.run_dir)
 
 
-def test_a_full_disk_costs_what_is_in_flight(whole, small_disk):
+def test_a_full_disk_costs_what_is_in_flight(whole, small_disk, tmp_path):
     config, seconds = whole
-    config, rng, moments = replace(config, run_dir=small_disk / "run"), random.Random(1), []
+    (small_disk / "run").mkdir()
+    run_dir = tmp_path / "linked"  # beside it what the run prints, which is not on the full disk
+    run_dir.symlink_to(small_disk / "run")
+    config, rng, moments = replace(config, run_dir=run_dir), random.Random(1), []
     config = replace(config, checkpoint=replace(config.checkpoint, every=2))
     for left in reversed(range(NUM_KILLS or 2)):
         running = start(config)

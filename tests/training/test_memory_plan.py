@@ -230,7 +230,7 @@ def test_a_run_refuses_before_it_loads_anything(small_world, tmp_path, monkeypat
     monkeypatch.setattr(memory_table, "_free_memory", lambda ranks: (10**6, "of free RAM"))
     with pytest.raises(UserError, match="does not fit"):
         train(small_config(small_world, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
