@@ -76,9 +76,9 @@ def documents(tmp_path_factory) -> Path:
     file = root / "ethics" / "justice" / "justice_test.csv"
     file.parent.mkdir(parents=True)
     with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows(
-            [("label", "scenario"), (1, "the red circle is small"), (0, "no it is a square")]
-        )
+        texts = ("the red circle is small", "no it is a square", "the circle is red", "it is small")
+        rows = ((number % 2, text) for number, text in enumerate(texts, start=1))
+        csv.writer(stream).writerows([("label", "scenario"), *rows])  # a whole group
     return root
 
 
@@ -117,7 +117,7 @@ def test_stages_and_scores_equal_the_reference(small_world, documents, tmp_path,
     for name in ("loss", "grad_norm"):
         ours, theirs = (torch.tensor([x[name] for x in run]) for run in (steps, expected))
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
-    assert triton_scores.shape == (2, 2) and triton_scores.unique().numel() == 4
+    assert triton_scores.shape == (4, 2) and triton_scores.unique().numel() == 8
     torch.testing.assert_close(triton_scores, expected_scores, rtol=2e-5, atol=0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from mmalign.command import Stopped
+from mmalign.command import Stopped, reason
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.training.loop import train
@@ -89,4 +89,7 @@ def _run(config, rank, world_size, port, folder, prepare) -> None:
             train(config)
         except (UserError, Stopped) as error:
             print(f"error: {error}")
+            sys.exit(1)
+        except OSError as error:  # as command_line ends a script
+            print(f"error: {reason(error)}")
             sys.exit(1)
