@@ -201,6 +201,12 @@ def test_older_items_have_what_they_allow(items, scores):
     assert rows["truthfulqa_mc2"]["length_normalised"]["difference"] == 0
 
 
+def test_an_older_base_costs_no_clusters(root):
+    a, b = (make_items(root, seed, limit=300) for seed in (8, 9))
+    rows = [compare_beside(*pair)[0]["truthfulqa_mc2"] for pair in ((a, b), (older(a), b))]
+    assert rows[0]["length_normalised"] == rows[1]["length_normalised"]
+
+
 def test_other_documents_of_the_base_are_an_error(items, root):
     with pytest.raises(UserError, match="the base model was not scored on the same documents"):
         document_scores(items, make_items(root, 1, limit=100))
