@@ -170,13 +170,13 @@ def test_answers_only_has_the_examples_and_no_question(root):
     assert documents["ethics_virtue"][0].answers_only == ()
 
 
-def test_columns_of_another_csv_are_an_error(tmp_path, root):
+def test_a_csv_without_categories_gives_none(tmp_path, root):
     folder = tmp_path / "truthfulqa"
     folder.mkdir()
     (folder / "mc_task.json").write_bytes((root / "truthfulqa" / "mc_task.json").read_bytes())
-    (folder / "TruthfulQA.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="missing: Category, Question.*it is optional"):
-        load_documents(["truthfulqa_mc1"], tmp_path)
+    (folder / "TruthfulQA.csv").write_text("Question,Best Answer\n1,2\n")
+    documents = load_documents(["truthfulqa_mc1"], tmp_path)["truthfulqa_mc1"]
+    assert {document.category for document in documents} == {None}
 
 
 def older(items: dict) -> dict:
