@@ -1,0 +1,61 @@
+"""A study: parents x variants x seeds, and a verdict on each of its questions.
+
+    python scripts/study.py scripts/studies/tiny.toml --dry-run   # what it would run, and the cost
+    python scripts/study.py scripts/studies/tiny.toml             # runs what is not done; report.md
+    python scripts/study.py STUDY.toml --only visual base --seeds 0 --jobs 2
+    python scripts/study.py STUDY.toml --parents.llama2-7b.decoder DIR --study.output runs/mine
+
+The same command continues a study that was stopped; several may work on one at a time. Every key of
+the file can be given as --table.key VALUE.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mmalign.command import command_line
+from mmalign.errors import UserError
+from mmalign.study.identity import Orders
+from mmalign.study.plan import parse_overrides, read_study
+from mmalign.study.preview import preview
+from mmalign.study.schedule import run_study
+
+
+@dataclass(frozen=True)
+class Options:
+    study: tyro.conf.Positional[Path]
+    """The study's TOML file; those in scripts/studies explain every key."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only print every run with its state, GPU-hours, disk, and what is missing."""
+    report: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only write the report from what is there."""
+    slurm: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only print the sbatch commands that run the study as job arrays, stage by stage."""
+    only: tuple[str, ...] = ()
+    """Run only these variants, parents, or PARENT/VARIANT; base and pretrain are variants."""
+    seeds: tuple[int, ...] = ()
+    """Run only these seeds of the study."""
+    jobs: int = 1
+    """Runs at a time: each has a GPU, or a share of the cores."""
+    gpu: str = "h100-80g"
+    """Whose GPU-hours --dry-run prints."""
+
+
+def main() -> None:
+    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    orders = Orders(read_study(options.study, parse_overrides(rest)))
+    chosen = orders.study.chosen(options.only, options.seeds)
+    if options.dry_run:
+        print(preview(orders, chosen, options.jobs, options.gpu))
+        return
+    failed = run_study(orders, chosen, options.jobs)
+    if failed:
+        listed = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise UserError(f"{len(failed)} runs failed, the others are done:{listed}")
+
+
+if __name__ == "__main__":
+    with command_line():
+        main()
