@@ -56,7 +56,10 @@ class Estimate:
         """Two-sided p of a t test over seeds alone: of these documents, not of others like them."""
         if self.seed_error is None:
             return None
-        return float(stats.ttest_1samp(self.by_seed, 0.0).pvalue)
+        if self.seed_error == 0:
+            return float(self.value == 0)
+        distance = abs(self.value) / self.seed_error
+        return float(2 * stats.t.sf(distance, len(self.by_seed) - 1))
 
     def p_equivalence(self, margin: float) -> float:
         """p of a difference of at least `margin`: two one-sided tests (Schuirmann 1987)."""
