@@ -188,7 +188,7 @@ class EvaluationDuringTraining:
         return limit
 
     def _num_tokens(self, limit: int | None) -> int:
-        return self.evaluation.plan(self._first(limit)).scoring.num_tokens
+        return self.evaluation.plan(self._first(limit)).num_tokens
 
 
 def largest_limit(share, most: int, share_of_the_end: str) -> int:

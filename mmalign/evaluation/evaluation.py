@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from mmalign.errors import UserError
 from mmalign.evaluation.items import PROTOCOL, Items, require_same_model, write_items
 from mmalign.evaluation.report.tables import print_results
+from mmalign.evaluation.requests import Request
 from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
 from mmalign.evaluation.tasks import (
     TASKS,
@@ -39,7 +41,13 @@ class Plan:
 
     documents: Documents
     scoring: ScoringPlan  # requests of the tasks that are scored by log-likelihoods
+    answers_only: ScoringPlan  # apart, because requests in one batch change others by rounding
     prompts: dict[str, list[Prompt]]  # by task, of those that generate
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model for log-likelihoods."""
+        return self.scoring.num_tokens + self.answers_only.num_tokens
 
 
 @dataclass(frozen=True)
@@ -56,19 +64,25 @@ class Evaluation:
     def plan(self, documents: Documents) -> Plan:
         """Tokenises everything; raises UserError for what the model's context cannot hold."""
         scored = _scored(documents)
-        scoring = plan_scoring(
-            self.tokenizer,
-            [request for document in scored for request in document.requests],
-            self.model_config.max_position_embeddings,
-            self.model_config.vocab_size,
-            self.batch_tokens,
-            progress=self.progress and bool(scored),
-            names=[document.name for document in scored for _ in document.requests],
+        scoring = self._plan_scoring([(x.name, request) for x in scored for request in x.requests])
+        alone = self._plan_scoring(
+            [(x.name, request) for x in scored for request in x.answers_only]
         )
         prompts = {
             task.name: self._prompts(task, documents[task.name]) for task in _generated(documents)
         }
-        return Plan(documents, scoring, prompts)
+        return Plan(documents, scoring, alone, prompts)
+
+    def _plan_scoring(self, named: Sequence[tuple[str, Request]]) -> ScoringPlan:
+        return plan_scoring(
+            self.tokenizer,
+            [request for _, request in named],
+            self.model_config.max_position_embeddings,
+            self.model_config.vocab_size,
+            self.batch_tokens,
+            progress=self.progress and bool(named),
+            names=[name for name, _ in named],
+        )
 
     def _prompts(self, task: FreeForm, documents: Sequence[OpenDocument]) -> list[Prompt]:
         prompts = [Prompt(self.tokenizer.encode(document.prompt)) for document in documents]
@@ -92,10 +106,15 @@ class Evaluation:
         """Log-likelihoods of all requests; after_batch may raise, to end it."""
         if not plan.scoring.encoded:
             return {}
-        found = run_plan(decoder, plan.scoring, device, self.progress, after_batch=after_batch)
-        scores = iter(found)
+        scores, alone = (
+            iter(run_plan(decoder, part, device, self.progress, after_batch=after_batch))
+            for part in (plan.scoring, plan.answers_only)
+        )
         return {
-            (document.task, document.doc_id): [next(scores) for _ in document.requests]
+            (document.task, document.doc_id): [
+                *islice(scores, len(document.requests)),
+                *islice(alone, len(document.answers_only)),
+            ]
             for document in _scored(plan.documents)
         }
 

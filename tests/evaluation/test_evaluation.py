@@ -93,8 +93,9 @@ def test_files(base, shared_data, llama_folder):
         )
     five = [results[task]["acc"] for task in resolve_tasks(["ethics"])]
     assert results["ethics_mean"]["acc"] == pytest.approx(np.mean(five))
-    choice = items[0]["choices"][0]
-    assert set(choice) == {"text", "loglikelihood", "num_tokens"}
+    choice, label = items[0]["choices"][0], items[-1]["choices"][0]
+    assert set(label) == {"text", "loglikelihood", "num_tokens"}
+    assert set(choice) == {*label, "answer_only_loglikelihood"}
     assert choice["text"].startswith(" Nauru is the smallest country")
     config = results["config"]
     assert config["data_files"]["truthfulqa/mc_task.json"]["variant"] == "original (2021)"

@@ -35,6 +35,10 @@ class Document:
     requests: tuple[tuple[str, str], ...]  # (context, continuation) of every choice
     gold: int | tuple[int, ...]  # index of the right choice, or a label 0 or 1 for each choice
     group_id: int | None = None  # documents about one scenario share it
+    category: str | None = None  # documents about one topic share it
+    part: str | None = None  # of the file, with a score of its own
+    # the choices again after a context without the question: (context, continuation) of each
+    answers_only: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,6 +133,16 @@ class Task(ABC):
     @abstractmethod
     def metrics(self) -> tuple[Metric, ...]:
         """Whatever a comparison of two models pairs document by document."""
+
+    def beside(
+        self, items: Sequence[dict], base_items: Sequence[dict] | None
+    ) -> dict[str, np.ndarray | Sequence[float]]:
+        """Metrics beside these that resist artefacts: name -> (num_documents,) values.
+
+        Their mean is the metric; NaN: not one of its documents. base_items: of the base model on
+        the same documents.
+        """
+        return {}
 
     @abstractmethod
     def example(self, item: dict) -> tuple[str, list[str]]:
@@ -234,7 +248,8 @@ class MultipleChoice(Task):
             yield "group_id is missing"
 
     def make_item(self, document: Document, scores: Sequence[Score]) -> dict:
-        """scores: one for each request of the document."""
+        """scores: one for each request of the document, then one for each of its answers_only."""
+        scores, alone = scores[: len(document.requests)], scores[len(document.requests) :]
         loglikelihoods = [score.loglikelihood for score in scores]
         item = {
             "task": document.task,
@@ -253,8 +268,11 @@ class MultipleChoice(Task):
             "score": self.score(document, loglikelihoods),
             "sha256": document.digest,
         }
-        if document.group_id is not None:
-            item["group_id"] = document.group_id
+        for choice, score in zip(item["choices"], alone, strict=bool(alone)):
+            choice["answer_only_loglikelihood"] = score.loglikelihood
+        for key in ("group_id", "category", "part"):
+            if getattr(document, key) is not None:
+                item[key] = getattr(document, key)
         if truncated := max(score.num_truncated for score in scores):
             item["num_truncated"] = truncated
         return item
