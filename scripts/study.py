@@ -9,7 +9,6 @@ The same command continues a study that was stopped; several may work on one at 
 the file can be given as --table.key VALUE.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mmalign.errors import UserError
 from mmalign.study.identity import Orders
 from mmalign.study.plan import parse_overrides, read_study
 from mmalign.study.preview import preview
+from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
 
 
@@ -50,7 +50,8 @@ def main() -> None:
     if options.dry_run:
         print(preview(orders, chosen, options.jobs, options.gpu))
         return
-    failed = run_study(orders, chosen, options.jobs)
+    failed = {} if options.report else run_study(orders, chosen, options.jobs)
+    print(write_study(orders))
     if failed:
         listed = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         raise UserError(f"{len(failed)} runs failed, the others are done:{listed}")

@@ -16,7 +16,8 @@ from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, write_json
 from mmalign.ownership import is_owned
-from mmalign.study.plan import BASE, PRETRAIN, Run, Settings, Study
+from mmalign.study.contrasts import BASE
+from mmalign.study.plan import PRETRAIN, Run, Settings, Study
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world
 from mmalign.training.build import TOY_WORLD, resolve

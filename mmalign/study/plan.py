@@ -22,11 +22,12 @@ from mmalign.errors import UserError
 from mmalign.evaluation.tasks import resolve_tasks
 from mmalign.files import read_text
 from mmalign.recipes import RECIPES
+from mmalign.study.contrasts import BASE, BASE_SEED, Question, parse_contrast
 from mmalign.study.settings import with_settings
 from mmalign.training.run_folder import flatten
 from mmalign.validation import validate
 
-BASE, PRETRAIN = "base", "pretrain"  # variants that every study has
+PRETRAIN = "pretrain"  # like BASE a variant that every study has
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TABLES = {"study", "pretrain", "finetune", "parents", "variants", "questions"}
 
@@ -99,7 +100,7 @@ class Run:
 
     parent: str
     variant: str
-    seed: int  # -1: base
+    seed: int  # BASE_SEED: base
     decoder: str
     recipe: str = ""
     config: TrainConfig | None = None  # of its training, data.path before the transform
@@ -122,7 +123,7 @@ class Study:
     settings: Settings
     parents: dict[str, Parent]
     variants: dict[str, Variant]
-    questions: list[dict]
+    questions: list[Question]
     stages: dict[str, dict]  # settings of all runs of a stage, by stage
 
     @property
@@ -136,16 +137,14 @@ class Study:
     @cached_property
     def runs(self) -> list[Run]:
         """What others start from comes before them, and one seed of all before the next."""
-        found = [Run(x.name, BASE, -1, x.decoder) for x in self.parents.values()]
+        found = [Run(x.name, BASE, BASE_SEED, x.decoder) for x in self.parents.values()]
         for seed in self.settings.seeds:
             for parent in self.parents.values():
                 found += self._runs_of(parent, seed)
         return found
 
     def _runs_of(self, parent: Parent, seed: int) -> Iterator[Run]:
-        variants = [
-            x for x in self.variants.values() if not x.parents or parent.name in x.parents
-        ]
+        variants = [x for x in self.variants.values() if not x.parents or parent.name in x.parents]
         finetunes = [self._finetune(parent, variant, seed) for variant in variants]
         pretrain = None
         if parent.pretrain and not all(x.config.data.text_only for x in finetunes):
@@ -233,7 +232,8 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     parents = {key: _parent(key, table) for key, table in tables.get("parents", {}).items()}
     variants = {key: _variant(key, table) for key, table in tables.get("variants", {}).items()}
     stages = {stage: flatten(tables.get(stage, {})) for stage in ("pretrain", "finetune")}
-    study = Study(path, settings, parents, variants, tables.get("questions", []), stages)
+    questions = [_question(table, variants) for table in tables.get("questions", [])]
+    study = Study(path, settings, parents, variants, questions, stages)
     _check(study)
     return study
 
@@ -244,7 +244,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or "." not in name:
-            raise UserError(f"unknown argument {name!r}; see --help. Keys of the study: --table.key")
+            raise UserError(
+                f"unknown argument {name!r}; see --help. Keys of the study: --table.key"
+            )
         if not equals and not rest:
             raise UserError(f"{name} needs a value")
         found[name[2:]] = _value(value if equals else rest.pop(0))
@@ -282,7 +284,7 @@ def _named(kind: type, name: str, table: dict, where: str) -> Any:
     """Keys of its own are fields of `kind`, the others settings of the run."""
     if not _NAME.fullmatch(name) or name in (BASE, PRETRAIN):
         raise UserError(
-            f"{where}: expected a name of letters, digits, _ and -, other than {BASE} and {PRETRAIN}"
+            f"{where}: expected a name of letters, digits, _ and -, not {BASE} or {PRETRAIN}"
         )
     own = {field.name for field in dataclasses.fields(kind)} - {"name", "settings"}
     given = {key: table[key] for key in table if key.replace("-", "_") in own}
@@ -290,6 +292,20 @@ def _named(kind: type, name: str, table: dict, where: str) -> Any:
     if kind is Parent and isinstance(given.get("finetune"), dict):
         given["finetune"] = flatten(given["finetune"])
     return with_settings(kind(name, settings=settings), given, where)
+
+
+def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
+    """primary = true puts it into the family of that name; others are secondary."""
+    where, given = f"question {table.get('name', '')!r}", dict(table)
+    primary = given.pop("primary", False)
+    given.setdefault("family", "primary" if primary else "secondary")
+    question = with_settings(Question("", "", ""), given, where)
+    contrast = parse_contrast(question)
+    if unknown := {name for name, _ in contrast.variants} - {BASE, *variants}:
+        raise UserError(f"{where}: the study has no variant {min(unknown)!r}")
+    if not contrast.metrics and not question.metrics:
+        raise UserError(f"{where}: expected metrics = [...], such as truthfulqa_mc2")
+    return question
 
 
 def _check(study: Study) -> None:
@@ -300,7 +316,9 @@ def _check(study: Study) -> None:
     if not study.parents or not study.variants:
         raise UserError(f"{where}: expected at least one [parents.NAME] and one [variants.NAME]")
     if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
-        raise UserError(f"{where}, [study]: seeds are {list(settings.seeds)}; expected distinct ones")
+        raise UserError(
+            f"{where}, [study]: seeds are {list(settings.seeds)}; expected distinct ones"
+        )
     for variant in study.variants.values():
         if unknown := set(variant.parents) - study.parents.keys():
             raise UserError(f"[variants.{variant.name}]: unknown parent {min(unknown)!r}")

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from mmalign.study.contrasts import BASE
 from mmalign.study.cost import MFU, Cost, cost_of, free_bytes, seconds_of
 from mmalign.study.identity import Orders
-from mmalign.study.plan import BASE, PRETRAIN, Run
+from mmalign.study.plan import PRETRAIN, Run
 
 _STATES = ("done", "running", "stopped", "failed", "new")
 
