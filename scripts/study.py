@@ -21,6 +21,7 @@ from mmalign.study.plan import parse_overrides, read_study
 from mmalign.study.preview import preview
 from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
+from mmalign.study.slurm import slurm_script
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Options:
     slurm: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only print the sbatch commands that run the study as job arrays, stage by stage."""
     only: tuple[str, ...] = ()
-    """Run only these variants, parents, or PARENT/VARIANT; base and pretrain are variants."""
+    """Run only these variants, parents, or PARENT/VARIANT, without a report; base and pretrain are
+    variants."""
     seeds: tuple[int, ...] = ()
     """Run only these seeds of the study."""
     jobs: int = 1
@@ -50,8 +52,12 @@ def main() -> None:
     if options.dry_run:
         print(preview(orders, chosen, options.jobs, options.gpu))
         return
+    if options.slurm:
+        print(slurm_script(orders, chosen, [str(options.study), *rest]))
+        return
     failed = {} if options.report else run_study(orders, chosen, options.jobs)
-    print(write_study(orders))
+    if options.report or not (options.only or options.seeds):
+        print(write_study(orders))
     if failed:
         listed = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         raise UserError(f"{len(failed)} runs failed, the others are done:{listed}")

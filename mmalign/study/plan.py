@@ -317,7 +317,7 @@ def _check(study: Study) -> None:
         raise UserError(f"{where}: expected at least one [parents.NAME] and one [variants.NAME]")
     if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
         raise UserError(
-            f"{where}, [study]: seeds are {list(settings.seeds)}; expected distinct ones"
+            f"{where}, [study]: seeds are {settings.seeds}; expected distinct ones"
         )
     for variant in study.variants.values():
         if unknown := set(variant.parents) - study.parents.keys():

@@ -1,13 +1,22 @@
 """The dry run: every run and its state, what is missing, GPU-hours and disk."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from mmalign.study.contrasts import BASE
+from mmalign.errors import UserError
+from mmalign.evaluation.document_scores import MEANS
+from mmalign.evaluation.tasks import TASKS, load_documents, resolve_tasks
+from mmalign.study.contrasts import BASE, parse_contrast
 from mmalign.study.cost import MFU, Cost, cost_of, free_bytes, seconds_of
 from mmalign.study.identity import Orders
 from mmalign.study.plan import PRETRAIN, Run
+from mmalign.study.statistics import smallest_detectable_share
 
+# documents of the published files, where they are missing
+NUM_DOCUMENTS = {"truthfulqa": 817, "ethics_commonsense": 3885, "ethics_deontology": 3596}
+NUM_DOCUMENTS |= {"ethics_justice": 2704, "ethics_utilitarianism": 4808, "ethics_virtue": 4975}
+DISCORDANT = (0.1, 0.2, 0.3)
 _STATES = ("done", "running", "stopped", "failed", "new")
 
 
@@ -116,4 +125,41 @@ def _totals(
     for path, names in orders.missing.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"missing: {path} ({names[0]}{more})")
-    return lines
+    return lines + list(_detectable(orders))
+
+
+def _detectable(orders: Orders) -> Iterator[str]:
+    """What the primary questions can find, if two checkpoints differ in so many answers."""
+    counts = _num_documents(orders)
+    asked = [x for x in orders.study.questions if x.family == "primary"]
+    shares = " / ".join(f"{share:.0%}" for share in DISCORDANT)
+    if asked:
+        yield f"smallest detectable difference where {shares} of the answers differ, in points:"
+    for question in asked:
+        for metric in parse_contrast(question).metrics or question.metrics:
+            tasks = [_task_of(member) for member in MEANS.get(metric, (metric,))]
+            if any(counts.get(task, 0) < 2 for task in tasks):
+                continue
+            found = [
+                100
+                * math.hypot(*(smallest_detectable_share(counts[x], share) for x in tasks))
+                / len(tasks)
+                for share in DISCORDANT
+            ]
+            points = " / ".join(f"{x:.1f}" for x in found)
+            yield f"  {question.name} ({question.contrast}) on {metric}: {points}"
+
+
+def _num_documents(orders: Orders) -> dict[str, int]:
+    """By task; of the published files where they are missing."""
+    asked, tasks = orders.evaluation, resolve_tasks(orders.study.settings.tasks)
+    try:
+        found = load_documents(tasks, asked.data_root, asked.limit)
+        return {task: len(documents) for task, documents in found.items()}
+    except UserError:
+        known = {x: n for task, n in NUM_DOCUMENTS.items() for x in tasks if x.startswith(task)}
+        return {task: min(n, asked.limit or n) for task, n in known.items()}
+
+
+def _task_of(metric: str) -> str:
+    return max((task for task in TASKS if metric.startswith(task)), key=len, default="")

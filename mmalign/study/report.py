@@ -14,7 +14,7 @@ from mmalign.evaluation.visual_questions import guessing
 from mmalign.files import markdown_table, read_json, read_steps, write_text
 from mmalign.ownership import owned
 from mmalign.study import figures
-from mmalign.study.contrasts import BASE, Answer, answer, verdict_sentence
+from mmalign.study.contrasts import BASE, BASE_SEED, Answer, answer, verdict_sentence
 from mmalign.study.identity import Order, Orders
 from mmalign.study.plan import Run, Variant
 from mmalign.study.scores import VISUAL, collect, write_parquet
@@ -53,6 +53,7 @@ def write_study(orders: Orders) -> str:
             *_visual(orders, scores),
             *_forgetting(orders, scores),
             *_contrasts(folder, answers, scores),
+            *_by_seed(orders, scores),
             *_figures(folder, orders, scores),
             *_provenance(orders),
         ]
@@ -167,6 +168,25 @@ def _contrasts(folder: Path, answers: Sequence[Answer], scores: Scores) -> Itera
         "is about these checkpoints only. Holm's correction runs within each family. *detectable*: "
         "the smallest difference that 80% of such studies would find."
     )
+
+
+def _by_seed(orders: Orders, scores: Scores) -> Iterator[str]:
+    """How often the verdict is the same where one seed is all that is known."""
+    seeds, questions = orders.study.settings.seeds, orders.study.questions
+    if len(seeds) < 2 or not questions:
+        return
+    counts: dict[tuple[str, str, str], Counter] = defaultdict(Counter)
+    for seed in seeds:
+        alone = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
+        for test in answer(questions, alone, list(orders.study.parents)):
+            counts[test.question.name, test.parent, test.metric][test.verdict] += 1
+    verdicts = ("supported", "contradicted", "cannot tell")
+    yield "## Seed by seed"
+    yield markdown_table(
+        ["question", "parent", "metric", *verdicts],
+        [[*test, *(found[x] for x in verdicts)] for test, found in counts.items()],
+    )
+    yield "Verdicts of as many studies with one seed each, which see no noise of seeds."
 
 
 # ---- figures by category and by the share of yes ----

@@ -27,6 +27,7 @@ from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.visual_questions import right_answers
 from mmalign.files import write_json, write_text
 from mmalign.ownership import is_owned, owned
+from mmalign.study.data import with_data
 from mmalign.study.identity import Order
 from mmalign.system import versions
 from mmalign.training.loop import train
@@ -69,7 +70,7 @@ def _run(order: Order) -> None:
     about = {"name": order.run.name, "identity": order.identity, "versions": versions()}
     order_json = json.loads(json.dumps(asdict(order), default=str))
     write_json(order.folder / "run.json", about | {"order": order_json})
-    seconds, model, config = {}, Path(order.run.decoder), order.config
+    seconds, model, config = {}, Path(order.run.decoder), with_data(order)
     if config:
         began = time.perf_counter()
         train(config)
