@@ -233,6 +233,8 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     variants = {key: _variant(key, table) for key, table in tables.get("variants", {}).items()}
     stages = {stage: flatten(tables.get(stage, {})) for stage in ("pretrain", "finetune")}
     questions = [_question(table, variants) for table in tables.get("questions", [])]
+    for table in (settings, *variants.values()):
+        validate(table)
     study = Study(path, settings, parents, variants, questions, stages)
     _check(study)
     return study
@@ -316,9 +318,7 @@ def _check(study: Study) -> None:
     if not study.parents or not study.variants:
         raise UserError(f"{where}: expected at least one [parents.NAME] and one [variants.NAME]")
     if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
-        raise UserError(
-            f"{where}, [study]: seeds are {settings.seeds}; expected distinct ones"
-        )
+        raise UserError(f"{where}, [study]: seeds are {settings.seeds}; expected distinct ones")
     for variant in study.variants.values():
         if unknown := set(variant.parents) - study.parents.keys():
             raise UserError(f"[variants.{variant.name}]: unknown parent {min(unknown)!r}")
