@@ -9,5 +9,7 @@
       PackedBatch       pack_samples     packing.py      one row of tokens, no padding
       Step              StepLoader       loader.py       exactly one global batch, loaded ahead
 
-preview.py and figure.py show people the result; chat_template.py writes a template as Jinja.
+For studies, controls.py makes other files from a file (with captions.py and lengths.py), subsets.py
+takes parts of it. preview.py and figure.py show people the result; chat_template.py writes a
+template as Jinja.
 """

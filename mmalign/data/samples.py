@@ -100,7 +100,9 @@ class SampleFile(Sequence[Sample]):
         index = range(len(self))[index]
         begin = self._ends[index - 1] if index else 0
         record, number = parse(self._content[begin : self._ends[index]]), int(self._numbers[index])
-        return _parse(record, str(record["id"]) if number >= 0 else _name(record, -1 - number))
+        return parse_sample(
+            record, str(record["id"]) if number >= 0 else _name(record, -1 - number)
+        )
 
 
 def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
@@ -119,9 +121,9 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     content, ends, numbers, seen_ids = bytearray(), [], [], set()
     seen_types, unused = Counter(), Counter()
     for number, (begin, end, record) in enumerate(records(path, text)):
-        kind = _type_of(record)
+        kind = type_of(record)
         seen_types[kind] += 1
-        sample_id = _id_of(record)
+        sample_id = id_of(record)
         usable_id = _is_name(sample_id) and sample_id not in seen_ids
         seen_ids.add(sample_id)
         if wanted and kind not in wanted:
@@ -138,7 +140,7 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     return SampleFile(bytes(content), np.array(ends), np.array(numbers), fingerprint, dict(unused))
 
 
-def _id_of(record: dict) -> str | None:
+def id_of(record: dict) -> str | None:
     sample_id = record.get("id")
     return str(sample_id) if isinstance(sample_id, (str, int)) and sample_id != "" else None
 
@@ -154,13 +156,13 @@ def _is_name(sample_id: str | None) -> bool:
 
 
 def _name(record: dict, position: int) -> str:
-    sample_id = _id_of(record)
+    sample_id = id_of(record)
     if sample_id is None:
         return f"#{position}"
     return f"{readable(sample_id, _MOST_ID_CHARACTERS)} #{position}"
 
 
-def _type_of(record: dict) -> str | None:
+def type_of(record: dict) -> str | None:
     kind = record.get("type")
     return _TYPES.get(kind, kind) if isinstance(kind, str) else None
 
@@ -175,7 +177,8 @@ def _nothing_selected(path: Path, wanted: set[str], seen: Counter) -> str:
     return f"{path}: no samples of type {missing} (--data.types). The file has: {', '.join(found)}"
 
 
-def _parse(record: dict, sample_id: str) -> Sample:
+def parse_sample(record: dict, sample_id: str) -> Sample:
+    """Raises SampleError for a record that does not follow the format."""
     turns, image = record.get("conversations"), record.get("image")
     problem = None
     if not isinstance(turns, list):
@@ -196,7 +199,7 @@ def _parse(record: dict, sample_id: str) -> Sample:
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
     conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
-    return Sample(sample_id, conversations, image, _type_of(record), _other_image(record))
+    return Sample(sample_id, conversations, image, type_of(record), _other_image(record))
 
 
 def _is_text(text: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mmalign.errors import UserError
+from mmalign.evaluation.beside import compare_beside, gain_and_style
 from mmalign.evaluation.items import PROTOCOL, Items, read_items, read_results
 from mmalign.evaluation.metrics import exact_match
 from mmalign.evaluation.statistics import NUM_RESAMPLES, compare_scores, holm, percentile_interval
@@ -26,7 +27,9 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
     Returns {"a": folder, "b": folder, "method": text, "only_in_one": tasks that one lacks,
     "settings": those that differ, [A's, B's] each, "tasks": {row: {"acc_a", "acc_b", "difference",
     "interval" (95%), "n", and where a document is right or wrong "lost", "gained" (documents),
-    "p", "p_holm"}}, "flipped": those documents, with their text}. A task has one row per metric.
+    "p", "p_holm"}}, "beside": what compare_beside returns, with the metrics that one of the two
+    lacks, mostly because it is older, in "beside_only_in_one", "gain_and_style": that of
+    TruthfulQA-mc2, "flipped": documents, with their text}. A task has one row per metric.
     Differences are B - A. Raises UserError where a folder is not an evaluation, or the two differ
     in documents, prompts or scoring.
     """
@@ -42,6 +45,7 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         names = f"{task}: {dir_a} and {dir_b}"
         _require_equal(names, *(config["tasks"].get(task, {}) for config in configs))
         _require_same_documents(task, items_a[task], items_b[task])
+    beside, missing = compare_beside(*({x: y[x] for x in shared} for y in (items_a, items_b)))
     return {
         "a": str(dir_a),
         "b": str(dir_b),
@@ -49,6 +53,9 @@ def compare_evaluations(dir_a: str | Path, dir_b: str | Path) -> dict:
         "only_in_one": sorted(set(items_a) ^ set(items_b)),
         "settings": _differing_settings(*configs),
         "tasks": _rows(shared, items_a, items_b),
+        "beside": beside,
+        "beside_only_in_one": missing,
+        "gain_and_style": _gain_and_style(items_a, items_b),
         "flipped": [
             document
             for task in shared
@@ -105,6 +112,13 @@ def _rows(shared: Sequence[str], items_a: Items, items_b: Items) -> dict[str, di
     for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = corrected
     return rows
+
+
+def _gain_and_style(items_a: Items, items_b: Items) -> dict[str, dict]:
+    name = "truthfulqa_mc2"
+    return (
+        gain_and_style(items_a[name], items_b[name]) if name in items_a and name in items_b else {}
+    )
 
 
 def _compare_task(

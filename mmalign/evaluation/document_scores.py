@@ -30,11 +30,6 @@ class DocumentScores:
     clusters: np.ndarray  # (num_documents,) int64; documents of one are not independent
     values: np.ndarray  # (num_documents,) float64; their mean is the metric
 
-    @property
-    def kind(self) -> str:
-        """What of the task is measured; empty for the task's own metric."""
-        return self.metric.removeprefix(self.task).removeprefix("_")
-
 
 def document_scores(items: Items, base_items: Items | None = None) -> dict[str, DocumentScores]:
     """By metric: the tasks' own metrics (Task.metrics) and those beside them (Task.beside).

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mmalign.errors import UserError
+from mmalign.evaluation.beside import summarize_beside
 from mmalign.evaluation.items import PROTOCOL, Items, require_same_model, write_items
 from mmalign.evaluation.report.tables import print_results
 from mmalign.evaluation.requests import Request
@@ -144,7 +145,10 @@ class Evaluation:
             "num_requests": sum(len(x.get("choices", ())) for rows in items.values() for x in rows),
             "batch_tokens": self.batch_tokens,
         }
-        results = summarize(items) | cost | {"config": config}
+        results = summarize(items)
+        for name, rows in summarize_beside(items).items():
+            results[name]["beside"] = rows
+        results |= cost | {"config": config}
         write_items(output, items, results)
         return results
 

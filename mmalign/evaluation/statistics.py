@@ -37,6 +37,19 @@ def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:
     return n / max(1.0, clustered / independent)
 
 
+def clustered_stderr(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
+    """Standard error of the mean of values that depend on each other within clusters.
+
+    The sandwich estimate with G / (G - 1), as in Miller 2024 (arXiv 2411.00640); infinite for a
+    single cluster.
+    """
+    values = np.asarray(values, np.float64)
+    sums, _ = group_sums(values - values.mean(), clusters)
+    if len(sums) < 2:
+        return math.inf
+    return math.sqrt(len(sums) / (len(sums) - 1) * float(sums @ sums)) / len(values)
+
+
 def mean_of_tasks_interval(
     means: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:

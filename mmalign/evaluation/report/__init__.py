@@ -1,7 +1,7 @@
 """report.md: what the runs did and how the models score, with figures and CSV files beside it.
 
-sections.py writes the text, tables.py the tables (also the terminal's and the CSV files), plots.py
-the figures.
+sections.py writes the text, beside.py that of metrics beside the tasks' own, tables.py the tables
+(also the terminal's and the CSV files), plots.py the figures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
 from mmalign.evaluation.items import Items, read_items, read_results
-from mmalign.evaluation.report import sections
+from mmalign.evaluation.report import beside, sections
 from mmalign.evaluation.report.plots import plot_curves, plot_scores, plot_training
 from mmalign.evaluation.report.tables import write_differences, write_scores
 from mmalign.evaluation.tasks import score_rows
@@ -56,6 +56,8 @@ def _scores(
     write_scores(folder / "scores.csv", results)
     blocks = sections.scores(results, "scores.png")
     blocks += sections.differences(base, comparisons)
+    blocks += beside.beside(base, results, comparisons)
+    beside.write_beside(folder / "beside.csv", results)
     if comparisons:
         write_differences(folder / "differences.csv", base, comparisons)
         blocks += sections.flipped(base, comparisons, write_flipped(folder, comparisons))

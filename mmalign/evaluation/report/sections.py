@@ -65,9 +65,10 @@ def scores(results: Results, figure: str) -> list[str]:
     return [
         "## Scores",
         f"![Scores with chance levels and constant answers]({figure})",
-        markdown_table(["task", "n", *results, "chance", "constant answers"], lines),
+        markdown_table(["task", "n", *results, "chance", "constant answers and rules"], lines),
         "Percent, 95% interval in brackets. *constant answers*: the score on the same documents of "
-        "a model that gives this one answer, or the shortest choice, to every document.",
+        "a model that gives this one answer, or the shortest choice, to every document; *rules* "
+        "read the choices but not the question (see below).",
         *_answers(rows, {task: first[task] for task in order}),
         *_lengths(rows),
         *_caveats(results),
@@ -92,7 +93,8 @@ def _score(row: dict | None) -> str:
 
 def _constant(row: dict) -> str:
     baselines = row.get("baselines", {})
-    return ", ".join(f"{name} {percent(value)}" for name, value in baselines.items())
+    rules = {name: x["acc"] for name, x in row.get("rules", {}).items() if x["n"] == row["n"]}
+    return ", ".join(f"{name} {percent(value)}" for name, value in (baselines | rules).items())
 
 
 def _answers(rows: Mapping[str, dict], first: dict[str, dict]) -> list[str]:

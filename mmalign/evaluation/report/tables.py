@@ -142,6 +142,8 @@ def print_comparison(comparison: dict) -> None:
         console.print(f"differs between the evaluations: {key} {a} and {b}")
     if comparison["only_in_one"]:
         console.print(f"not compared, in one of them only: {', '.join(comparison['only_in_one'])}")
+    if missing := comparison["beside_only_in_one"]:
+        console.print(f"in one of them only, which may be older: {', '.join(missing)}")
     console.print(f"{comparison['method']}; lost, gained: documents that became wrong, right")
 
 

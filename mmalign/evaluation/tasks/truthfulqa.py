@@ -15,6 +15,7 @@ import numpy as np
 from mmalign.errors import UserError
 from mmalign.evaluation import choice_scores
 from mmalign.evaluation.metrics import percent, true_share
+from mmalign.evaluation.rules import CHOOSING, SCORING, rule_rows
 from mmalign.evaluation.statistics import bootstrap_means, percentile_interval
 from mmalign.evaluation.tasks.task import BOOTSTRAP, Document, MultipleChoice, choice_tokens
 from mmalign.files import read_text, sha256
@@ -190,6 +191,9 @@ class TruthfulQA(MultipleChoice):
             scores |= {"answers_only": alone, "pmi": [x - y for x, y in pairs]}
         return {kind: self.shares(items, found) for kind, found in scores.items()}
 
+    def references(self, items: Sequence[dict]) -> dict:
+        return super().references(items) | {"rules": rule_rows(items, CHOOSING)}
+
     def shares(self, items: Sequence[dict], scores: Sequence[np.ndarray]) -> list[float]:
         return [self.share(item["gold"], x) for item, x in zip(items, scores, strict=True)]
 
@@ -230,6 +234,7 @@ class TrueShare(TruthfulQA):
             "acc_by_label": float(np.mean([_share_by_label(item) for item in items])),
             "chance_by_label": float(np.mean([np.mean(item["gold"]) for item in items])),
             "choice_tokens": choice_tokens(items, true),
+            "rules": rule_rows(items, CHOOSING | SCORING),
         }
 
     def caveats(self, summary: dict) -> list[str]:
