@@ -84,11 +84,6 @@ class SampleFile(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @property
-    def positions(self) -> np.ndarray:
-        """(num_samples,) int64; of each in the file."""
-        return np.where(self._numbers < 0, -1 - self._numbers, self._numbers)
-
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload

@@ -7,17 +7,15 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
-from mmalign.config import DataConfig, TrainConfig
-from mmalign.data.json_records import read_text, records
-from mmalign.data.samples import read_samples
-from mmalign.errors import SampleError, UserError
-from mmalign.files import sha256, write_json, write_text
+from mmalign.config import TrainConfig
+from mmalign.data.controls import CONTROLS, read_records, supervised_tokens
+from mmalign.data.samples import type_of
+from mmalign.data.subsets import take_samples, take_tokens
+from mmalign.files import replacing, sha256, write_json, write_text
 from mmalign.study.identity import Order
-from mmalign.study.plan import Transform
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.build import build_dataset
+
+DATA, MANIFEST = "data.json", "manifest.json"
 
 
 def with_data(order: Order) -> TrainConfig | None:
@@ -25,62 +23,41 @@ def with_data(order: Order) -> TrainConfig | None:
     config, transform = order.config, order.run.transform
     if config is None or transform is None:
         return config
-    path, manifest = order.folder / "data.json", order.folder / "manifest.json"
-    source = Path(config.data.path)
-    here = replace(config, data=replace(config.data, path=str(path)))
-    if path.exists() and manifest.exists():
+    control = CONTROLS.get(transform.control)
+    data = replace(config.data, path=str(order.folder / DATA))
+    if control and control.files:
+        data = replace(data, image_root=str(order.folder))
+    here = replace(config, data=data)
+    if (order.folder / DATA).exists() and (order.folder / MANIFEST).exists():
         return here
-    rows = _read(source)
-    if transform.control:
-        rows = _controlled(rows, order)
-    if transform.samples or transform.supervised_tokens:
-        write_text(path, json.dumps(rows))  # selection reads it as training does
-        rows = [rows[i] for i in _selection(here, transform)]
-    write_text(path, json.dumps(rows))
-    about = asdict(transform) | {"seed": order.run.seed, "source": str(source)}
-    about |= {"source_sha256": sha256(source), "sha256": sha256(path), "samples_written": len(rows)}
+    rows, about = _transformed(order, config)
+    for name, content in control.files.items() if control else ():
+        with replacing(order.folder / name, "wb") as file:
+            file.write(content())
+    write_text(order.folder / DATA, json.dumps(rows))
+    source = Path(config.data.path)
+    about |= asdict(transform) | {"seed": config.seed, "source": str(source)}
+    about |= {"source_sha256": sha256(source), "sha256": sha256(order.folder / DATA)}
     if order.second:
         about["second_sha256"] = sha256(order.second)
-    write_json(manifest, about)
+    write_json(order.folder / MANIFEST, about)
     return here
 
 
-def _read(path: Path) -> list[dict]:
-    text, _ = read_text(path)
-    return [record for _, _, record in records(path, text)]
-
-
-def _selection(config: TrainConfig, transform: Transform) -> list[int]:
-    """Positions of the chosen samples: the beginning of one order per seed and type."""
-    # RandomState, not default_rng: numpy promises that its streams never change
-    data: DataConfig = config.data
-    positions = read_samples(data.path, data).positions
-    order = np.random.RandomState([config.seed, 1]).permutation(len(positions))
+def _transformed(order: Order, config: TrainConfig) -> tuple[list[dict], dict]:
+    """The records after choice of type, control and choice of a part; facts for the manifest."""
+    transform, data = order.run.transform, config.data
+    assert transform is not None
+    wanted, rows, about = {type_of({"type": x}) for x in data.types}, read_records(data.path), {}
+    rows = [row for row in rows if not wanted or type_of(row) in wanted]
+    count = supervised_tokens(data, Tokenizer.from_pretrained(config.model.tokenizer))
+    if transform.control:
+        control = CONTROLS[transform.control]
+        second = control.read_second(order.second) if control.second else None
+        found = control(rows, config.seed, second, count)
+        rows, about = found.records, dict(found.about)
     if transform.samples:
-        if transform.samples > len(order):
-            raise UserError(
-                f"{data.path} has {len(order):,} samples of the chosen types, expected at least "
-                f"{transform.samples:,}. Lower `samples` of the variant"
-            )
-        order = order[: transform.samples]
+        rows = take_samples(rows, transform.samples, config.seed)
     if transform.supervised_tokens:
-        order = order[: _num_with_tokens(config, order, transform.supervised_tokens)]
-    return [int(positions[i]) for i in order]
-
-
-def _num_with_tokens(config: TrainConfig, order: np.ndarray, wanted: int) -> int:
-    """How many samples of the order have so many supervised tokens together."""
-    dataset = build_dataset(config, Tokenizer.from_pretrained(config.model.tokenizer))
-    total = 0
-    for number, index in enumerate(order, start=1):
-        try:
-            total += int((dataset.encode(int(index)).labels >= 0).sum())
-        except SampleError:
-            if config.data.on_bad_sample == "error":
-                raise
-        if total >= wanted:
-            return number
-    raise UserError(
-        f"{config.data.path}: the chosen samples have {total:,} supervised tokens, expected at "
-        f"least {wanted:,}. Lower `supervised-tokens` of the variant"
-    )
+        rows = take_tokens(rows, transform.supervised_tokens, config.seed, count)
+    return rows, about | {"samples_written": len(rows)}

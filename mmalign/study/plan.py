@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import TrainConfig
+from mmalign.data.controls import CONTROLS
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import resolve_tasks
 from mmalign.files import read_text
 from mmalign.recipes import RECIPES
 from mmalign.study.contrasts import BASE, BASE_SEED, Question, parse_contrast
+from mmalign.study.forgetting import parse_task
 from mmalign.study.settings import with_settings
 from mmalign.training.run_folder import flatten
 from mmalign.validation import validate
@@ -160,6 +162,8 @@ class Study:
 
     def _finetune(self, parent: Parent, variant: Variant, seed: int) -> Run:
         where, own = f"[variants.{variant.name}]", parent.finetune | variant.settings
+        if variant.control:
+            own = own | CONTROLS[variant.control].settings
         config = self._config(parent, variant.finetune, "finetune", seed, where, own)
         wanted = (variant.control, variant.control_data, variant.samples, variant.supervised_tokens)
         transform = Transform(*wanted) if any(wanted) else None
@@ -279,7 +283,15 @@ def _parent(name: str, table: dict) -> Parent:
 
 
 def _variant(name: str, table: dict) -> Variant:
-    return _named(Variant, name, table, f"[variants.{name}]")
+    where = f"[variants.{name}]"
+    variant = _named(Variant, name, table, where)
+    if variant.control and variant.control not in CONTROLS:
+        known = ", ".join(CONTROLS)
+        raise UserError(f"{where}: control is {variant.control!r}; expected one of {known}")
+    if bool(variant.control_data) != bool(variant.control and CONTROLS[variant.control].second):
+        what = "is not used by" if variant.control_data else "is missing: it is needed by"
+        raise UserError(f"{where}: control-data {what} control {variant.control!r}")
+    return variant
 
 
 def _named(kind: type, name: str, table: dict, where: str) -> Any:
@@ -313,6 +325,8 @@ def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
 def _check(study: Study) -> None:
     settings, where = study.settings, study.path
     resolve_tasks(settings.tasks)
+    for task in settings.forgetting:
+        parse_task(task)
     if settings.keep not in ("all", "scores"):
         raise UserError(f"{where}, [study]: keep is {settings.keep!r}; expected all or scores")
     if not study.parents or not study.variants:

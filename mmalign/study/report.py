@@ -32,6 +32,7 @@ from mmalign.study.tables import (
 from mmalign.training.run_folder import config_json, flatten
 
 CATEGORIES = "truthfulqa_mc2"  # the metric whose gain is drawn by category
+YES_AND_GAIN = ("ethics_yes_rate_mean", "ethics_mean")
 _VERSIONS = ("git_commit", "torch", "device")
 
 
@@ -197,7 +198,7 @@ def _figures(folder: Path, orders: Orders, scores: Scores) -> Iterator[str]:
         figures.plot_categories(gains, CATEGORIES, folder / "categories.png")
         yield "## Where gains come from"
         yield "![Gain by category of TruthfulQA](categories.png)"
-    if points := _yes_rates(orders, scores):
+    if points := _yes_rates(scores):
         figures.plot_yes_rates(points, folder / "yes_rates.png")
         yield "![Gain in ETHICS against the change of the share of yes](yes_rates.png)"
 
@@ -228,30 +229,17 @@ def _items(orders: Orders, run: Run) -> dict:
     return read_items(orders[run].scores) if orders.state(run) == "done" else {}
 
 
-def _yes_rates(orders: Orders, scores: Scores) -> dict[str, list[tuple[float, float]]]:
-    metric, found = "ethics_mean", defaultdict(list)
-    rates = {
-        run: rate
-        for run in orders.study.runs
-        if run.is_evaluated
-        and orders.state(run) == "done"
-        and (rate := _yes_rate(orders[run])) is not None
-    }
-    bases = {run.parent: rate for run, rate in rates.items() if run.variant == BASE}
-    for run, rate in rates.items():
-        if run.variant != BASE and run.parent in bases:
-            one = {k: x for k, x in scores.items() if k[1] == BASE or k[2] == run.seed}
-            test = gain(one, run.parent, run.variant, metric)
-            if test.estimate:
-                found[run.variant].append((rate - bases[run.parent], test.estimate.value))
+def _yes_rates(scores: Scores) -> dict[str, list[tuple[float, float]]]:
+    """Variant -> (change of the share of yes, gain in the mean of ETHICS) of each of its runs."""
+    found = defaultdict(list)
+    for parent, variant, seed in scores:
+        one = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
+        if variant != BASE:
+            tests = [gain(one, parent, variant, metric) for metric in YES_AND_GAIN]
+            values = [test.estimate.value for test in tests if test.estimate]
+            if len(values) == 2:
+                found[variant].append((values[0], values[1]))
     return dict(found)
-
-
-def _yes_rate(order: Order) -> float | None:
-    """Mean over the subsets of ETHICS whose answers are yes and no."""
-    results = read_results(order.scores)
-    rates = [x["yes_rate"] for x in results.values() if isinstance(x, dict) and "yes_rate" in x]
-    return float(np.mean(rates)) if rates else None
 
 
 # ---- provenance ----

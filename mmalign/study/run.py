@@ -28,6 +28,7 @@ from mmalign.evaluation.visual_questions import right_answers
 from mmalign.files import write_json, write_text
 from mmalign.ownership import is_owned, owned
 from mmalign.study.data import with_data
+from mmalign.study.forgetting import score_forgetting
 from mmalign.study.identity import Order
 from mmalign.system import versions
 from mmalign.training.loop import train
@@ -91,6 +92,8 @@ def _evaluate(order: Order, model: Path, config: TrainConfig | None) -> None:
     evaluate_model(
         *(model, asked.tasks, asked.data_root, order.scores, asked.limit), overwrite=True
     )
+    if asked.forgetting:
+        score_forgetting(model, asked.forgetting, order.folder / "forgetting")
     if asked.visual_questions and config and not config.data.text_only:
         right = right_answers(config, asked.visual_questions, asked.visual_questions_images)
         rows = {image: [int(x) for x in values] for image, values in right.items()}

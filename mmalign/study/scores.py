@@ -17,6 +17,7 @@ from mmalign.evaluation.document_scores import MEANS, DocumentScores, document_s
 from mmalign.evaluation.items import read_items
 from mmalign.files import read_json, read_text, replacing
 from mmalign.study.contrasts import BASE, RunKey
+from mmalign.study.forgetting import parse_task, path_of
 from mmalign.study.identity import Order, Orders
 from mmalign.study.plan import PRETRAIN, Run
 
@@ -120,9 +121,9 @@ def _visual(order: Order) -> RunScores:
 def _forgetting(order: Order) -> RunScores:
     """What run.py has taken from lm-evaluation-harness: right or wrong, sample by sample."""
     found = {}
-    for path in sorted((order.folder / "forgetting").glob("*.json")):
-        for metric, rows in read_json(path).items():
+    for name in order.evaluation.forgetting if order.evaluation else ():
+        for metric, rows in read_json(path_of(order.folder / "forgetting", name)).items():
             doc_ids = np.array(rows["doc_ids"], np.int64)
             values = np.array(rows["values"], np.float64)
-            found[metric] = DocumentScores(path.stem, metric, doc_ids, doc_ids, values)
+            found[metric] = DocumentScores(parse_task(name)[0], metric, doc_ids, doc_ids, values)
     return found

@@ -61,6 +61,12 @@ def test_overrides_of_the_command_line(study_file):
         ('pretrain = "tiny-pretrain"', 'pretrain = "tiny-finetune"', "pretrain is 'tiny-finetune'"),
         ("visual - base", "visual - vase", "question 'Q1': the study has no variant 'vase'"),
         ("visual - base", "visual + base", "it has none of the known forms"),
+        (
+            "samples = 16",
+            'control = "mirror"',
+            "control is 'mirror'; expected one of shuffle-images",
+        ),
+        ("samples = 16", 'control = "length-matched"', "control-data is missing: it is needed by"),
         ("[pretrain]", "[pretraining]", r"unknown table \[pretraining\]"),
         ("[pretrain]", "[pretrain", "study.toml: "),
     ],

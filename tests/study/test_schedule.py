@@ -60,14 +60,19 @@ def test_one_seed_has_one_order_of_samples_in_every_variant(finished):
     assert found["visual", 0] == found["text-only", 0] != found["visual", 1]
 
 
-def test_a_part_is_nested_in_a_larger_one_of_its_seed(study_file):
-    more = '[variants.larger]\nfinetune = "tiny-finetune"\nsamples = 24\n'
-    orders = open_study(study_file(ONE_SEED, more), finetune__data__check_images=False)
-    chosen = orders.study.chosen(["part", "larger"], [])
+def test_parts_are_nested_and_controls_change_the_data(study_file, world):
+    recipe = '\nfinetune = "tiny-finetune"\n'
+    more = f'[variants.larger]{recipe}samples = 24\n[variants.blank]{recipe}control = "blank-image"'
+    orders = open_study(study_file(ONE_SEED, more))
+    chosen = orders.study.chosen(["part", "larger", "blank"], [])
     assert run_study(orders, chosen, jobs=2) == {}
-    part, larger = (json.loads((orders[x].folder / "data.json").read_text()) for x in chosen)
+    part, larger, blank = (json.loads((orders[x].folder / "data.json").read_text()) for x in chosen)
     assert part == larger[:16] and len(larger) == 24
-    assert json.loads((orders[chosen[0]].folder / "manifest.json").read_text())["samples"] == 16
+    assert {row.get("image") for row in blank} == {"blank.png", None}
+    manifest = json.loads((orders[chosen[2]].folder / "manifest.json").read_text())
+    assert manifest["control"] == "blank-image" and manifest["seed"] == 0
+    assert manifest["source"] == str(world / "finetune.json")
+    assert manifest["images"] == sum("image" in row for row in blank)
 
 
 def test_a_failure_is_named_and_stops_nothing_else(study_file, world):

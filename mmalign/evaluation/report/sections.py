@@ -17,7 +17,6 @@ from mmalign.evaluation.report.tables import (
     shortened,
     stage_rows,
 )
-from mmalign.evaluation.statistics import wilson_interval
 from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
 from mmalign.files import markdown_table
 
