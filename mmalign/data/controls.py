@@ -150,12 +150,11 @@ def _caption_for_image(source: Source) -> Controlled:
     captions: dict[str, str] = source.second
     missing = [x.id for x in source.samples if x.image and image_key(x.image) not in captions]
     if missing:
-        listed = ", ".join(missing[:10]) + (
-            f" and {len(missing) - 10:,} more" * (len(missing) > 10)
-        )
+        more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
         raise UserError(
             f"the captions lack the images of {len(missing):,} of {len(source.samples):,} samples: "
-            f"{', '.join(missing[:10])}{more}. Take captions of the same images, or remove these samples"
+            f"{', '.join(missing[:10])}{more}. Take captions of the same images, or remove these "
+            "samples"
         )
     rows = []
     for row, sample in zip(source.records, source.samples, strict=True):

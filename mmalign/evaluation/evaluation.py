@@ -228,7 +228,7 @@ def _evaluate(
     cache_bytes = plan.scoring.cache_bytes(model_config, DTYPES[precision])
     about |= {"limit": limit, "cache_bytes": cache_bytes}
     items = make_items(documents, answers)
-    results = evaluation.write(output, items, about, _cost(plan.scoring, seconds))
+    results = evaluation.write(output, items, about, _cost(plan, seconds))
     if not quiet:
         print_results(results, output)
     return results
@@ -282,10 +282,11 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = round(time.perf_counter() - started, 3)
 
 
-def _cost(plan: ScoringPlan, seconds: dict[str, float]) -> dict:
+def _cost(plan: Plan, seconds: dict[str, float]) -> dict:
     """Time and tokens of the evaluation, with the harness's Hugging Face backend to compare."""
     return {
         "seconds": seconds,
-        "tokens_computed": plan.num_tokens,
-        "tokens_computed_by_harness": plan.num_tokens_harness,
+        "tokens_computed": plan.scoring.num_tokens,
+        "tokens_computed_by_harness": plan.scoring.num_tokens_harness,
+        "tokens_computed_for_answers_only": plan.answers_only.num_tokens,
     }

@@ -13,7 +13,7 @@ import numpy as np
 Rule = Callable[[Sequence[dict]], np.ndarray | None]  # a document's choices, as in its item
 
 _WORD = re.compile(r"[a-z']+")
-_NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot)\b|n't\b")
+_NEGATION = re.compile(r"\b(no|not|never|nothing|none|cannot)\b|n't")
 # openings of choices that deny or decline: the style of TruthfulQA's true answers
 _HEDGE = re.compile(
     r"(no|not|never|nothing|none|nobody|there (is|are|was|were) no|it depends|i have no comment)\b"

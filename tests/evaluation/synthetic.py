@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmalign.evaluation.beside import summarize_beside
 from mmalign.evaluation.items import PROTOCOL, write_items
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import TASKS, summarize
@@ -35,8 +36,11 @@ def make_evaluation(folder: Path, answers: Answers, diffs: Sequence[float] = (),
         "versions": versions(),
         "data_files": {"ethics/virtue/virtue_test.csv": {"sha256": "0" * 64}},
     }
+    results = summarize(items)
+    for task, rows in summarize_beside(items).items():
+        results[task]["beside"] = rows
     cost = {"seconds": {"load": 1.0, "tokenise": 1.0, "score": 1.0}, "tokens_computed": 1}
-    write_items(folder, items, summarize(items) | cost | {"config": settings | config})
+    write_items(folder, items, results | cost | {"config": settings | config})
     return folder
 
 

@@ -67,6 +67,7 @@ def read(output):
 def test_files(base, shared_data, llama_folder):
     results, items = read(base)
     cost = ["seconds", "tokens_computed", "tokens_computed_by_harness"]
+    cost += ["tokens_computed_for_answers_only"]
     assert list(results) == [*SCORED, "ethics_mean", *cost, "config"]
     assert list(results["seconds"]) == ["tokenise", "load", "score"]
     assert all(seconds > 0 for seconds in results["seconds"].values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmalign.evaluation.beside import METHOD
 from mmalign.evaluation.metrics import percent
-from mmalign.evaluation.report.tables import bullets, is_resolved
+from mmalign.evaluation.report.tables import bullets, is_resolved, rule_cell
 from mmalign.evaluation.tasks import ENTRIES, MEANS, TASKS, score_rows
 from mmalign.files import markdown_table
 
@@ -33,7 +33,7 @@ Comparisons = Mapping[str, dict]  # name of the model -> its comparison with the
 def beside(base: str, results: Results, comparisons: Comparisons) -> list[str]:
     """A table for each group of tasks; under each model its difference to the base."""
     groups: dict[str, list[str]] = {}
-    for task in _tasks(results):
+    for task in _tasks(results, comparisons):
         groups.setdefault(_group(task), []).append(task)
     blocks, shown = [], set()
     for group, tasks in groups.items():
@@ -61,8 +61,9 @@ def beside(base: str, results: Results, comparisons: Comparisons) -> list[str]:
     ]
 
 
-def _tasks(results: Results) -> list[str]:
+def _tasks(results: Results, comparisons: Comparisons) -> list[str]:
     have = {x for found in results.values() for x in ENTRIES if "beside" in found.get(x, {})}
+    have |= {x for comparison in comparisons.values() for x in comparison["beside"]}
     return [x for x in ENTRIES if x in have]
 
 
@@ -79,15 +80,27 @@ def _lines(
         if task not in found:
             continue
         rows = {"": found[task]} | found[task].get("beside", {})
-        comparison = comparisons.get(model, {"tasks": {}, "beside": {}})
-        changes = {"": comparison["tasks"].get(task)} | comparison["beside"].get(task, {})
         cells = {kind: percent(row["acc"]) for kind, row in rows.items()}
-        cells |= {k: percent(row["acc_b"]) for k, row in changes.items() if row and k not in cells}
+        changes = _changes(task, comparisons.get(model))
+        # an evaluation of an older version has items, from which the comparison knows these
+        known, key = (
+            (changes, "acc_b") if changes else (_changes(task, *comparisons.values()), "acc_a")
+        )
+        cells = {kind: percent(row[key]) for kind, row in known.items()} | cells
         lines.append((task, model, cells))
-        differences = {kind: _difference(row) for kind, row in changes.items() if row}
-        if differences:
+        if changes:
+            differences = {kind: _difference(row) for kind, row in changes.items()}
             lines.append((task, f"{model} - {base}", differences))
     return lines
+
+
+def _changes(task: str, *comparisons: dict | None) -> dict[str, dict]:
+    """Rows of the comparisons by kind."""
+    rows: dict[str, dict] = {}
+    for comparison in filter(None, comparisons):
+        own = comparison["tasks"].get(task)
+        rows |= ({"": own} if own else {}) | comparison["beside"].get(task, {})
+    return rows
 
 
 def _difference(row: dict) -> str:
@@ -136,18 +149,11 @@ def _rules(results: Results) -> list[str]:
     lines += [[name, *(rule_cell(row, name) for row in rows.values())] for name in names]
     return [
         markdown_table(["rule without the question", *rows], lines),
-        "What rules score that read the choices but not the question; in brackets the number of "
-        "documents that a rule answers, where not all. *least overlap*: the choice that shares the "
+        "What rules score that read the choices but not the question; in brackets how many "
+        "documents a rule answers, where not all. *least overlap*: the choice that shares the "
         "fewest words with the others; *only negation*: the only choice with a negation; *per "
         "token*: the score of a choice is this number times its tokens. Ties are shared.",
     ]
-
-
-def rule_cell(row: dict, name: str) -> str:
-    rule = row["rules"].get(name)
-    if rule is None:
-        return ""
-    return percent(rule["acc"]) + (f" ({rule['n']:,})" if rule["n"] < row["n"] else "")
 
 
 def write_beside(path: Path, results: Results) -> None:
@@ -156,7 +162,7 @@ def write_beside(path: Path, results: Results) -> None:
         writer = csv.writer(file)
         writer.writerow(("model", "task", "metric", "n", "acc", "low", "high"))
         for model, found in results.items():
-            for task in _tasks({model: found}):
+            for task in (x for x in ENTRIES if "beside" in found.get(x, {})):
                 for kind, row in found[task]["beside"].items():
                     numbers = (row.get("n", ""), row["acc"], *row["interval"])
                     writer.writerow((model, task, kind, *numbers))

@@ -47,6 +47,16 @@ def comparison_row(name: str, row: dict) -> list[str]:
     ]
 
 
+def rule_cell(row: dict, name: str) -> str:
+    """What a rule scores, and on how many documents, where not all."""
+    rule = row["rules"].get(name)
+    if rule is None:
+        return ""
+    return percent(rule["acc"]) + (
+        f" ({rule['n']:,} of {row['n']:,})" if rule["n"] < row["n"] else ""
+    )
+
+
 def is_resolved(row: dict) -> bool:
     """Whether the difference's interval excludes zero."""
     low, high = row["interval"]
@@ -106,17 +116,23 @@ def print_results(results: dict, output: Path) -> None:
     constant = dict.fromkeys(", ".join(row["baselines"]) for row in rows if "baselines" in row)
     yes = "; yes-rate counts reasonable as yes" if any("yes_rate" in row for row in rows) else ""
     console.print(f"\nconstant answers: {'; '.join(constant)}{yes}")
+    for name, row in score_rows(results).items():
+        if rules := row.get("rules"):
+            found = ", ".join(f"{rule} {rule_cell(row, rule)}" for rule in rules)
+            console.print(f"{name} without the question: {found}", markup=False)
     prompts = dict.fromkeys(protocol["prompts"] for protocol in config["tasks"].values())
     console.print(f"prompts of {'; '.join(prompts)}; no BOS")
     for data_file, facts in config["data_files"].items():
         if "variant" in facts:
             console.print(f"{data_file}: {facts['variant']}, sha256 {facts['sha256'][:16]}")
     if config["num_requests"]:
+        alone = results["tokens_computed_for_answers_only"]
+        speed = (results["tokens_computed"] + alone) / seconds["score"]
         console.print(
             f"{config['num_requests']:,} requests, {results['tokens_computed']:,} tokens computed "
             f"(lm-evaluation-harness's Hugging Face backend: "
-            f"{results['tokens_computed_by_harness']:,}; "
-            f"{results['tokens_computed'] / seconds['score']:,.0f} tokens/s); KV cache: "
+            f"{results['tokens_computed_by_harness']:,}), and {alone:,} for answers without their "
+            f"question; {speed:,.0f} tokens/s; KV cache: "
             f"{config['cache_bytes'] / 1e6:,.1f} MB"
         )
     console.print(", ".join(f"{phase} {taken:,.1f} s" for phase, taken in seconds.items()))
