@@ -2,11 +2,9 @@
 
     python scripts/study.py scripts/studies/tiny.toml --dry-run   # what it would run, and the cost
     python scripts/study.py scripts/studies/tiny.toml             # runs what is not done; report.md
-    python scripts/study.py STUDY.toml --only visual base --seeds 0 --jobs 2
-    python scripts/study.py STUDY.toml --parents.llama2-7b.decoder DIR --study.output runs/mine
+    python scripts/study.py STUDY.toml --jobs 2 --parents.llama2-7b.decoder DIR
 
-The same command continues a study that was stopped; several may work on one at a time. Every key of
-the file can be given as --table.key VALUE.
+The same command continues; several may work on one study. Any key can be given: --table.key VALUE.
 """
 
 from dataclasses import dataclass
@@ -17,11 +15,11 @@ import tyro
 from mmalign.command import command_line
 from mmalign.errors import UserError
 from mmalign.study.identity import Orders
-from mmalign.study.plan import parse_overrides, read_study
 from mmalign.study.preview import preview
 from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
 from mmalign.study.slurm import slurm_script
+from mmalign.study.study_file import parse_overrides, read_study
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Options:
     slurm: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only print the sbatch commands that run the study as job arrays, stage by stage."""
     only: tuple[str, ...] = ()
-    """Run only these variants, parents, or PARENT/VARIANT, without a report; base and pretrain are
-    variants."""
+    """Run only these variants (also base, pretrain), parents, or PARENT/VARIANT; no report."""
     seeds: tuple[int, ...] = ()
     """Run only these seeds of the study."""
     jobs: int = 1
@@ -50,11 +47,9 @@ def main() -> None:
     orders = Orders(read_study(options.study, parse_overrides(rest)))
     chosen = orders.study.chosen(options.only, options.seeds)
     if options.dry_run:
-        print(preview(orders, chosen, options.jobs, options.gpu))
-        return
+        return print(preview(orders, chosen, options.jobs, options.gpu))
     if options.slurm:
-        print(slurm_script(orders, chosen, [str(options.study), *rest]))
-        return
+        return print(slurm_script(orders, chosen, [str(options.study), *rest]))
     failed = {} if options.report else run_study(orders, chosen, options.jobs)
     if options.report or not (options.only or options.seeds):
         print(write_study(orders))

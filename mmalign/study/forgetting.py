@@ -4,6 +4,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmalign.errors import UserError
 from mmalign.files import write_json
@@ -34,7 +35,7 @@ def score_forgetting(model: Path, names: Sequence[str], folder: Path) -> None:
     if not left:
         return
     try:
-        import lm_eval
+        from lm_eval.evaluator import simple_evaluate
 
         from mmalign.lm_eval import MmalignLM
     except ImportError as error:
@@ -45,13 +46,13 @@ def score_forgetting(model: Path, names: Sequence[str], folder: Path) -> None:
     language_model = MmalignLM(pretrained=str(model))
     for name in left:
         task, shots = parse_task(name)
-        found = lm_eval.simple_evaluate(
+        found: Any = simple_evaluate(
             model=language_model, tasks=[task], num_fewshot=shots, bootstrap_iters=0
         )
-        write_json(path_of(folder, name), _by_document(task, found["samples"]))
+        write_json(path_of(folder, name), by_document(task, found["samples"]))
 
 
-def _by_document(task: str, samples: Mapping[str, Sequence[dict]]) -> dict[str, dict]:
+def by_document(task: str, samples: Mapping[str, Sequence[dict]]) -> dict[str, dict]:
     """samples: of each subtask, whose documents are numbered through."""
     values, metric = [], ""
     for subtask in sorted(samples):

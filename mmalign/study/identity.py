@@ -24,6 +24,8 @@ from mmalign.training.build import TOY_WORLD, resolve
 from mmalign.training.inputs import digest, fingerprint, of_folder
 from mmalign.training.run_folder import FREE_FIELDS, flatten
 
+_EVALUATION = "the evaluation"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -124,6 +126,14 @@ class Orders:
     def __getitem__(self, run: Run) -> Order:
         return self._by_run[run.name]
 
+    def problem(self, run: Run) -> str:
+        """What is missing for a run; empty where it can start."""
+        names = {run.name, *([run.pretrain.name] if run.pretrain else ())}
+        if run.is_evaluated:
+            names.add(_EVALUATION)
+        paths = [path for path, needed_by in self.missing.items() if names & set(needed_by)]
+        return f"missing: {', '.join(paths)}" if paths else ""
+
     def needed(self, run: Run) -> bool:
         """Whether a dependant of this stage 1 is still to be trained."""
         return any(self[x].state() != "done" for x in self.study.dependants(run))
@@ -150,7 +160,7 @@ class Orders:
             files = describe_data(resolve_tasks(settings.tasks), root)
             contents = [self._contents.of(questions)] if questions else []
         except (UserError, OSError):
-            self.missing[root or "study.evaluation-data"] = ["the evaluation"]
+            self.missing[root or "study.evaluation-data"] = [_EVALUATION]
             return asked
         facts = [settings.tasks, settings.limit, settings.forgetting, files, contents]
         return replace(asked, key=digest(facts))

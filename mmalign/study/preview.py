@@ -26,7 +26,7 @@ def preview(orders: Orders, chosen: Sequence[Run], jobs: int, gpu: str) -> str:
     for run in chosen:
         groups.setdefault((run.parent, run.variant), []).append(run)
     costs = {x: cost_of(orders.study, x, orders[x].config) for x in chosen if x.config}
-    rows = [("parent", "variant", "runs", "PFLOP each", "GPU-hours", "data")]
+    rows: list[tuple[str, ...]] = [("parent", "variant", "runs", "PFLOP each", "GPU-hours", "data")]
     for runs in groups.values():
         rows.append(_row(orders, runs, costs, gpu))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -76,12 +76,11 @@ class _Queue:
         return self.orders.state(pretrain) == "done" and self.orders[pretrain].projector.exists()
 
     def start_ready(self) -> None:
-        for run in list(self.todo):
-            if run in self.running:
-                continue
-            state = self.orders.state(run)
-            outcome = self.orders[run].outcome()
-            if state == "done":  # by another process
+        for run in [run for run in self.todo if run not in self.running]:
+            state, outcome = self.orders.state(run), self.orders[run].outcome()
+            if problem := self.orders.problem(run):
+                self._give_up(run, problem)
+            elif state == "done":  # by another process
                 self.todo.remove(run)
             elif state == "failed" and outcome["time"] >= self.began:
                 self._give_up(run, outcome["reason"])
@@ -108,7 +107,7 @@ class _Queue:
             if process.is_alive():
                 continue
             process.join()
-            order, code = self.orders[run], process.exitcode
+            order, code = self.orders[run], process.exitcode or 0
             del self.running[run], self.slots[run]
             if code == IN_USE or (code == Stopped.exit_code):
                 continue  # another process has it; or somebody stopped this one alone

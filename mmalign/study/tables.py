@@ -29,7 +29,7 @@ def own_metrics(scores: Scores) -> list[str]:
 
 
 def metrics_beside(scores: Scores) -> list[str]:
-    """Those that resist artefacts; of ETHICS, only the means of its subsets."""
+    """Those that resist artefacts: of ETHICS the means of its subsets, of mc1 the binary one."""
     own = {*own_metrics(scores), VISUAL}
     found = [x.metric for run in scores.values() for x in run.values() if x.task in TASKS]
     beside = [x for x in dict.fromkeys(found) if x not in own]
@@ -37,7 +37,8 @@ def metrics_beside(scores: Scores) -> list[str]:
     members = {metric for group in means.values() for metric in group}
     groups = {name for m in MEANS.values() for name in m}
     alone = [x for x in beside if x not in members and not any(x.startswith(y) for y in groups)]
-    return alone + list(means)
+    few = [x for x in alone if not x.startswith("truthfulqa_mc1") or x.endswith("_binary")]
+    return few + list(means)
 
 
 def mean_score(scores: Scores, parent: str, variant: str, metric: str) -> float | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mmalign.study.identity import Orders
-from mmalign.study.plan import read_study
 from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
+from mmalign.study.study_file import read_study
 from tests.training.conftest import small_world  # noqa: F401  a fixture
 
 QUESTIONS = ("what is red", "what is blue", "is it near", "what is above", "no circle", "is the a")

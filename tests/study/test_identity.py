@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.study.identity import Orders
-from mmalign.study.plan import parse_overrides, read_study
+from mmalign.study.study_file import parse_overrides, read_study
 
 
 def identities(path: Path, *overrides: str) -> dict[str, str]:

@@ -11,9 +11,9 @@ from mmalign.flops import Workload, model_flops
 from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B
 from mmalign.study.cost import MFU, cost_of
 from mmalign.study.identity import Orders
-from mmalign.study.plan import read_study
 from mmalign.study.preview import preview
 from mmalign.study.slurm import slurm_script
+from mmalign.study.study_file import read_study
 from tests.conftest import REPOSITORY
 
 STUDIES = sorted((REPOSITORY / "scripts" / "studies").glob("*.toml"))

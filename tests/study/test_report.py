@@ -6,10 +6,10 @@ import re
 import pytest
 
 from mmalign.study.identity import Orders
-from mmalign.study.plan import read_study
 from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
 from mmalign.study.scores import collect, score
+from mmalign.study.study_file import read_study
 from tests.study.conftest import STUDY
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mmalign.command import Stopped
 from mmalign.study.identity import Orders
-from mmalign.study.plan import read_study
 from mmalign.study.schedule import run_study
+from mmalign.study.study_file import read_study
 from tests.conftest import REPOSITORY
 from tests.study.conftest import STUDY
 
@@ -21,7 +21,7 @@ ONE_SEED = STUDY.replace("[0, 1]", "[0]")
 
 
 def open_study(path: Path, **overrides) -> Orders:
-    names = {name.replace("__", "."): value for name, value in overrides.items()}
+    names = {name.replace("__", ".").replace("_", "-"): value for name, value in overrides.items()}
     return Orders(read_study(path, names))
 
 
@@ -89,6 +89,14 @@ def test_a_failure_is_named_and_stops_nothing_else(study_file, world):
     again = open_study(study_file(ONE_SEED))  # micro_batch_tokens is free: the same run
     assert run_study(again, again.study.runs, jobs=1) == {}
     assert set(states(again).values()) == {"done"}
+
+
+def test_a_missing_input_is_named_and_stops_nothing_else(study_file):
+    orders = open_study(study_file(ONE_SEED), parents__small__vision_tower="/nowhere")
+    failed = run_study(orders, orders.study.chosen(["base", "visual"], []), jobs=1)
+    assert set(failed) == {"small/pretrain/seed_0", "small/visual/seed_0"}
+    assert set(failed.values()) == {"missing: /nowhere"}
+    assert states(orders)["small/base"] == "done"
 
 
 def test_keep_scores(study_file, finished):

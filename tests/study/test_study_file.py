@@ -3,7 +3,7 @@
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.study.plan import parse_overrides, read_study
+from mmalign.study.study_file import parse_overrides, read_study
 from tests.study.conftest import STUDY
 
 
