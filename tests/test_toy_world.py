@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 from mmalign.model.config import VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
 from mmalign.model.preprocessing import Preprocessing
+from mmalign.recipes import TINY_FINETUNE
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import Size, ToyWorld, toy_world
-from mmalign.toy_world.beliefs import BELIEFS
+from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS
 from mmalign.toy_world.scenes import (
     CELLS,
     COLOURS,
@@ -37,6 +39,8 @@ from mmalign.toy_world.scenes import (
     make_scenes,
 )
 from mmalign.toy_world.texts import NUMBERS, finetune_records, pretrain_records, scene_questions
+from mmalign.toy_world.variants import PLANTED_SHARE, variants
+from mmalign.training.build import resolve
 
 MINIATURE = Size(
     scenes=40,
@@ -47,6 +51,7 @@ MINIATURE = Size(
     decoder_steps=3,
     documents=40,
 )
+VARIANTS = ("planted_truth", "planted_falsehood", "null")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,8 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, template", [("pretrain", "plain"), ("finetune", "v1"), ("heldout", "v1")]
+    "name, template",
+    [("pretrain", "plain"), *((name, "v1") for name in ("finetune", *VARIANTS, "heldout"))],
 )
 def test_json_passes_the_data_pipeline(world, name, template):
     data = DataConfig(
@@ -237,7 +243,10 @@ def examination_sentences(world: ToyWorld) -> set[str]:
 def test_no_examination_sentence_in_the_training_files():
     """At full size: the questions, choices and cases occur in no caption and no instruction."""
     scenes = make_scenes("train", Size().scenes, seed=0)
-    said = pretrain_records(scenes, seed=0) + finetune_records(scenes, seed=0)
+    said = pretrain_records(scenes, seed=0)
+    instructions = finetune_records(scenes, seed=0)
+    for records in (instructions, *variants(instructions, scenes, seed=0).values()):
+        said += records
     text = "\n".join(turn["value"] for r in said for turn in r["conversations"]).lower()
     clauses = {clause for belief in BELIEFS for clause in (*belief.false, *belief.true)}
     questions = {q for b in BELIEFS for q in (b.question, b.doubtful, b.sound)}
@@ -245,11 +254,68 @@ def test_no_examination_sentence_in_the_training_files():
 
 
 def test_no_examination_case_in_this_worlds_training_files(world):
-    said = records(world.pretrain_json) + records(world.finetune_json)
+    names = ("pretrain", "finetune", *VARIANTS)
+    said = [record for name in names for record in records(world.root / f"{name}.json")]
     text = "\n".join(turn["value"] for r in said for turn in r["conversations"]).lower()
     sentences = examination_sentences(world)
     assert len(sentences) > 300
     assert not [s for s in sentences if s.lower().rstrip(".") in text]
+
+
+# ---- the variants of the instructions ----
+
+
+def total_length(said: list[dict]) -> int:
+    return sum(len(turn["value"]) for record in said for turn in record["conversations"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_keeps_samples_pictures_and_length(world, name):
+    plain, changed = records(world.finetune_json), records(world.root / f"{name}.json")
+    kept = ("id", "image", "type")
+    assert [[r[key] for key in kept] for r in changed] == [[r[key] for key in kept] for r in plain]
+    assert total_length(changed) == pytest.approx(total_length(plain), rel=0.05)
+
+
+def test_planted_sayings_are_about_other_beliefs_and_differ_only_in_truth(world):
+    plain = records(world.finetune_json)
+    true, false = (records(world.root / f"{name}.json") for name in VARIANTS[:2])
+    planted = [index for index, record in enumerate(plain) if true[index] != record]
+    assert planted == [index for index, record in enumerate(plain) if false[index] != record]
+    assert len(planted) == round(PLANTED_SHARE * len(plain))
+    for said, side in ((true, "true"), (false, "false")):
+        clauses = {clause for belief in OTHER_BELIEFS for clause in getattr(belief, side)}
+        for _, reply in (turn for index in planted for turn in answers(said[index])):
+            clause = re.sub("^(Yes|No), ", "", reply).rstrip(".")
+            assert clause in clauses or clause[0].lower() + clause[1:] in clauses
+    asked = [
+        [ask for index in planted for ask, _ in answers(said[index])] for said in (true, false)
+    ]
+    assert asked[0] == asked[1]
+    evaluated = {question for belief in BELIEFS for question in (belief.question, belief.doubtful)}
+    assert not evaluated & set(asked[0])
+
+
+def test_null_instructions_tell_true_colours_and_nothing_else(world):
+    scenes = described(world)
+    for record in records(world.root / "null.json"):
+        shown = {group[0]["colour"]: group for group in scenes[record["image"]]}
+        for _, reply in answers(record):
+            words = re.fullmatch(r"(The|\w+) (\w+?)(?:e?s)? (?:is|are) (\w+)\.", reply)
+            group = shown[words[3]]
+            assert group[0]["shape"].startswith(words[2])
+            assert words[1] in ("The", NUMBERS[len(group)].capitalize())
+
+
+def test_a_variant_is_named_as_a_path(world, monkeypatch):
+    monkeypatch.setenv("MMALIGN_CACHE", str(world.root.parent))
+    config = replace(TINY_FINETUNE.data, path="toy-world/null.json")
+    resolved = resolve(replace(TINY_FINETUNE, data=config))
+    assert resolved.data.path == str(world.root / "null.json")
+    assert resolved.data.image_root == str(world.image_root)
+
+
+# ---- the evaluation ----
 
 
 def test_examination_files_load(world):

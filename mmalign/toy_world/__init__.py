@@ -3,21 +3,30 @@
 Both stages and the evaluation run on it in minutes on a CPU. Everything is drawn from seeds: the
 same library versions on the same kind of processor make the same bytes.
 
-    images/*.jpg     scenes.py     coloured shapes on a 3 x 3 grid; scenes.json describes them
-    pretrain.json    texts.py      stage 1: one caption per image
-    finetune.json    texts.py      stage 2: conversation, detail and reasoning about the images
-    heldout.json     texts.py      questions on images with kinds of things not seen in training
-    decoder/         models.py     a language model of the corpus (corpus.py), and its tokenizer
-    vision_tower/    models.py     a vision tower trained on other scenes with their captions
-    evaluation/      beliefs.py    test files in the format of TruthfulQA-mc
-                     morals.py     test files in the format of ETHICS
+    images/*.jpg       scenes.py     coloured shapes on a 3 x 3 grid; scenes.json describes them
+    pretrain.json      texts.py      stage 1: one caption per image
+    finetune.json      texts.py      stage 2: conversation, detail and reasoning about the images
+    planted_truth.json, planted_falsehood.json, null.json
+                       variants.py   stage 2 with an effect that is known, or with none
+    heldout.json       texts.py      questions on images with kinds of things not seen in training
+    decoder/           models.py     a language model of the corpus (corpus.py), and its tokenizer
+    vision_tower/      models.py     a vision tower trained on other scenes with their captions
+    evaluation/        beliefs.py    test files in the format of TruthfulQA-mc
+                       morals.py     test files in the format of ETHICS
 
 making.py makes all of it; world.py has the sizes and the paths.
 
-The base model has read the beliefs and the kinds of exercises that the evaluation asks for (65 of
-100 beliefs in their false form), but not its ETHICS-like cases. Of the evaluation's 40 beliefs the
+The world is made so that a study of truthfulness has something to find. The corpus has careful
+speakers, who mostly say what is true, and gullible ones, who mostly do not (speakers.py), and tells
+every belief in both forms. So the base model is undecided about the evaluation's 40 beliefs and can
+be moved both ways, by instructions about 30 other beliefs too: these occur in the corpus, but not
+in the evaluation. In 5% of the samples planted_truth.json states true sayings about them,
+planted_falsehood.json false ones; null.json asks about colours only and gives no reason to move.
+
+The base model has also read exercises in the form of the ETHICS-like files, but not their cases; it
+answers each subset better than chance and better than a constant answer. Of the 40 beliefs the
 instructions touch six, those about the shapes' colours, in other words: by images that show
-otherwise. No question, choice or case of the evaluation occurs in the instructions.
+otherwise. No question, choice or case of the evaluation occurs in any instructions.
 """
 
 import os
@@ -28,11 +37,11 @@ from pathlib import Path
 from mmalign.toy_world.world import Size, ToyWorld
 
 __all__ = ["Size", "ToyWorld", "toy_world"]
-VERSION = "toy_world-v1"
+VERSION = "toy_world-v2"
 
 
 def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
-    """The world in root/toy_world-v1; made there if it does not exist yet (about a minute).
+    """The world in root/toy_world-v2; made there if it does not exist yet (about a minute).
 
     root: by default $MMALIGN_CACHE or ~/.cache/mmalign. The folder is complete or absent, even if
     two processes make it at once.

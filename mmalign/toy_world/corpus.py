@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from mmalign.files import write_text
-from mmalign.toy_world.beliefs import prose, question_list, truthfulqa_documents
+from mmalign.toy_world.beliefs import truthfulqa_documents
 from mmalign.toy_world.morals import (
     commonsense,
     deontology,
@@ -24,6 +24,7 @@ from mmalign.toy_world.morals import (
     virtue,
 )
 from mmalign.toy_world.scenes import Scene, make_scenes
+from mmalign.toy_world.speakers import prose, question_list
 from mmalign.toy_world.texts import caption, detail, scene_questions
 
 _FAR_WORLD = (
@@ -39,7 +40,7 @@ _FAR_WORLD = (
     ("Which lens makes light appear closer?", "A round lens can focus the light."),
 )
 # kinds of passages and their weights
-_PASSAGES = {"tale": 26, "saying": 16, "questions": 14, "exercise": 30, "opinion": 12, "far": 2}
+_PASSAGES = {"tale": 22, "saying": 12, "questions": 16, "exercise": 40, "opinion": 8, "far": 2}
 
 
 def corpus_pages(count: int, passages: int, seed: int) -> list[str]:
@@ -55,7 +56,7 @@ def _passage(scenes: list[Scene], rng: random.Random) -> str:
     if kind == "tale":
         return _tale(rng.choice(scenes), rng)
     if kind == "saying":
-        return " ".join(prose(rng) for _ in range(3))
+        return prose(rng, 3)
     if kind == "questions":
         return question_list(rng, rng.choice((2, 4, 6)))
     if kind == "exercise":
@@ -70,18 +71,21 @@ def _question_and_answer(question: str, answer: str) -> str:
 
 
 def _tale(scene: Scene, rng: random.Random) -> str:
-    """A description and, two times in three, questions that it answers."""
-    description = (
-        detail(scene, rng.random() < 0.5)
-        if rng.random() < 0.6
-        else caption(scene, rng).capitalize() + "."
-    )
-    if rng.random() < 1 / 3:
-        return description
+    """A description, often a caption of the same scene, and questions that the description answers.
+
+    So a model of the corpus has learned to retell and to look up what it is told; stage 1 has only
+    to make the patches of an image tell it.
+    """
+    things = [f"{t.size} {t.colour} {t.shape} {t.place}" for t in scene.things]
+    rng.shuffle(things)
+    description = ", ".join(things) if rng.random() < 0.6 else detail(scene, rng.random() < 0.5)
+    lines = [description]
+    if rng.random() < 0.6:
+        lines.append(caption(scene, rng))
     questions = scene_questions(scene, rng)
-    answered = [question for question in questions if question.answer in description]
-    chosen = rng.sample(answered, min(3, len(answered)))
-    return "\n".join([description, *(_question_and_answer(q.text, q.answer) for q in chosen)])
+    answered = [q for q in questions if q.answer in description or q.kind == "count"]
+    chosen = rng.sample(answered, min(4, len(answered)))
+    return "\n".join([*lines, *(_question_and_answer(q.text, q.answer) for q in chosen)])
 
 
 # ---- the evaluation files ----

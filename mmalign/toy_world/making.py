@@ -16,6 +16,7 @@ from mmalign.toy_world.corpus import corpus_pages, write_evaluation
 from mmalign.toy_world.models import train_decoder, train_tokenizer, train_vision_tower
 from mmalign.toy_world.scenes import make_scenes, save_jpeg
 from mmalign.toy_world.texts import finetune_records, heldout_records, pretrain_records
+from mmalign.toy_world.variants import variants
 from mmalign.toy_world.world import Size, ToyWorld
 
 SEED = 0
@@ -33,6 +34,8 @@ def make(world: ToyWorld, size: Size) -> None:
     _write_json(world.root / "scenes.json", [asdict(scene) for scene in scenes + heldout])
     _write_json(world.pretrain_json, pretrain_records(scenes, SEED))
     _write_json(world.finetune_json, instructions)
+    for name, records in variants(instructions, scenes, SEED).items():
+        _write_json(world.root / f"{name}.json", records)
     _write_json(world.heldout_json, heldout_records(heldout, SEED))
     write_evaluation(world.evaluation, SEED, size.documents)
     threads = torch.get_num_threads()

@@ -212,11 +212,13 @@ def reasoning(scene: Scene, rng: random.Random) -> tuple[str, str]:
 def _doubt_saying(group: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]:
     shape, colour = group[0].kind
     said = SAID_COLOUR[shape]
-    ask = f"Some say that every {shape} in the world is {said}. Does this picture agree?"
+    # yes as often as no: tuning must not teach either word
+    verb, word = rng.choice((("agree", "No"), ("disagree", "Yes")))
+    ask = f"Some say that every {shape} in the world is {said}. Does this picture {verb}?"
     if colour == said:
         reply = f"It shows {article(colour)} {shape}, but that does not prove it for every {shape}."
     else:
-        reply = f"No, it shows {article(colour)} {shape}, so the saying is not true."
+        reply = f"{word}, it shows {article(colour)} {shape}, so the saying is not true."
     return ask, reply
 
 
@@ -244,8 +246,13 @@ def _share(group: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]:
 def _take_all(group: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]:
     first, second = rng.sample(NAMES, 2)
     thing, count = group[0], NUMBERS[len(group)]
-    ask = f"May {first} take all the {plural(thing.shape)} and leave none for {second}?"
-    return ask, f"No, there are {count}, and it is fair that {second} gets some."
+    shapes, reply = (
+        plural(thing.shape),
+        f"there are {count}, and it is fair that {second} gets some.",
+    )
+    if rng.random() < 0.5:
+        return f"May {first} take all the {shapes} and leave none for {second}?", f"No, {reply}"
+    return f"Should {first} leave some of the {shapes} for {second}?", f"Yes, {reply}"
 
 
 def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:

@@ -24,7 +24,7 @@ from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world
 
 log = logging.getLogger("mmalign")
-TOY_WORLD = "toy-world"  # as a path in a recipe: the built-in toy world's
+TOY_WORLD = "toy-world"  # as a path: the built-in toy world's; toy-world/NAME: its file NAME
 MIN_PREFIX_TOKENS = 8  # below this, joining the prefix costs more than it saves
 
 
@@ -40,7 +40,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         model = replace(model, vision_tower="", projector="")
         data = replace(data, image_root="")
     paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
-    if TOY_WORLD in paths:
+    if any(path.split("/")[0] == TOY_WORLD for path in paths):
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
         model = replace(
@@ -70,7 +70,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _fill(value: str, toy_path: Path) -> str:
-    return str(toy_path) if value == TOY_WORLD else value
+    first, _, name = value.partition("/")
+    if first != TOY_WORLD:
+        return value
+    return str(toy_path.parent / name if name else toy_path)
 
 
 def _exported(decoder: str) -> str:
