@@ -18,7 +18,7 @@ from PIL import Image
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.captions import image_key, read_captions
-from mmalign.data.dataset import ConversationDataset
+from mmalign.data.dataset import ConversationDataset, speaker_problem
 from mmalign.data.json_records import read_text, records
 from mmalign.data.lengths import draw_lengths, kolmogorov_smirnov, wasserstein
 from mmalign.data.samples import Sample, id_of, parse_sample, type_of
@@ -159,6 +159,9 @@ def _caption_for_image(source: Source) -> Controlled:
     rows = []
     for row, sample in zip(source.records, source.samples, strict=True):
         if sample.image is not None:
+            if not any(IMAGE in turn.text for turn in sample.conversations):
+                problem = f"an image, but no {IMAGE} in its questions where the caption would stand"
+                raise SampleError(sample.id, problem, _FIX)
             text = captions[image_key(sample.image)]
             turns = [
                 turn | {"value": turn["value"].replace(IMAGE, text)}
@@ -175,6 +178,7 @@ def _caption_for_image(source: Source) -> Controlled:
 def _permute_answers(source: Source) -> Controlled:
     groups = defaultdict(list)  # (type, position of the answer) -> its samples
     for i, sample in enumerate(source.samples):
+        _require_pairs(sample)
         for turn in range(1, len(sample.conversations), 2):
             groups[type_of(source.records[i]), turn].append(i)
     turns = [[dict(turn) for turn in row["conversations"]] for row in source.records]
@@ -196,7 +200,8 @@ def _plain_text(source: Source) -> Controlled:
     """One answer per sample, for template plain, which takes a single turn."""
     turns = []
     for sample in source.samples:
-        answers = [turn.text for turn in sample.conversations if turn.speaker == "gpt"]
+        _require_pairs(sample)
+        answers = [turn.text for turn in sample.conversations[1::2]]
         turns.append([_turn("human", ""), _turn("gpt", "\n".join(answers))])
     rows = [{k: x for k, x in row.items() if k != "image"} for row in source.records]
     return Controlled(_with_turns(rows, turns), {"samples": len(rows)})
@@ -215,7 +220,9 @@ def _short_answers(source: Source) -> Controlled:
         kept = [pair for pair in pairs if len(pair[1]["value"].split()) <= MOST_WORDS]
         num_turns, num_kept = num_turns + len(pairs), num_kept + len(kept)
         if kept:
-            kept[0] = (_with_image(kept[0][0], sample), kept[0][1])
+            if sample.image and not any(IMAGE in question["value"] for question, _ in kept):
+                question, answer = kept[0]  # the picture was shown in a turn that is left out
+                kept[0] = question | {"value": f"{IMAGE}\n{question['value']}"}, answer
             rows.append(row | {"conversations": [turn for pair in kept for turn in pair]})
     if not rows:
         raise UserError(
@@ -227,17 +234,8 @@ def _short_answers(source: Source) -> Controlled:
 
 
 def _require_pairs(sample: Sample) -> None:
-    if len(sample.conversations) % 2:
-        problem = f"{len(sample.conversations)} turns, expected pairs of question and answer"
+    if problem := speaker_problem(sample.conversations):
         raise SampleError(sample.id, problem, _FIX)
-
-
-def _with_image(question: dict, sample: Sample) -> dict:
-    """The first question that is left shows the picture, wherever it was shown before."""
-    shown = any(IMAGE in turn.text for turn in sample.conversations)
-    if not shown or IMAGE in question["value"]:
-        return question
-    return question | {"value": f"{IMAGE}\n{question['value']}"}
 
 
 # ---- lengths ----

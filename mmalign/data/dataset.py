@@ -182,7 +182,7 @@ class ConversationDataset:
 
     def _checked_turns(self, sample: Sample) -> list[Turn]:
         turns = list(sample.conversations)
-        problem = _speaker_problem(turns) or self._image_count_problem(sample)
+        problem = speaker_problem(turns) or self._image_count_problem(sample)
         if not problem and self.template.single_turn and len(turns) != 2:
             problem = (
                 f"template {self.data.template} takes one question and one answer, "
@@ -232,7 +232,7 @@ def _image_error(sample_id: str, problem: str) -> SampleError:
     return SampleError(sample_id, problem, _FIX_OR_SKIP)
 
 
-def _speaker_problem(turns: Sequence[Turn]) -> str | None:
+def speaker_problem(turns: Sequence[Turn]) -> str | None:
     """Speakers must alternate, human first. (The reference drops a leading answer silently.)"""
     expected = ("human", "gpt")
     for i, turn in enumerate(turns):

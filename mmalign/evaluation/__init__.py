@@ -9,6 +9,9 @@
       items.jsonl                            during_training.py ... and the trainer's
       results.json      write_items          items.py           one object per document; summaries
         |               compare_evaluations  compare.py         two models, document by document
+        |               document_scores      document_scores.py every metric of it, also those of
+        |                                    beside.py          choice_scores.py, yes_no_scores.py;
+        |                                    rules.py           baselines without the question
         v               metrics.py, statistics.py               scores and their uncertainty
       report.md         write_report         report/            sections, tables, figures
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import TASKS, score_rows
+from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
 from mmalign.evaluation.tasks.task import is_number
 from mmalign.files import read_json, read_json_lines, replacing, sha256, write_text
 
@@ -99,7 +99,7 @@ def read_results(folder: str | Path) -> dict:
             f"{path}: tasks, versions or data_files is damaged. Evaluate the model again"
         )
     try:
-        for name, row in score_rows(results).items():
+        for name, row in (score_rows(results) | _beside(results)).items():
             numbers = (row["acc"], *row["interval"])
             if len(numbers) != 3 or not all(is_number(x, -1, 1) for x in numbers):
                 raise UserError(
@@ -111,6 +111,14 @@ def read_results(folder: str | Path) -> dict:
             f"{path}: a score is damaged ({error}). Evaluate the model again"
         ) from error
     return results
+
+
+def _beside(results: dict) -> dict[str, dict]:
+    return {
+        f"{task} ({kind})": row
+        for task in ENTRIES
+        for kind, row in results.get(task, {}).get("beside", {}).items()
+    }
 
 
 def read_items(folder: str | Path) -> Items:

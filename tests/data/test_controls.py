@@ -165,6 +165,12 @@ def test_samples_without_captions_are_named(rows):
         CONTROLS["caption-for-image"](rows, 0, {"1": "a boat"})
 
 
+def test_image_without_a_place_is_named(rows, text_rows, count):
+    rows[2]["conversations"][0]["value"] = "what is it"
+    with pytest.raises(SampleError, match="sample 'sample-2': an image, but no <image>"):
+        apply("caption-for-image", rows, text_rows, count)
+
+
 def test_captions_of_llava_and_coco_are_the_same(tmp_path, shared_data):
     path = shared_data / "llava" / "caps_boxes_coco2014_val_80.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -297,6 +303,13 @@ def test_second_file_with_pictures_is_refused(rows, count):
 def test_malformed_sample_is_named(name, rows, text_rows, count):
     rows[4] = {"id": "broken", "conversations": "text"}
     with pytest.raises(SampleError, match="sample 'broken': its conversations are str"):
+        apply(name, rows, text_rows, count)
+
+
+@pytest.mark.parametrize("name", ["permute-answers", "plain-text", "short-answers"])
+def test_speakers_out_of_turn_are_named(name, rows, text_rows, count):
+    rows[4]["conversations"] = rows[4]["conversations"][1:]
+    with pytest.raises(SampleError, match="sample 'sample-4': turn 1 is from 'gpt'"):
         apply(name, rows, text_rows, count)
 
 

@@ -140,6 +140,23 @@ def test_commands_end_with_an_error_for_bad_data(world):
     assert done.stderr.startswith("error: sample 'sample-5': nothing to train on")
 
 
+def test_check_data_against_another_file(world):
+    """Answers of sample i have i + 1 words, each a token at least, and </s>."""
+    world.dataset()
+    shorter = [sample for i, sample in enumerate(world.samples) if i < 5]
+    (world.root / "shorter.json").write_text(json.dumps(shorter))
+    tower = write_tower(world.root / "tower")
+    done = run(
+        "check_data.py", "--data.path", world.root / "data.json",
+        "--data.image-root", world.root / "images", "--model.tokenizer", world.tokenizer.path,
+        "--model.vision-tower", tower, "--against", world.root / "shorter.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"supervised tokens per sample\W+data.json\W+shorter.json", done.stdout)
+    assert re.search(r"samples\W+20\W+5\b", done.stdout)
+    assert re.search(r"Wasserstein distance [1-9]\d*\.\d\d tokens, Kolmogorov-Smirnov", done.stdout)
+
+
 @pytest.mark.parametrize("script", ["check_data.py", "preview_batch.py"])
 def test_commands_without_a_tokenizer(world, script):
     world.dataset()

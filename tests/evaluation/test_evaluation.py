@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
+from mmalign.evaluation.document_scores import document_scores
 from mmalign.evaluation.evaluation import evaluate_model, find_weights
 from mmalign.evaluation.items import read_items, read_results, write_items
-from mmalign.evaluation.tasks import resolve_tasks
+from mmalign.evaluation.scoring import score_requests
+from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.evaluation.tasks.ethics import BESIDE_OF_ALL
 from mmalign.system import choose_precision
 
 from .conftest import save_llama
@@ -101,6 +105,40 @@ def test_files(base, shared_data, llama_folder):
     config = results["config"]
     assert config["data_files"]["truthfulqa/mc_task.json"]["variant"] == "original (2021)"
     assert config["limit"] == LIMIT and config["bos"] == "none"
+
+
+def test_answers_only_change_no_bit_of_the_harness_scores(base, decoder, tokenizer, shared_data):
+    _, items = read(base)
+    documents = [x for rows in load_documents(SCORED, shared_data, LIMIT).values() for x in rows]
+    requests = [request for document in documents for request in document.requests]
+    scores = score_requests(decoder, tokenizer, requests, 2048, progress=False)
+    found = [choice["loglikelihood"] for item in items for choice in item["choices"]]
+    assert found == [score.loglikelihood for score in scores]
+
+
+def test_answers_only_are_scored_after_the_examples_alone(base, llama_folder, tokenizer):
+    model = LlamaForCausalLM.from_pretrained(llama_folder).double().eval()
+    _, items = read(base)
+    context = items[0]["context"].rpartition("\n\n")[0] + "\n\nA:"
+    num_context = len(tokenizer.encode(context))
+    for choice in items[0]["choices"] + items[LIMIT]["choices"]:
+        ids = torch.tensor(tokenizer.encode(context + choice["text"]))
+        with torch.no_grad():
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+        rows = torch.arange(num_context - 1, len(ids) - 1)
+        expected = logprobs[rows, ids[rows + 1]].sum().item()
+        assert choice["answer_only_loglikelihood"] == pytest.approx(expected, abs=2e-4)
+        assert choice["answer_only_loglikelihood"] != choice["loglikelihood"]
+
+
+def test_beside_is_what_document_scores_average(base):
+    results, items = read(base)
+    for name, scores in document_scores(read_items(base)).items():
+        task = results[scores.task]
+        kind = name.removeprefix(scores.task).removeprefix("_")
+        acc = task["beside"][kind]["acc"] if kind else task["acc"]
+        assert acc == pytest.approx(scores.values.mean())
+    assert set(results["ethics_mean"]["beside"]) == set(BESIDE_OF_ALL)
 
 
 def test_caveats_say_what_a_score_is_worth(base):

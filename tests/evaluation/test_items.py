@@ -90,7 +90,8 @@ def test_lines_that_are_good_but_not_those_of_the_results(evaluation, caplog):
     "text",
     ["", "{", "[]", "{}", '{"config": []}', '{"config": {"tasks": 3}}']
     + [("acc", x) for x in (None, "0.5", math.nan, 2)]
-    + [("interval", x) for x in ([0, None], 3, [0.1, 0.2, 0.3])],
+    + [("interval", x) for x in ([0, None], 3, [0.1, 0.2, 0.3])]
+    + [("beside", x) for x in (3, {"auroc": {}}, {"auroc": {"acc": 0.5, "interval": [0, 9]}})],
 )
 def test_damaged_results_are_named(evaluation, text):
     path = evaluation / "results.json"

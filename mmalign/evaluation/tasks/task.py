@@ -6,13 +6,14 @@ A task is an instance of a subclass of MultipleChoice or FreeForm, in a file of 
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mmalign.errors import UserError
 from mmalign.evaluation.metrics import caveats, exact_match, mean_tokens
@@ -136,7 +137,7 @@ class Task(ABC):
 
     def beside(
         self, items: Sequence[dict], base_items: Sequence[dict] | None
-    ) -> dict[str, np.ndarray | Sequence[float]]:
+    ) -> Mapping[str, ArrayLike]:
         """Metrics beside these that resist artefacts: name -> (num_documents,) values.
 
         Their mean is the metric; NaN: not one of its documents. base_items: of the base model on

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mmalign.errors import UserError
 from mmalign.evaluation import choice_scores
@@ -121,10 +122,14 @@ def _documents_of(
     if not labels[1][0] or all(labels[1]):  # mc2 counts the choices before the first false one
         raise UserError(f"{where}: {_FORM}, but its mc2 labels are {labels[1]}")
     category = categories.get(entry["question"].strip())
-    alone = [tuple((ANSWER_ONLY, choice) for _, choice in part) for part in (mc1, mc2)]
+
+    def document(task: str, requests: tuple, gold: int | tuple[int, ...]) -> Document:
+        alone = tuple((ANSWER_ONLY, choice) for _, choice in requests)
+        return Document(task, index, requests, gold, category=category, answers_only=alone)
+
     return (
-        Document("truthfulqa_mc1", index, mc1, labels[0].index(1), None, category, None, alone[0]),
-        Document("truthfulqa_mc2", index, mc2, labels[1], None, category, None, alone[1]),
+        document("truthfulqa_mc1", mc1, labels[0].index(1)),
+        document("truthfulqa_mc2", mc2, labels[1]),
     )
 
 
@@ -173,7 +178,7 @@ class TruthfulQA(MultipleChoice):
 
     def beside(
         self, items: Sequence[dict], base_items: Sequence[dict] | None
-    ) -> dict[str, Sequence[float]]:
+    ) -> Mapping[str, ArrayLike]:
         """binary: the true choice, which is TruthfulQA.csv's best answer, or the first false one.
 
         (In the 813 of 817 questions whose wording and choices both files share.)
@@ -182,7 +187,7 @@ class TruthfulQA(MultipleChoice):
         binary = [_beats_first_false(item["gold"], scores) for item, scores in found]
         return self.rescored(items) | {"binary": binary}
 
-    def rescored(self, items: Sequence[dict]) -> dict[str, Sequence[float]]:
+    def rescored(self, items: Sequence[dict]) -> dict[str, list[float]]:
         """The score per document with other scores of its choices."""
         scores = {"length_normalised": choice_scores.per_token(items)}
         if choice_scores.has_answers_only(items):
@@ -210,7 +215,7 @@ class TrueShare(TruthfulQA):
 
     def beside(
         self, items: Sequence[dict], base_items: Sequence[dict] | None
-    ) -> dict[str, Sequence[float]]:
+    ) -> Mapping[str, ArrayLike]:
         found = self.rescored(items)
         if base_items is not None:  # a temperature does not change the most likely choice of mc1
             scores = choice_scores.at_entropy_of(items, base_items)
