@@ -73,16 +73,24 @@ class Order:
         except UserError:
             return {}
 
+    def is_done(self) -> bool:
+        """Whether what it is for is there: scores, or stage 1's projector."""
+        outcome = self.outcome()
+        if outcome.get("outcome") != "done":
+            return False
+        if self.evaluation is None:
+            return self.projector.exists()
+        return outcome.get("evaluation") == self.evaluation.key
+
     def state(self) -> str:
         """new, running, stopped, failed or done."""
         if not self.identity or not self.folder.is_dir():
             return "new"
         if is_owned(self.folder):
             return "running"
-        outcome = self.outcome()
-        if self.evaluation and outcome.get("evaluation") != self.evaluation.key:
-            return "failed" if outcome.get("outcome") == "failed" else "stopped"
-        return outcome.get("outcome", "stopped")
+        if self.is_done():
+            return "done"
+        return "failed" if self.outcome().get("outcome") == "failed" else "stopped"
 
 
 class Contents:
@@ -139,10 +147,10 @@ class Orders:
         return any(self[x].state() != "done" for x in self.study.dependants(run))
 
     def state(self, run: Run) -> str:
-        """As Order.state; a stage 1 without its projector is new while somebody needs it."""
+        """As Order.state; a stage 1 whose projector is deleted is new while somebody needs it."""
         order = self[run]
         state = order.state()
-        if run.variant == PRETRAIN and state == "done" and not order.projector.exists():
+        if run.variant == PRETRAIN and state == "stopped" and "seconds" in order.outcome():
             return "new" if self.needed(run) else "done"
         return state
 

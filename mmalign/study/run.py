@@ -26,7 +26,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.visual_questions import right_answers
 from mmalign.files import write_json, write_text
-from mmalign.ownership import is_owned, owned
+from mmalign.ownership import owned
 from mmalign.study.data import with_data
 from mmalign.study.forgetting import score_forgetting
 from mmalign.study.identity import Order
@@ -53,8 +53,9 @@ def execute(order: Order, threads: int, gpu: str) -> None:
                 try:
                     stack.enter_context(owned(order.folder, "the run"))
                 except UserError:
-                    sys.exit(IN_USE if is_owned(order.folder) else _fail(order, "", None))
-                _run(order)
+                    sys.exit(IN_USE)
+                if not order.is_done():  # by a process that was faster
+                    _run(order)
         except Stopped as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.exit_code)

@@ -73,7 +73,7 @@ class _Queue:
         self.todo = [run for run in self.orders.study.runs if run in wanted]
 
     def _has(self, pretrain: Run) -> bool:
-        return self.orders.state(pretrain) == "done" and self.orders[pretrain].projector.exists()
+        return self.orders[pretrain].is_done()
 
     def start_ready(self) -> None:
         for run in [run for run in self.todo if run not in self.running]:
@@ -82,7 +82,7 @@ class _Queue:
                 self._give_up(run, problem)
             elif state == "done":  # by another process
                 self.todo.remove(run)
-            elif state == "failed" and outcome["time"] >= self.began:
+            elif state == "failed" and outcome.get("time", 0) >= self.began:
                 self._give_up(run, outcome["reason"])
             elif run.pretrain and run.pretrain.name in self.failed:
                 self._give_up(run, f"{run.pretrain.name} failed")
