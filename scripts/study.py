@@ -1,10 +1,7 @@
-"""A study: parents x variants x seeds, and a verdict on each of its questions.
+"""A study: parents x variants x seeds, and a verdict on each question; given again, it continues.
 
     python scripts/study.py scripts/studies/tiny.toml --dry-run   # what it would run, and the cost
-    python scripts/study.py scripts/studies/tiny.toml             # runs what is not done; report.md
-    python scripts/study.py STUDY.toml --jobs 2 --parents.llama2-7b.decoder DIR
-
-The same command continues; several may work on one study. Any key can be given: --table.key VALUE.
+    python scripts/study.py scripts/studies/tiny.toml --jobs 2    # runs what is not done; report.md
 """
 
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ from mmalign.study.study_file import parse_overrides, read_study
 @dataclass(frozen=True)
 class Options:
     study: tyro.conf.Positional[Path]
-    """The study's TOML file; those in scripts/studies explain every key."""
+    """The study's TOML file; --table.key VALUE replaces any key (scripts/studies explain them)."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Only print every run with its state, GPU-hours, disk, and what is missing."""
     report: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -44,7 +41,7 @@ class Options:
 
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    orders = Orders(read_study(options.study, parse_overrides(rest)))
+    orders = Orders(read_study(options.study, parse_overrides(rest)), dry=options.dry_run)
     chosen = orders.study.chosen(options.only, options.seeds)
     if options.dry_run:
         return print(preview(orders, chosen, options.jobs, options.gpu))
@@ -54,8 +51,7 @@ def main() -> None:
     if options.report or not (options.only or options.seeds):
         print(write_study(orders))
     if failed:
-        listed = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        raise UserError(f"{len(failed)} runs failed, the others are done:{listed}")
+        raise UserError("\n  ".join(["failed:", *(f"{name}: {failed[name]}" for name in failed)]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What runs cost before they run: FLOPs, GPU-hours and disk, from shapes and published counts."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,7 +10,7 @@ import numpy as np
 
 from mmalign.config import ModelConfig, TrainConfig
 from mmalign.data.loader import num_steps_of
-from mmalign.errors import SampleError
+from mmalign.errors import SampleError, UserError
 from mmalign.flops import Workload, required_flops
 from mmalign.study.plan import Run, Study
 from mmalign.system import DTYPES, GPUS
@@ -41,10 +42,12 @@ class Cost:
     weights: int  # bytes of exports and checkpoints while the run is not tidied
     exact: bool  # from the run's own folders and data, not from published shapes
 
-    def hours(self, gpu: str) -> float | None:
-        """On a GPU of this name at the assumed MFU; None where its rate is not published."""
-        peaks = [x.bf16_flops for x in GPUS if x.name == gpu]
-        return self.flops / (peaks[0] * MFU) / 3600 if peaks and peaks[0] else None
+    def hours(self, gpu: str) -> float:
+        """On a GPU of this name at the assumed MFU."""
+        peaks = {x.name: x.bf16_flops for x in GPUS if x.bf16_flops}
+        if gpu not in peaks:
+            raise UserError(f"--gpu {gpu}: expected one of {', '.join(peaks)}")
+        return self.flops / (peaks[gpu] * MFU) / 3600
 
 
 def cost_of(study: Study, run: Run, config: TrainConfig | None) -> Cost:
@@ -113,8 +116,6 @@ def _bytes(config: TrainConfig, workload: Workload) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    import shutil
-
     existing = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
     return shutil.disk_usage(existing).free
 

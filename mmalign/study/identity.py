@@ -19,7 +19,7 @@ from mmalign.ownership import is_owned
 from mmalign.study.contrasts import BASE
 from mmalign.study.plan import PRETRAIN, Run, Settings, Study
 from mmalign.tokenizer import Tokenizer
-from mmalign.toy_world import toy_world
+from mmalign.toy_world import toy_world, toy_world_folder
 from mmalign.training.build import TOY_WORLD, resolve
 from mmalign.training.inputs import digest, fingerprint, of_folder
 from mmalign.training.run_folder import FREE_FIELDS, flatten
@@ -122,8 +122,10 @@ class Contents:
 class Orders:
     """The order of each of a study's runs, and what is missing: path -> names of its runs."""
 
-    def __init__(self, study: Study):
+    def __init__(self, study: Study, dry: bool = False):
+        """dry: does not make the toy world, which is missing until a run makes it."""
         self.study, self.missing = study, {}
+        self._lacks_toy_world = dry and not toy_world_folder().is_dir()
         self._contents = Contents(study.runs_folder / "contents.json")
         self.evaluation = self._evaluation(study.settings)
         self._by_run: dict[str, Order] = {}
@@ -157,9 +159,9 @@ class Orders:
     def _evaluation(self, settings: Settings) -> Evaluation:
         root, questions = settings.evaluation_data, settings.visual_questions
         images = settings.visual_questions_images
-        if root == TOY_WORLD:
+        if root == TOY_WORLD and not self._lacks_toy_world:
             root = str(toy_world().evaluation)
-        if questions == TOY_WORLD:
+        if questions == TOY_WORLD and not self._lacks_toy_world:
             questions, images = str(toy_world().heldout_json), str(toy_world().image_root)
         asked = Evaluation(
             *(settings.tasks, root, settings.limit, questions, images, settings.forgetting)
@@ -217,6 +219,11 @@ class Orders:
         transform = [asdict(run.transform), of(second) if second else ""] if run.transform else []
         return digest([settings, inputs, transform, pretrain.identity if pretrain else ""])
 
+    def _is_there(self, path: str) -> bool:
+        if _is_toy(path):
+            return not self._lacks_toy_world
+        return bool(path) and Path(path).exists()
+
     def _missing_of(self, run: Run) -> list[str]:
         """Paths that do not exist; the setting's name where there is none."""
         config, name = run.config, f"parents.{run.parent}"
@@ -229,11 +236,12 @@ class Orders:
                 wanted |= {f"{stage}.data.image-root": config.data.image_root}
         if run.transform and run.transform.second:
             wanted["control-data"] = run.transform.second
-        return [
-            path or setting
-            for setting, path in wanted.items()
-            if path.partition("/")[0] != TOY_WORLD and not (path and Path(path).exists())
-        ]
+        missing = (path or setting for setting, path in wanted.items() if not self._is_there(path))
+        return list(dict.fromkeys(x.partition("/")[0] if _is_toy(x) else x for x in missing))
+
+
+def _is_toy(path: str) -> bool:
+    return path.partition("/")[0] == TOY_WORLD
 
 
 @lru_cache

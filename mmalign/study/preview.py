@@ -12,6 +12,7 @@ from mmalign.study.cost import MFU, Cost, cost_of, free_bytes, seconds_of
 from mmalign.study.identity import Orders
 from mmalign.study.plan import PRETRAIN, Run
 from mmalign.study.statistics import smallest_detectable_share
+from mmalign.training.build import TOY_WORLD
 
 # documents of the published files, where they are missing
 NUM_DOCUMENTS = {"truthfulqa": 817, "ethics_commonsense": 3885, "ethics_deontology": 3596}
@@ -25,7 +26,11 @@ def preview(orders: Orders, chosen: Sequence[Run], jobs: int, gpu: str) -> str:
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in chosen:
         groups.setdefault((run.parent, run.variant), []).append(run)
-    costs = {x: cost_of(orders.study, x, orders[x].config) for x in chosen if x.config}
+    costs = {
+        x: cost_of(orders.study, x, orders[x].config)
+        for x in chosen
+        if x.config and not (TOY_WORLD in orders.missing and x.decoder == TOY_WORLD)
+    }
     rows: list[tuple[str, ...]] = [("parent", "variant", "runs", "PFLOP each", "GPU-hours", "data")]
     for runs in groups.values():
         rows.append(_row(orders, runs, costs, gpu))
@@ -50,6 +55,8 @@ def _row(orders: Orders, runs: list[Run], costs: dict[Run, Cost], gpu: str) -> t
         state += f", shared by {sum(len(orders.study.dependants(run)) for run in runs)}"
     if first.config is None:
         return (first.parent, BASE, state, "", "", "")
+    if first not in costs:
+        return (first.parent, first.variant, state, "-", "-", _data(first))
     hours = _hours(orders, runs, costs, gpu)
     flops = costs[first].flops / 1e15
     shown = f"{flops:,.0f}" if flops >= 10 else f"{flops:.2g}"
@@ -67,8 +74,6 @@ def _hours(orders: Orders, runs: Sequence[Run], costs: dict[Run, Cost], gpu: str
         hours = took / 3600 if took is not None else costs[run].hours(gpu)
         if run.config and run.config.precision == "fp32" and took is None:
             return None  # a CPU, whose rate is unknown
-        if hours is None:
-            return None
         total += hours
     return total
 
@@ -107,7 +112,7 @@ def _totals(
         f"{len(chosen)} runs: {counted}; {len(pretrains)} of stage 1, shared by {shared} of stage 2"
     ]
     hours = _hours(orders, list(costs), costs, gpu)
-    if hours is None:
+    if hours is None or not costs:
         lines.append("time: unknown until a run of each variant has ended (no GPU)")
     else:
         how = f"{gpu} at an assumed MFU of {MFU:.0%}; finished variants as measured"
@@ -123,6 +128,9 @@ def _totals(
         f"{free_bytes(study.runs_folder) / 1e9:,.0f} GB free"
     )
     for path, names in orders.missing.items():
+        if path == TOY_WORLD:
+            lines.append("the toy world will be made first, in about a minute")
+            continue
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"missing: {path} ({names[0]}{more})")
     return lines + list(_detectable(orders))

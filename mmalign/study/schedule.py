@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 import torch
 
 from mmalign.command import Stopped, StopSignal, progress_bar
+from mmalign.errors import UserError
 from mmalign.files import read_steps
 from mmalign.study.identity import Orders
 from mmalign.study.plan import PRETRAIN, Run
@@ -27,6 +28,8 @@ _context.set_forkserver_preload(["mmalign.study.run"])
 
 def run_study(orders: Orders, chosen: list[Run], jobs: int) -> dict[str, str]:
     """Returns why runs failed, by name. Raises Stopped when a signal has stopped them all."""
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}, expected at least 1")
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // jobs)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when the server imports torch

@@ -18,6 +18,8 @@ output = "{output}"
 seeds = [0, 1]
 tasks = ["truthfulqa"]
 evaluation-data = "{world}/evaluation"
+visual-questions = "{world}/questions.json"
+visual-questions-images = "{world}/images"
 
 [pretrain]
 data.path = "{world}/pretrain.json"
@@ -77,6 +79,20 @@ def world(small_world) -> Path:  # noqa: F811
         for words in [("red", "blue", "small")]
     ]
     (folder / "mc_task.json").write_text(json.dumps(documents))
+    asked = [
+        {
+            "id": i,
+            "image": f"{i // 2}.png",
+            "type": "colour",
+            "choices": ["red", "blue"],
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{question}?"},
+                {"from": "gpt", "value": "red" if i % 3 else "blue"},
+            ],
+        }
+        for i, question in enumerate(QUESTIONS)
+    ]
+    (small_world.root / "questions.json").write_text(json.dumps(asked))
     return small_world.root
 
 

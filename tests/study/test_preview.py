@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mmalign.errors import UserError
 from mmalign.flops import Workload, model_flops
 from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B
 from mmalign.study.cost import MFU, cost_of
@@ -53,7 +54,8 @@ def test_flops_of_the_paper_s_row():
     whole = model_flops(Workload(LLAMA2_7B, CLIP_VIT_L_14), [550], 242, 1).total * 80_000
     assert cost.flops == pytest.approx(whole, rel=0.02)  # the shortcuts save 1.4%
     assert cost.hours("h100-80g") == pytest.approx(cost.flops / (MFU * 989.4e12) / 3600)
-    assert cost.hours("a40") is None  # its rate is not published
+    with pytest.raises(UserError, match="--gpu a40: expected one of"):  # its rate is unpublished
+        cost.hours("a40")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -25,6 +25,22 @@ def test_the_mean_over_documents_is_the_metric(finished, table):
             assert found[metric] == pytest.approx(results[metric]["acc"])
 
 
+def test_what_the_picture_adds(finished):
+    """Own minus another and minus none, in clusters of one picture; 0 for who sees none."""
+    scores = collect(finished)
+    for key, run in scores.items():
+        sees = key[1] in ("visual", "part")
+        assert ("visual_questions" in run) == sees
+        for other in ("another", "none"):
+            added = run[f"visual_questions_over_{other}"]
+            assert added.clusters.tolist() == [0, 0, 1, 1, 2, 2]
+            expected = np.zeros(6)
+            if sees:
+                pair = (run["visual_questions"], run[f"visual_questions_{other}"])
+                expected = pair[0].values - pair[1].values
+            assert np.array_equal(added.values, expected)
+
+
 def test_rows_are_sorted_and_name_every_run(finished, table):
     keys = ["parent", "variant", "seed", "task", "metric", "doc_id"]
     rows = table[keys].astype({name: str for name in keys if name not in ("seed", "doc_id")})
