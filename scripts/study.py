@@ -1,7 +1,7 @@
 """A study: parents x variants x seeds, and a verdict on each question; given again, it continues.
 
-    python scripts/study.py scripts/studies/tiny.toml --dry-run   # what it would run, and the cost
-    python scripts/study.py scripts/studies/tiny.toml --jobs 2    # runs what is not done; report.md
+python scripts/study.py scripts/studies/tiny.toml --dry-run   # what it would run, and the cost
+python scripts/study.py scripts/studies/tiny.toml --jobs 2    # runs what is not done; report.md
 """
 
 from dataclasses import dataclass

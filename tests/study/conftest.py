@@ -25,6 +25,7 @@ visual-questions-images = "{world}/images"
 data.path = "{world}/pretrain.json"
 data.image-root = "{world}/images"
 data.template = "plain"
+data.num-workers = 1
 num-steps = 3
 
 [finetune]

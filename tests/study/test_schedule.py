@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from mmalign.command import Stopped
+from mmalign.study import schedule
 from mmalign.study.identity import Orders
 from mmalign.study.schedule import run_study
 from mmalign.study.study_file import read_study
@@ -117,6 +119,25 @@ def test_keep_scores(study_file, finished):
     assert states(orders)["small/pretrain/seed_0"] == "new"
     assert run_study(orders, orders.study.runs, jobs=1) == {}
     assert set(states(orders).values()) == {"done"} and not orders[pretrain].projector.exists()
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(study_file, monkeypatch):
+    """Those that CUDA_VISIBLE_DEVICES leaves to the study, in turn."""
+    given = []
+
+    class Process:
+        def __init__(self, target, args, name):
+            given.append((name, args[2]))
+
+        def start(self):
+            pass
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(schedule, "_context", SimpleNamespace(Process=Process))
+    orders = open_study(study_file())
+    schedule._Queue(orders, orders.study.runs, jobs=3, threads=1).start_ready()
+    pretrain, text_only = "small/pretrain/seed_0", "small/text-only/seed_0"  # wait for nothing
+    assert given == [("small/base", "3"), (pretrain, "5"), (text_only, "3")]
 
 
 def test_a_signal_saves_and_stops(study_file):
