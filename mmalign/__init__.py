@@ -5,7 +5,8 @@
     training/      both stages of config.py's TrainConfig, whose named runs are in recipes.py
     evaluation/    scores of language models, their comparison and report
     toy_world/     a small world that all of this runs on
-    experiment.py  the whole experiment;  chat.py, lm_eval.py: other uses of a trained model
+    study/         many runs with a verdict on each question that is asked of them
+    chat.py, lm_eval.py: other uses of a trained model
 
 distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them.
 """

@@ -52,6 +52,19 @@ def owned(folder: str | Path, flag: str, ranks: DistributedContext | None = None
             file.close()
 
 
+def is_owned(folder: str | Path) -> bool:
+    """Whether another process owns the folder now."""
+    path = Path(folder) / NAME
+    if not path.exists():
+        return False
+    with open(path, "r+") as file:
+        try:
+            _lock(file, 0, 0)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _take_all(folder: Path):
     """The open lock file, of which this process holds byte 0."""
     folder.mkdir(parents=True, exist_ok=True)

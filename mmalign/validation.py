@@ -47,9 +47,9 @@ RANGES = {
     "parallel.shard_size": Range(0, 2**20),
     "parallel.timeout_minutes": Range(0, 60 * 24 * 365, above=True),
     "evaluation.every": _COUNT_OR_NONE,
-    "evaluate_every": _COUNT_OR_NONE,  # this one and the two below it: of scripts/reproduce.py
-    "limit": _COUNT,
-    "batch_tokens": _TOKENS,
+    "limit": _COUNT,  # this one and the two below it: of a study file
+    "samples": _COUNT,
+    "supervised_tokens": _COUNT,
     "evaluation.limit": _COUNT,
     "evaluation.batch_tokens": _TOKENS,
     "global_batch_size": Range(1, 2**20),

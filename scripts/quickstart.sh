@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Installs mmalign and runs the whole experiment on the built-in toy world:
-# pretrain, finetune, evaluation of the base and the tuned language model, report.
+# Installs mmalign and runs the smallest study on the built-in toy world: both stages, evaluation of
+# the base and the tuned language models, and a report with a verdict on each question.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/install.sh ""
-.venv/bin/python scripts/reproduce.py tiny --output "${1:-runs/quickstart}"
+jobs=$(($(nproc) < 2 ? 1 : 2))
+.venv/bin/python scripts/study.py scripts/studies/quickstart.toml --jobs "$jobs" \
+  --study.output "${1:-runs/quickstart}"

@@ -1,4 +1,4 @@
-"""Imports point one way, without circles: scripts -> training -> evaluation -> data -> model ..."""
+"""Imports point one way, without circles: scripts -> study -> training -> evaluation -> ..."""
 
 import ast
 from functools import cache
@@ -10,7 +10,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A room may import rooms of its own line and of the lines below it.
 ORDER = (
     ("scripts", "bench", "setup"),
-    ("mmalign.experiment", "mmalign.recipes"),
+    ("mmalign.study",),
+    ("mmalign.recipes",),
     ("mmalign.training",),
     ("mmalign.evaluation", "mmalign.lm_eval", "mmalign.chat"),
     ("mmalign.toy_world", "mmalign.validation"),

@@ -63,7 +63,9 @@ def mean_of_tasks_interval(
     return mean - below, mean + above
 
 
-def group_sums(values: ArrayLike, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def group_sums(
+    values: ArrayLike, groups: ArrayLike | Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the values of each group: two arrays of (num_groups,)."""
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     return np.bincount(index, weights=values), np.bincount(index).astype(float)

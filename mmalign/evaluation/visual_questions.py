@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mmalign.evaluation.statistics import wilson_interval
 from mmalign.files import read_text
 from mmalign.model.hf import load_llava
 from mmalign.model.llava import Llava
+from mmalign.system import choose_device
 from mmalign.tokenizer import Tokenizer
 
 ShownImage = Literal["own", "none", "mismatched"]
@@ -131,39 +132,33 @@ def _exact(llava: Llava, batch: PackedBatch) -> Tensor:
 # ---- a finetuned run ----
 
 
-def score_run(config: TrainConfig, path: str | Path, image_root: str | Path) -> dict:
-    """Accuracies of what the finetuning run `config` exported, on the questions in `path`.
+def right_answers(
+    config: TrainConfig, path: str | Path, image_root: str | Path
+) -> dict[ShownImage, np.ndarray]:
+    """(num_questions,) bool for every shown image, of the questions in `path`.
 
-    {"tuned", "blind", "mismatched", "chance", "majority": accuracies, 0 to 1, "n": questions,
-    "kinds": the same for each "type" of question}. chance is the mean of 1 / number of "choices" of
-    a record; majority answers every kind of question with its most frequent answer.
+    The model is what the finetuning run `config` exported.
     """
     folder = Path(config.run_dir) / "export" / "llava"
     tokenizer = Tokenizer.from_pretrained(folder)
-    llava = load_llava(folder, tokenizer)
+    llava = load_llava(folder, tokenizer).to(choose_device(config.device))
     data = replace(
         config.data, path=str(path), image_root=str(image_root), types=(), num_samples=None
     )
-    shown: dict[str, ShownImage] = {"tuned": "own", "blind": "none", "mismatched": "mismatched"}
-    right = {
-        name: score_visual_questions(llava, tokenizer, data, image).right
-        for name, image in shown.items()
-    }
-    records = json.loads(read_text(path))
-    rows_of = defaultdict(list)
-    for index, record in enumerate(records):
-        rows_of[record.get("type", "")].append(index)
-    kinds = {kind: _summary(rows, records, right) for kind, rows in sorted(rows_of.items())}
-    summary = _summary(range(len(records)), records, right)
-    summary["majority"] = sum(k["majority"] * k["n"] for k in kinds.values()) / len(records)
-    return summary | {"kinds": kinds}
-
-
-def _summary(rows: Sequence[int], records: list[dict], right: dict[str, np.ndarray]) -> dict:
-    answers = Counter(records[index]["conversations"][1]["value"] for index in rows)
     return {
-        **{name: float(values[list(rows)].mean()) for name, values in right.items()},
-        "chance": float(np.mean([1 / len(records[index]["choices"]) for index in rows])),
-        "majority": max(answers.values()) / len(rows),
-        "n": len(rows),
+        image: score_visual_questions(llava, tokenizer, data, image).right
+        for image in get_args(ShownImage)
     }
+
+
+def guessing(path: str | Path) -> dict[str, float]:
+    """What answers without a model reach on the questions in `path`, 0 to 1.
+
+    chance: the mean of 1 / number of "choices"; majority: the most frequent answer of every "type".
+    """
+    records, rows_of = json.loads(read_text(path)), defaultdict(list)
+    for record in records:
+        rows_of[record.get("type", "")].append(record["conversations"][1]["value"])
+    most = sum(max(Counter(answers).values()) for answers in rows_of.values())
+    chance = np.mean([1 / len(record["choices"]) for record in records])
+    return {"chance": float(chance), "majority": most / len(records)}

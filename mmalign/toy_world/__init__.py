@@ -36,7 +36,7 @@ from pathlib import Path
 
 from mmalign.toy_world.world import Size, ToyWorld
 
-__all__ = ["Size", "ToyWorld", "toy_world"]
+__all__ = ["Size", "ToyWorld", "toy_world", "toy_world_folder"]
 VERSION = "toy_world-v2"
 
 
@@ -46,13 +46,18 @@ def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
     root: by default $MMALIGN_CACHE or ~/.cache/mmalign. The folder is complete or absent, even if
     two processes make it at once.
     """
-    cache = os.environ.get("MMALIGN_CACHE") or Path.home() / ".cache" / "mmalign"
-    folder = Path(root or cache) / VERSION
+    folder = toy_world_folder(root)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         print(f"making the toy world in {folder} (once, about a minute)", flush=True)
         _make_atomically(folder, size or Size())
     return ToyWorld(folder)
+
+
+def toy_world_folder(root: Path | None = None) -> Path:
+    """Where toy_world makes the world; absent until then."""
+    cache = os.environ.get("MMALIGN_CACHE") or Path.home() / ".cache" / "mmalign"
+    return Path(root or cache) / VERSION
 
 
 def _make_atomically(folder: Path, size: Size) -> None:

@@ -42,9 +42,9 @@ class RunInputs:
         model, data = config.model, config.data
         self._compare("tokenizer", model.tokenizer, {"sha256": tokenizer.fingerprint})
         self._compare_files("data file", data.path, [("", Path(data.path))])
-        self._compare_files("decoder", model.decoder, _of_folder(Path(model.decoder)))
+        self._compare_files("decoder", model.decoder, of_folder(Path(model.decoder)))
         if not data.text_only:
-            tower = _of_folder(Path(model.vision_tower))
+            tower = of_folder(Path(model.vision_tower))
             self._compare_files("vision tower", model.vision_tower, tower)
             projector = _of_projector(Path(model.projector)) if model.projector else ()
             self._compare_files("projector", model.projector or "(none)", projector)
@@ -54,7 +54,7 @@ class RunInputs:
         if settings.every:
             files = describe_data(resolve_tasks(settings.tasks), settings.data_root)
             name = f"evaluation data of {' '.join(settings.tasks)}"
-            self._compare(name, settings.data_root, {"sha256": _digest(files)})
+            self._compare(name, settings.data_root, {"sha256": digest(files)})
 
     def check_images(self, dataset: ConversationDataset, report: CheckReport) -> None:
         """As check, for the images of the samples that the data check keeps.
@@ -70,7 +70,7 @@ class RunInputs:
             self._compare_files("images", root, files)
         else:
             sizes = [(name, path.stat().st_size) for name, path in files]
-            self._compare("sizes of the images", root, {"sha256": _digest(sizes)})
+            self._compare("sizes of the images", root, {"sha256": digest(sizes)})
 
     def settle(self, config: TrainConfig, num_steps: int) -> str:
         """Fixes the number of steps, writes the file, and returns the run's identity.
@@ -91,14 +91,14 @@ class RunInputs:
             if name not in FREE_FIELDS and not name.startswith("evaluation.")
         }
         contents = {name: entry["sha256"] for name, entry in self.found.items()}
-        run = self.known.get("run") or _digest([fixed, contents, num_steps])
+        run = self.known.get("run") or digest([fixed, contents, num_steps])
         record = {"run": run, "num_steps": num_steps, "inputs": self.found}
         if record != self.known:
             write_json(self.path, record)
         return run
 
     def _compare_files(self, name: str, location: str | Path, files: Files) -> None:
-        self._compare(name, location, _fingerprint(list(files), self.found.get(name, {})))
+        self._compare(name, location, fingerprint(list(files), self.found.get(name, {})))
 
     def _compare(self, name: str, location: str | Path, found: dict) -> None:
         before = self.known.get("inputs", {}).get(name, found)
@@ -111,15 +111,15 @@ class RunInputs:
         self.found[name] = found
 
 
-def _fingerprint(files: list[tuple[str, Path]], before: dict) -> dict:
+def fingerprint(files: list[tuple[str, Path]], before: dict) -> dict:
     """{"sha256": of the names and contents, "stat": of what tells that nothing was written}."""
     stats = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in _stats(files)]
-    stat = _digest(stats)
+    stat = digest(stats)
     if before.get("stat") == stat:
         return before
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         contents = list(pool.map(lambda file: (file[0], sha256(file[1])), files))
-    return {"sha256": _digest(contents), "stat": stat}
+    return {"sha256": digest(contents), "stat": stat}
 
 
 def _stats(files: Files) -> Iterator[tuple[Path, os.stat_result]]:
@@ -130,7 +130,7 @@ def _stats(files: Files) -> Iterator[tuple[Path, os.stat_result]]:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _of_folder(folder: Path) -> Files:
+def of_folder(folder: Path) -> Files:
     """The settings and weights of a Hugging Face folder."""
     weights = next((found for x in _WEIGHTS if (found := sorted(folder.glob(x)))), [])
     settings = (path for x in _SETTINGS for path in folder.glob(x))
@@ -143,10 +143,10 @@ def _of_projector(path: Path) -> Files:
     names = ("export/projector.safetensors", "projector.safetensors", "mm_projector.bin")
     candidates = [path / name for name in names] if path.is_dir() else [path]
     file = next((file for file in candidates if file.exists()), None)
-    return [("", file)] if file else _of_folder(path)
+    return [("", file)] if file else of_folder(path)
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -46,15 +46,10 @@ def test_report(tmp_path):
         "base": make_virtue(tmp_path / "base", 50),
         "tuned": make_virtue(tmp_path / "tuned", 80),
     }
-    visual = {"tuned": 0.8, "blind": 0.4, "majority": 0.3, "chance": 0.25, "n": 300}
-    visual["kinds"] = {"colour": visual | {"tuned": 0.9, "n": 100}}
-    path = write_report(tmp_path / "out" / "report.md", stages, evaluations, visual, "A title")
+    path = write_report(tmp_path / "out" / "report.md", stages, evaluations, "A title")
     text = path.read_text()
     assert text.startswith("# A title\n")
     assert "**ethics_virtue**: tuned 80.0 against base 50.0, a difference of +30.0" in text
-    assert "80.0% right with the image, 40.0% without it (blind), 25.0% by chance" in text
-    assert "| all | 300 | **80.0** (75.1 to 84.1) | **40.0** (" in text
-    assert "| colour | 100 | 90.0 | 40.0 | 30.0 | 25.0 |" in text
     assert "| ethics_virtue | 100 | **50.0** (" in text
     assert "cannot be distinguished from chance (50.0)" in text
     assert "| pretrain | 60 | 240 | 6,000 | 3.000 |" in text

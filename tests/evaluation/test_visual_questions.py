@@ -15,7 +15,11 @@ from mmalign.data.packing import pack_samples
 from mmalign.data.samples import read_samples
 from mmalign.data.templates import trains_image_tokens
 from mmalign.errors import UserError
-from mmalign.evaluation.visual_questions import score_run, score_visual_questions
+from mmalign.evaluation.visual_questions import (
+    guessing,
+    right_answers,
+    score_visual_questions,
+)
 from mmalign.model.hf import load_decoder, load_vision_tower
 from mmalign.model.hf.export import export_llava
 from mmalign.model.llava import Llava
@@ -174,17 +178,20 @@ def test_bad_files_are_named(llava, tokenizer, tmp_path):
         )
 
 
-def test_score_run_reports_chance_and_constant_answers(llava, tokenizer, world, data, tmp_path):
+def test_answers_of_a_run(llava, tokenizer, world, data, tmp_path):
     export_llava(llava, tmp_path / "export" / "llava", tokenizer)
-    config = replace(RECIPES["tiny-finetune"][1], run_dir=tmp_path)
-    summary = score_run(config, world.heldout_json, world.image_root)
-    records = json.loads(world.heldout_json.read_text())
-    assert summary["n"] == len(records) == sum(k["n"] for k in summary["kinds"].values())
+    config = replace(RECIPES["tiny-finetune"][1], run_dir=tmp_path, device="cpu")
+    right = right_answers(config, world.heldout_json, world.image_root)
+    assert list(right) == ["own", "none", "mismatched"]
     own = score_visual_questions(llava, tokenizer, data, progress=False)
-    assert summary["tuned"] == own.accuracy
-    assert summary["chance"] == pytest.approx(np.mean([1 / len(r["choices"]) for r in records]))
-    constant = 0
-    for kind in summary["kinds"]:
+    assert np.array_equal(right["own"], own.right)
+
+
+def test_guessing(world):
+    records = json.loads(world.heldout_json.read_text())
+    found, constant = guessing(world.heldout_json), 0
+    assert found["chance"] == pytest.approx(np.mean([1 / len(r["choices"]) for r in records]))
+    for kind in {record["type"] for record in records}:
         given = [r["conversations"][1]["value"] for r in records if r["type"] == kind]
         constant += max(given.count(answer) for answer in given)
-    assert summary["majority"] == pytest.approx(constant / len(records))
+    assert found["majority"] == pytest.approx(constant / len(records))

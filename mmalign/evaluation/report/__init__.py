@@ -22,16 +22,13 @@ def write_report(
     path: str | Path,
     stages: Mapping[str, Path],
     evaluations: Mapping[str, Path],
-    visual: dict | None = None,
     title: str = "Visual instruction tuning and alignment",
     comparisons: Mapping[str, dict] | None = None,
 ) -> Path:
     """Writes the Markdown file `path`, its figures and CSV files beside it; returns `path`.
 
     stages: name -> run folder (config.json, metrics.jsonl); evaluations: name -> output folder of
-    evaluate_model, the base model first: the others are compared with it. visual: accuracies on
-    held-out visual questions, {"tuned", "blind", "chance": 0 to 1, "n": questions}, optionally
-    "mismatched" (another image), "majority", and "kinds" (the same for each kind of question).
+    evaluate_model, the base model first: the others are compared with it.
     comparisons: what compare_with_base returns for the evaluations, where already known.
     """
     path = Path(path)
@@ -41,11 +38,9 @@ def write_report(
     base = next(iter(evaluations), "")
     if comparisons is None:
         comparisons = compare_with_base(evaluations)
-    blocks = [f"# {title}", *sections.summary(base, comparisons, visual)]
+    blocks = [f"# {title}", *sections.summary(base, comparisons)]
     if results:
         blocks += _scores(path.parent, base, results, comparisons)
-    if visual:
-        blocks += sections.visual_questions(visual)
     if runs:
         blocks += _training(path.parent, stages, runs)
     if results:

@@ -24,7 +24,7 @@ _STAGE_COLORS = {"finetune": COLORS[1]}  # the tuned model's
 _GREY = "#6b6b6b"
 _MARKERS = {"always yes": "^", "always no": "v"}  # of constant answers; others follow
 _OTHER_MARKERS = "sDPX*"
-_STYLE: dict[Any, object] = {
+STYLE: dict[Any, object] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,7 @@ _STYLE: dict[Any, object] = {
 
 def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
     """Loss and tokens/s over the optimizer steps; one column per stage. stages: metrics.jsonl."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2,
             len(stages),
@@ -92,7 +92,7 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
     tasks = list(dict.fromkeys(task for rows in scored.values() for task in rows))
     places = {task: place for place, task in enumerate(tasks)}
     lanes = np.linspace(-0.3, 0.3, len(scored) + 1)  # of a row; the last: constant answers
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         height = 1.5 + len(tasks) * (0.3 + 0.13 * len(scored))
         figure, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
         axes.grid(axis="y", visible=False)
@@ -177,7 +177,7 @@ def plot_curves(curve: dict[int, dict], path: Path) -> None:
     tasks = list(scored[0])
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows,
             columns,

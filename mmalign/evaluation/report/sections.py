@@ -17,7 +17,6 @@ from mmalign.evaluation.report.tables import (
     shortened,
     stage_rows,
 )
-from mmalign.evaluation.statistics import wilson_interval
 from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
 from mmalign.files import markdown_table
 
@@ -27,7 +26,7 @@ _LONGEST = 1200  # characters of an example
 Results = Mapping[str, dict]  # name of the model -> results.json
 
 
-def summary(base: str, comparisons: Mapping[str, dict], visual: dict | None) -> list[str]:
+def summary(base: str, comparisons: Mapping[str, dict]) -> list[str]:
     """The outcome in sentences."""
     sentences = []
     for name, comparison in comparisons.items():
@@ -44,12 +43,6 @@ def summary(base: str, comparisons: Mapping[str, dict], visual: dict | None) -> 
                 f"No difference between {name} and {base} can be distinguished from zero on "
                 f"{', '.join(unresolved)}."
             )
-    if visual:
-        sentences.append(
-            f"Questions about images never seen in training: {percent(visual['tuned'])}% right "
-            f"with the image, {percent(visual['blind'])}% without it (blind), "
-            f"{percent(visual['chance'])}% by chance ({visual['n']:,} questions)."
-        )
     return [bullets(sentences)] if sentences else []
 
 
@@ -209,37 +202,6 @@ def _flipped_row(document: dict) -> list[object]:
     said = [choices[document[key]] for key in ("gold", "prediction_a", "prediction_b")]
     question = document["context"].rpartition("\n\n")[2]  # few-shot questions precede it
     return [document["task"], document["doc_id"], cell(question, 240), *said]
-
-
-# ---- visual questions ----
-
-_CONTROLS = {
-    "tuned": "with the image",
-    "blind": "without it (blind)",
-    "mismatched": "with a mismatched image",
-    "majority": "most frequent answer",
-    "chance": "chance",
-}
-
-
-def visual_questions(visual: dict) -> list[str]:
-    columns = {key: label for key, label in _CONTROLS.items() if key in visual}
-    rows = []
-    for kind, found in {"all": visual, **visual.get("kinds", {})}.items():
-        cells = {key: percent(found[key]) for key in columns}
-        if kind == "all":
-            for key in ("tuned", "blind", "mismatched"):  # the model's own answers
-                if key in cells:
-                    interval = wilson_interval(visual[key], visual["n"])
-                    cells[key] = f"**{cells[key]}** ({percent_interval(interval)})"
-        rows.append([kind, f"{found['n']:,}", *cells.values()])
-    return [
-        "## Visual questions",
-        "Held-out questions about images that training never showed; percent right, 95% Wilson "
-        "interval in brackets. A model that has only learned how answers are distributed does as "
-        "well without the image.",
-        markdown_table(["questions", "n", *columns.values()], rows),
-    ]
 
 
 # ---- training ----

@@ -1,0 +1,319 @@
+"""report.md of a study: verdicts first, then tables and figures, and where they come from."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmalign.evaluation.items import read_items, read_results
+from mmalign.evaluation.metrics import percent
+from mmalign.evaluation.report.tables import bullets
+from mmalign.evaluation.visual_questions import guessing
+from mmalign.files import markdown_table, read_json, read_steps, write_text
+from mmalign.ownership import owned
+from mmalign.study import figures
+from mmalign.study.contrasts import BASE, BASE_SEED, Answer, answer, verdict_sentence
+from mmalign.study.identity import Order, Orders
+from mmalign.study.plan import Run, Variant
+from mmalign.study.scores import VISUAL, collect, write_parquet
+from mmalign.study.tables import (
+    GAP,
+    Scores,
+    contrast_table,
+    gain,
+    mean_score,
+    metrics_beside,
+    own_metrics,
+    score_table,
+    write_tables,
+)
+from mmalign.training.run_folder import config_json, flatten
+
+CATEGORIES = "truthfulqa_mc2"  # the metric whose gain is drawn by category
+YES_AND_GAIN = ("ethics_yes_rate_mean", "ethics_mean")
+_VERSIONS = ("git_commit", "torch", "device")
+
+
+def write_study(orders: Orders) -> str:
+    """Writes documents.parquet, the CSV files, the figures and report.md from what is done.
+
+    Returns the verdicts, and where the report is, for the terminal.
+    """
+    study = orders.study
+    folder = study.output
+    with owned(folder, "study.output"):
+        scores = collect(orders)
+        answers = answer(study.questions, scores, list(study.parents))
+        write_parquet(folder / "documents.parquet", scores)
+        write_tables(folder, orders, scores, answers)
+        blocks = [
+            *_verdicts(orders, answers),
+            *_score_sections(orders, scores),
+            *_visual(orders, scores),
+            *_forgetting(orders, scores),
+            *_contrasts(folder, answers, scores),
+            *_by_seed(orders, scores),
+            *_figures(folder, orders, scores),
+            *_provenance(orders),
+        ]
+        write_text(folder / "report.md", "\n\n".join(blocks) + "\n")
+    verdicts = [verdict_sentence(question, answers) for question in study.questions]
+    return "\n".join([*verdicts, f"report: {folder / 'report.md'}"]).replace("**", "")
+
+
+def _verdicts(orders: Orders, answers: Sequence[Answer]) -> Iterator[str]:
+    study = orders.study
+    states = Counter(orders.state(run) for run in study.runs)
+    yield f"# {study.settings.name}"
+    if study.questions:
+        yield bullets(verdict_sentence(question, answers) for question in study.questions)
+    if states["done"] < len(study.runs):
+        listed = ", ".join(f"{number} {state}" for state, number in states.items())
+        yield f"**Unfinished**: of {len(study.runs)} runs {listed}. Gaps are `{GAP}`."
+        failed = [run for run in study.runs if orders.state(run) == "failed"]
+        if failed:
+            yield bullets(f"failed: {x.name}: {orders[x].outcome()['reason']}" for x in failed)
+
+
+# ---- scores ----
+
+
+def _sections(variants: Mapping[str, Variant]) -> dict[str, list[Variant]]:
+    """The paper's rows, variants of some parents or a part of the data, and controls."""
+    found: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants.values():
+        partial = variant.samples or variant.supervised_tokens or variant.parents
+        kind = "Controls" if variant.control else "Ablations" if partial else "Scores"
+        found[kind].append(variant)
+    order = ("Scores", "Ablations", "Controls")
+    return {kind: found[kind] for kind in order if found[kind]}
+
+
+def _score_sections(orders: Orders, scores: Scores) -> Iterator[str]:
+    metrics, beside = own_metrics(scores), metrics_beside(scores)
+    for kind, variants in _sections(orders.study.variants).items():
+        yield f"## {kind}"
+        if metrics:
+            yield score_table(orders, scores, variants, metrics)
+    if metrics:
+        yield (
+            "Percent, mean over seeds. In brackets: points above the base with half of the 95% "
+            "interval, bold where it excludes 0. The last rows read no question."
+        )
+    if beside:
+        yield "## Scores that resist artefacts"
+        yield score_table(orders, scores, list(orders.study.variants.values()), beside)
+        yield (
+            "A gain that is one of truthfulness stays here; one of answer length, sharpness or a "
+            "preference for yes disappears. `scores.csv` has each subset of ETHICS by itself."
+        )
+
+
+def _visual(orders: Orders, scores: Scores) -> Iterator[str]:
+    asked = orders.evaluation.visual_questions
+    shown = [key[:2] for key, run in scores.items() if VISUAL in run]
+    if not asked or not shown:
+        return
+    yield "## Questions about pictures"
+    names = (VISUAL, f"{VISUAL}_another", f"{VISUAL}_none")
+    rows = []
+    for parent, variant in dict.fromkeys(shown):
+        found = [mean_score(scores, parent, variant, name) for name in names]
+        rows.append([parent, variant, *(GAP if x is None else percent(x) for x in found)])
+    guessed = [percent(x) for x in guessing(asked).values()]
+    rows.append(["*chance / most frequent answer*", "", " / ".join(guessed), "", ""])
+    yield markdown_table(["parent", "variant", "own picture", "another", "none"], rows)
+
+
+def _forgetting(orders: Orders, scores: Scores) -> Iterator[str]:
+    """Changes against the base; = where they are within a point (two one-sided tests)."""
+    tasks = {name.partition(":")[0] for name in orders.study.settings.forgetting}
+    metrics = list(
+        dict.fromkeys(x.metric for run in scores.values() for x in run.values() if x.task in tasks)
+    )
+    if not metrics:
+        return
+    rows = []
+    for parent in orders.study.parents:
+        base = [mean_score(scores, parent, BASE, metric) for metric in metrics]
+        rows.append([parent, BASE, *(GAP if x is None else percent(x) for x in base)])
+        for variant in orders.study.variants:
+            found = [gain(scores, parent, variant, metric) for metric in metrics]
+            rows.append(["", variant, *map(_change, found)])
+    yield "## Forgetting"
+    yield markdown_table(["parent", "variant", *metrics], rows)
+    yield "Points against the base. **=**: equivalent, within 1 point (two one-sided tests)."
+
+
+def _change(test: Answer) -> str:
+    if test.estimate is None:
+        return GAP
+    mark = " **=**" if test.estimate.p_equivalence(0.01) < 0.05 else ""
+    return f"{100 * test.estimate.value:+.1f}{mark}"
+
+
+def _contrasts(folder: Path, answers: Sequence[Answer], scores: Scores) -> Iterator[str]:
+    if not answers:
+        return
+    yield "## Contrasts"
+    yield contrast_table(answers)
+    if any(test.estimate for test in answers):
+        figures.plot_contrasts(answers, folder / "contrasts.png")
+        yield "![Every contrast with its interval](contrasts.png)"
+    if figures.plot_amounts(answers, scores, folder / "amounts.png"):
+        yield "![Score against the amount of data](amounts.png)"
+    yield (
+        "Errors add up noise of seeds and of documents (whole clusters); with one seed the claim "
+        "is about these checkpoints only. Holm's correction runs within each family. *detectable*: "
+        "the smallest difference that 80% of such studies would find."
+    )
+
+
+def _by_seed(orders: Orders, scores: Scores) -> Iterator[str]:
+    """How often the verdict is the same where one seed is all that is known."""
+    seeds, questions = orders.study.settings.seeds, orders.study.questions
+    if len(seeds) < 2 or not questions:
+        return
+    counts: dict[tuple[str, str, str], Counter] = defaultdict(Counter)
+    for seed in seeds:
+        alone = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
+        for test in answer(questions, alone, list(orders.study.parents)):
+            counts[test.question.name, test.parent, test.metric][test.verdict] += 1
+    verdicts = ("supported", "contradicted", "cannot tell")
+    yield "## Seed by seed"
+    yield markdown_table(
+        ["question", "parent", "metric", *verdicts],
+        [[*test, *(found[x] for x in verdicts)] for test, found in counts.items()],
+    )
+    yield "Verdicts of as many studies with one seed each, which see no noise of seeds."
+
+
+# ---- figures by category and by the share of yes ----
+
+
+def _figures(folder: Path, orders: Orders, scores: Scores) -> Iterator[str]:
+    if gains := _category_gains(orders, scores):
+        figures.plot_categories(gains, CATEGORIES, folder / "categories.png")
+        yield "## Where gains come from"
+        yield "![Gain by category of TruthfulQA](categories.png)"
+    if points := _yes_rates(scores):
+        figures.plot_yes_rates(points, folder / "yes_rates.png")
+        yield "![Gain in ETHICS against the change of the share of yes](yes_rates.png)"
+
+
+def _category_gains(orders: Orders, scores: Scores) -> dict[str, dict[str, tuple[float, int]]]:
+    """Variant -> category -> (gain over the base, documents), of the first parent with scores."""
+    for parent in orders.study.parents:
+        base = next(x for x in orders.study.runs if (x.parent, x.variant) == (parent, BASE))
+        rows = _items(orders, base).get(CATEGORIES, [])
+        names = np.array([row.get("category") or "" for row in rows])
+        if not len(names) or not names.all():
+            continue
+        reference = scores[parent, BASE, base.seed][CATEGORIES].values
+        gains = {}
+        for variant in orders.study.variants:
+            runs = [x[CATEGORIES].values for k, x in scores.items() if k[:2] == (parent, variant)]
+            if runs:
+                gained = np.mean(runs, axis=0) - reference
+                kinds = sorted(set(names))
+                gains[variant] = {
+                    x: (float(gained[names == x].mean()), int((names == x).sum())) for x in kinds
+                }
+        return gains
+    return {}
+
+
+def _items(orders: Orders, run: Run) -> dict:
+    return read_items(orders[run].scores) if orders.state(run) == "done" else {}
+
+
+def _yes_rates(scores: Scores) -> dict[str, list[tuple[float, float]]]:
+    """Variant -> (change of the share of yes, gain in the mean of ETHICS) of each of its runs."""
+    found = defaultdict(list)
+    for parent, variant, seed in scores:
+        one = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
+        if variant != BASE:
+            tests = [gain(one, parent, variant, metric) for metric in YES_AND_GAIN]
+            values = [test.estimate.value for test in tests if test.estimate]
+            if len(values) == 2:
+                found[variant].append((values[0], values[1]))
+    return dict(found)
+
+
+# ---- provenance ----
+
+
+def _provenance(orders: Orders) -> Iterator[str]:
+    done = [orders[run] for run in orders.study.runs if orders.state(run) == "done"]
+    if not done:
+        return
+    versions = [read_json(order.folder / "run.json")["versions"] for order in done]
+    seconds = sum(sum(order.outcome()["seconds"].values()) for order in done)
+    joules = sum(_energy(order.train_dir / "metrics.jsonl") for order in done if order.config)
+    rows = [
+        ["runs", f"{len(done)} of {len(orders.study.runs)}, in `{orders.study.runs_folder}`"],
+        ["study file", f"`{orders.study.path}`, seeds {_listed(orders.study.settings.seeds)}"],
+        *([x, _listed(version.get(x) for version in versions)] for x in _VERSIONS),
+        ["time", f"{seconds / 3600:,.2f} hours of all runs together"],
+        ["energy", f"{joules / 3.6e6:,.2f} kWh of the GPUs" if joules else GAP],
+        *_data_rows(done),
+    ]
+    yield "## Provenance"
+    yield markdown_table(["", "value"], rows, ":---")
+    if others := list(_other_runs(orders)):
+        yield "Runs of other settings, which are not in this report:"
+        yield bullets(others)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(x) for x in dict.fromkeys(values) if x is not None) or GAP
+
+
+def _data_rows(done: Sequence[Order]) -> list[list[str]]:
+    found = {}
+    for order in done:
+        path = order.train_dir / "inputs.json"
+        inputs = read_json(path)["inputs"] if path.exists() else {}
+        if order.config and "data file" in inputs:
+            name = Path(order.config.data.path)
+            shown = order.run.variant if order.run.transform else name.name
+            found.setdefault(f"data {shown}", set()).add(inputs["data file"]["sha256"][:16])
+        if order.run.variant == BASE:
+            files = read_results(order.scores)["config"]["data_files"]
+            found |= {name: {facts["sha256"][:16]} for name, facts in files.items()}
+    return [[name, f"sha256 {', '.join(f'`{x}`' for x in sorted(x))}"] for name, x in found.items()]
+
+
+def _energy(path: Path) -> float:
+    """Joules of a run; the counter begins anew whenever the run resumes."""
+    total = last = 0.0
+    for record in read_steps(path)[0] if path.exists() else []:
+        now = record.get("energy_joules", 0.0)
+        total += last if now < last else 0.0
+        last = now
+    return total + last
+
+
+def _other_runs(orders: Orders) -> Iterator[str]:
+    """Folders of the study's runs with another identity, and what is different about them."""
+    known = {orders[run].folder for run in orders.study.runs}
+    for run in orders.study.runs:
+        current = orders[run]
+        parent = current.folder.parent
+        stem = current.folder.name.rpartition("-")[0] or current.folder.name
+        for folder in sorted(parent.glob(f"{stem}-*")):
+            if folder not in known and (folder / "run.json").exists():
+                yield f"`{folder}`: {_difference(folder, current)}"
+
+
+def _difference(folder: Path, current: Order) -> str:
+    before = flatten(read_json(folder / "run.json")["order"].get("config") or {})
+    now = flatten(json.loads(config_json(current.config))) if current.config else {}
+    changed = [
+        f"{name} {before[name]} (here {now[name]})"
+        for name in before.keys() & now.keys()
+        if before[name] != now[name] and not name.endswith(("run_dir", "projector"))
+    ]
+    return ", ".join(sorted(changed)) or "another content of its data or weights"

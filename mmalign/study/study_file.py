@@ -1,0 +1,145 @@
+"""Reads a study file: TOML tables, and values for their keys from the command line."""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.controls import CONTROLS
+from mmalign.errors import UserError
+from mmalign.evaluation.tasks import resolve_tasks
+from mmalign.files import read_text
+from mmalign.study.contrasts import BASE, Question, parse_contrast
+from mmalign.study.forgetting import parse_task
+from mmalign.study.plan import PRETRAIN, Parent, Settings, Study, Variant
+from mmalign.study.settings import with_settings
+from mmalign.training.run_folder import flatten
+from mmalign.validation import validate
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_TABLES = {"study", "pretrain", "finetune", "parents", "variants", "questions"}
+
+
+def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
+    """overrides: values that replace those of the file, by their dotted names.
+
+    Raises UserError for a file that is not a study, naming table and key.
+    """
+    try:
+        tables = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, value in (overrides or {}).items():
+        _override(tables, name, value)
+    if unknown := tables.keys() - _TABLES:
+        raise UserError(f"{path}: unknown table [{min(unknown)}]; expected {', '.join(_TABLES)}")
+    settings = with_settings(Settings(), tables.get("study", {}), f"{path}, [study]")
+    name = settings.name or path.stem
+    settings = replace(settings, name=name, output=settings.output or f"runs/{name}")
+    parents = {key: _parent(key, table) for key, table in tables.get("parents", {}).items()}
+    variants = {key: _variant(key, table) for key, table in tables.get("variants", {}).items()}
+    stages = {stage: flatten(tables.get(stage, {})) for stage in ("pretrain", "finetune")}
+    questions = [_question(table, variants) for table in tables.get("questions", [])]
+    for table in (settings, *variants.values()):
+        validate(table)
+    study = Study(path, settings, parents, variants, questions, stages)
+    _check(study)
+    return study
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """["--study.limit", "5"] -> {"study.limit": 5}; a value is TOML, or else text."""
+    found, rest = {}, list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or "." not in name:
+            raise UserError(
+                f"unknown argument {name!r}; see --help. Keys of the study: --table.key"
+            )
+        if not equals and not rest:
+            raise UserError(f"{name} needs a value")
+        found[name[2:]] = _value(value if equals else rest.pop(0))
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, (bool, int, float, list, str)) else text
+
+
+def _override(tables: dict, name: str, value: Any) -> None:
+    first, *path = name.split(".")
+    tables = tables.setdefault(first, {})
+    if first in ("parents", "variants") and path[0] not in tables:
+        known = ", ".join(tables)
+        raise UserError(f"--{name}: the study has no {first} {path[0]!r}; it has {known}")
+    for key in path[:-1]:
+        tables = tables.setdefault(key, {})
+    tables[path[-1]] = value
+
+
+def _parent(name: str, table: dict) -> Parent:
+    return _named(Parent, name, table, f"[parents.{name}]")
+
+
+def _variant(name: str, table: dict) -> Variant:
+    where = f"[variants.{name}]"
+    variant = _named(Variant, name, table, where)
+    if variant.control and variant.control not in CONTROLS:
+        known = ", ".join(CONTROLS)
+        raise UserError(f"{where}: control is {variant.control!r}; expected one of {known}")
+    if bool(variant.control_data) != bool(variant.control and CONTROLS[variant.control].second):
+        what = "is not used by" if variant.control_data else "is missing: it is needed by"
+        raise UserError(f"{where}: control-data {what} control {variant.control!r}")
+    return variant
+
+
+def _named(kind: type, name: str, table: dict, where: str) -> Any:
+    """Keys of its own are fields of `kind`, the others settings of the run."""
+    if not _NAME.fullmatch(name) or name in (BASE, PRETRAIN):
+        raise UserError(
+            f"{where}: expected a name of letters, digits, _ and -, not {BASE} or {PRETRAIN}"
+        )
+    own = {field.name for field in dataclasses.fields(kind)} - {"name", "settings"}
+    given = {key: table[key] for key in table if key.replace("-", "_") in own}
+    settings = flatten({key: value for key, value in table.items() if key not in given})
+    if kind is Parent and isinstance(given.get("finetune"), dict):
+        given["finetune"] = flatten(given["finetune"])
+    return with_settings(kind(name, settings=settings), given, where)
+
+
+def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
+    """primary = true puts it into the family of that name; others are secondary."""
+    where, given = f"question {table.get('name', '')!r}", dict(table)
+    primary = given.pop("primary", False)
+    given.setdefault("family", "primary" if primary else "secondary")
+    question = with_settings(Question("", "", ""), given, where)
+    contrast = parse_contrast(question)
+    if unknown := {name for name, _ in contrast.variants} - {BASE, *variants}:
+        raise UserError(f"{where}: the study has no variant {min(unknown)!r}")
+    if not contrast.metrics and not question.metrics:
+        raise UserError(f"{where}: expected metrics = [...], such as truthfulqa_mc2")
+    return question
+
+
+def _check(study: Study) -> None:
+    settings, where = study.settings, study.path
+    resolve_tasks(settings.tasks)
+    for task in settings.forgetting:
+        parse_task(task)
+    if settings.keep not in ("all", "scores"):
+        raise UserError(f"{where}, [study]: keep is {settings.keep!r}; expected all or scores")
+    if not study.parents or not study.variants:
+        raise UserError(f"{where}: expected at least one [parents.NAME] and one [variants.NAME]")
+    if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:
+        raise UserError(f"{where}, [study]: seeds are {settings.seeds}; expected distinct ones")
+    for variant in study.variants.values():
+        if unknown := set(variant.parents) - study.parents.keys():
+            raise UserError(f"[variants.{variant.name}]: unknown parent {min(unknown)!r}")
+    assert study.runs  # reads every setting
