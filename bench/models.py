@@ -167,6 +167,7 @@ def hugging_face_llama(decoder: Decoder) -> LlamaForCausalLM:
 
 def _llama_config(config: DecoderConfig) -> LlamaConfig:
     fields = asdict(config)
+    del fields["model_type"], fields["rope_scaling"], fields["sliding_window"]
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     fields |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
     return LlamaConfig(**fields)

@@ -49,7 +49,7 @@ class Conversation:
         self.template_name = _choose_template(weights, template, settings)
         self.template = TEMPLATES[self.template_name]
         config = DecoderConfig.from_hf(weights)
-        self.max_length = config.max_position_embeddings
+        self.max_length = config.context_length
         self.vision = VisionConfig.from_hf(weights) if is_llava(weights) else None
         self.start(image)  # before loading the weights: a bad image fails at once
         self.tokenizer = Tokenizer.from_pretrained(weights)

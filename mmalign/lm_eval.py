@@ -61,7 +61,7 @@ class MmalignLM(TemplateLM):
     maximum input tokens per forward pass of scoring; cache_tokens: maximum tokens whose keys and
     values generation holds. add_bos_token: whether texts start with BOS; default: what the folder's
     tokenizer does. prefix_token_id: precedes texts without a context; default: BOS. max_length: of
-    the context in tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
+    the context in tokens; default: the model's own. lm_eval's --batch_size has no effect.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class MmalignLM(TemplateLM):
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)
         self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
-        self.max_length = max_length or decoder.config.max_position_embeddings
+        self.max_length = max_length or decoder.config.context_length
         self.adds_bos = _adds_bos(weights) if add_bos_token is None else add_bos_token
         self._prefix_id = self._tokens.bos_token_id if prefix_token_id is None else prefix_token_id
 

@@ -6,19 +6,14 @@ from pathlib import Path
 import torch
 
 from mmalign.errors import UserError
-from mmalign.files import Settings, read_json
+from mmalign.files import Settings
+from mmalign.model.decoder_kinds import DECODERS, DecoderKind
+from mmalign.model.hf_config import language_model, read_hf_config
 from mmalign.model.preprocessing import Preprocessing
+from mmalign.model.rope import RopeScaling, read_rope
 
 # Least and greatest value, and what transformers leaves out of config.json because it is the
 # default of its config class.
-_LLAMA_INTEGERS = {
-    "vocab_size": (1, 2**24, 32000),
-    "hidden_size": (1, 2**20, 4096),
-    "intermediate_size": (1, 2**22, 11008),
-    "num_hidden_layers": (1, 1024, 32),
-    "num_attention_heads": (1, 2**14, 32),
-    "max_position_embeddings": (1, 2**27, 2048),
-}
 _CLIP_VISION_INTEGERS = {
     "hidden_size": (1, 2**20, 768),
     "intermediate_size": (1, 2**22, 3072),
@@ -29,9 +24,19 @@ _CLIP_VISION_INTEGERS = {
 }
 
 
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14,
+    "max_position_embeddings": 2**27,
+}
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA decoder. Names and meaning are those of transformers' LlamaConfig."""
+    """A decoder of the LLaMA family. Names and meaning are those of transformers' configs."""
 
     vocab_size: int
     hidden_size: int
@@ -46,6 +51,9 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | list[int] | None = 1
     eos_token_id: int | list[int] | None = 2
+    model_type: str = "llama"  # a key of DECODERS
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # tokens that a token sees in Mistral; None: all before it
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -57,55 +65,83 @@ class DecoderConfig:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
     @property
+    def kind(self) -> DecoderKind:
+        return DECODERS[self.model_type]
+
+    @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of q, k and v in the fused qkv_proj."""
         key_value_size = self.num_key_value_heads * self.head_dim
         return self.num_attention_heads * self.head_dim, key_value_size, key_value_size
 
+    @property
+    def length_limit(self) -> int | None:
+        """The longest sequence that is computed; None: any, since rotary positions extrapolate.
+
+        Within a sliding window every token sees all before it. Dynamic RoPE is plain up to
+        max_position_embeddings; beyond, a token's rotation would depend on its sequence's length.
+        """
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            return min(self.max_position_embeddings, self.sliding_window or 2**27)
+        return self.sliding_window
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that the model is made for and that is computed."""
+        return min(self.max_position_embeddings, self.length_limit or 2**27)
+
     @classmethod
     def from_hf(cls, folder: str | Path) -> "DecoderConfig":
-        """Reads config.json of a LlamaForCausalLM folder, or the text part of a LLaVA folder.
+        """Reads config.json of a causal language model, or of a VLM that contains one.
 
-        Takes the spelling of published checkpoints (rope_theta, rope_scaling) and of transformers
-        5 (rope_parameters). Raises UserError for anything that the decoder does not compute.
+        Raises UserError for anything that the decoder does not compute.
         """
-        hf = read_hf_config(folder)
-        if "text_config" in hf:
-            hf.require("model_type", "llava")
-            text = hf.section("text_config")
-            tied = hf.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
-            values = {"model_type": "llama"} | text.values | {"tie_word_embeddings": tied}
-            hf = Settings(values, text.path, text.within)
-        hf.require("model_type", "llama", "llava", "llava_llama")
-        hf.require("hidden_act", None, "silu")
-        hf.require("attention_bias", None, False)
-        hf.require("mlp_bias", None, False)
-        sizes = {name: hf.integer(name, *limits) for name, limits in _LLAMA_INTEGERS.items()}
-        heads, hidden_size = sizes["num_attention_heads"], sizes["hidden_size"]
+        hf = language_model(read_hf_config(folder))
+        model_type = hf.require("model_type", *DECODERS)
+        defaults = DECODERS[model_type].defaults
+        for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            hf.require(key, None, value)
+        _refuse_windows_in_some_layers(hf, model_type)
+        sizes = {x: hf.integer(x, 1, most, defaults[x]) for x, most in _LIMITS.items()}
+        heads, max_positions = sizes["num_attention_heads"], sizes["max_position_embeddings"]
+        head_dim = defaults["head_dim"] or sizes["hidden_size"] // heads
+        window = defaults.get("sliding_window")
+        if window is not None and hf.values.get("sliding_window", window) is not None:
+            window = hf.integer("sliding_window", 1, 2**27, window)
+        else:
+            window = None
+        theta, scaling = read_rope(hf, max_positions)
         return _built(
             cls,
             hf,
             **sizes,
-            num_key_value_heads=hf.integer("num_key_value_heads", 1, heads, heads, null=True),
-            head_dim=hf.integer("head_dim", 2, 2**16, hidden_size // heads, null=True),
+            num_key_value_heads=hf.integer(
+                "num_key_value_heads", 1, heads, defaults["num_key_value_heads"] or heads, null=True
+            ),
+            head_dim=hf.integer("head_dim", 2, 2**16, head_dim, null=True),
             rms_norm_eps=hf.number("rms_norm_eps", 0, 1, 1e-6),
-            rope_theta=_rope_theta(hf),
+            rope_theta=theta,
             tie_word_embeddings=hf.flag("tie_word_embeddings", False),
-            bos_token_id=_token_ids(hf, "bos_token_id", 1),
-            eos_token_id=_token_ids(hf, "eos_token_id", 2),
+            bos_token_id=_token_ids(hf, "bos_token_id", defaults["bos_token_id"]),
+            eos_token_id=_token_ids(hf, "eos_token_id", defaults["eos_token_id"]),
+            model_type=model_type,
+            rope_scaling=scaling,
+            sliding_window=window,
         )
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        """config.json of a LlamaForCausalLM, in the spelling that all versions read."""
+        """config.json of a causal language model, in the spelling that all versions read."""
+        values = asdict(self) | {"rope_scaling": None}
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_hf()
+        if "sliding_window" not in self.kind.defaults:
+            del values["sliding_window"]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.kind.architecture],
             "torch_dtype": str(dtype).removeprefix("torch."),
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_scaling": None,
-            **asdict(self),
+            **self.kind.to_hf,
+            **values,
         }
 
 
@@ -193,34 +229,6 @@ class VisionConfig:
         }
 
 
-def read_hf_config(folder: str | Path) -> Settings:
-    """config.json of a Hugging Face folder; UserError where it is missing, malformed or quantised.
-
-    A folder that holds something else, such as an adapter, is called by its name.
-    """
-    hint = "Give the folder of a Hugging Face checkpoint: config.json and the weights"
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        hint = other_folder(Path(folder)) or hint
-    hf = Settings(read_json(path, hint), path)
-    for part in (hf, hf.section("text_config"), hf.section("vision_config")):
-        if part.get("quantization_config") is not None:
-            raise UserError(
-                f"{path}: {part.within}quantization_config is set, but quantised weights are not "
-                "supported. Give the folder of the model before its quantisation"
-            )
-    return hf
-
-
-def other_folder(folder: Path) -> str:
-    """What a folder without a model holds instead, and what to do; empty: not known."""
-    if (folder / "adapter_config.json").exists():
-        return "The folder holds an adapter (adapter_config.json). Give the merged model's folder"
-    if any(folder.glob("*.gguf")):
-        return "The folder holds a GGUF file. Give the Hugging Face folder that it was made from"
-    return ""
-
-
 def _built(config_class: type, hf: Settings, **values):
     """The config; its own complaints get the file's path."""
     try:
@@ -229,37 +237,24 @@ def _built(config_class: type, hf: Settings, **values):
         raise UserError(f"{hf.path}: {error}") from error
 
 
-def _token_ids(hf: Settings, name: str, default: int) -> int | list[int] | None:
+def _refuse_windows_in_some_layers(hf: Settings, model_type: str) -> None:
+    """As layer_types says, or use_sliding_window for the layers from max_window_layers on."""
+    kinds = hf.get("layer_types")
+    if kinds is not None and any(kind != "full_attention" for kind in kinds):
+        raise hf.error("layer_types", "'full_attention' for every layer")
+    first, layers = hf.get("max_window_layers"), hf.get("num_hidden_layers")
+    some = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
+    if model_type != "mistral" and hf.flag("use_sliding_window", False) and some:
+        raise hf.error("use_sliding_window", "False", "supported:")
+
+
+def _token_ids(hf: Settings, name: str, default: int | None) -> int | list[int] | None:
     """One id or several; some old folders have -1 for none."""
     value = hf.values.get(name, default)
     ids = value if isinstance(value, list) else [value]
     if value is not None and not all(type(i) is int and -1 <= i < 2**24 for i in ids):
         raise hf.error(name, "a token id or a list of token ids")
     return value
-
-
-def _rope_theta(hf: Settings) -> float:
-    """The one base that both spellings agree on; UserError for other kinds of rope."""
-    thetas = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = hf.section(key)
-        for name in ("rope_type", "type"):
-            kind = rope.get(name)
-            if kind not in (None, "default"):
-                raise UserError(
-                    f"{hf.path}: {hf.within}{key} of type {kind!r} is not supported; only plain "
-                    "RoPE (default)"
-                )
-        rope.number("partial_rotary_factor", 1, 1, 1, null=True)
-        if rope.get("rope_theta") is not None:
-            thetas[f"{key}.rope_theta"] = rope.number("rope_theta", 1, 1e12, 1e4)
-    hf.number("partial_rotary_factor", 1, 1, 1, null=True)
-    if hf.get("rope_theta") is not None:
-        thetas["rope_theta"] = hf.number("rope_theta", 1, 1e12, 1e4)
-    if len(set(thetas.values())) > 1:
-        found = " and ".join(f"{key} {theta:g}" for key, theta in thetas.items())
-        raise UserError(f"{hf.path}: {found} disagree. Remove the wrong one")
-    return next(iter(thetas.values()), 10000.0)
 
 
 # ---- shapes of the published models that the recipes are made for ----

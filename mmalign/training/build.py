@@ -100,15 +100,17 @@ def check_data(
             path = config.run_dir / "skipped_samples.txt"
             log.warning("%d samples skipped (listed in %s)", len(report.skipped), path)
             write_text(path, "".join(f"{error}\n" for error in report.skipped))
+    decoder = DecoderConfig.from_hf(config.model.decoder)
+    _refuse_long_samples(report, decoder)
     if ranks.is_main:
-        _warn_of_context(config, dataset, report)
+        _warn_of_context(dataset, report, decoder)
     return report
 
 
 def _warn_of_context(
-    config: TrainConfig, dataset: ConversationDataset, report: CheckReport
+    dataset: ConversationDataset, report: CheckReport, decoder: DecoderConfig
 ) -> None:
-    limit = DecoderConfig.from_hf(config.model.decoder).max_position_embeddings
+    limit = decoder.max_position_embeddings
     num_long, longest = int((report.lengths > limit).sum()), int(report.lengths.argmax())
     if num_long:
         log.warning(
@@ -116,6 +118,16 @@ def _warn_of_context(
             "has %d tokens. Lower --data.max-length, unless the decoder is to learn longer texts",
             *(num_long, len(report.kept), limit, dataset.samples[int(report.kept[longest])].id),
             report.lengths[longest],
+        )
+
+
+def _refuse_long_samples(report: CheckReport, decoder: DecoderConfig) -> None:
+    limit, longest = decoder.length_limit, int(report.lengths.max())
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest sample has {longest} tokens, but this decoder computes at most {limit}: "
+            "its config.json has a sliding window or dynamic RoPE. Give --data.max-length "
+            f"{limit}, or another decoder"
         )
 
 

@@ -33,7 +33,7 @@ def export_llama(
     tokenizer: Tokenizer | None = None,
     chat_template: str = "",
 ) -> None:
-    """A LlamaForCausalLM folder of the decoder alone, with the tokenizer and its chat template.
+    """The decoder alone as its class in transformers, with the tokenizer and its chat template.
 
     All processes export a sharded model together; with folder None a process only takes part in
     gathering its weights.
@@ -140,8 +140,9 @@ def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "")
 
 
 def _merged(module: nn.Module, parameter: str) -> Tensor:
-    owner = module.get_submodule(parameter.rpartition(".")[0])
-    if isinstance(owner, LoraLinear):
+    owner, _, name = parameter.rpartition(".")
+    owner = module.get_submodule(owner)
+    if isinstance(owner, LoraLinear) and name == "weight":
         return owner.merged_weight()
     return module.get_parameter(parameter).detach()
 

@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
 
 def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
-    """Tensors of a LlamaForCausalLM, in its spelling; without lm_head where it is tied."""
+    """Tensors of a causal language model of transformers; without lm_head where it is tied."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     vocabulary = (config.vocab_size, hidden)
     parts = {"model.embed_tokens.weight": _whole("embed_tokens.weight", *vocabulary)}
@@ -28,6 +28,11 @@ def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
             parts[theirs + norm] = _whole(ours + norm, hidden)
         names = [f"{theirs}self_attn.{name}_proj.weight" for name in "qkv"]
         parts |= _rows(ours + "qkv_proj.weight", names, config.qkv_sizes, hidden)
+        if config.kind.qkv_bias:
+            names = [f"{theirs}self_attn.{name}_proj.bias" for name in "qkv"]
+            parts |= _rows(ours + "qkv_proj.bias", names, config.qkv_sizes)
+        for norm in ("q_norm.weight", "k_norm.weight") if config.kind.qk_norm else ():
+            parts[f"{theirs}self_attn.{norm}"] = _whole(ours + norm, config.head_dim)
         parts[theirs + "self_attn.o_proj.weight"] = _whole(
             ours + "o_proj.weight", hidden, config.qkv_sizes[0]
         )
