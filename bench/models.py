@@ -134,7 +134,7 @@ def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
     assert model.vision_tower is not None and model.projector is not None
     tower, projector = model.vision_tower.config, model.projector
     fields: dict[str, Any] = dict(
-        vision_config=CLIPVisionConfig(**asdict(tower), hidden_act="quick_gelu"),
+        vision_config=CLIPVisionConfig(**tower.to_hf(torch.float32)),
         text_config=_llama_config(model.decoder.config),
         image_token_index=model.image_token_id,
         image_seq_length=tower.num_patches,

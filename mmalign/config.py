@@ -13,14 +13,17 @@ import tyro
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]
 Stage = Literal["pretrain", "finetune"]
 Recompute = Literal["none", "elementwise", "mlp", "full"]  # model/recompute.py
+ProjectorType = Literal["linear", "mlp2x_gelu"]  # model/projector.py
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     decoder: str = ""
-    """Hugging Face folder of the language model (LlamaForCausalLM)."""
+    """Hugging Face folder of the language model (Llama, Mistral, Qwen2 or Qwen3)."""
     vision_tower: str = ""
-    """Hugging Face folder of the vision tower (CLIPVisionModel or a whole CLIP)."""
+    """Hugging Face folder of the vision tower (CLIP or SigLIP, alone or whole)."""
+    projector_type: ProjectorType = "linear"
+    """linear (LLaVA 1.0), or two layers with GELU between them (LLaVA 1.5)."""
     projector: str = ""
     """Trained projector to start from: a stage 1 run, .safetensors or LLaVA's mm_projector.bin."""
     tokenizer: str = ""

@@ -7,23 +7,12 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.files import Settings
-from mmalign.model.decoder_kinds import DECODERS, DecoderKind
 from mmalign.model.hf_config import language_model, read_hf_config
+from mmalign.model.kinds import DECODERS, TOWERS, DecoderKind, TowerKind
 from mmalign.model.preprocessing import Preprocessing
 from mmalign.model.rope import RopeScaling, read_rope
 
-# Least and greatest value, and what transformers leaves out of config.json because it is the
-# default of its config class.
-_CLIP_VISION_INTEGERS = {
-    "hidden_size": (1, 2**20, 768),
-    "intermediate_size": (1, 2**22, 3072),
-    "num_hidden_layers": (1, 1024, 12),
-    "num_attention_heads": (1, 2**14, 12),
-    "image_size": (1, 4096, 224),
-    "patch_size": (1, 4096, 32),
-}
-
-
+# greatest values; what config.json leaves out is in kinds.py
 _LIMITS = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -31,6 +20,14 @@ _LIMITS = {
     "num_hidden_layers": 1024,
     "num_attention_heads": 2**14,
     "max_position_embeddings": 2**27,
+}
+_TOWER_LIMITS = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14,
+    "image_size": 4096,
+    "patch_size": 4096,
 }
 
 
@@ -147,7 +144,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower. Names and meaning are those of transformers' CLIPVisionConfig."""
+    """A CLIP or SigLIP tower. Names and meaning are those of transformers' configs."""
 
     hidden_size: int
     intermediate_size: int
@@ -156,12 +153,15 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
-    # stock CLIP's, unless the folder has its own; __post_init__ replaces None
+    # the tower's stock one, unless the folder has its own; __post_init__ replaces None
     preprocessing: Preprocessing = None  # pyright: ignore[reportAssignmentType]
+    model_type: str = "clip_vision_model"  # a key of TOWERS
+    hidden_act: str = "quick_gelu"
+    vision_feature_layer: int = -2  # of hidden_states, which the projector reads
 
     def __post_init__(self):
         if self.preprocessing is None:
-            stock = Preprocessing(size=self.image_size, crop_size=self.image_size)
+            stock = Preprocessing.stock(self.image_size, self.kind.is_clip)
             object.__setattr__(self, "preprocessing", stock)
         if self.patch_size > self.image_size:
             raise UserError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}")
@@ -172,6 +172,10 @@ class VisionConfig:
             )
 
     @property
+    def kind(self) -> TowerKind:
+        return TOWERS[self.model_type]
+
+    @property
     def num_patches(self) -> int:
         """Tokens that one image takes in the decoder's sequence."""
         return (self.image_size // self.patch_size) ** 2
@@ -179,53 +183,78 @@ class VisionConfig:
     @property
     def num_class_tokens(self) -> int:
         """Rows before an image's patches, which the projector does not read."""
-        return 1
+        return int(self.kind.is_clip)
 
     @property
     def seqlen(self) -> int:
-        """Rows of one image inside the tower: the class token and its patches."""
+        """Rows of one image inside the tower: the class token, if any, and its patches."""
         return self.num_class_tokens + self.num_patches
 
     @property
     def num_layers_used(self) -> int:
-        """Layers that compute what the projector reads: hidden_states[-2]."""
-        return self.num_hidden_layers - 1
+        """Layers that compute what the projector reads."""
+        return self.num_hidden_layers + 1 + self.vision_feature_layer
 
     @property
     def llava_fields(self) -> dict:
         """What LlavaForConditionalGeneration's config.json says of the features it reads."""
-        return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        strategy = "default" if self.num_class_tokens else "full"  # default: drops the first row
+        return {
+            "vision_feature_layer": self.vision_feature_layer,
+            "vision_feature_select_strategy": strategy,
+        }
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "VisionConfig":
-        """Of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder.
+        """Of a CLIP or SigLIP folder (tower, or whole), or a LlavaForConditionalGeneration's.
 
         Reads config.json and, where there is one, preprocessor_config.json.
         """
-        hf = read_hf_config(folder)
-        if hf.require("model_type", "clip_vision_model", "clip", "llava") != "clip_vision_model":
+        hf = whole = read_hf_config(folder)
+        wholes = {kind.of_model: name for name, kind in TOWERS.items()}
+        found = hf.require("model_type", *TOWERS, *wholes, "llava")
+        model_type = found
+        if found not in TOWERS:
             if "vision_config" not in hf:
                 raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
             # CLIP's first releases repeat the values in vision_config_dict, which has precedence
             first, second = hf.section("vision_config"), hf.section("vision_config_dict")
             hf = Settings(first.values | second.values, first.path, first.within)
-            hf.require("model_type", None, "clip_vision_model")
-        hf.require("hidden_act", None, "quick_gelu")
+            expected = [wholes[found]] if found in wholes else TOWERS
+            model_type = hf.require("model_type", None, *expected) or wholes.get(found, "")
+        kind = TOWERS[model_type or "clip_vision_model"]
+        hidden_act = hf.require("hidden_act", None, *kind.hidden_acts) or kind.hidden_act
         hf.require("num_channels", None, 3)
-        sizes = {name: hf.integer(name, *limits) for name, limits in _CLIP_VISION_INTEGERS.items()}
-        eps = hf.number("layer_norm_eps", 0, 1, 1e-5)
-        preprocessing = Preprocessing.from_hf(folder, sizes["image_size"])
-        return _built(cls, hf, **sizes, layer_norm_eps=eps, preprocessing=preprocessing)
+        sizes = {
+            name: hf.integer(name, 1, most, kind.defaults[name])
+            for name, most in _TOWER_LIMITS.items()
+        }
+        layer = whole.integer("vision_feature_layer", -sizes["num_hidden_layers"], -1, -2)
+        config = _built(
+            cls,
+            hf,
+            **sizes,
+            layer_norm_eps=hf.number("layer_norm_eps", 0, 1, kind.layer_norm_eps),
+            preprocessing=Preprocessing.from_hf(folder, sizes["image_size"], kind.is_clip),
+            model_type=model_type or "clip_vision_model",
+            hidden_act=hidden_act,
+            vision_feature_layer=layer,
+        )
+        if found == "llava":
+            strategy = "vision_feature_select_strategy"
+            default = ("default", None) if kind.is_clip else ("full",)
+            whole.require(strategy, *default)
+        return config
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        """config.json of a CLIPVisionModel."""
+        """config.json of a CLIPVisionModel or SiglipVisionModel."""
+        other = ("preprocessing", "vision_feature_layer")
         return {
-            "architectures": ["CLIPVisionModel"],
-            "model_type": "clip_vision_model",
+            "architectures": [self.kind.architecture],
             "torch_dtype": str(dtype).removeprefix("torch."),
-            "hidden_act": "quick_gelu",
             "num_channels": 3,
-            **{name: value for name, value in asdict(self).items() if name != "preprocessing"},
+            **({} if self.kind.is_clip else {"vision_use_head": False}),
+            **{name: value for name, value in asdict(self).items() if name not in other},
         }
 
 

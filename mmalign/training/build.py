@@ -18,7 +18,7 @@ from mmalign.flops import Workload, required_flops
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import is_llava, load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
-from mmalign.model.projector import Projector
+from mmalign.model.projector import ProjectorShape, make_projector
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world
@@ -196,7 +196,8 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
             config.model.decoder, dtype, num_added_tokens=check_vocabulary(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
-        projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
+        sizes = tower.config.hidden_size, decoder.config.hidden_size
+        projector = make_projector(ProjectorShape(*sizes, config.model.projector_type)).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer, *extra)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))

@@ -48,18 +48,19 @@ def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
 
 
 def vision_parts(config: VisionConfig) -> dict[str, Part]:
-    """Tensors of a CLIPVisionModel, in the published spelling without the prefix vision_model."""
+    """Tensors of a CLIPVisionModel or SiglipVisionModel, as published, without vision_model."""
     hidden, intermediate, size = config.hidden_size, config.intermediate_size, config.patch_size
-    parts = {
-        "embeddings.class_embedding": _whole("class_embedding", hidden),
-        "embeddings.patch_embedding.weight": _whole(
-            "patch_embedding.weight", hidden, 3, size, size
-        ),
-        "embeddings.position_embedding.weight": _whole(
-            "position_embedding.weight", config.seqlen, hidden
-        ),
-    }
-    for norm in ("pre_layrnorm", "post_layernorm"):  # the first name is CLIP's own spelling
+    patches = "patch_embedding.weight"
+    parts = {f"embeddings.{patches}": _whole(patches, hidden, 3, size, size)}
+    if config.kind.is_clip:
+        parts["embeddings.class_embedding"] = _whole("class_embedding", hidden)
+        norms = ("pre_layrnorm", "post_layernorm")  # the first name is CLIP's own spelling
+    else:
+        parts["embeddings.patch_embedding.bias"] = _whole("patch_embedding.bias", hidden)
+        norms = ("post_layernorm",)
+    positions = "position_embedding.weight"
+    parts[f"embeddings.{positions}"] = _whole(positions, config.seqlen, hidden)
+    for norm in norms:
         parts |= {f"{norm}.{x}": _whole(f"{norm}.{x}", hidden) for x in ("weight", "bias")}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"encoder.layers.{i}."

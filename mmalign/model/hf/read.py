@@ -42,7 +42,7 @@ _LANGUAGE_MODEL = {
     "model.text_model.": "model.",  # Idefics
 }
 _CLIP_OTHER_HALF = re.compile(
-    r"text_model\.|(text_projection|visual_projection)\.weight$|logit_scale$"
+    r"text_model\.|(text_projection|visual_projection)\.weight$|logit_(scale|bias)$"
 )
 _EMBEDDINGS = "model.embed_tokens.weight"
 _SHOWN = 10  # keys in a message
@@ -93,7 +93,7 @@ def load_decoder(
 
 
 def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> VisionTower:
-    """The tower of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder."""
+    """The tower of a CLIP or SigLIP folder, or of a LlavaForConditionalGeneration's."""
     folder = Path(folder)
     config = VisionConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
@@ -108,7 +108,9 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
             name = name.removeprefix("vision_tower.")
         elif _CLIP_OTHER_HALF.match(name):
             continue
-        keys[name.removeprefix("vision_model.")] = key
+        name = name.removeprefix("vision_model.")
+        if not (name.startswith("head.") and not config.kind.is_clip):  # SigLIP's pooling
+            keys[name] = key
     parts = vision_parts(config)
     keys = _check(parts, files, keys, folder)
     tower = _allocate(VisionTower, config, dtype)
@@ -228,10 +230,7 @@ def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
     hf = read_hf_config(folder)
-    expected = VisionConfig.from_hf(folder).llava_fields
-    found = {name: hf.get(name) for name in expected}
-    if found != expected:
-        raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
+    VisionConfig.from_hf(folder)  # raises where the features are not those of the tower here
     files = WeightFiles.of_folder(folder)
     keys = [key for key in files.names() if "multi_modal_projector." in key]
     return read_projector({key: files.read(key).clone() for key in keys}, folder, hf.values)

@@ -1,7 +1,7 @@
-"""The decoders of the LLaMA family: what config.json's model_type says of one.
+"""Decoders of the LLaMA family and vision towers: what config.json's model_type says of one.
 
-To add a decoder, enter it here; tests/model/test_decoder_kinds.py compares every entry with
-transformers.
+To add one, enter it here; tests/model/test_decoder_kinds.py and test_tower_kinds.py compare every
+entry with its class in transformers.
 """
 
 from dataclasses import dataclass
@@ -54,5 +54,47 @@ DECODERS = {
         _QWEN | {"head_dim": 128},
         _NO_BIAS | {"use_sliding_window": False},
         qk_norm=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TowerKind:
+    """What distinguishes the vision towers of one model_type."""
+
+    architecture: str  # of transformers
+    of_model: str  # model_type of the folder with image and text tower
+    defaults: dict[str, int]  # of its config class
+    layer_norm_eps: float
+    hidden_act: str
+    hidden_acts: tuple[str, ...]  # that published ones have
+    is_clip: bool  # class token and pre_layrnorm, and no bias of the patch embedding
+
+
+_VIT_B = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+)
+TOWERS = {
+    "clip_vision_model": TowerKind(
+        "CLIPVisionModel",
+        "clip",
+        _VIT_B | {"patch_size": 32},
+        layer_norm_eps=1e-5,
+        hidden_act="quick_gelu",
+        hidden_acts=("quick_gelu", "gelu"),  # OpenAI's, LAION's
+        is_clip=True,
+    ),
+    "siglip_vision_model": TowerKind(
+        "SiglipVisionModel",
+        "siglip",
+        _VIT_B | {"patch_size": 16},
+        layer_norm_eps=1e-6,
+        hidden_act="gelu_pytorch_tanh",
+        hidden_acts=("gelu_pytorch_tanh",),
+        is_clip=False,
     ),
 }
