@@ -18,17 +18,23 @@ Supervised text (everything else has the label IGNORE_INDEX):
                             trains on the first "###", on "### Assistant:" and on the last blank
     v1                      " " answer, </s>
     llama_2, llava_llama_2  " " answer " ", </s>
+    llama_3                 answer, <|eot_id|>
+    chatml                  answer, <|im_end|>
+    mistral                 " " answer, </s>
+    chat                    what the chat template in the tokenizer's folder marks as generated, or
+                            else every answer and the special token that ends it
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import TrainConfig
 from mmalign.data.samples import Turn
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
+from mmalign.tokenizer.chat_template import ChatTemplate, Span
 
 IMAGE = "<image>"  # the image's place in the text of a published conversation
 IMAGE_SENTINEL = -200  # id of the whole image until it is expanded to its patches
@@ -40,11 +46,23 @@ Segment = tuple[str | int, bool]  # text or the id of a special token; supervise
 class SpecialIds:
     """The ids that templates write, and whether an image is wrapped in im_start / im_end."""
 
-    bos: int
+    bos: int | None
     eos: int
     im_start: int
     im_end: int
     use_im_start_end: bool
+    tokenizer: Tokenizer | None = None  # of templates with special tokens or text of its own
+
+    def named(self, name: str) -> int:
+        """Id of a special token; UserError where the tokenizer has none of this name."""
+        found = None if self.tokenizer is None else self.tokenizer.special_id(name)
+        if found is None:
+            path = "it" if self.tokenizer is None else self.tokenizer.path
+            raise UserError(
+                f"the template needs the special token {name}, which {path} does not have. Choose "
+                "another --data.template, such as chat, the tokenizer's own"
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,8 @@ class Template:
     single_turn: bool = False  # takes one question and one answer
     drops_question: bool = False  # of the question only the image is rendered
     writes_image_tokens: bool = True  # <im_start> and <im_end>, unless data.use_im_start_end is off
+    end_of_turn: str = ""  # special token that ends an answer, where it is not end-of-sequence
+    is_own: bool = False  # the tokenizer's chat template
 
 
 def find_template(name: str) -> Template:
@@ -87,6 +107,8 @@ def encode_prompt(
 ) -> list[int]:
     """Ids up to the model's answer to the last question, with which `turns` end."""
     special = special_ids(tokenizer, use_im_start_end)
+    if template.is_own:
+        return _encode(_chat(turns, special), tokenizer)[0]
     segments = list(template.render([*turns, Turn("gpt", "")], special))
     while segments[-1][1] or segments[-1][0] == " ":  # the empty answer and what follows it
         segments.pop()
@@ -100,7 +122,21 @@ def special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
         tokenizer.im_start_id,
         tokenizer.im_end_id,
         use_im_start_end,
+        tokenizer,
     )
+
+
+def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids besides end-of-sequence that end an answer."""
+    name = own_template(tokenizer).end_of_turn if template.is_own else template.end_of_turn
+    found = tokenizer.special_id(name) if name else None
+    return () if found is None else (found,)
+
+
+@lru_cache(maxsize=8)
+def own_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template beside the tokenizer's file."""
+    return ChatTemplate(tokenizer.path.parent, tokenizer)
 
 
 def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -164,16 +200,21 @@ def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
         yield "\n" + text, False
 
 
+def _bos(special: SpecialIds) -> Iterator[Segment]:
+    if special.bos is not None:
+        yield special.bos, False
+
+
 def _plain(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     question, answer = turns
-    yield special.bos, False
+    yield from _bos(special)
     if IMAGE in question.text:
         yield IMAGE_SENTINEL, False
     yield answer.text + "\n", True
 
 
 def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
-    yield special.bos, False
+    yield from _bos(special)
     yield f"{system}\n\n###", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield " Human: ", False
@@ -184,7 +225,7 @@ def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 
 
 def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
-    yield special.bos, False
+    yield from _bos(special)
     yield f"{system} ", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield "USER: ", False
@@ -197,7 +238,7 @@ def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
     opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield special.bos, False
+        yield from _bos(special)
         yield opening, False
         yield from _question(question.text, special)
         yield " [/INST]", False
@@ -206,6 +247,80 @@ def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterato
         opening = "[INST] "
 
 
+def _llama_3(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    yield from _bos(special)
+    header, end, eot = (special.named(f"<|{x}|>") for x in _LLAMA_3_TOKENS)
+    for turn in turns:
+        asks = turn.speaker == "human"
+        yield header, False
+        yield "user" if asks else "assistant", False
+        yield end, False
+        yield "\n\n", False
+        yield from _question(turn.text, special) if asks else [(turn.text, True)]
+        yield eot, not asks
+
+
+def _chatml(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    start, end = special.named("<|im_start|>"), special.named("<|im_end|>")
+    yield start, False
+    yield f"system\n{system}", False
+    yield end, False
+    for turn in turns:
+        asks = turn.speaker == "human"
+        yield "\n", False
+        yield start, False
+        yield "user\n" if asks else "assistant\n", False
+        yield from _question(turn.text, special) if asks else [(turn.text, True)]
+        yield end, not asks
+
+
+def _mistral(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    begin, end = (_special_or_text(x, special) for x in ("[INST]", "[/INST]"))
+    yield from _bos(special)
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        yield begin, False
+        yield " ", False
+        yield from _question(question.text, special)
+        yield " ", False
+        yield end, False
+        yield f" {answer.text}", True
+        yield special.eos, True
+
+
+def _special_or_text(name: str, special: SpecialIds) -> str | int:
+    """Mistral's marks are text in its first tokenizers, and special tokens in later ones."""
+    found = None if special.tokenizer is None else special.tokenizer.special_id(name)
+    return name if found is None else found
+
+
+def _chat(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    """As apply_chat_template; the image, if any, at the front of its turn."""
+    assert special.tokenizer is not None
+    template, contents = own_template(special.tokenizer), []
+    for turn in turns:
+        text = turn.text.replace(IMAGE, "").strip()
+        marked = f"{_IMAGE_MARK}\n{text}" if text else _IMAGE_MARK
+        contents.append(marked if IMAGE in turn.text else turn.text)
+    asks = turns[-1].speaker == "human"
+    for span in template.spans(contents, add_generation_prompt=asks):
+        yield from _segments_of(span, template, special)
+
+
+def _segments_of(span: Span, template: ChatTemplate, special: SpecialIds) -> Iterator[Segment]:
+    if not span.is_content:
+        for part in template.split(span.text):
+            token_id = special.tokenizer.special_id(part) if special.tokenizer else None
+            yield part if token_id is None else token_id, span.supervised
+        return
+    mark, text = span.text[:1], span.text[1:]
+    if mark != _IMAGE_MARK:
+        yield span.text, span.supervised
+        return
+    yield from _question(f"{IMAGE}{text}", special)
+
+
+_IMAGE_MARK = "\uf8f2"  # private use: the image while the tokenizer's template is rendered
+_LLAMA_3_TOKENS = ("start_header_id", "end_header_id", "eot_id")
 _V0_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -229,6 +344,7 @@ _LLAVA_LLAMA_2_SYSTEM = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_CHATML_SYSTEM = "You are a helpful assistant."  # Qwen's
 
 TEMPLATES: dict[str, Template] = {
     "plain": Template(_plain, single_turn=True, drops_question=True, writes_image_tokens=False),
@@ -236,4 +352,8 @@ TEMPLATES: dict[str, Template] = {
     "v1": Template(partial(_v1, system=_V1_SYSTEM)),
     "llama_2": Template(partial(_llama_2, system=_LLAMA_2_SYSTEM)),
     "llava_llama_2": Template(partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM)),
+    "llama_3": Template(_llama_3, end_of_turn="<|eot_id|>"),
+    "chatml": Template(partial(_chatml, system=_CHATML_SYSTEM), end_of_turn="<|im_end|>"),
+    "mistral": Template(_mistral),
+    "chat": Template(_chat, is_own=True),
 }
