@@ -70,7 +70,12 @@ class DataConfig:
     shuffle: Switch = True
     """Shuffle the samples anew in every epoch."""
     max_length: int = 2048
-    """Longest sample in tokens, counted with the image as one token."""
+    """Longest sample in tokens, counted with the image as one token; see on_long_sample."""
+    on_long_sample: Literal["error", "skip", "truncate"] = "error"
+    """A longer one is a bad sample (error), is left out (skip), or is cut (truncate) as LLaVA cuts
+    it: to max_length tokens with every patch counted."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    """The vision tower's own preprocessing, or before it, as in LLaVA 1.5, padding to a square."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be used stops the run (error) or is left out and listed (skip)."""
     check_images: Switch = True

@@ -1,4 +1,4 @@
-"""Images: file to uint8 pixels, resized and cropped as stock CLIP does, or resized as SigLIP does.
+"""Images: file to uint8 pixels, resized and cropped as CLIP does, or as SigLIP and LLaVA 1.5 do.
 
 Within one level of transformers' CLIPImageProcessor (the PIL version, before rescaling and
 normalising): convert to RGB, resize the short side with antialiasing, crop the centre. EXIF
@@ -43,6 +43,8 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     """
     size, crop_size = preprocessing.size, preprocessing.crop_size
     image = _open_rgb(path, preprocessing)
+    if preprocessing.do_pad:
+        image = _padded(image, preprocessing.background)
     height, width = _resized(image.height, image.width, preprocessing)
     if min(image.size) >= _TORCH_RESIZE_SCALE * size:
         # a view with channels last: the fast path of torch's uint8 resize
@@ -77,6 +79,14 @@ def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
+
+
+def _padded(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -117,8 +127,11 @@ def _check_kind(path: Path, image: Image.Image, preprocessing: Preprocessing) ->
             f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
         )
     height, width = _resized(image.height, image.width, preprocessing)
+    if preprocessing.do_pad:
+        height = width = max(image.size)
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise UserError(
             f"{path} is {image.width} x {image.height}: resized to a short side of "
-            f"{preprocessing.size} it would have {height * width} pixels. Crop the image"
+            f"{preprocessing.size}, or padded, it would have {height * width} pixels. Crop the "
+            "image"
         )

@@ -1,6 +1,6 @@
 """Shapes of the decoder and of the vision tower, read from and written to Hugging Face configs."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -194,6 +194,10 @@ class VisionConfig:
     def num_layers_used(self) -> int:
         """Layers that compute what the projector reads."""
         return self.num_hidden_layers + 1 + self.vision_feature_layer
+
+    def padding(self) -> "VisionConfig":
+        """The same tower behind images that are padded to squares."""
+        return replace(self, preprocessing=replace(self.preprocessing, do_pad=True))
 
     @property
     def llava_fields(self) -> dict:

@@ -7,6 +7,7 @@ from typing import Literal
 from mmalign.files import Settings, read_json
 
 PIL_BICUBIC = 3  # PIL.Image.Resampling
+_PADDING = ("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil")
 _PROCESSORS = {  # by whether the tower is a CLIP, else it is a SigLIP
     True: (
         "CLIPImageProcessor",
@@ -31,6 +32,7 @@ class Preprocessing:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     do_center_crop: bool = True  # False: SigLIP, which stretches the image to a square
+    do_pad: bool = False  # LLaVA 1.5: to a square first, with the mean's colour
 
     @classmethod
     def stock(cls, image_size: int, is_clip: bool) -> "Preprocessing":
@@ -55,7 +57,7 @@ class Preprocessing:
             if not hf.flag(key, True):
                 raise hf.error(key, "true, as every vision tower has it")
         for key in ("image_processor_type", "feature_extractor_type"):
-            hf.require(key, None, *_PROCESSORS[is_clip])
+            hf.require(key, None, *_PROCESSORS[is_clip], *_PADDING)
         hf.require("resample", None, PIL_BICUBIC)
         hf.number("rescale_factor", 0.999 / 255, 1.001 / 255, 1 / 255)
         sides, crops = ("height", "width"), hf.flag("do_center_crop", is_clip)
@@ -71,14 +73,22 @@ class Preprocessing:
             raise hf.error("size", f"at least crop_size, {crop_size}")
         mean = _channels(hf, "image_mean", stock.image_mean, -10)
         std = _channels(hf, "image_std", stock.image_std, 1e-4)
-        return cls(size, crop_size, "bicubic", mean, std, do_center_crop=crops)
+        pads = hf.flag("do_pad", False)
+        return cls(size, crop_size, "bicubic", mean, std, do_center_crop=crops, do_pad=pads)
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The levels that do_pad fills with, rounded down as LLaVA does it."""
+        red, green, blue = (int(255 * x) for x in self.image_mean)
+        return red, green, blue
 
     def to_hf(self, is_clip: bool) -> dict:
-        """preprocessor_config.json, as CLIPImageProcessor or SiglipImageProcessor reads it."""
+        """preprocessor_config.json, as the processor that it names reads it."""
         square = {"height": self.crop_size, "width": self.crop_size}
         sizes = {"size": {"shortest_edge": self.size}, "crop_size": square}
         return {
-            "image_processor_type": _PROCESSORS[is_clip][0],
+            "image_processor_type": (_PADDING if self.do_pad else _PROCESSORS[is_clip])[0],
+            **({"do_pad": True} if self.do_pad else {}),
             "do_convert_rgb": True,
             "do_resize": True,
             "resample": {"bicubic": PIL_BICUBIC}[self.resample],

@@ -196,6 +196,8 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
             config.model.decoder, dtype, num_added_tokens=check_vocabulary(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
+        if config.data.image_aspect_ratio == "pad":
+            tower.config = tower.config.padding()  # which the export says
         sizes = tower.config.hidden_size, decoder.config.hidden_size
         projector = make_projector(ProjectorShape(*sizes, config.model.projector_type)).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer, *extra)

@@ -121,9 +121,9 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
 def load_projector(path: str | Path) -> dict[str, Tensor]:
     """Projector's tensors and, where they were trained, image_token_embeddings (2, hidden_size).
 
-    path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
-    a LlavaForConditionalGeneration folder. mm_projector.bin may hold embed_tokens, whole or only
-    two rows: <im_start> and <im_end> are its last two.
+    path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, a
+    LlavaForConditionalGeneration folder, or LLaVA's own. mm_projector.bin may hold embed_tokens,
+    whole or only two rows: <im_start> and <im_end> are its last two.
     """
     path = Path(path)
     if not path.is_dir():
@@ -132,8 +132,12 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     for name in names:
         if (path / name).exists():
             return _projector_of(WeightFiles([path / name]), path / name)
-    if (path / "config.json").exists() and "text_config" in read_hf_config(path):
-        return _llava_projector(path)
+    if (path / "config.json").exists():
+        if "text_config" in read_hf_config(path):
+            return _llava_projector(path)
+        files = WeightFiles.of_folder(path)
+        if own := [key for key in files.names() if ".mm_projector." in key]:  # LLaVA's own folder
+            return read_projector({key: files.read(key).clone() for key in own}, path)
     raise UserError(
         f"no projector in {path}: looked for {', '.join(names)} and a LLaVA config.json"
     )

@@ -11,7 +11,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import make_plan, run_plan
 from mmalign.model.config import DecoderConfig
-from mmalign.model.hf import load_decoder
+from mmalign.model.hf import load_decoder, load_projector
 from mmalign.model.hf_config import VISION_LANGUAGE
 from tests.model.kinds import SIZES
 from tests.model.tiny import clip_config, random_sample, randomize
@@ -198,6 +198,13 @@ def test_other_spellings(tmp_path, name):
             logprobs = theirs(input_ids=ids[None]).logits[0].log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[1:, None]).sum().item()
         assert loglikelihood == pytest.approx(expected, abs=1e-4)
+
+
+def test_projector_of_the_original_llava_folder(tmp_path):
+    theirs = spelled_otherwise(*SPELLINGS["llava-1.5"], tmp_path)
+    state, projector = load_projector(tmp_path), theirs.model.multi_modal_projector
+    assert torch.equal(state["0.weight"], projector.linear_1.weight)
+    assert torch.equal(state["2.bias"], projector.linear_2.bias)
 
 
 def test_a_model_whose_text_attends_otherwise_is_refused(tmp_path):
