@@ -5,6 +5,7 @@ entry with its class in transformers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,13 @@ class DecoderKind:
     """What distinguishes the decoders of one model_type."""
 
     architecture: str  # of transformers
-    defaults: dict[str, int | None]  # of its config class
+    defaults: dict[str, Any]  # of its config class
     to_hf: dict  # what config.json has besides the fields of DecoderConfig
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of every head's queries and keys, before their rotation
 
 
-_LLAMA = dict(
+_LLAMA: dict[str, Any] = dict(
     vocab_size=32000,
     hidden_size=4096,
     intermediate_size=11008,

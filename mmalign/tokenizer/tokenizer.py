@@ -220,7 +220,7 @@ class Tokenizer:
     def _export_tokens(self, num_rows: int) -> list[AddedToken]:
         """Added tokens, the roles', and the image tokens that have a row."""
         tokens = {name: x for name, x in self._added.items() if name not in IMAGE_TOKENS}
-        for token_id in {self.bos_token_id, self.eos_token_id, self.unk_token_id} - {None}:
+        for token_id in self._role_ids:
             name = self.token(token_id)
             source = tokens[name].source if name in tokens else self.path
             tokens[name] = AddedToken(name, token_id, source, special=True)
@@ -245,13 +245,17 @@ class Tokenizer:
         """Id of a token that is never parsed in a text, an added one or bos, eos or unk."""
         if (token := self._added.get(name)) is not None and token.special:
             return token.id
-        roles = (self.bos_token_id, self.eos_token_id, self.unk_token_id)
-        return next((i for i in roles if i is not None and self.token(i) == name), None)
+        return next((i for i in self._role_ids if self.token(i) == name), None)
+
+    @property
+    def _role_ids(self) -> set[int]:
+        ids = (self.bos_token_id, self.eos_token_id, self.unk_token_id)
+        return {i for i in ids if i is not None}
 
     def special_names(self) -> list[str]:
         """Of the tokens that special_id finds, without the image tokens; longest first."""
-        roles = {self.bos_token_id, self.eos_token_id, self.unk_token_id} - {None}
-        names = {self.token(i) for i in roles} | {x for x, y in self._added.items() if y.special}
+        names = {self.token(i) for i in self._role_ids}
+        names |= {name for name, token in self._added.items() if token.special}
         return sorted(names - set(IMAGE_TOKENS), key=len, reverse=True)
 
     def _find(self, name: str) -> int | None:
