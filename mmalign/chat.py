@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, TEMPLATES, encode_prompt, end_ids
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.files import read_json

@@ -4,14 +4,8 @@ import json
 from itertools import takewhile
 
 from mmalign.data.samples import Turn
-from mmalign.data.templates import (
-    IMAGE,
-    IMAGE_SENTINEL,
-    Segment,
-    Template,
-    own_template,
-    special_ids,
-)
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL, Segment, special_ids
+from mmalign.data.templates import Template, own_template
 from mmalign.tokenizer import Tokenizer
 
 _MARKS = ("\ue000", "\ue001", "\ue002", "\ue003")  # question, answer, question, answer

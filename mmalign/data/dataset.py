@@ -14,7 +14,8 @@ from torch import Tensor
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
 from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, encode_conversation, find_template
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
+from mmalign.data.templates import encode_conversation, find_template
 from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer

@@ -1,9 +1,7 @@
 """Conversations to ids and labels, template by template.
 
-A template renders a conversation to segments: a stretch of text or one special token, each marked
-as supervised or not. Text between two special tokens is tokenised once, with character offsets,
-and an id is supervised where its characters touch a supervised segment. Nothing is tokenised twice
-and no lengths are compared, so no tokenizer can shift a mask.
+A template renders a conversation to segments (segments.py): a stretch of text or one special
+token, each marked as supervised or not.
 
 To add a template, write a function that yields its segments and enter it in TEMPLATES, at the end.
 
@@ -25,44 +23,23 @@ Supervised text (everything else has the label IGNORE_INDEX):
                             else every answer and the special token that ends it
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from mmalign.batch import IGNORE_INDEX
 from mmalign.config import TrainConfig
 from mmalign.data.samples import Turn
+from mmalign.data.segments import (
+    IMAGE,
+    IMAGE_SENTINEL,
+    Segment,
+    SpecialIds,
+    encode_segments,
+    special_ids,
+)
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 from mmalign.tokenizer.chat_template import ChatTemplate, Span
-
-IMAGE = "<image>"  # the image's place in the text of a published conversation
-IMAGE_SENTINEL = -200  # id of the whole image until it is expanded to its patches
-
-Segment = tuple[str | int, bool]  # text or the id of a special token; supervised
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialIds:
-    """The ids that templates write, and whether an image is wrapped in im_start / im_end."""
-
-    bos: int | None
-    eos: int
-    im_start: int
-    im_end: int
-    use_im_start_end: bool
-    tokenizer: Tokenizer | None = None  # of templates with special tokens or text of its own
-
-    def named(self, name: str) -> int:
-        """Id of a special token; UserError where the tokenizer has none of this name."""
-        found = None if self.tokenizer is None else self.tokenizer.special_id(name)
-        if found is None:
-            path = "it" if self.tokenizer is None else self.tokenizer.path
-            raise UserError(
-                f"the template needs the special token {name}, which {path} does not have. Choose "
-                "another --data.template, such as chat, the tokenizer's own"
-            )
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +76,7 @@ def encode_conversation(
     The image is one id, IMAGE_SENTINEL, at the front of the turn that contains "<image>".
     """
     special = special_ids(tokenizer, use_im_start_end)
-    return _encode(template.render(turns, special), tokenizer)
+    return encode_segments(template.render(turns, special), tokenizer)
 
 
 def encode_prompt(
@@ -108,22 +85,11 @@ def encode_prompt(
     """Ids up to the model's answer to the last question, with which `turns` end."""
     special = special_ids(tokenizer, use_im_start_end)
     if template.is_own:
-        return _encode(_chat(turns, special), tokenizer)[0]
+        return encode_segments(_chat(turns, special), tokenizer)[0]
     segments = list(template.render([*turns, Turn("gpt", "")], special))
     while segments[-1][1] or segments[-1][0] == " ":  # the empty answer and what follows it
         segments.pop()
-    return _encode(segments, tokenizer)[0]
-
-
-def special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
-    return SpecialIds(
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.im_start_id,
-        tokenizer.im_end_id,
-        use_im_start_end,
-        tokenizer,
-    )
+    return encode_segments(segments, tokenizer)[0]
 
 
 def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -137,52 +103,6 @@ def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
 def own_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template beside the tokenizer's file."""
     return ChatTemplate(tokenizer.path.parent, tokenizer)
-
-
-def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    ids, labels = [], []
-    for item, spans in _join_text(segments, tokenizer.im_start_id, tokenizer.im_end_id):
-        if isinstance(item, int):
-            ids.append(item)
-            labels.append(item if spans else IGNORE_INDEX)
-            continue
-        text_ids, offsets = tokenizer.encode_with_offsets(item)
-        ids += text_ids
-        labels += [
-            token_id if _touches(begin, end, spans) else IGNORE_INDEX
-            for token_id, (begin, end) in zip(text_ids, offsets, strict=True)
-        ]
-    return ids, labels
-
-
-def _touches(begin: int, end: int, spans: list[tuple[int, int]]) -> bool:
-    end = max(end, begin + 1)  # an id without characters belongs to the character after it
-    return any(begin < span_end and span_begin < end for span_begin, span_end in spans)
-
-
-def _join_text(
-    segments: Iterable[Segment], im_start_id: int, im_end_id: int
-) -> Iterator[tuple[str | int, list[tuple[int, int]]]]:
-    """Stretches of text with their supervised spans, and special ids (spans: empty or not).
-
-    White space before <im_start> and after <im_end> is stripped, as in transformers before 4.34.
-    """
-    text, spans, last = "", [], None
-    for item, supervised in segments:
-        if isinstance(item, int):
-            text = text.rstrip() if item == im_start_id else text
-            if text:
-                yield text, spans
-            yield item, [(0, 1)] if supervised else []
-            text, spans, last = "", [], item
-            continue
-        if not text and last == im_end_id:
-            item = item.lstrip()
-        if supervised:
-            spans.append((len(text), len(text) + len(item)))
-        text += item
-    if text:
-        yield text, spans
 
 
 def _question(text: str, special: SpecialIds) -> Iterator[Segment]:

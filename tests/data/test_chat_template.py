@@ -5,12 +5,8 @@ import transformers
 
 from mmalign.data.chat_template import chat_template
 from mmalign.data.samples import Turn
-from mmalign.data.templates import (
-    IMAGE_SENTINEL,
-    TEMPLATES,
-    encode_conversation,
-    encode_prompt,
-)
+from mmalign.data.segments import IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_conversation, encode_prompt
 
 CONVERSATIONS = {
     "one turn": [("What is  this?", "A boat.")],

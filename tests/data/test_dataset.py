@@ -12,7 +12,8 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.data.check import check_samples
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
-from mmalign.data.templates import IMAGE_SENTINEL, TEMPLATES, encode_conversation
+from mmalign.data.segments import IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION

@@ -9,13 +9,8 @@ import transformers
 from mmalign.batch import IGNORE_INDEX
 from mmalign.data.chat_template import chat_template
 from mmalign.data.samples import Turn
-from mmalign.data.templates import (
-    IMAGE_SENTINEL,
-    TEMPLATES,
-    encode_conversation,
-    encode_prompt,
-    end_ids,
-)
+from mmalign.data.segments import IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_conversation, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 

@@ -8,13 +8,8 @@ import tokenizers
 
 from mmalign.batch import IGNORE_INDEX
 from mmalign.data.samples import Turn
-from mmalign.data.templates import (
-    IMAGE_SENTINEL,
-    TEMPLATES,
-    SpecialIds,
-    encode_conversation,
-    encode_prompt,
-)
+from mmalign.data.segments import IMAGE_SENTINEL, SpecialIds
+from mmalign.data.templates import TEMPLATES, encode_conversation, encode_prompt
 from mmalign.tokenizer import Tokenizer
 
 # the others need special tokens of their own: test_special_token_templates.py
