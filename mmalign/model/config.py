@@ -322,3 +322,4 @@ CLIP_VIT_L_14 = VisionConfig(
     image_size=224,
     patch_size=14,
 )
+CLIP_VIT_L_14_336 = replace(CLIP_VIT_L_14, image_size=336, preprocessing=None)
