@@ -98,15 +98,9 @@ class DecoderConfig:
         defaults = DECODERS[model_type].defaults
         for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             hf.require(key, None, value)
-        _refuse_windows_in_some_layers(hf, model_type)
         sizes = {x: hf.integer(x, 1, most, defaults[x]) for x, most in _LIMITS.items()}
         heads, max_positions = sizes["num_attention_heads"], sizes["max_position_embeddings"]
         head_dim = defaults["head_dim"] or sizes["hidden_size"] // heads
-        window = defaults.get("sliding_window")
-        if window is not None and hf.values.get("sliding_window", window) is not None:
-            window = hf.integer("sliding_window", 1, 2**27, window)
-        else:
-            window = None
         theta, scaling = read_rope(hf, max_positions)
         return _built(
             cls,
@@ -123,7 +117,7 @@ class DecoderConfig:
             eos_token_id=_token_ids(hf, "eos_token_id", defaults["eos_token_id"]),
             model_type=model_type,
             rope_scaling=scaling,
-            sliding_window=window,
+            sliding_window=_sliding_window(hf, defaults.get("sliding_window")),
         )
 
     def to_hf(self, dtype: torch.dtype) -> dict:
@@ -214,19 +208,9 @@ class VisionConfig:
 
         Reads config.json and, where there is one, preprocessor_config.json.
         """
-        hf = whole = read_hf_config(folder)
-        wholes = {kind.of_model: name for name, kind in TOWERS.items()}
-        found = hf.require("model_type", *TOWERS, *wholes, "llava")
-        model_type = found
-        if found not in TOWERS:
-            if "vision_config" not in hf:
-                raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
-            # CLIP's first releases repeat the values in vision_config_dict, which has precedence
-            first, second = hf.section("vision_config"), hf.section("vision_config_dict")
-            hf = Settings(first.values | second.values, first.path, first.within)
-            expected = [wholes[found]] if found in wholes else TOWERS
-            model_type = hf.require("model_type", None, *expected) or wholes.get(found, "")
-        kind = TOWERS[model_type or "clip_vision_model"]
+        whole = read_hf_config(folder)
+        hf, model_type = _tower_settings(whole)
+        kind = TOWERS[model_type]
         hidden_act = hf.require("hidden_act", None, *kind.hidden_acts) or kind.hidden_act
         hf.require("num_channels", None, 3)
         sizes = {
@@ -240,14 +224,13 @@ class VisionConfig:
             **sizes,
             layer_norm_eps=hf.number("layer_norm_eps", 0, 1, kind.layer_norm_eps),
             preprocessing=Preprocessing.from_hf(folder, sizes["image_size"], kind.is_clip),
-            model_type=model_type or "clip_vision_model",
+            model_type=model_type,
             hidden_act=hidden_act,
             vision_feature_layer=layer,
         )
-        if found == "llava":
-            strategy = "vision_feature_select_strategy"
-            default = ("default", None) if kind.is_clip else ("full",)
-            whole.require(strategy, *default)
+        if whole.get("model_type") == "llava":
+            expected = ("default", None) if kind.is_clip else ("full",)
+            whole.require("vision_feature_select_strategy", *expected)
         return config
 
     def to_hf(self, dtype: torch.dtype) -> dict:
@@ -262,6 +245,21 @@ class VisionConfig:
         }
 
 
+def _tower_settings(hf: Settings) -> tuple[Settings, str]:
+    """The tower's settings and its model_type: hf itself, or the vision part of a whole model."""
+    wholes = {kind.of_model: name for name, kind in TOWERS.items()}
+    found = hf.require("model_type", *TOWERS, *wholes, "llava")
+    if found in TOWERS:
+        return hf, found
+    if "vision_config" not in hf:
+        raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
+    # CLIP's first releases repeat the values in vision_config_dict, which has precedence
+    first, second = hf.section("vision_config"), hf.section("vision_config_dict")
+    hf = Settings(first.values | second.values, first.path, first.within)
+    expected = [wholes[found]] if found in wholes else TOWERS
+    return hf, hf.require("model_type", None, *expected) or wholes.get(found, "clip_vision_model")
+
+
 def _built(config_class: type, hf: Settings, **values):
     """The config; its own complaints get the file's path."""
     try:
@@ -270,15 +268,23 @@ def _built(config_class: type, hf: Settings, **values):
         raise UserError(f"{hf.path}: {error}") from error
 
 
-def _refuse_windows_in_some_layers(hf: Settings, model_type: str) -> None:
-    """As layer_types says, or use_sliding_window for the layers from max_window_layers on."""
+def _sliding_window(hf: Settings, default: int | None) -> int | None:
+    """Of all layers, in a kind whose default it is; UserError for one of some layers alone.
+
+    Those have it that layer_types names, or with use_sliding_window those from max_window_layers
+    on.
+    """
     kinds = hf.get("layer_types")
     if kinds is not None and any(kind != "full_attention" for kind in kinds):
         raise hf.error("layer_types", "'full_attention' for every layer")
+    if default is not None:
+        given = hf.values.get("sliding_window", default) is not None
+        return hf.integer("sliding_window", 1, 2**27, default) if given else None
     first, layers = hf.get("max_window_layers"), hf.get("num_hidden_layers")
     some = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
-    if model_type != "mistral" and hf.flag("use_sliding_window", False) and some:
+    if hf.flag("use_sliding_window", False) and some:
         raise hf.error("use_sliding_window", "False", "supported:")
+    return None
 
 
 def _token_ids(hf: Settings, name: str, default: int | None) -> int | list[int] | None:
