@@ -134,7 +134,7 @@ def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
     assert model.vision_tower is not None and model.projector is not None
     tower, projector = model.vision_tower.config, model.projector
     fields: dict[str, Any] = dict(
-        vision_config=CLIPVisionConfig(**asdict(tower), hidden_act="quick_gelu"),
+        vision_config=CLIPVisionConfig(**tower.to_hf(torch.float32)),
         text_config=_llama_config(model.decoder.config),
         image_token_index=model.image_token_id,
         image_seq_length=tower.num_patches,
@@ -167,6 +167,7 @@ def hugging_face_llama(decoder: Decoder) -> LlamaForCausalLM:
 
 def _llama_config(config: DecoderConfig) -> LlamaConfig:
     fields = asdict(config)
+    del fields["model_type"], fields["rope_scaling"], fields["sliding_window"]
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     fields |= {"rope_parameters": rope, "attn_implementation": "sdpa"}
     return LlamaConfig(**fields)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, TEMPLATES, encode_prompt
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.files import read_json
@@ -49,7 +50,7 @@ class Conversation:
         self.template_name = _choose_template(weights, template, settings)
         self.template = TEMPLATES[self.template_name]
         config = DecoderConfig.from_hf(weights)
-        self.max_length = config.max_position_embeddings
+        self.max_length = config.context_length
         self.vision = VisionConfig.from_hf(weights) if is_llava(weights) else None
         self.start(image)  # before loading the weights: a bad image fails at once
         self.tokenizer = Tokenizer.from_pretrained(weights)
@@ -86,6 +87,7 @@ class Conversation:
             max_new_tokens=min(options.max_new_tokens, self.max_length - len(input_ids)),
             seed=options.seed + len(self.turns),  # different samples for every question
             stop=self.template.stop,
+            end_ids=end_ids(self.template, self.tokenizer),
         )
         prompt, on_text = Prompt(input_ids, self.pixels), _stripped(write)
         (answer,) = generate(self.llava, self.tokenizer, [prompt], options, on_text=on_text)

@@ -13,14 +13,17 @@ import tyro
 Switch = Annotated[bool, tyro.conf.FlagConversionOff]
 Stage = Literal["pretrain", "finetune"]
 Recompute = Literal["none", "elementwise", "mlp", "full"]  # model/recompute.py
+ProjectorType = Literal["linear", "mlp2x_gelu"]  # model/projector.py
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     decoder: str = ""
-    """Hugging Face folder of the language model (LlamaForCausalLM)."""
+    """Hugging Face folder of the language model (Llama, Mistral, Qwen2 or Qwen3)."""
     vision_tower: str = ""
-    """Hugging Face folder of the vision tower (CLIPVisionModel or a whole CLIP)."""
+    """Hugging Face folder of the vision tower (CLIP or SigLIP, alone or whole)."""
+    projector_type: ProjectorType = "linear"
+    """linear (LLaVA 1.0), or two layers with GELU between them (LLaVA 1.5)."""
     projector: str = ""
     """Trained projector to start from: a stage 1 run, .safetensors or LLaVA's mm_projector.bin."""
     tokenizer: str = ""
@@ -67,7 +70,12 @@ class DataConfig:
     shuffle: Switch = True
     """Shuffle the samples anew in every epoch."""
     max_length: int = 2048
-    """Longest sample in tokens, counted with the image as one token."""
+    """Longest sample in tokens, counted with the image as one token; see on_long_sample."""
+    on_long_sample: Literal["error", "skip", "truncate"] = "error"
+    """A longer one is a bad sample (error), is left out (skip), or is cut (truncate) as LLaVA cuts
+    it: to max_length tokens with every patch counted."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    """The vision tower's own preprocessing, or before it, as in LLaVA 1.5, padding to a square."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be used stops the run (error) or is left out and listed (skip)."""
     check_images: Switch = True

@@ -31,3 +31,7 @@ class SampleError(UserError):
 
     def __reduce__(self):  # crosses the boundary of a worker process
         return type(self), (self.sample_id, self.problem, self.remedy)
+
+
+class LongSampleError(SampleError):
+    """A training sample of too many tokens."""

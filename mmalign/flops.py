@@ -4,7 +4,7 @@ Counted are the matrix products of the model, with 2 FLOPs per multiply-add: not
 recomputation or a slow algorithm adds, and no elementwise work. A product y = x W^T has up to three
 passes: forward, the gradient of x, the gradient of W; a pass counts only where the stage needs it.
 So a frozen decoder costs 4 FLOPs per weight and token, a trained one 6, the frozen vision tower 2,
-and the projector, whose input needs no gradient, 4.
+and the projector's first layer, whose input needs no gradient, 4.
 
 Attention counts the pairs (query, key) that attend: exactly length * (length + 1) / 2 per causal
 sample, length^2 per image. The forward pass has 2 products per pair, the backward pass 5: it
@@ -24,7 +24,14 @@ from dataclasses import dataclass, field, fields
 from typing import get_args
 
 from mmalign.batch import PackedBatch
-from mmalign.config import LoraConfig, LoraTarget, ShortcutConfig, Stage, TrainConfig
+from mmalign.config import (
+    LoraConfig,
+    LoraTarget,
+    ProjectorType,
+    ShortcutConfig,
+    Stage,
+    TrainConfig,
+)
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.projector import ProjectorShape
 from mmalign.system import GPUS
@@ -38,6 +45,7 @@ class Workload:
     vision: VisionConfig | None = None  # None: text only, without tower and projector
     stage: Stage = "finetune"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    projector_type: ProjectorType = "linear"
 
     @classmethod
     def from_config(
@@ -55,13 +63,14 @@ class Workload:
             decoder = DecoderConfig.from_hf(config.model.decoder)
             if not config.data.text_only:
                 vision = VisionConfig.from_hf(config.model.vision_tower)
-        return cls(decoder, vision, config.stage, config.lora)
+        return cls(decoder, vision, config.stage, config.lora, config.model.projector_type)
 
     @property
     def projector(self) -> ProjectorShape | None:
         if self.vision is None:
             return None
-        return ProjectorShape(self.vision.hidden_size, self.decoder.hidden_size)
+        sizes = self.vision.hidden_size, self.decoder.hidden_size
+        return ProjectorShape(*sizes, self.projector_type)
 
     @property
     def trains_decoder(self) -> bool:
@@ -244,7 +253,7 @@ def _projector_flops(workload: Workload, num_images: int, backward: bool) -> int
 
 
 def tower_flops(vision: VisionConfig, num_images: int) -> Flops:
-    """CLIP up to the second-to-last layer's output: the last layer is never computed."""
+    """Up to the layer that the projector reads; the layers after it are never computed."""
     hidden, seqlen, layers = vision.hidden_size, vision.seqlen, vision.num_layers_used
     weights = layers * (4 * hidden**2 + 2 * hidden * vision.intermediate_size)
     patches = vision.num_patches * 3 * vision.patch_size**2 * hidden

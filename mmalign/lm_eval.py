@@ -34,7 +34,6 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mmalign.errors import UserError
-from mmalign.evaluation.chat_template import ChatTemplate
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
@@ -44,6 +43,7 @@ from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
 from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
+from mmalign.tokenizer.chat_template import ChatTemplate
 
 log = logging.getLogger("mmalign")
 if "mmalign" not in model_registry:  # "python -m" loads this file a second time under its name
@@ -60,8 +60,9 @@ class MmalignLM(TemplateLM):
     pretrained: the folder or run. precision: fp32, bf16, or auto (bf16 on a GPU). batch_tokens:
     maximum input tokens per forward pass of scoring; cache_tokens: maximum tokens whose keys and
     values generation holds. add_bos_token: whether texts start with BOS; default: what the folder's
-    tokenizer does. prefix_token_id: precedes texts without a context; default: BOS. max_length: of
-    the context in tokens; default: max_position_embeddings. lm_eval's --batch_size has no effect.
+    tokenizer does. prefix_token_id: precedes texts without a context; default: BOS, or
+    EOS where there is none. max_length: of the context in tokens; default: the model's own.
+    lm_eval's --batch_size has no effect.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class MmalignLM(TemplateLM):
         decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)
         self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
-        self.max_length = max_length or decoder.config.max_position_embeddings
+        self.max_length = max_length or decoder.config.context_length
         self.adds_bos = _adds_bos(weights) if add_bos_token is None else add_bos_token
-        self._prefix_id = self._tokens.bos_token_id if prefix_token_id is None else prefix_token_id
+        self._prefix_id = _first_not_none(
+            prefix_token_id, self._tokens.bos_token_id, self._tokens.eos_token_id
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -128,9 +131,11 @@ class MmalignLM(TemplateLM):
     ) -> list[int]:
         """Ids of a text, with at most one BOS in front, from the text or from the tokenizer."""
         bos = self._tokens.bos_token_id
-        written = self._tokens.token(bos)
         if self._chat:
             return self._encode_chat(string)
+        if bos is None:
+            return self._tokens.encode(string)
+        written = self._tokens.token(bos)
         if add_special_tokens is None and string.startswith(written):
             return [bos, *self._tokens.encode(string.removeprefix(written))]
         adds_bos = self.adds_bos if add_special_tokens is None else add_special_tokens
@@ -150,7 +155,8 @@ class MmalignLM(TemplateLM):
     def _encode_chat(self, string: str) -> list[int]:
         """Ids of a text in which the template has written the names of BOS and EOS."""
         tokens = self._tokens
-        special = {tokens.token(i): i for i in (tokens.bos_token_id, tokens.eos_token_id)}
+        ids = {tokens.bos_token_id, tokens.eos_token_id} - {None}
+        special = {tokens.token(i): i for i in ids}
         parts = re.split(f"({'|'.join(map(re.escape, special))})", string)
         ids = ([special[x]] if x in special else tokens.encode(x) for x in parts if x)
         return [token_id for part in ids for token_id in part]
@@ -288,6 +294,10 @@ def _sampling(kwargs: dict) -> dict:
     if not kwargs.get("temperature"):
         raise UserError("do_sample needs a temperature above 0: add temperature=T to --gen_kwargs")
     return kwargs
+
+
+def _first_not_none(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
 
 
 def _adds_bos(folder: Path) -> bool:

@@ -34,6 +34,26 @@ FINETUNE_7B = TrainConfig(
     recompute="auto",
 )
 
+# ---- LLaVA 1.5: scripts/v1_5 of its repository; CLIP ViT-L/14 at 336 px, Vicuna-7B-v1.5 ----
+
+_LLAVA_15_MODEL = ModelConfig(projector_type="mlp2x_gelu")
+_LLAVA_15_DATA = DataConfig(
+    use_im_start_end=False, image_aspect_ratio="pad", on_long_sample="truncate", num_workers=8
+)
+PRETRAIN_LLAVA_15 = replace(
+    PRETRAIN_7B,
+    model=_LLAVA_15_MODEL,
+    data=replace(_LLAVA_15_DATA, template="plain", image_aspect_ratio="square"),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    global_batch_size=256,
+)
+FINETUNE_LLAVA_15 = replace(
+    FINETUNE_7B,
+    model=_LLAVA_15_MODEL,
+    data=replace(_LLAVA_15_DATA, template="v1"),
+    global_batch_size=128,
+)
+
 # ---- the toy world: both stages in about two minutes on two CPU cores ----
 
 _TOY_MODEL = ModelConfig(decoder="toy-world", vision_tower="toy-world")
@@ -126,6 +146,8 @@ RECIPES: dict[str, tuple[str, TrainConfig]] = {
     "pretrain-llama-7b": ("stage 1, LLaMA-7B or Vicuna-7B", PRETRAIN_7B),
     "finetune-llama-7b": ("stage 2, LLaMA-7B, template v1", FINETUNE_V1),
     "finetune-vicuna-7b": ("stage 2, Vicuna-7B, template v1", FINETUNE_V1),
+    "pretrain-llava-1.5-7b": ("stage 1 of LLaVA 1.5: 558k captions", PRETRAIN_LLAVA_15),
+    "finetune-llava-1.5-7b": ("stage 2 of LLaVA 1.5: 665k instructions", FINETUNE_LLAVA_15),
     "pretrain-open-llama-3b": ("stage 1, OpenLLaMA-3B v2 (head_dim 100)", PRETRAIN_7B),
     "finetune-open-llama-3b": ("stage 2, OpenLLaMA-3B v2, template v1", FINETUNE_V1),
     "finetune-open-llama-3b-lora": (

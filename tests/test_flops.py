@@ -17,6 +17,7 @@ from mmalign.flops import (
     peak_bf16_flops,
 )
 from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.projector import ProjectorShape
 from tests.model import tiny
 
 DECODER = dict(
@@ -130,6 +131,16 @@ def test_tower_attention_equals_the_count_of_torch():
     ours = forward_flops(Workload(DecoderConfig(**DECODER), vision), [], 0, 5)
     assert ours.tower_attention == counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
     assert ours.tower + ours.tower_attention == counter.get_total_flops()
+
+
+def test_projector_of_two_layers_equals_the_count_of_torch():
+    shape = ProjectorShape(48, 64, "mlp2x_gelu")
+    layers = torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)
+    with FlopCounterMode(display=False) as counter:
+        projected = torch.nn.Sequential(*layers)(torch.randn(7, 48))
+        assert shape.flops(7, backward=False) == counter.get_total_flops()
+        projected.sum().backward()
+    assert shape.flops(7, backward=True) == counter.get_total_flops()
 
 
 def test_figures_of_llama2_7b():

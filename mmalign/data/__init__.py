@@ -1,7 +1,7 @@
 """From files to packed batches.
 
     json file           read_samples     samples.py      bytes in memory, parsed lazily
-      Sample            encode           dataset.py      checked; text by templates.py
+      Sample            encode           dataset.py      checked; text by templates.py, segments.py
       EncodedSample     load_pixels      images.py       uint8, resized as CLIP does
         |               check_samples    check.py        all of this once, before training
         v

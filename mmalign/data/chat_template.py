@@ -4,7 +4,8 @@ import json
 from itertools import takewhile
 
 from mmalign.data.samples import Turn
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, Segment, Template, special_ids
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL, Segment, special_ids
+from mmalign.data.templates import Template, own_template
 from mmalign.tokenizer import Tokenizer
 
 _MARKS = ("\ue000", "\ue001", "\ue002", "\ue003")  # question, answer, question, answer
@@ -46,6 +47,8 @@ def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bo
     """
     if template.drops_question:
         return ""
+    if template.is_own:
+        return own_template(tokenizer).text
     special = special_ids(tokenizer, use_im_start_end)
 
     def text(segments) -> str:

@@ -19,7 +19,7 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.samples import SampleFile
-from mmalign.errors import SampleError, UserError, readable
+from mmalign.errors import LongSampleError, SampleError, UserError, readable
 from mmalign.files import replacing
 
 log = logging.getLogger("mmalign")
@@ -61,7 +61,8 @@ def check_samples(
         num_workers: processes; None: one per CPU core, none if data.num_workers is 0.
     Raises:
         SampleError: the first unusable sample, and how many there are, if data.on_bad_sample is
-            "error". With "skip" they are in the report's `skipped`.
+            "error". With "skip" they are in the report's `skipped`, as are long ones with
+            data.on_long_sample "skip".
         UserError: no usable sample is left.
     """
     cache = None if cache_path is None else Path(cache_path)
@@ -70,8 +71,10 @@ def check_samples(
         return report
     _warn_of_unused_fields(dataset)
     report = _check_all(dataset, num_workers, progress)
-    if report.skipped and dataset.data.on_bad_sample == "error":
-        raise _summary(report.skipped, len(dataset))
+    skips_long = dataset.data.on_long_sample == "skip"
+    bad = [x for x in report.skipped if not (skips_long and isinstance(x, LongSampleError))]
+    if bad and dataset.data.on_bad_sample == "error":
+        raise _summary(bad, len(dataset))
     if not len(report.kept):
         raise UserError(f"no usable sample: {_summary(report.skipped, len(dataset))}")
     if cache is not None:

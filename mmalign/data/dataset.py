@@ -14,8 +14,9 @@ from torch import Tensor
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
 from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
-from mmalign.data.templates import IMAGE, IMAGE_SENTINEL, encode_conversation, find_template
-from mmalign.errors import SampleError, UserError
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
+from mmalign.data.templates import encode_conversation, find_template
+from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
@@ -40,8 +41,8 @@ class ConversationDataset:
     vision: the tower that the images are for; None: text only (data.text_only).
 
     Raises SampleError for an unusable sample: wrong order of speakers, a number of `<image>` that
-    differs from its images, an empty question or answer, more than data.max_length tokens (the
-    reference truncates such a sample silently), an image path outside data.image_root.
+    differs from its images, an empty question or answer, more than data.max_length tokens (unless
+    data.on_long_sample is "truncate"), an image path outside data.image_root.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class ConversationDataset:
     ):
         if vision is None and not data.text_only:
             raise ValueError("images need the VisionConfig of their tower")
-        self.samples, self.tokenizer, self.data, self.vision = samples, tokenizer, data, vision
+        self.samples, self.tokenizer, self.data = samples, tokenizer, data
+        pads = data.image_aspect_ratio == "pad"
+        self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
         # links in a path are resolved and have to stay inside, unless the user follows them
         self._resolve = os.path.abspath if data.follow_links else os.path.realpath
@@ -79,7 +82,14 @@ class ConversationDataset:
         images = None if vision is None else (vision.preprocessing, vision.num_patches)
         settings = (
             *(data.template, data.use_im_start_end, data.text_only, data.max_length),
-            *(data.check_images, data.on_bad_sample, data.follow_links, self._root, images),
+            *(
+                data.on_long_sample,
+                data.check_images,
+                data.on_bad_sample,
+                data.follow_links,
+                self._root,
+                images,
+            ),
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
@@ -106,7 +116,7 @@ class ConversationDataset:
             raise SampleError(
                 sample.id, f"its text cannot be tokenised ({error})", "Fix or remove the sample"
             ) from error
-        if len(ids) > data.max_length:
+        if len(ids) > data.max_length and data.on_long_sample != "truncate":
             raise self._too_long(sample, f"{len(ids)} tokens (the image counted as one)")
         if tokenizer.image_token_id in ids:
             raise SampleError(
@@ -119,13 +129,18 @@ class ConversationDataset:
         image = self._image_path(sample)
         if image and self.vision:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
+        if data.on_long_sample == "truncate" and len(ids) > data.max_length:
+            if tokenizer.image_token_id in ids[data.max_length :]:
+                raise self._too_long(sample, f"{len(ids)} tokens, and its image would be cut")
+            ids, labels = ids[: data.max_length], labels[: data.max_length]
         return EncodedSample(sample.id, ids, labels, image)
 
-    def _too_long(self, sample: Sample, length: str) -> SampleError:
-        return SampleError(
+    def _too_long(self, sample: Sample, length: str) -> LongSampleError:
+        return LongSampleError(
             sample.id,
             f"{length}, at most {self.data.max_length} tokens allowed",
-            "Shorten or split the conversation, or raise --data.max-length",
+            "Shorten or split the conversation, raise --data.max-length, or choose "
+            "--data.on-long-sample skip or truncate",
         )
 
     def load_pixels(self, index: int) -> Tensor | None:

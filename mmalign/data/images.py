@@ -1,4 +1,4 @@
-"""Images: file to uint8 pixels, resized and cropped as stock CLIP does.
+"""Images: file to uint8 pixels, resized and cropped as CLIP does, or as SigLIP and LLaVA 1.5 do.
 
 Within one level of transformers' CLIPImageProcessor (the PIL version, before rescaling and
 normalising): convert to RGB, resize the short side with antialiasing, crop the centre. EXIF
@@ -42,8 +42,10 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
             too large (as it is or resized) or deeper than 8 bits.
     """
     size, crop_size = preprocessing.size, preprocessing.crop_size
-    image = _open_rgb(path, size)
-    height, width = _resized(image.height, image.width, size)
+    image = _open_rgb(path, preprocessing)
+    if preprocessing.do_pad:
+        image = _padded(image, preprocessing.background)
+    height, width = _resized(image.height, image.width, preprocessing)
     if min(image.size) >= _TORCH_RESIZE_SCALE * size:
         # a view with channels last: the fast path of torch's uint8 resize
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -63,14 +65,28 @@ def check_image(path: Path, preprocessing: Preprocessing) -> None:
     Raises:
         UserError: as load_image.
     """
-    _open_rgb(path, preprocessing.size, draft=True)
+    _open_rgb(path, preprocessing, draft=True)
 
 
-def _resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) with the short side at size, the long side rounded down as CLIP's is."""
+def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(height, width) with the short side at size, the long side rounded down as CLIP's is.
+
+    Where nothing is cropped afterwards, as for SigLIP, both sides.
+    """
+    size = preprocessing.size
+    if not preprocessing.do_center_crop:
+        return size, size
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
+
+
+def _padded(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -79,14 +95,14 @@ def _open(file: BinaryIO) -> Image.Image:
         return Image.open(file, formats=FORMATS)
 
 
-def _open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
-    """size: of the short side after resizing, for the check that this fits into memory."""
+def _open_rgb(path: Path, preprocessing: Preprocessing, draft: bool = False) -> Image.Image:
+    """preprocessing: for the check that the resized image fits into memory."""
     try:
         with open_regular(path) as file:
             if (num_bytes := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
                 raise UserError(f"{path} is too large ({num_bytes:,} bytes). Scale the image down")
             with _open(file) as image:
-                _check_kind(path, image, size)
+                _check_kind(path, image, preprocessing)
                 if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
                     image.draft(image.mode, (1, 1))
                 return image.convert("RGB")
@@ -105,14 +121,17 @@ def _open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
         raise UserError(f"{path} cannot be decoded ({reason})") from error
 
 
-def _check_kind(path: Path, image: Image.Image, size: int) -> None:
+def _check_kind(path: Path, image: Image.Image, preprocessing: Preprocessing) -> None:
     if image.mode in _DEEP_MODES:
         raise UserError(
             f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
         )
-    height, width = _resized(image.height, image.width, size)
+    height, width = _resized(image.height, image.width, preprocessing)
+    if preprocessing.do_pad:
+        height = width = max(image.size)
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise UserError(
-            f"{path} is {image.width} x {image.height}: resized to a short side of {size} it would "
-            f"have {height * width} pixels. Crop the image"
+            f"{path} is {image.width} x {image.height}: resized to a short side of "
+            f"{preprocessing.size}, or padded, it would have {height * width} pixels. Crop the "
+            "image"
         )

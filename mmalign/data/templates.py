@@ -1,9 +1,7 @@
 """Conversations to ids and labels, template by template.
 
-A template renders a conversation to segments: a stretch of text or one special token, each marked
-as supervised or not. Text between two special tokens is tokenised once, with character offsets,
-and an id is supervised where its characters touch a supervised segment. Nothing is tokenised twice
-and no lengths are compared, so no tokenizer can shift a mask.
+A template renders a conversation to segments (segments.py): a stretch of text or one special
+token, each marked as supervised or not.
 
 To add a template, write a function that yields its segments and enter it in TEMPLATES, at the end.
 
@@ -18,33 +16,30 @@ Supervised text (everything else has the label IGNORE_INDEX):
                             trains on the first "###", on "### Assistant:" and on the last blank
     v1                      " " answer, </s>
     llama_2, llava_llama_2  " " answer " ", </s>
+    llama_3                 answer, <|eot_id|>
+    chatml                  answer, <|im_end|>
+    mistral                 " " answer, </s>
+    chat                    what the chat template in the tokenizer's folder marks as generated, or
+                            else every answer and the special token that ends it
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
-from mmalign.batch import IGNORE_INDEX
 from mmalign.config import TrainConfig
 from mmalign.data.samples import Turn
+from mmalign.data.segments import (
+    IMAGE,
+    IMAGE_SENTINEL,
+    Segment,
+    SpecialIds,
+    encode_segments,
+    special_ids,
+)
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
-
-IMAGE = "<image>"  # the image's place in the text of a published conversation
-IMAGE_SENTINEL = -200  # id of the whole image until it is expanded to its patches
-
-Segment = tuple[str | int, bool]  # text or the id of a special token; supervised
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialIds:
-    """The ids that templates write, and whether an image is wrapped in im_start / im_end."""
-
-    bos: int
-    eos: int
-    im_start: int
-    im_end: int
-    use_im_start_end: bool
+from mmalign.tokenizer.chat_template import ChatTemplate, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +51,8 @@ class Template:
     single_turn: bool = False  # takes one question and one answer
     drops_question: bool = False  # of the question only the image is rendered
     writes_image_tokens: bool = True  # <im_start> and <im_end>, unless data.use_im_start_end is off
+    end_of_turn: str = ""  # special token that ends an answer, where it is not end-of-sequence
+    is_own: bool = False  # the tokenizer's chat template
 
 
 def find_template(name: str) -> Template:
@@ -79,7 +76,7 @@ def encode_conversation(
     The image is one id, IMAGE_SENTINEL, at the front of the turn that contains "<image>".
     """
     special = special_ids(tokenizer, use_im_start_end)
-    return _encode(template.render(turns, special), tokenizer)
+    return encode_segments(template.render(turns, special), tokenizer)
 
 
 def encode_prompt(
@@ -87,66 +84,25 @@ def encode_prompt(
 ) -> list[int]:
     """Ids up to the model's answer to the last question, with which `turns` end."""
     special = special_ids(tokenizer, use_im_start_end)
+    if template.is_own:
+        return encode_segments(_chat(turns, special), tokenizer)[0]
     segments = list(template.render([*turns, Turn("gpt", "")], special))
     while segments[-1][1] or segments[-1][0] == " ":  # the empty answer and what follows it
         segments.pop()
-    return _encode(segments, tokenizer)[0]
+    return encode_segments(segments, tokenizer)[0]
 
 
-def special_ids(tokenizer: Tokenizer, use_im_start_end: bool) -> SpecialIds:
-    return SpecialIds(
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.im_start_id,
-        tokenizer.im_end_id,
-        use_im_start_end,
-    )
+def end_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids besides end-of-sequence that end an answer."""
+    name = own_template(tokenizer).end_of_turn if template.is_own else template.end_of_turn
+    found = tokenizer.special_id(name) if name else None
+    return () if found is None else (found,)
 
 
-def _encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    ids, labels = [], []
-    for item, spans in _join_text(segments, tokenizer.im_start_id, tokenizer.im_end_id):
-        if isinstance(item, int):
-            ids.append(item)
-            labels.append(item if spans else IGNORE_INDEX)
-            continue
-        text_ids, offsets = tokenizer.encode_with_offsets(item)
-        ids += text_ids
-        labels += [
-            token_id if _touches(begin, end, spans) else IGNORE_INDEX
-            for token_id, (begin, end) in zip(text_ids, offsets, strict=True)
-        ]
-    return ids, labels
-
-
-def _touches(begin: int, end: int, spans: list[tuple[int, int]]) -> bool:
-    end = max(end, begin + 1)  # an id without characters belongs to the character after it
-    return any(begin < span_end and span_begin < end for span_begin, span_end in spans)
-
-
-def _join_text(
-    segments: Iterable[Segment], im_start_id: int, im_end_id: int
-) -> Iterator[tuple[str | int, list[tuple[int, int]]]]:
-    """Stretches of text with their supervised spans, and special ids (spans: empty or not).
-
-    White space before <im_start> and after <im_end> is stripped, as in transformers before 4.34.
-    """
-    text, spans, last = "", [], None
-    for item, supervised in segments:
-        if isinstance(item, int):
-            text = text.rstrip() if item == im_start_id else text
-            if text:
-                yield text, spans
-            yield item, [(0, 1)] if supervised else []
-            text, spans, last = "", [], item
-            continue
-        if not text and last == im_end_id:
-            item = item.lstrip()
-        if supervised:
-            spans.append((len(text), len(text) + len(item)))
-        text += item
-    if text:
-        yield text, spans
+@lru_cache(maxsize=8)
+def own_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template beside the tokenizer's file."""
+    return ChatTemplate(tokenizer.path.parent, tokenizer)
 
 
 def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
@@ -164,16 +120,21 @@ def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
         yield "\n" + text, False
 
 
+def _bos(special: SpecialIds) -> Iterator[Segment]:
+    if special.bos is not None:
+        yield special.bos, False
+
+
 def _plain(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     question, answer = turns
-    yield special.bos, False
+    yield from _bos(special)
     if IMAGE in question.text:
         yield IMAGE_SENTINEL, False
     yield answer.text + "\n", True
 
 
 def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
-    yield special.bos, False
+    yield from _bos(special)
     yield f"{system}\n\n###", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield " Human: ", False
@@ -184,7 +145,7 @@ def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 
 
 def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
-    yield special.bos, False
+    yield from _bos(special)
     yield f"{system} ", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield "USER: ", False
@@ -197,7 +158,7 @@ def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
     opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield special.bos, False
+        yield from _bos(special)
         yield opening, False
         yield from _question(question.text, special)
         yield " [/INST]", False
@@ -206,6 +167,80 @@ def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterato
         opening = "[INST] "
 
 
+def _llama_3(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    yield from _bos(special)
+    header, end, eot = (special.named(f"<|{x}|>") for x in _LLAMA_3_TOKENS)
+    for turn in turns:
+        asks = turn.speaker == "human"
+        yield header, False
+        yield "user" if asks else "assistant", False
+        yield end, False
+        yield "\n\n", False
+        yield from _question(turn.text, special) if asks else [(turn.text, True)]
+        yield eot, not asks
+
+
+def _chatml(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    start, end = special.named("<|im_start|>"), special.named("<|im_end|>")
+    yield start, False
+    yield f"system\n{system}", False
+    yield end, False
+    for turn in turns:
+        asks = turn.speaker == "human"
+        yield "\n", False
+        yield start, False
+        yield "user\n" if asks else "assistant\n", False
+        yield from _question(turn.text, special) if asks else [(turn.text, True)]
+        yield end, not asks
+
+
+def _mistral(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    begin, end = (_special_or_text(x, special) for x in ("[INST]", "[/INST]"))
+    yield from _bos(special)
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        yield begin, False
+        yield " ", False
+        yield from _question(question.text, special)
+        yield " ", False
+        yield end, False
+        yield f" {answer.text}", True
+        yield special.eos, True
+
+
+def _special_or_text(name: str, special: SpecialIds) -> str | int:
+    """Mistral's marks are text in its first tokenizers, and special tokens in later ones."""
+    found = None if special.tokenizer is None else special.tokenizer.special_id(name)
+    return name if found is None else found
+
+
+def _chat(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
+    """As apply_chat_template; the image, if any, at the front of its turn."""
+    assert special.tokenizer is not None
+    template, contents = own_template(special.tokenizer), []
+    for turn in turns:
+        text = turn.text.replace(IMAGE, "").strip()
+        marked = f"{_IMAGE_MARK}\n{text}" if text else _IMAGE_MARK
+        contents.append(marked if IMAGE in turn.text else turn.text)
+    asks = turns[-1].speaker == "human"
+    for span in template.spans(contents, add_generation_prompt=asks):
+        yield from _segments_of(span, template, special)
+
+
+def _segments_of(span: Span, template: ChatTemplate, special: SpecialIds) -> Iterator[Segment]:
+    if not span.is_content:
+        for part in template.split(span.text):
+            token_id = special.tokenizer.special_id(part) if special.tokenizer else None
+            yield part if token_id is None else token_id, span.supervised
+        return
+    mark, text = span.text[:1], span.text[1:]
+    if mark != _IMAGE_MARK:
+        yield span.text, span.supervised
+        return
+    yield from _question(f"{IMAGE}{text}", special)
+
+
+_IMAGE_MARK = "\uf8f2"  # private use: the image while the tokenizer's template is rendered
+_LLAMA_3_TOKENS = ("start_header_id", "end_header_id", "eot_id")
 _V0_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -229,6 +264,7 @@ _LLAVA_LLAMA_2_SYSTEM = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_CHATML_SYSTEM = "You are a helpful assistant."  # Qwen's
 
 TEMPLATES: dict[str, Template] = {
     "plain": Template(_plain, single_turn=True, drops_question=True, writes_image_tokens=False),
@@ -236,4 +272,8 @@ TEMPLATES: dict[str, Template] = {
     "v1": Template(partial(_v1, system=_V1_SYSTEM)),
     "llama_2": Template(partial(_llama_2, system=_LLAMA_2_SYSTEM)),
     "llava_llama_2": Template(partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM)),
+    "llama_3": Template(_llama_3, end_of_turn="<|eot_id|>"),
+    "chatml": Template(partial(_chatml, system=_CHATML_SYSTEM), end_of_turn="<|im_end|>"),
+    "mistral": Template(_mistral),
+    "chat": Template(_chat, is_own=True),
 }

@@ -78,7 +78,7 @@ class Evaluation:
         return plan_scoring(
             self.tokenizer,
             [request for _, request in named],
-            self.model_config.max_position_embeddings,
+            self.model_config.context_length,
             self.model_config.vocab_size,
             self.batch_tokens,
             progress=self.progress and bool(named),
@@ -88,7 +88,7 @@ class Evaluation:
     def _prompts(self, task: FreeForm, documents: Sequence[OpenDocument]) -> list[Prompt]:
         prompts = [Prompt(self.tokenizer.encode(document.prompt)) for document in documents]
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        num_new, context = task.options.max_new_tokens, self.model_config.max_position_embeddings
+        num_new, context = task.options.max_new_tokens, self.model_config.context_length
         if longest + num_new > context:
             raise UserError(
                 f"{task.name}: the longest prompt has {longest} tokens and its answer up to "
@@ -141,7 +141,7 @@ class Evaluation:
             "tasks": {task: TASKS[task].protocol() for task in items},
             "tokenizer": f"{self.tokenizer.path.name}, {self.tokenizer.vocab_size:,} tokens",
             "tokenizer_sha256": self.tokenizer.fingerprint,
-            "max_length": self.model_config.max_position_embeddings,
+            "max_length": self.model_config.context_length,
             "precision": self.precision,
             "versions": versions(),
             "num_requests": sum(len(x.get("choices", ())) for rows in items.values() for x in rows),

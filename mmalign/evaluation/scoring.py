@@ -125,7 +125,7 @@ def score_requests(
     for an empty continuation, one longer than the model's context, and log-probabilities that are
     not finite.
     """
-    max_length, vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
+    max_length, vocab_size = decoder.config.context_length, decoder.config.vocab_size
     plan = plan_scoring(
         tokenizer, requests, max_length, vocab_size, batch_tokens, progress=progress, names=names
     )

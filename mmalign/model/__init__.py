@@ -1,4 +1,4 @@
-"""Vision tower, projector and decoder: a minimal CLIP and LLaMA 2 on packed tokens.
+"""Vision tower, projector and decoder: CLIP or SigLIP, and the LLaMA family, on packed tokens.
 
 The path of a PackedBatch (mmalign/batch.py) through the files:
 
@@ -10,7 +10,8 @@ The path of a PackedBatch (mmalign/batch.py) through the files:
       attention         positions.py      of packed samples, after a prefix, with a KV cache
       activations       recompute.py      what the backward pass computes again
 
-config.py has the shapes, preprocessing.py what images go through, hf/ reads and writes folders,
+config.py has the shapes, kinds.py what distinguishes the models, rope.py rotary frequencies,
+preprocessing.py what images go through; hf_config.py and hf/ read and write folders,
 shards.py sees through FSDP2's shards.
 generate.py -> generation_cache.py -> decoder.py -> sampling.py continues prompts.
 """

@@ -1,37 +1,39 @@
 """Shapes of the decoder and of the vision tower, read from and written to Hugging Face configs."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mmalign.errors import UserError
-from mmalign.files import Settings, read_json
+from mmalign.files import Settings
+from mmalign.model.hf_config import language_model, read_hf_config
+from mmalign.model.kinds import DECODERS, TOWERS, DecoderKind, TowerKind
 from mmalign.model.preprocessing import Preprocessing
+from mmalign.model.rope import RopeScaling, read_rope
 
-# Least and greatest value, and what transformers leaves out of config.json because it is the
-# default of its config class.
-_LLAMA_INTEGERS = {
-    "vocab_size": (1, 2**24, 32000),
-    "hidden_size": (1, 2**20, 4096),
-    "intermediate_size": (1, 2**22, 11008),
-    "num_hidden_layers": (1, 1024, 32),
-    "num_attention_heads": (1, 2**14, 32),
-    "max_position_embeddings": (1, 2**27, 2048),
+# greatest values; what config.json leaves out is in kinds.py
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14,
+    "max_position_embeddings": 2**27,
 }
-_CLIP_VISION_INTEGERS = {
-    "hidden_size": (1, 2**20, 768),
-    "intermediate_size": (1, 2**22, 3072),
-    "num_hidden_layers": (1, 1024, 12),
-    "num_attention_heads": (1, 2**14, 12),
-    "image_size": (1, 4096, 224),
-    "patch_size": (1, 4096, 32),
+_TOWER_LIMITS = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**14,
+    "image_size": 4096,
+    "patch_size": 4096,
 }
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A LLaMA decoder. Names and meaning are those of transformers' LlamaConfig."""
+    """A decoder of the LLaMA family. Names and meaning are those of transformers' configs."""
 
     vocab_size: int
     hidden_size: int
@@ -46,6 +48,9 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | list[int] | None = 1
     eos_token_id: int | list[int] | None = 2
+    model_type: str = "llama"  # a key of DECODERS
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # tokens that a token sees in Mistral; None: all before it
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -57,61 +62,83 @@ class DecoderConfig:
             raise UserError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
     @property
+    def kind(self) -> DecoderKind:
+        return DECODERS[self.model_type]
+
+    @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of q, k and v in the fused qkv_proj."""
         key_value_size = self.num_key_value_heads * self.head_dim
         return self.num_attention_heads * self.head_dim, key_value_size, key_value_size
 
+    @property
+    def length_limit(self) -> int | None:
+        """The longest sequence that is computed; None: any, since rotary positions extrapolate.
+
+        Within a sliding window every token sees all before it. Dynamic RoPE is plain up to
+        max_position_embeddings; beyond, a token's rotation would depend on its sequence's length.
+        """
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic":
+            return min(self.max_position_embeddings, self.sliding_window or 2**27)
+        return self.sliding_window
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that the model is made for and that is computed."""
+        return min(self.max_position_embeddings, self.length_limit or 2**27)
+
     @classmethod
     def from_hf(cls, folder: str | Path) -> "DecoderConfig":
-        """Reads config.json of a LlamaForCausalLM folder, or the text part of a LLaVA folder.
+        """Reads config.json of a causal language model, or of a VLM that contains one.
 
-        Takes the spelling of published checkpoints (rope_theta, rope_scaling) and of transformers
-        5 (rope_parameters). Raises UserError for anything that the decoder does not compute.
+        Raises UserError for anything that the decoder does not compute.
         """
-        hf = read_hf_config(folder)
-        if "text_config" in hf:
-            hf.require("model_type", "llava")
-            text = hf.section("text_config")
-            tied = hf.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False)
-            values = {"model_type": "llama"} | text.values | {"tie_word_embeddings": tied}
-            hf = Settings(values, text.path, text.within)
-        hf.require("model_type", "llama", "llava", "llava_llama")
-        hf.require("hidden_act", None, "silu")
-        hf.require("attention_bias", None, False)
-        hf.require("mlp_bias", None, False)
-        sizes = {name: hf.integer(name, *limits) for name, limits in _LLAMA_INTEGERS.items()}
-        heads, hidden_size = sizes["num_attention_heads"], sizes["hidden_size"]
+        hf = language_model(read_hf_config(folder))
+        model_type = hf.require("model_type", *DECODERS)
+        defaults = DECODERS[model_type].defaults
+        for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            hf.require(key, None, value)
+        sizes = {x: hf.integer(x, 1, most, defaults[x]) for x, most in _LIMITS.items()}
+        heads, max_positions = sizes["num_attention_heads"], sizes["max_position_embeddings"]
+        head_dim = defaults["head_dim"] or sizes["hidden_size"] // heads
+        theta, scaling = read_rope(hf, max_positions)
         return _built(
             cls,
             hf,
             **sizes,
-            num_key_value_heads=hf.integer("num_key_value_heads", 1, heads, heads, null=True),
-            head_dim=hf.integer("head_dim", 2, 2**16, hidden_size // heads, null=True),
+            num_key_value_heads=hf.integer(
+                "num_key_value_heads", 1, heads, defaults["num_key_value_heads"] or heads, null=True
+            ),
+            head_dim=hf.integer("head_dim", 2, 2**16, head_dim, null=True),
             rms_norm_eps=hf.number("rms_norm_eps", 0, 1, 1e-6),
-            rope_theta=_rope_theta(hf),
+            rope_theta=theta,
             tie_word_embeddings=hf.flag("tie_word_embeddings", False),
-            bos_token_id=_token_ids(hf, "bos_token_id", 1),
-            eos_token_id=_token_ids(hf, "eos_token_id", 2),
+            bos_token_id=_token_ids(hf, "bos_token_id", defaults["bos_token_id"]),
+            eos_token_id=_token_ids(hf, "eos_token_id", defaults["eos_token_id"]),
+            model_type=model_type,
+            rope_scaling=scaling,
+            sliding_window=_sliding_window(hf, defaults.get("sliding_window")),
         )
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        """config.json of a LlamaForCausalLM, in the spelling that all versions read."""
+        """config.json of a causal language model, in the spelling that all versions read."""
+        values = asdict(self) | {"rope_scaling": None}
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_hf()
+        if "sliding_window" not in self.kind.defaults:
+            del values["sliding_window"]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.kind.architecture],
             "torch_dtype": str(dtype).removeprefix("torch."),
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_scaling": None,
-            **asdict(self),
+            **self.kind.to_hf,
+            **values,
         }
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower. Names and meaning are those of transformers' CLIPVisionConfig."""
+    """A CLIP or SigLIP tower. Names and meaning are those of transformers' configs."""
 
     hidden_size: int
     intermediate_size: int
@@ -120,12 +147,15 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float = 1e-5
-    # stock CLIP's, unless the folder has its own; __post_init__ replaces None
+    # the tower's stock one, unless the folder has its own; __post_init__ replaces None
     preprocessing: Preprocessing = None  # pyright: ignore[reportAssignmentType]
+    model_type: str = "clip_vision_model"  # a key of TOWERS
+    hidden_act: str = "quick_gelu"
+    vision_feature_layer: int = -2  # of hidden_states, which the projector reads
 
     def __post_init__(self):
         if self.preprocessing is None:
-            stock = Preprocessing(size=self.image_size, crop_size=self.image_size)
+            stock = Preprocessing.stock(self.image_size, self.kind.is_clip)
             object.__setattr__(self, "preprocessing", stock)
         if self.patch_size > self.image_size:
             raise UserError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}")
@@ -136,6 +166,10 @@ class VisionConfig:
             )
 
     @property
+    def kind(self) -> TowerKind:
+        return TOWERS[self.model_type]
+
+    @property
     def num_patches(self) -> int:
         """Tokens that one image takes in the decoder's sequence."""
         return (self.image_size // self.patch_size) ** 2
@@ -143,82 +177,87 @@ class VisionConfig:
     @property
     def num_class_tokens(self) -> int:
         """Rows before an image's patches, which the projector does not read."""
-        return 1
+        return int(self.kind.is_clip)
 
     @property
     def seqlen(self) -> int:
-        """Rows of one image inside the tower: the class token and its patches."""
+        """Rows of one image inside the tower: the class token, if any, and its patches."""
         return self.num_class_tokens + self.num_patches
 
     @property
     def num_layers_used(self) -> int:
-        """Layers that compute what the projector reads: hidden_states[-2]."""
-        return self.num_hidden_layers - 1
+        """Layers that compute what the projector reads."""
+        return self.num_hidden_layers + 1 + self.vision_feature_layer
+
+    def padding(self) -> "VisionConfig":
+        """The same tower behind images that are padded to squares."""
+        return replace(self, preprocessing=replace(self.preprocessing, do_pad=True))
 
     @property
     def llava_fields(self) -> dict:
         """What LlavaForConditionalGeneration's config.json says of the features it reads."""
-        return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        strategy = "default" if self.num_class_tokens else "full"  # default: drops the first row
+        return {
+            "vision_feature_layer": self.vision_feature_layer,
+            "vision_feature_select_strategy": strategy,
+        }
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "VisionConfig":
-        """Of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder.
+        """Of a CLIP or SigLIP folder (tower, or whole), or a LlavaForConditionalGeneration's.
 
         Reads config.json and, where there is one, preprocessor_config.json.
         """
-        hf = read_hf_config(folder)
-        if hf.require("model_type", "clip_vision_model", "clip", "llava") != "clip_vision_model":
-            if "vision_config" not in hf:
-                raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
-            # CLIP's first releases repeat the values in vision_config_dict, which has precedence
-            first, second = hf.section("vision_config"), hf.section("vision_config_dict")
-            hf = Settings(first.values | second.values, first.path, first.within)
-            hf.require("model_type", None, "clip_vision_model")
-        hf.require("hidden_act", None, "quick_gelu")
+        whole = read_hf_config(folder)
+        hf, model_type = _tower_settings(whole)
+        kind = TOWERS[model_type]
+        hidden_act = hf.require("hidden_act", None, *kind.hidden_acts) or kind.hidden_act
         hf.require("num_channels", None, 3)
-        sizes = {name: hf.integer(name, *limits) for name, limits in _CLIP_VISION_INTEGERS.items()}
-        eps = hf.number("layer_norm_eps", 0, 1, 1e-5)
-        preprocessing = Preprocessing.from_hf(folder, sizes["image_size"])
-        return _built(cls, hf, **sizes, layer_norm_eps=eps, preprocessing=preprocessing)
+        sizes = {
+            name: hf.integer(name, 1, most, kind.defaults[name])
+            for name, most in _TOWER_LIMITS.items()
+        }
+        layer = whole.integer("vision_feature_layer", -sizes["num_hidden_layers"], -1, -2)
+        config = _built(
+            cls,
+            hf,
+            **sizes,
+            layer_norm_eps=hf.number("layer_norm_eps", 0, 1, kind.layer_norm_eps),
+            preprocessing=Preprocessing.from_hf(folder, sizes["image_size"], kind.is_clip),
+            model_type=model_type,
+            hidden_act=hidden_act,
+            vision_feature_layer=layer,
+        )
+        if whole.get("model_type") == "llava":
+            expected = ("default", None) if kind.is_clip else ("full",)
+            whole.require("vision_feature_select_strategy", *expected)
+        return config
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        """config.json of a CLIPVisionModel."""
+        """config.json of a CLIPVisionModel or SiglipVisionModel."""
+        other = ("preprocessing", "vision_feature_layer")
         return {
-            "architectures": ["CLIPVisionModel"],
-            "model_type": "clip_vision_model",
+            "architectures": [self.kind.architecture],
             "torch_dtype": str(dtype).removeprefix("torch."),
-            "hidden_act": "quick_gelu",
             "num_channels": 3,
-            **{name: value for name, value in asdict(self).items() if name != "preprocessing"},
+            **({} if self.kind.is_clip else {"vision_use_head": False}),
+            **{name: value for name, value in asdict(self).items() if name not in other},
         }
 
 
-def read_hf_config(folder: str | Path) -> Settings:
-    """config.json of a Hugging Face folder; UserError where it is missing, malformed or quantised.
-
-    A folder that holds something else, such as an adapter, is called by its name.
-    """
-    hint = "Give the folder of a Hugging Face checkpoint: config.json and the weights"
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        hint = other_folder(Path(folder)) or hint
-    hf = Settings(read_json(path, hint), path)
-    for part in (hf, hf.section("text_config"), hf.section("vision_config")):
-        if part.get("quantization_config") is not None:
-            raise UserError(
-                f"{path}: {part.within}quantization_config is set, but quantised weights are not "
-                "supported. Give the folder of the model before its quantisation"
-            )
-    return hf
-
-
-def other_folder(folder: Path) -> str:
-    """What a folder without a model holds instead, and what to do; empty: not known."""
-    if (folder / "adapter_config.json").exists():
-        return "The folder holds an adapter (adapter_config.json). Give the merged model's folder"
-    if any(folder.glob("*.gguf")):
-        return "The folder holds a GGUF file. Give the Hugging Face folder that it was made from"
-    return ""
+def _tower_settings(hf: Settings) -> tuple[Settings, str]:
+    """The tower's settings and its model_type: hf itself, or the vision part of a whole model."""
+    wholes = {kind.of_model: name for name, kind in TOWERS.items()}
+    found = hf.require("model_type", *TOWERS, *wholes, "llava")
+    if found in TOWERS:
+        return hf, found
+    if "vision_config" not in hf:
+        raise UserError(f"{hf.path}: no vision_config. Give a folder with a vision tower")
+    # CLIP's first releases repeat the values in vision_config_dict, which has precedence
+    first, second = hf.section("vision_config"), hf.section("vision_config_dict")
+    hf = Settings(first.values | second.values, first.path, first.within)
+    expected = [wholes[found]] if found in wholes else TOWERS
+    return hf, hf.require("model_type", None, *expected) or wholes.get(found, "clip_vision_model")
 
 
 def _built(config_class: type, hf: Settings, **values):
@@ -229,37 +268,32 @@ def _built(config_class: type, hf: Settings, **values):
         raise UserError(f"{hf.path}: {error}") from error
 
 
-def _token_ids(hf: Settings, name: str, default: int) -> int | list[int] | None:
+def _sliding_window(hf: Settings, default: int | None) -> int | None:
+    """Of all layers, in a kind whose default it is; UserError for one of some layers alone.
+
+    Those have it that layer_types names, or with use_sliding_window those from max_window_layers
+    on.
+    """
+    kinds = hf.get("layer_types")
+    if kinds is not None and any(kind != "full_attention" for kind in kinds):
+        raise hf.error("layer_types", "'full_attention' for every layer")
+    if default is not None:
+        given = hf.values.get("sliding_window", default) is not None
+        return hf.integer("sliding_window", 1, 2**27, default) if given else None
+    first, layers = hf.get("max_window_layers"), hf.get("num_hidden_layers")
+    some = not (isinstance(first, int) and isinstance(layers, int) and first >= layers)
+    if hf.flag("use_sliding_window", False) and some:
+        raise hf.error("use_sliding_window", "False", "supported:")
+    return None
+
+
+def _token_ids(hf: Settings, name: str, default: int | None) -> int | list[int] | None:
     """One id or several; some old folders have -1 for none."""
     value = hf.values.get(name, default)
     ids = value if isinstance(value, list) else [value]
     if value is not None and not all(type(i) is int and -1 <= i < 2**24 for i in ids):
         raise hf.error(name, "a token id or a list of token ids")
     return value
-
-
-def _rope_theta(hf: Settings) -> float:
-    """The one base that both spellings agree on; UserError for other kinds of rope."""
-    thetas = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = hf.section(key)
-        for name in ("rope_type", "type"):
-            kind = rope.get(name)
-            if kind not in (None, "default"):
-                raise UserError(
-                    f"{hf.path}: {hf.within}{key} of type {kind!r} is not supported; only plain "
-                    "RoPE (default)"
-                )
-        rope.number("partial_rotary_factor", 1, 1, 1, null=True)
-        if rope.get("rope_theta") is not None:
-            thetas[f"{key}.rope_theta"] = rope.number("rope_theta", 1, 1e12, 1e4)
-    hf.number("partial_rotary_factor", 1, 1, 1, null=True)
-    if hf.get("rope_theta") is not None:
-        thetas["rope_theta"] = hf.number("rope_theta", 1, 1e12, 1e4)
-    if len(set(thetas.values())) > 1:
-        found = " and ".join(f"{key} {theta:g}" for key, theta in thetas.items())
-        raise UserError(f"{hf.path}: {found} disagree. Remove the wrong one")
-    return next(iter(thetas.values()), 10000.0)
 
 
 # ---- shapes of the published models that the recipes are made for ----
@@ -294,3 +328,4 @@ CLIP_VIT_L_14 = VisionConfig(
     image_size=224,
     patch_size=14,
 )
+CLIP_VIT_L_14_336 = replace(CLIP_VIT_L_14, image_size=336, preprocessing=None)

@@ -1,4 +1,4 @@
-"""The LLaMA decoder on packed tokens: samples of any length in one row, without padding."""
+"""The decoder on packed tokens: samples of any length in one row, without padding."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -32,8 +32,7 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        num_positions = min(config.max_position_embeddings, MAX_TABLE)
-        self.rotary = RotaryTables(config.head_dim, config.rope_theta, num_positions)
+        self.rotary = RotaryTables(config, min(config.max_position_embeddings, MAX_TABLE))
 
     def set_recompute(self, policy: Recompute, num_layers: int | None = None) -> None:
         """The policy (recompute.py) of the first num_layers layers, None: of all."""

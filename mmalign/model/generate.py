@@ -40,6 +40,7 @@ class GenerationOptions:
     top_p: float = 1.0  # 1: all
     seed: int = 0  # of a prompt's draws, together with its place in the list
     stop: tuple[str, ...] = ()  # texts that end a generation
+    end_ids: tuple[int, ...] = ()  # tokens that do, besides end-of-sequence
 
     def __post_init__(self):
         limits = {
@@ -82,7 +83,7 @@ def generate(
     sequences = [_Sequence(i, prompt, options, tokenizer) for i, prompt in enumerate(prompts)]
     for sequence in sequences:
         _check(sequence, llava)
-    ends = _end_ids(llava.decoder.config, tokenizer)
+    ends = _end_ids(llava.decoder.config, tokenizer) | set(options.end_ids)
     training = llava.training
     llava.eval()
     with progress_bar(total=len(sequences), desc="generating", disable=not progress) as bar:

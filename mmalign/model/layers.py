@@ -15,9 +15,11 @@ from mmalign_kernels import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
 from mmalign.model.positions import Positions
 from mmalign.model.recompute import Recompute, checkpoint_from_residual, save_source_instead
+from mmalign.model.rope import inverse_frequencies
 
 
 class Linear(nn.Module):
@@ -32,14 +34,20 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def forward_rows(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
-        """forward(x) without a bias, whose first num_columns columns are computed for `rows` alone.
+        """forward(x), whose first num_columns columns are computed for `rows` alone.
 
         x (num_tokens, in_features), rows (num_rows,) -> (num_tokens, out_features), with zeros in
         these columns of the other rows.
         """
-        first, others = self.weight.split((num_columns, len(self.weight) - num_columns))
-        computed = linear(pack_rows(x, rows), first)  # (num_rows, num_columns)
-        return torch.cat((unpack_rows(computed, rows, len(x)), linear(x, others)), 1)
+        first, others = self.split_rows(num_columns)
+        computed = linear(pack_rows(x, rows), *first)  # (num_rows, num_columns)
+        return torch.cat((unpack_rows(computed, rows, len(x)), linear(x, *others)), 1)
+
+    def split_rows(self, num_columns: int) -> list[tuple[Tensor, Tensor | None]]:
+        """(weight, bias) of the first num_columns columns of the result, and of the others."""
+        sizes = num_columns, len(self.weight) - num_columns
+        biases = (None, None) if self.bias is None else self.bias.split(sizes)
+        return list(zip(self.weight.split(sizes), biases, strict=True))
 
 
 class Embedding(nn.Module):
@@ -92,7 +100,7 @@ class Constants(nn.Module):
 
 
 class RotaryTables(Constants):
-    """cos and sin of position * theta^(-2i / head_dim), (num_positions, head_dim // 2).
+    """cos and sin of position * frequency (rope.py), (num_positions, head_dim // 2).
 
     Positions past the end of the table extend it: rotary positions extrapolate by definition, and
     an image makes a sample longer than the text limit.
@@ -101,19 +109,27 @@ class RotaryTables(Constants):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, theta: float, num_positions: int):
-        exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
-        self.inverse_frequencies = 1.0 / theta**exponents
+    def __init__(self, config: DecoderConfig, num_positions: int):
+        self.inverse_frequencies, self.scale = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        self.length_limit = config.length_limit
         super().__init__(**self._tables(num_positions))
 
     def _tables(self, num_positions: int) -> dict[str, Tensor]:
         positions = torch.arange(num_positions, device="cpu").float()
         # computed on the CPU, so every device rotates by the same numbers
         angles = torch.outer(positions, self.inverse_frequencies)
-        return {"cos": angles.cos(), "sin": angles.sin()}
+        return {"cos": angles.cos() * self.scale, "sin": angles.sin() * self.scale}
 
     def up_to(self, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) with at least max_seqlen rows."""
+        """(cos, sin) with at least max_seqlen rows; UserError above the decoder's length_limit."""
+        if self.length_limit is not None and max_seqlen > self.length_limit:
+            raise UserError(
+                f"a sequence has {max_seqlen} tokens, but this decoder computes at most "
+                f"{self.length_limit}: its config.json has a sliding window or dynamic RoPE. "
+                "Shorten the text, or use another decoder"
+            )
         num_positions, device = len(self.cos), self.cos.device
         if max_seqlen > num_positions:
             with torch.inference_mode(False):  # a table grown while scoring also serves training
@@ -123,17 +139,21 @@ class RotaryTables(Constants):
 
 
 class DecoderLayer(nn.Module):
-    """One LLaMA layer; ends with the next layer's norm, so that each addition is fused with one."""
+    """One layer; ends with the next layer's norm, so that each addition is fused with one."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         hidden_size, qkv_sizes = config.hidden_size, config.qkv_sizes
         self.input_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
-        self.qkv_proj = Linear(hidden_size, sum(qkv_sizes))
+        self.qkv_proj = Linear(hidden_size, sum(qkv_sizes), bias=config.kind.qkv_bias)
+        if config.kind.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.o_proj = Linear(qkv_sizes[0], hidden_size)
         self.post_attention_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
         self.gate_up_proj = Linear(hidden_size, 2 * config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, hidden_size)
+        self.qk_norm, self.qkv_sizes = config.kind.qk_norm, qkv_sizes
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.recompute: Recompute = "none"
@@ -162,7 +182,7 @@ class DecoderLayer(nn.Module):
         return compute(normed)
 
     # With x the residual stream:
-    #   qkv = qkv_proj(input_layernorm(x))
+    #   qkv = qkv_proj(input_layernorm(x)), with q_norm and k_norm of every head where it has them
     #   x = x + o_proj(attention(qkv))
     #   gate, up = gate_up_proj(post_attention_layernorm(x))
     #   x = x + down_proj(silu(gate) * up)
@@ -179,6 +199,8 @@ class DecoderLayer(nn.Module):
                 qkv = self.qkv_proj(normed)  # (total_tokens, sum of qkv_sizes)
             else:
                 qkv = self.qkv_proj.forward_rows(normed, rows, self.o_proj.weight.shape[1])
+        if self.qk_norm:
+            qkv = self._norm_heads(qkv)
         attended = positions.attend(qkv, self.num_attention_heads, self.num_key_value_heads)
         if rows is not None:  # attention itself takes all rows: it is 0.03% of a step's FLOPs
             attended, residual = pack_rows(attended, rows), pack_rows(residual, rows)
@@ -191,6 +213,14 @@ class DecoderLayer(nn.Module):
             with self._saving_source(normed, residual, norm, "elementwise"):
                 output = self._mlp(normed)
         return add_rms_norm(output, residual, next_norm.weight, next_norm.eps)
+
+    def _norm_heads(self, qkv: Tensor) -> Tensor:
+        """Queries and keys normed, each head by itself: like qkv."""
+        q, k, v = qkv.split(self.qkv_sizes, 1)
+        head_dim = len(self.q_norm.weight)
+        q = self.q_norm(q.reshape(-1, head_dim)).view_as(q)
+        k = self.k_norm(k.reshape(-1, head_dim)).view_as(k)
+        return torch.cat((q, k, v), 1)
 
     def _mlp(self, normed: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(normed)  # (total_tokens, 2 * intermediate_size)

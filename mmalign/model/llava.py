@@ -13,7 +13,7 @@ from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
 from mmalign.model.positions import CachedPositions, KeyValues, PackedPositions
-from mmalign.model.projector import ImageInputs, Projector
+from mmalign.model.projector import AnyProjector, ImageInputs, load_projector_tensors
 from mmalign.model.vision_tower import VisionTower
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Llava(nn.Module):
         self,
         decoder: Decoder,
         vision_tower: VisionTower | None,
-        projector: Projector | None,
+        projector: AnyProjector | None,
         tokenizer: ImageTokens,
         shortcuts: ShortcutConfig = ALL_SHORTCUTS,
         prefix_ids: Sequence[int] = (),
@@ -146,7 +146,7 @@ class Llava(nn.Module):
     def load_projector(self, state: dict[str, Tensor]) -> None:
         """Takes what hf.load_projector returns; the two token rows go to embed_tokens."""
         assert self.projector is not None, "a text-only model has no projector"
-        self.projector.load_tensors(state)
+        load_projector_tensors(self.projector, state)
         if "image_token_embeddings" in state:
             self._write_image_token_rows(state["image_token_embeddings"])
 

@@ -23,12 +23,12 @@ class LoraLinear(Linear):
 
     def __init__(self, base: Linear, parts: dict[str, int], config: LoraConfig):
         """parts: name of each projection -> its rows in base.weight; config.targets are adapted."""
-        assert sum(parts.values()) == len(base.weight) and base.bias is None
+        assert sum(parts.values()) == len(base.weight)
         nn.Module.__init__(self)
         self.part_sizes = tuple(parts.values())
         self.adapted = [name for name in parts if name in config.targets]
         self.adapter_of = [self.adapted.index(x) if x in self.adapted else None for x in parts]
-        self.weight, self.bias = base.weight, None
+        self.weight, self.bias = base.weight, base.bias
         self.scaling, self.dropout = config.alpha / config.rank, config.dropout
         in_features, bound = base.weight.shape[1], 1 / math.sqrt(base.weight.shape[1])
         self.lora_a = nn.ParameterList()  # (rank, in_features) each
@@ -41,16 +41,17 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         updates = [self._update(x, part) for part in range(len(self.part_sizes))]
-        return torch.add(linear(x, self.weight), torch.cat(updates, 1), alpha=self.scaling)
+        result = linear(x, self.weight, self.bias)
+        return torch.add(result, torch.cat(updates, 1), alpha=self.scaling)
 
     def forward_rows(self, x: Tensor, rows: Tensor, num_columns: int) -> Tensor:
         """As Linear.forward_rows; the num_columns columns have to be the first part."""
         assert num_columns == self.part_sizes[0]
-        weight, others = self.weight.split((num_columns, len(self.weight) - num_columns))
+        own, others = self.split_rows(num_columns)
         packed = pack_rows(x, rows)
-        first = torch.add(linear(packed, weight), self._update(packed, 0), alpha=self.scaling)
+        first = torch.add(linear(packed, *own), self._update(packed, 0), alpha=self.scaling)
         updates = [self._update(x, part) for part in range(1, len(self.part_sizes))]
-        rest = torch.add(linear(x, others), torch.cat(updates, 1), alpha=self.scaling)
+        rest = torch.add(linear(x, *others), torch.cat(updates, 1), alpha=self.scaling)
         return torch.cat((unpack_rows(first, rows, len(x)), rest), 1)
 
     def _update(self, x: Tensor, part: int) -> Tensor:
@@ -108,4 +109,5 @@ def merge_lora(decoder: Decoder) -> None:
             if isinstance(module, LoraLinear):
                 merged = Linear(module.weight.shape[1], module.weight.shape[0])
                 merged.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
+                merged.bias = module.bias
                 setattr(layer, name, merged)

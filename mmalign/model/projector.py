@@ -1,7 +1,8 @@
-"""The linear map from image features to the decoder's embedding space (LLaVA 1.0).
+"""From image features to the decoder's embedding space: linear (LLaVA 1.0), mlp2x_gelu (1.5).
 
-Everything that depends on the projector being one linear layer is here: its parameters, their names
-in files, its FLOPs and its activations.
+Everything that depends on the kind of projector is here: its parameters, their names in files, its
+FLOPs and its activations. Both end in the fused operation, a product that writes its rows into the
+packed sequence and norms them.
 """
 
 import math
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from mmalign_kernels import project_image_features
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
+from mmalign.config import ProjectorType
 from mmalign.errors import UserError
 from mmalign.model.layers import Linear, RMSNorm
 
@@ -25,20 +28,27 @@ class ProjectorShape:
 
     vision_hidden_size: int
     hidden_size: int
+    kind: ProjectorType = "linear"
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shape of each parameter."""
-        return {"weight": (self.hidden_size, self.vision_hidden_size), "bias": (self.hidden_size,)}
+        hidden = self.hidden_size
+        if self.kind == "linear":
+            return {"weight": (hidden, self.vision_hidden_size), "bias": (hidden,)}
+        first, second = (hidden, self.vision_hidden_size), (hidden, hidden)
+        return {"0.weight": first, "0.bias": (hidden,), "2.weight": second, "2.bias": (hidden,)}
 
     @property
     def saved_per_row(self) -> int:
-        """Numbers that the backward pass reads of each row: the features."""
-        return self.vision_hidden_size
+        """Numbers that the backward pass reads of each row: the features, and GELU's two sides."""
+        return self.vision_hidden_size + (0 if self.kind == "linear" else 2 * self.hidden_size)
 
     def flops(self, num_rows: int, backward: bool) -> int:
         """Of the forward pass, or of both; the features need no gradient."""
-        return (4 if backward else 2) * num_rows * self.vision_hidden_size * self.hidden_size
+        first = (4 if backward else 2) * self.vision_hidden_size * self.hidden_size
+        second = (6 if backward else 2) * self.hidden_size**2
+        return num_rows * (first + (0 if self.kind == "linear" else second))
 
 
 class Projector(Linear):
@@ -50,9 +60,7 @@ class Projector(Linear):
 
     def __init__(self, vision_hidden_size: int, hidden_size: int):
         super().__init__(vision_hidden_size, hidden_size, bias=True)
-        bound = 1 / math.sqrt(vision_hidden_size)
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        _init_as_torch(self)
 
     def forward(
         self, image_features: Tensor, hidden_states: Tensor, image_positions: Tensor, norm: RMSNorm
@@ -72,94 +80,152 @@ class Projector(Linear):
             norm.eps,
         )
 
-    # ---- names in files ----
-
-    @classmethod
-    def from_tensors(
-        cls, state: dict[str, Tensor], vision_hidden_size: int, hidden_size: int
-    ) -> "Projector":
-        """The projector that read_tensors returned. Raises UserError for other sizes."""
-        projector = cls(vision_hidden_size, hidden_size)
-        projector.load_tensors(state)
-        return projector
-
-    @torch.no_grad()
-    def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes what read_tensors returns. Raises UserError for another shape."""
-        parameters = dict(self.named_parameters())
-        found = state.keys() - {"image_token_embeddings"}
-        if found != parameters.keys():
-            raise UserError(
-                f"projector: this model's has {', '.join(sorted(parameters))}, found "
-                f"{', '.join(sorted(found))}. Give a projector of the same kind"
-            )
-        for name, parameter in parameters.items():
-            if parameter.shape != state[name].shape:
-                raise UserError(
-                    f"projector {name}: expected shape {tuple(parameter.shape)} for this vision "
-                    f"tower and decoder, found {tuple(state[name].shape)}"
-                )
-            parameter.copy_(state[name])
-
-    @staticmethod
-    def read_tensors(
-        tensors: dict[str, Tensor], source: object, hf_config: dict | None = None
-    ) -> dict[str, Tensor]:
-        """Parameters by name from the tensors of a file, in any of the three spellings.
-
-        LLaVA: model.mm_projector.weight. Hugging Face: multi_modal_projector.linear_1.weight, where
-        linear_2 has to be the identity with zero bias; hf_config is config.json. Ours: weight.
-        Raises UserError naming `source` for anything that is not one linear layer.
-        """
-        if hf_config is not None:
-            _check_hf_config(hf_config, source, Projector.HF_CONFIG)
-        state = {_without_prefix(name): tensor for name, tensor in tensors.items()}
-        if "linear_1.weight" in state:
-            _check_identity(state, source)
-            state = {name.removeprefix("linear_1."): state[name] for name in state}
-            state = {name: x for name, x in state.items() if not name.startswith("linear_2.")}
-        if state.keys() != {"weight", "bias"}:
-            raise UserError(
-                f"{source}: expected one linear projector (weight and bias), found "
-                f"{', '.join(sorted(state)[:_SHOWN])}. Projectors of two layers (LLaVA 1.5) are "
-                "not supported."
-            )
-        weight, bias = state["weight"], state["bias"]
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise UserError(
-                f"{source}: expected a projector weight (hidden_size, vision_hidden_size) and a "
-                f"bias (hidden_size,), found {tuple(weight.shape)} and {tuple(bias.shape)}"
-            )
-        return state
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """What projector.safetensors holds of it."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
     def to_hf_tensors(self) -> dict[str, Tensor]:
         """In the two layers of LlavaForConditionalGeneration, the second of them the identity."""
         weight, bias = self.weight.detach(), self.bias.detach()
-        return {
-            "multi_modal_projector.linear_1.weight": weight,
-            "multi_modal_projector.linear_1.bias": bias,
-            "multi_modal_projector.linear_2.weight": torch.eye(len(bias), dtype=bias.dtype),
-            "multi_modal_projector.linear_2.bias": torch.zeros_like(bias),
-        }
+        eye, zeros = torch.eye(len(bias), dtype=bias.dtype), torch.zeros_like(bias)
+        return _hf_layers(weight, bias, eye, zeros)
 
 
-# ---- which kind a file holds: names of tensors, or hf_config, tell ----
+class MlpProjector(nn.ModuleDict):
+    """linear -> GELU -> linear; the names are those of LLaVA's nn.Sequential."""
+
+    HF_CONFIG = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+
+    def __init__(self, vision_hidden_size: int, hidden_size: int):
+        first = Linear(vision_hidden_size, hidden_size, bias=True)
+        _init_as_torch(first)
+        super().__init__({"0": first, "2": Projector(hidden_size, hidden_size)})
+
+    def forward(
+        self, image_features: Tensor, hidden_states: Tensor, image_positions: Tensor, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """As Projector.forward."""
+        first = self["0"]
+        expanded = first(image_features.to(first.weight.dtype))  # (num_rows, hidden_size)
+        return self["2"](gelu(expanded), hidden_states, image_positions, norm)
+
+    def to_hf_tensors(self) -> dict[str, Tensor]:
+        """In the two layers of LlavaForConditionalGeneration."""
+        return _hf_layers(*(x.detach() for x in self.parameters()))
+
+
+AnyProjector = Projector | MlpProjector
+_PROJECTORS = {"linear": Projector, "mlp2x_gelu": MlpProjector}
+
+
+def make_projector(shape: ProjectorShape) -> AnyProjector:
+    """Freshly initialised, from torch's generator."""
+    return _PROJECTORS[shape.kind](shape.vision_hidden_size, shape.hidden_size)
+
+
+def _init_as_torch(linear: Linear) -> None:
+    bound = 1 / math.sqrt(linear.weight.shape[1])
+    for parameter in linear.parameters():
+        nn.init.uniform_(parameter, -bound, bound)
+
+
+# ---- names in files ----
+
+
+def projector_tensors(projector: AnyProjector) -> dict[str, Tensor]:
+    """What projector.safetensors holds of it."""
+    return {name: parameter.detach() for name, parameter in projector.named_parameters()}
+
+
+def _hf_layers(*tensors: Tensor) -> dict[str, Tensor]:
+    """Weight and bias of both layers, by name."""
+    names = (f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias"))
+    return {f"multi_modal_projector.{x}": y for x, y in zip(names, tensors, strict=True)}
+
+
+@torch.no_grad()
+def load_projector_tensors(projector: AnyProjector, state: dict[str, Tensor]) -> None:
+    """Takes what read_projector returns. Raises UserError for another kind or shape."""
+    parameters = dict(projector.named_parameters())
+    found = state.keys() - {"image_token_embeddings"}
+    if found != parameters.keys():
+        raise UserError(
+            f"projector: this model's has {', '.join(sorted(parameters))}, found "
+            f"{', '.join(sorted(found))}. Give a projector of the same kind, or "
+            "--model.projector-type"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise UserError(
+                f"projector {name}: expected shape {tuple(parameter.shape)} for this vision "
+                f"tower and decoder, found {tuple(state[name].shape)}"
+            )
+        parameter.copy_(state[name])
+
+
+def projector_of(
+    state: dict[str, Tensor], vision_hidden_size: int, hidden_size: int
+) -> AnyProjector:
+    """The projector whose tensors read_projector returned. Raises UserError for other sizes."""
+    projector = make_projector(ProjectorShape(vision_hidden_size, hidden_size, kind_of(state)))
+    load_projector_tensors(projector, state)
+    return projector
+
+
+def kind_of(state: dict[str, Tensor]) -> ProjectorType:
+    """Of the tensors that read_projector returned."""
+    return "linear" if "weight" in state else "mlp2x_gelu"
 
 
 def read_projector(
     tensors: dict[str, Tensor], source: object, hf_config: dict | None = None
 ) -> dict[str, Tensor]:
-    """read_tensors of the kind of projector that a file or Hugging Face folder holds."""
-    return Projector.read_tensors(tensors, source, hf_config)
+    """Parameters by name from the tensors of a file, in any of the three spellings.
+
+    LLaVA: model.mm_projector.weight, or .0.weight and .2.weight. Hugging Face:
+    multi_modal_projector.linear_1.weight and linear_2.weight; hf_config is config.json, whose
+    projector_hidden_act tells the kind: with "linear", linear_2 has to be the identity with zero
+    bias. Ours: weight, or 0.weight and 2.weight. Raises UserError naming `source` for others.
+    """
+    state = {_without_prefix(name): tensor for name, tensor in tensors.items()}
+    if hf_config is not None:
+        kind = _kind_in(hf_config, source)
+        if kind == "linear":
+            _check_identity(state, source)
+            state = {name: x for name, x in state.items() if not name.startswith("linear_2.")}
+        prefixes = {"linear_1.": "" if kind == "linear" else "0.", "linear_2.": "2."}
+        for theirs, ours in prefixes.items():
+            state = {name.replace(theirs, ours): x for name, x in state.items()}
+    hidden, vision_hidden = _sizes(state)
+    expected = ProjectorShape(vision_hidden, hidden, kind_of(state)).parameters
+    if state.keys() != expected.keys():
+        raise UserError(
+            f"{source}: expected a projector of one layer (weight and bias) or two (0.weight, "
+            f"0.bias, 2.weight, 2.bias), found {', '.join(sorted(state)[:_SHOWN])}"
+        )
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise UserError(
+                f"{source}: expected a projector with {name} of shape {shape}, found "
+                f"{tuple(state[name].shape)}"
+            )
+    return state
 
 
-def projector_of(state: dict[str, Tensor], vision_hidden_size: int, hidden_size: int) -> Projector:
-    """The projector whose tensors read_projector returned."""
-    return Projector.from_tensors(state, vision_hidden_size, hidden_size)
+def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
+    """(hidden_size, vision_hidden_size), of the first weight; zeros where there is none."""
+    weight = state.get("weight", state.get("0.weight"))
+    if weight is None or weight.ndim != 2:
+        return 0, 0
+    return weight.shape[0], weight.shape[1]
+
+
+def _kind_in(hf: dict, source: object) -> ProjectorType:
+    """The kind that config.json of a LlavaForConditionalGeneration says."""
+    # left out where it is the default; the bias is a later option
+    hf = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True} | hf
+    for kind, projector in _PROJECTORS.items():
+        if all(hf[name] == value for name, value in projector.HF_CONFIG.items()):
+            return kind
+    expected = " or ".join(str(x.HF_CONFIG) for x in _PROJECTORS.values())
+    found = {name: hf[name] for name in Projector.HF_CONFIG}
+    raise UserError(f"{source}/config.json: expected {expected}, found {found}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +234,7 @@ class ImageInputs:
 
     features: Tensor  # (num_images * num_patches, vision_hidden_size)
     positions: Tensor  # (num_images * num_patches,) int64; their rows of the packed sequence
-    projector: Projector
+    projector: AnyProjector
     token_embeddings: dict[int, Tensor] = field(default_factory=dict)
     """Other embeddings of single tokens by their id, (hidden_size,) each."""
 
@@ -177,13 +243,6 @@ def _without_prefix(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.rpartition(prefix)[2]
     return name
-
-
-def _check_hf_config(hf: dict, source: object, expected: dict) -> None:
-    hf = {"multimodal_projector_bias": True} | hf  # a later option: older folders do not write it
-    found = {name: hf.get(name) for name in expected}
-    if found != expected:
-        raise UserError(f"{source}/config.json: expected {expected}, found {found}")
 
 
 def _is_identity(weight: Tensor) -> bool:

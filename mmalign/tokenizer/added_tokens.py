@@ -55,6 +55,11 @@ class Roles:
             raise settings.error(key, "a token")
         return None
 
+    def is_null(self, role: str) -> bool:
+        """Whether a file says that there is no token of this role, as Qwen's do of bos."""
+        key = f"{role}_token"
+        return self.name(role) is None and any(key in x and x.get(key) is None for x in self.files)
+
     def special_names(self) -> set[str]:
         named = {found[0] for role in ROLES if (found := self.name(role))}
         for settings in self.files:

@@ -31,7 +31,7 @@ class Tokenizer:
     The three image tokens of LLaVA keep their ids if the tokenizer has them; otherwise they follow
     the vocabulary: <im_patch> vocab_size, <im_start> vocab_size + 1, <im_end> vocab_size + 2. bos,
     eos, unk and pad are those that the folder configures; else unk is eos in a vocabulary without
-    one, and pad is unk, as in the released models.
+    one, and pad is unk, as in the released models. bos_token_id is None where the folder says null.
     """
 
     def __init__(self, path: Path):
@@ -51,7 +51,8 @@ class Tokenizer:
         for token in self._added.values():
             _check_free(token, backend, path)
         self._number_image_tokens()
-        self.bos_token_id = self._special("bos", roles)
+        no_bos = roles.is_null("bos")
+        self.bos_token_id: int | None = None if no_bos else self._special("bos", roles)
         self.eos_token_id = self._special("eos", roles)
         unk = self._special("unk", roles, self.eos_token_id)
         self.unk_token_id, self.pad_token_id = unk, self._special("pad", roles, unk)
@@ -206,7 +207,8 @@ class Tokenizer:
     def _json(self) -> tokenizers.Tokenizer | None:
         if isinstance(self._backend, HuggingFace):
             return self._backend.model
-        bos = self.token(self.bos_token_id), self.bos_token_id
+        bos = self._special("bos", Roles(self.path.parent))
+        bos = self.token(bos), bos
         return of_sentencepiece(self._backend, self._beside, bos)
 
     def _complete_json(self, num_rows: int) -> tokenizers.Tokenizer | None:
@@ -218,7 +220,7 @@ class Tokenizer:
     def _export_tokens(self, num_rows: int) -> list[AddedToken]:
         """Added tokens, the roles', and the image tokens that have a row."""
         tokens = {name: x for name, x in self._added.items() if name not in IMAGE_TOKENS}
-        for token_id in {self.bos_token_id, self.eos_token_id, self.unk_token_id}:
+        for token_id in self._role_ids:
             name = self.token(token_id)
             source = tokens[name].source if name in tokens else self.path
             tokens[name] = AddedToken(name, token_id, source, special=True)
@@ -232,9 +234,29 @@ class Tokenizer:
     def _transformers_config(self) -> dict:
         roles = {"bos": self.bos_token_id, "eos": self.eos_token_id}
         roles |= {"unk": self.unk_token_id, "pad": self.pad_token_id}
-        tokens = {f"{role}_token": self.token(token_id) for role, token_id in roles.items()}
+        tokens = {
+            f"{role}_token": None if token_id is None else self.token(token_id)
+            for role, token_id in roles.items()
+        }
         # this class uses tokenizer.json unchanged; LlamaTokenizer changes leading blanks
         return {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right", **tokens}
+
+    def special_id(self, name: str) -> int | None:
+        """Id of a token that is never parsed in a text, an added one or bos, eos or unk."""
+        if (token := self._added.get(name)) is not None and token.special:
+            return token.id
+        return next((i for i in self._role_ids if self.token(i) == name), None)
+
+    @property
+    def _role_ids(self) -> set[int]:
+        ids = (self.bos_token_id, self.eos_token_id, self.unk_token_id)
+        return {i for i in ids if i is not None}
+
+    def special_names(self) -> list[str]:
+        """Of the tokens that special_id finds, without the image tokens; longest first."""
+        names = {self.token(i) for i in self._role_ids}
+        names |= {name for name, token in self._added.items() if token.special}
+        return sorted(names - set(IMAGE_TOKENS), key=len, reverse=True)
 
     def _find(self, name: str) -> int | None:
         added = self._added.get(name)

@@ -8,7 +8,8 @@ import torch
 
 from mmalign.command import progress_bar
 from mmalign.data.samples import Turn
-from mmalign.data.templates import TEMPLATES, SpecialIds
+from mmalign.data.segments import SpecialIds
+from mmalign.data.templates import TEMPLATES
 from mmalign.files import write_text
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf.export import export_llama, export_vision_tower

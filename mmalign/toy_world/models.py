@@ -92,9 +92,10 @@ def train_decoder(
 
 def _rows(pages: list[str], tokenizer: Tokenizer) -> np.ndarray:
     """(num_pages, PAGE_TOKENS) int64; every second page starts with BOS, as conversations do."""
-    rows = []
+    rows, bos = [], tokenizer.bos_token_id
+    assert bos is not None
     for index, page in enumerate(pages):
-        ids = [tokenizer.bos_token_id] * (index % 2) + tokenizer.encode(page)
+        ids = [bos] * (index % 2) + tokenizer.encode(page)
         if len(ids) >= PAGE_TOKENS:
             rows.append(ids[:PAGE_TOKENS])
     return np.array(rows, dtype=np.int64)
@@ -147,6 +148,7 @@ def _centre(tower: VisionTower, pictures: Tensor) -> None:
     scale = 0.3 / tower(pictures).std(0).square().mean().sqrt()
     read = tower.layers[: tower.config.num_layers_used]
     outputs = [part for layer in read for part in (layer.out_proj, layer.fc2)]
+    assert tower.pre_layrnorm is not None  # a CLIP's
     for part in (tower.pre_layrnorm, *outputs):
         for parameter in part.parameters():
             parameter.mul_(scale)

@@ -18,7 +18,7 @@ from mmalign.flops import Workload, required_flops
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.hf import is_llava, load_decoder, load_projector, load_vision_tower
 from mmalign.model.llava import Llava
-from mmalign.model.projector import Projector
+from mmalign.model.projector import ProjectorShape, make_projector
 from mmalign.system import DTYPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world
@@ -103,15 +103,17 @@ def check_data(
             path = config.run_dir / "skipped_samples.txt"
             log.warning("%d samples skipped (listed in %s)", len(report.skipped), path)
             write_text(path, "".join(f"{error}\n" for error in report.skipped))
+    decoder = DecoderConfig.from_hf(config.model.decoder)
+    _refuse_long_samples(report, decoder)
     if ranks.is_main:
-        _warn_of_context(config, dataset, report)
+        _warn_of_context(dataset, report, decoder)
     return report
 
 
 def _warn_of_context(
-    config: TrainConfig, dataset: ConversationDataset, report: CheckReport
+    dataset: ConversationDataset, report: CheckReport, decoder: DecoderConfig
 ) -> None:
-    limit = DecoderConfig.from_hf(config.model.decoder).max_position_embeddings
+    limit = decoder.max_position_embeddings
     num_long, longest = int((report.lengths > limit).sum()), int(report.lengths.argmax())
     if num_long:
         log.warning(
@@ -119,6 +121,16 @@ def _warn_of_context(
             "has %d tokens. Lower --data.max-length, unless the decoder is to learn longer texts",
             *(num_long, len(report.kept), limit, dataset.samples[int(report.kept[longest])].id),
             report.lengths[longest],
+        )
+
+
+def _refuse_long_samples(report: CheckReport, decoder: DecoderConfig) -> None:
+    limit, longest = decoder.length_limit, int(report.lengths.max())
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest sample has {longest} tokens, but this decoder computes at most {limit}: "
+            "its config.json has a sliding window or dynamic RoPE. Give --data.max-length "
+            f"{limit}, or another decoder"
         )
 
 
@@ -187,7 +199,10 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
             config.model.decoder, dtype, num_added_tokens=check_vocabulary(config, tokenizer)
         )
         tower = load_vision_tower(config.model.vision_tower, dtype)
-        projector = Projector(tower.config.hidden_size, decoder.config.hidden_size).to(dtype)
+        if config.data.image_aspect_ratio == "pad":
+            tower.config = tower.config.padding()  # which the export says
+        sizes = tower.config.hidden_size, decoder.config.hidden_size
+        projector = make_projector(ProjectorShape(*sizes, config.model.projector_type)).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer, *extra)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))

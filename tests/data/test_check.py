@@ -21,7 +21,7 @@ from mmalign.config import DataConfig
 from mmalign.data.check import check_samples, load_report
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
-from mmalign.errors import SampleError, UserError
+from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from tests.data.conftest import VISION
 
@@ -73,6 +73,21 @@ def test_bad_samples(world, monkeypatch, spoil, problem, num_workers):
     report = check_samples(dataset, num_workers=num_workers, progress=False)
     assert [error.sample_id for error in report.skipped] == [f"sample-{BAD}"]
     assert report.kept.tolist() == [i for i in range(20) if i != BAD]
+
+
+def test_long_samples_alone_can_be_left_out(world):
+    lengths = [len(world.dataset().encode(i).labels) for i in range(20)]
+    longest = max(lengths) - 1  # more than that with the image as one token: text alone counts
+    dataset = world.dataset(max_length=longest - 3, on_long_sample="skip")
+    report = check_samples(dataset, num_workers=0, progress=False)
+    assert report.skipped and all(isinstance(x, LongSampleError) for x in report.skipped)
+    world.samples[BAD].update(conversations=3)
+    with pytest.raises(SampleError, match=f"sample 'sample-{BAD}'"):
+        check_samples(
+            world.dataset(max_length=longest - 3, on_long_sample="skip"),
+            num_workers=0,
+            progress=False,
+        )
 
 
 def test_report_counts_what_training_will_see(world):

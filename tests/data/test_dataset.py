@@ -12,7 +12,8 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.data.check import check_samples
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
-from mmalign.data.templates import IMAGE_SENTINEL, TEMPLATES, encode_conversation
+from mmalign.data.segments import IMAGE_SENTINEL
+from mmalign.data.templates import TEMPLATES, encode_conversation
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
@@ -118,6 +119,19 @@ def test_max_length_counts_the_image_as_one_token(world):
     assert len(world.dataset(max_length=length).encode(1).labels) == length + NUM_PATCHES - 1
     with pytest.raises(SampleError, match=f"{length} tokens .* at most {length - 1} tokens"):
         world.dataset(max_length=length - 1).encode(1)
+
+
+def test_a_long_sample_is_cut_as_llava_cuts_it(world):
+    """With every patch counted, and never through the image."""
+    whole = world.dataset().encode(1)
+    length = len(whole.input_ids)
+    for longest in (length, length - 1, length - 4):
+        cut = world.dataset(max_length=longest, on_long_sample="truncate").encode(1)
+        assert cut.input_ids.tolist() == whole.input_ids[:longest].tolist()
+        assert cut.labels.tolist() == whole.labels[:longest].tolist()
+    end = int(np.flatnonzero(whole.input_ids == world.tokenizer.image_token_id)[-1])
+    with pytest.raises(SampleError, match="its image would be cut"):
+        world.dataset(max_length=end, on_long_sample="truncate").encode(1)
 
 
 def test_images_must_lie_inside_the_image_root(world):

@@ -1,13 +1,15 @@
 """Images against transformers' CLIPImageProcessor (the PIL version) fed as LLaVA feeds it."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
 from mmalign.data.images import MAX_FILE_BYTES, check_image, load_image
 from mmalign.errors import UserError
@@ -172,3 +174,28 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch, read):
     with pytest.raises(OSError):  # what the explicit list of formats keeps out
         Image.open(tmp_path / "a.jpg").load()
     assert (tmp_path / "CALLED").exists()
+
+
+@pytest.mark.parametrize("shape", [(60, 33), (33, 60), (40, 40)])
+def test_padding_is_that_of_llava(tmp_path, shape):
+    """LlavaImageProcessor with do_pad: a square with the mean's colour, then CLIP's steps."""
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    preprocessing = replace(Preprocessing.stock(28, is_clip=True), do_pad=True)
+    pixels = load_image(tmp_path / "picture.png", preprocessing)
+    settings = preprocessing.to_hf(is_clip=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor).__name__.startswith("LlavaImageProcessor") and processor.do_pad
+    theirs = processor(
+        Image.fromarray(picture), do_rescale=False, do_normalize=False, return_tensors="pt"
+    )["pixel_values"][0]
+    assert (pixels.int() - theirs.int()).abs().max() <= 2
+    assert Preprocessing.from_hf(tmp_path, 28) == preprocessing
+
+
+def test_a_square_that_would_not_fit_into_memory_is_refused(tmp_path):
+    Image.new("RGB", (20000, 1)).save(tmp_path / "line.png")
+    preprocessing = replace(Preprocessing.stock(28, is_clip=True), do_pad=True)
+    with pytest.raises(UserError, match="400000000 pixels"):
+        load_image(tmp_path / "line.png", preprocessing)

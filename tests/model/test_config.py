@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
+import transformers
+from transformers import LlamaConfig
 
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig, VisionConfig
+from mmalign.model.kinds import DECODERS
 
 # as published: meta-llama/Llama-2-7b-hf and openlm-research/open_llama_3b_v2, shortened
 LLAMA_2_7B = {
@@ -90,17 +92,35 @@ def test_both_spellings_of_rope_theta(tmp_path, spelling):
     assert decoder_config(tmp_path, LLAMA_2_7B | spelling).rope_theta == 5e5
 
 
-def test_left_out_values_are_those_of_transformers(tmp_path):
-    """Published LLaVA folders leave out of text_config whatever is LlamaConfig's default."""
-    config, default = decoder_config(tmp_path, {"model_type": "llama"}), LlamaConfig()
-    for name in vars(config):
-        if name != "rope_theta":
-            assert getattr(config, name) == getattr(default, name), name
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_left_out_values_are_those_of_transformers(tmp_path, model_type):
+    """Published LLaVA folders leave out of text_config whatever is the config class's default."""
+    architecture = DECODERS[model_type].architecture
+    default = getattr(transformers, architecture.replace("ForCausalLM", "Config"))()
+    config = decoder_config(tmp_path, {"model_type": model_type})
+    for name in vars(config).keys() - {"rope_theta", "rope_scaling", "head_dim"}:
+        assert getattr(config, name) == getattr(default, name, None), name
     assert config.rope_theta == default.rope_parameters["rope_theta"]
-    hf = {"model_type": "clip", "vision_config": {}}
-    config, default = vision_config(tmp_path, hf), CLIPVisionConfig()
-    for name in vars(config).keys() - {"preprocessing"}:
-        assert getattr(config, name) == getattr(default, name), name
+    assert config.head_dim == getattr(default, "head_dim", 128)
+    assert config.rope_scaling is None
+
+
+def test_a_sliding_window_limits_the_length(tmp_path):
+    hf = LLAMA_2_7B | {"model_type": "mistral"}
+    assert decoder_config(tmp_path, hf | {"sliding_window": None}).length_limit is None
+    config = decoder_config(tmp_path, hf | {"sliding_window": 1024})
+    assert (config.length_limit, config.context_length) == (1024, 1024)
+    config = decoder_config(tmp_path, hf | {"sliding_window": 8192})
+    assert (config.length_limit, config.context_length) == (8192, 4096)
+    decoder = LLAMA_2_7B | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert decoder_config(tmp_path, decoder).length_limit == 4096
+
+
+def test_windows_that_no_layer_has_are_accepted(tmp_path):
+    hf = LLAMA_2_7B | {"model_type": "qwen2", "sliding_window": 64}
+    assert decoder_config(tmp_path, hf).length_limit is None
+    hf |= {"use_sliding_window": True, "max_window_layers": 32}
+    assert decoder_config(tmp_path, hf).length_limit is None
 
 
 def test_text_part_of_a_llava_config(tmp_path):
@@ -128,12 +148,23 @@ def test_published_clip(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; supported: 'llama'"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral'; supported: 'llama' or 'mistral'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28},
+            "use_sliding_window is True",
+        ),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "type 'llama3' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor is 0\.5"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0}},
+            "high_freq_factor is None",
+        ),
         ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
         ({"head_dim": 33}, "head_dim is 33"),
         ({"head_dim": 0}, "head_dim is 0; expected an integer from 2"),
@@ -149,8 +180,11 @@ def test_published_clip(tmp_path):
         ({"rope_theta": 0}, "rope_theta is 0; expected a number from 1"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         (
-            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}},
-            "rope_scaling of type 'linear' is not supported",
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "rope_parameters and rope_scaling disagree",
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e5},
@@ -171,8 +205,8 @@ def test_decoders_that_are_refused(tmp_path, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "siglip_vision_model"}, "model_type is 'siglip_vision_model'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'quick_gelu'"),
+        ({"model_type": "dinov2"}, "model_type is 'dinov2'; supported: 'clip_vision_model' or"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: 'quick_gelu' or 'gelu'"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"num_attention_heads": 7}, r"config\.json: .* not a multiple of num_attention_heads 7"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),

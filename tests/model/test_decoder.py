@@ -4,10 +4,12 @@ import pytest
 import torch
 from mmalign_kernels import target_logprobs
 
+from mmalign.errors import UserError
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf import load_decoder
 from mmalign.model.hf.names import decoder_parts
 from mmalign.model.layers import init_weights
+from tests.model.kinds import hf_decoder
 from tests.model.tiny import (
     GROUPED_QUERY,
     SHAPES,
@@ -18,6 +20,7 @@ from tests.model.tiny import (
     hf_parameter,
     hidden_states_of,
     loss_of,
+    random_sample,
     text_samples,
 )
 
@@ -117,6 +120,15 @@ def test_rotary_tables_stay_exact_and_grow(tmp_path):
     assert len(grown_cos) >= 40
     assert torch.equal(grown_cos[:16], cos) and torch.equal(grown_sin[:16], sin)
     assert not any("rotary" in name for name in decoder.state_dict())
+
+
+@pytest.mark.parametrize("kind", ("mistral-window", "llama-dynamic"))
+def test_sequences_that_would_be_computed_otherwise_are_refused(tmp_path, kind):
+    hf_decoder(kind).save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path)
+    hidden_states_of(decoder, [random_sample(64)])
+    with pytest.raises(UserError, match="has 65 tokens, but this decoder computes at most 64"):
+        hidden_states_of(decoder, [random_sample(65)])
 
 
 def test_tables_grown_while_scoring_serve_training(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from mmalign.errors import UserError
 from mmalign.model.hf.names import decoder_parts
 from mmalign.model.llava import Llava
+from mmalign.model.projector import projector_tensors
 from tests.model.tiny import (
     GROUPED_QUERY,
     HEAD_DIM_100,
@@ -203,7 +204,7 @@ def test_projector_of_another_size_is_refused(untied_models):
         model.load_projector(state)
     rows = {"image_token_embeddings": torch.ones(2, 64)}
     with pytest.raises(UserError, match=r"expected shape \(2, 128\).*found \(2, 64\)"):
-        model.load_projector(model.projector.to_tensors() | rows)
+        model.load_projector(projector_tensors(model.projector) | rows)
 
 
 def test_image_tokens_beyond_the_vocabulary_are_refused(untied_models):

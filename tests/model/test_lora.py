@@ -40,9 +40,8 @@ class PlainAdapter(nn.Module):
         return self.linear(x) + self.scaling * (x @ self.a.T) @ self.b.T
 
 
-def adapted_models(folder, shape):
-    """Ours with random adapters, and transformers' with the same ones one by one."""
-    theirs = hf_llama(**shape)
+def adapted_models(folder, theirs):
+    """Ours with random adapters, and the model of transformers with the same ones one by one."""
     theirs.save_pretrained(folder)
     decoder = load_decoder(folder)
     torch.manual_seed(3)
@@ -67,7 +66,7 @@ def adapted_models(folder, shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_equals_seven_adapters(tmp_path, shape):
-    decoder, theirs, pairs = adapted_models(tmp_path, shape)
+    decoder, theirs, pairs = adapted_models(tmp_path, hf_llama(**shape))
     loss = loss_of(decoder, text_samples())
     expected = hf_loss_sum(theirs, text_samples())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -79,7 +78,7 @@ def test_equals_seven_adapters(tmp_path, shape):
 
 
 def test_merge_equals_the_adapted_model(tmp_path):
-    decoder, theirs, pairs = adapted_models(tmp_path, GROUPED_QUERY)
+    decoder, theirs, pairs = adapted_models(tmp_path, hf_llama(**GROUPED_QUERY))
     with torch.no_grad():
         adapted = hidden_states_of(decoder, text_samples())
         merge_lora(decoder)

@@ -64,7 +64,7 @@ def test_transformers_5_keeps_it_in_processor_config(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"do_center_crop": False}, "do_center_crop is False"),
+        ({"do_center_crop": False}, "size is .*; expected one number for height and width"),
         ({"size": {"height": 28, "width": 28}}, "expected one number for shortest_edge"),
         ({"size": {"shortest_edge": 28, "longest_edge": 40}}, "expected one number for shortest"),
         ({"size": {"shortest_edge": 20}}, "size is .*; expected at least crop_size, 28"),

@@ -8,8 +8,18 @@ from safetensors.torch import save_file
 
 from mmalign.errors import UserError
 from mmalign.model.hf import load_projector
-from mmalign.model.projector import Projector, ProjectorShape
+from mmalign.model.layers import RMSNorm
+from mmalign.model.projector import (
+    Projector,
+    ProjectorShape,
+    make_projector,
+    projector_of,
+    projector_tensors,
+    read_projector,
+)
 from tests.model.tiny import GROUPED_QUERY, hf_llava
+
+KINDS = ("linear", "mlp2x_gelu")
 
 
 @pytest.fixture
@@ -18,16 +28,20 @@ def projector():
     return {"weight": torch.randn(128, 48), "bias": torch.randn(128)}
 
 
-def test_tensors_in_all_three_spellings():
-    ours = Projector(48, 128)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_in_all_three_spellings(kind):
+    shape = ProjectorShape(48, 128, kind)
+    ours = make_projector(shape)
     expected = {name: p.detach() for name, p in ours.named_parameters()}
-    assert {name: x.shape for name, x in expected.items()} == ProjectorShape(48, 128).parameters
+    assert {name: x.shape for name, x in expected.items()} == shape.parameters
     llava = {f"model.mm_projector.{name}": tensor for name, tensor in expected.items()}
     nested = {f"model.{name}": tensor for name, tensor in ours.to_hf_tensors().items()}
-    for tensors in (ours.to_tensors(), llava, ours.to_hf_tensors(), nested):
-        state = Projector.read_tensors(tensors, "file")
+    in_folder = [(tensors, ours.HF_CONFIG) for tensors in (ours.to_hf_tensors(), nested)]
+    for tensors, hf in ((projector_tensors(ours), None), (llava, None), *in_folder):
+        state = read_projector(tensors, "file", hf)
         assert state.keys() == expected.keys()
-        other = Projector.from_tensors(state, 48, 128)
+        other = projector_of(state, 48, 128)
+        assert type(other) is type(ours)
         assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
 
 
@@ -41,6 +55,22 @@ def test_two_layers_compute_what_the_one_does():
     with torch.no_grad():
         expected = features @ ours.weight.T + ours.bias
         torch.testing.assert_close(theirs(features), expected)
+
+
+def test_llava_15s_projector_file(tmp_path):
+    """Saved by LLaVA: an nn.Sequential of two layers with GELU between them."""
+    layers = torch.nn.Linear(48, 128), torch.nn.GELU(), torch.nn.Linear(128, 128)
+    theirs = torch.nn.Sequential(*layers)
+    state = {f"model.mm_projector.{name}": x for name, x in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "mm_projector.bin")
+    ours = projector_of(load_projector(tmp_path), 48, 128)
+    features, norm = torch.randn(4, 48), RMSNorm(128, 1e-5)
+    torch.nn.init.ones_(norm.weight)
+    hidden_states, normed = ours(features, torch.zeros(6, 128), torch.tensor([1, 2, 4, 5]), norm)
+    with torch.no_grad():
+        torch.testing.assert_close(hidden_states[[1, 2, 4, 5]], theirs(features))
+        expected = torch.nn.functional.rms_norm(hidden_states, (128,), norm.weight, 1e-5)
+        torch.testing.assert_close(normed, expected)
 
 
 def test_llavas_projector_file(tmp_path, projector):
@@ -69,10 +99,10 @@ def test_projector_of_a_run(tmp_path, projector):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: {"weight": s["weight"]}, "expected one linear projector"),
-        (lambda s: s | {"2.weight": torch.ones(128, 128)}, "expected one linear projector"),
-        (lambda s: s | {"bias": torch.ones(48)}, r"found \(128, 48\) and \(48,\)"),
-        (lambda s: s | {"weight": torch.ones(0)}, r"found \(0,\) and \(128,\)"),
+        (lambda s: {"weight": s["weight"]}, "expected a projector of one layer"),
+        (lambda s: s | {"2.weight": torch.ones(128, 128)}, "expected a projector of one layer"),
+        (lambda s: s | {"bias": torch.ones(48)}, r"bias of shape \(128,\).*found \(48,\)"),
+        (lambda s: s | {"weight": torch.ones(0)}, r"weight of shape .*found \(0,\)"),
     ],
 )
 def test_projectors_that_are_refused(tmp_path, projector, change, message):
@@ -96,6 +126,6 @@ def test_llava_folder_whose_projector_is_not_linear(tmp_path):
     with pytest.raises(UserError, match="linear_2 is not the identity"):
         load_projector(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "gelu"}))
-    with pytest.raises(UserError, match="'projector_hidden_act': 'gelu'"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "relu"}))
+    with pytest.raises(UserError, match="'projector_hidden_act': 'relu'"):
         load_projector(tmp_path)

@@ -17,7 +17,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.layers import init_weights
 from mmalign.model.llava import Llava
-from mmalign.model.projector import Projector
+from mmalign.model.projector import ProjectorShape, make_projector
 from mmalign.model.vision_tower import VisionTower
 
 IMAGE_TOKENS = SimpleNamespace(image_token_id=500, im_start_id=501, im_end_id=502)
@@ -58,7 +58,8 @@ def small_model(decoder: DecoderConfig, config: TrainConfig) -> Llava:
     if config.data.text_only:
         model = Llava(Decoder(decoder), None, None, IMAGE_TOKENS, config.shortcuts)
     else:
-        projector = Projector(VISION.hidden_size, decoder.hidden_size)
+        shape = VISION.hidden_size, decoder.hidden_size, config.model.projector_type
+        projector = make_projector(ProjectorShape(*shape))
         tower = VisionTower(VISION)
         model = Llava(Decoder(decoder), tower, projector, IMAGE_TOKENS, config.shortcuts)
     init_weights(model, seed=1)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmalign.config import LoraConfig, ParallelConfig
 from mmalign.training.loop import train
 from mmalign.training.trainer import Trainer
+from tests.model.kinds import hf_decoder
 from tests.training.helpers import exported_weights, losses, small_config
 from tests.training.train_processes import start
 
@@ -58,6 +59,24 @@ def test_equals_one_process(small_world, tmp_path, case):
     )
     ours, theirs = exported_weights(alone.run_dir), exported_weights(sharded.run_dir)
     assert ours.keys() == theirs.keys() and ours
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", ("qwen2", "qwen3"))
+def test_biases_and_norms_of_heads_are_sharded_too(small_world, tmp_path, kind):
+    folder = tmp_path / "decoder"
+    hf_decoder(kind, vocab_size=330, max_position_embeddings=512).save_pretrained(folder)
+    shutil.copy(small_world.decoder / "tokenizer.model", folder)
+    settings = {"model": {"decoder": str(folder), "projector": ""}, "num_steps": 3}
+    alone = small_config(small_world, tmp_path / "one", micro_batch_tokens=310, **settings)
+    train(alone)
+    sharded = replace(alone, run_dir=tmp_path / "sharded", parallel=FULL)
+    start(sharded, 2).succeed()
+    ours, theirs = losses(alone.run_dir), losses(sharded.run_dir)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=1e-5)
+    ours, theirs = exported_weights(alone.run_dir), exported_weights(sharded.run_dir)
+    assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-3, msg=name)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import tyro
 
-from mmalign.config import OptimizerConfig, TrainConfig
+from mmalign.config import ModelConfig, OptimizerConfig, TrainConfig
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.model.recompute import POLICIES
@@ -32,6 +32,7 @@ from tests.training.helpers import small_config, workload_of
 CASES = {
     "pretrain": train_config("pretrain"),
     "pretrain-plain": train_config("pretrain", data={"template": "plain"}),
+    "pretrain-mlp": train_config("pretrain", model=ModelConfig(projector_type="mlp2x_gelu")),
     "finetune": train_config(),
     "text-only": train_config(data={"text_only": True}),
     "lora": train_config(rank=4, lora={"dropout": 0.3}),
@@ -46,6 +47,8 @@ DECODERS = {
     "plain": decoder_config(),
     "grouped-query": decoder_config(num_key_value_heads=2, head_dim=40, num_hidden_layers=2),
     "tied": decoder_config(tie_word_embeddings=True, intermediate_size=480),
+    "qwen2": decoder_config(model_type="qwen2", num_key_value_heads=2),
+    "qwen3": decoder_config(model_type="qwen3", num_key_value_heads=2, head_dim=40),
 }
 LENGTHS = (40, 7, 66, 1, 30)
 H100 = memory_table.capacity_of("h100-80g")
@@ -56,7 +59,7 @@ H100 = memory_table.capacity_of("h100-80g")
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_those_that_the_graph_keeps(case, decoder, last_layer_rows):
     config = CASES[case]
-    if decoder == "tied" and case == "pretrain":
+    if decoder == "tied" and case in ("pretrain", "pretrain-mlp"):
         pytest.skip("a tied lm_head cannot learn two rows alone")
     config = replace(config, shortcuts=replace(config.shortcuts, last_layer_rows=last_layer_rows))
     num_images = 0 if config.data.text_only else 2
@@ -74,14 +77,15 @@ def test_activations_are_those_that_the_graph_keeps(case, decoder, last_layer_ro
             del loss
 
 
+@pytest.mark.parametrize("model_type", ("llama", "qwen2", "qwen3"))
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("master", "moments"), [("split", "fp32"), ("fp32-copy", "8bit"), ("stochastic", "bf16")]
 )
-def test_weights_gradients_and_state_are_those_that_are_made(case, master, moments):
+def test_weights_gradients_and_state_are_those_that_are_made(case, master, moments, model_type):
     optimizer = OptimizerConfig(master=master, moments=moments)
     config = replace(CASES[case], optimizer=optimizer, precision="bf16")
-    model = small_model(decoder_config(), config).bfloat16()
+    model = small_model(decoder_config(model_type=model_type), config).bfloat16()
     plan = MemoryPlan(config, workload_of(model, config), 0, "cpu")
     trained = model.trainable_parameters()
     state = AdamW(trained, optimizer).state()

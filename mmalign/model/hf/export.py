@@ -19,7 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
-from mmalign.model.projector import Projector
+from mmalign.model.projector import AnyProjector, projector_tensors
 from mmalign.model.shards import fsdp_unit_of, unsharded
 from mmalign.model.vision_tower import VisionTower
 from mmalign.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def export_llama(
     tokenizer: Tokenizer | None = None,
     chat_template: str = "",
 ) -> None:
-    """A LlamaForCausalLM folder of the decoder alone, with the tokenizer and its chat template.
+    """The decoder alone as its class in transformers, with the tokenizer and its chat template.
 
     All processes export a sharded model together; with folder None a process only takes part in
     gathering its weights.
@@ -52,7 +52,7 @@ def export_vision_tower(tower: VisionTower, folder: str | Path) -> None:
     """A CLIPVisionModel folder, with the preprocessor's settings."""
     with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", tower.config.to_hf(_dtype(tower)))
-        write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
+        write_json(partial / "preprocessor_config.json", _preprocessor(tower))
         _write_weights(partial, _tower_tensors(tower, "vision_model."))
 
 
@@ -82,7 +82,7 @@ def export_llava(
     }
     with replacing_folder(Path(folder)) as partial:
         write_json(partial / "config.json", config)
-        write_json(partial / "preprocessor_config.json", tower.config.preprocessing.to_hf())
+        write_json(partial / "preprocessor_config.json", _preprocessor(tower))
         _write_weights(partial, _llava_tensors(llava, tower, projector))
         if tokenizer is not None:
             tokenizer.save(partial, llava.decoder.config.vocab_size, chat_template)
@@ -92,7 +92,7 @@ def export_llava(
 def save_projector(llava: Llava, path: str | Path) -> None:
     """projector.safetensors: the projector and, where stage 1 trains them, the two token rows."""
     assert llava.projector is not None, "a text-only model has no projector"
-    state = llava.projector.to_tensors()
+    state = projector_tensors(llava.projector)
     if llava.image_token_embeddings is not None:
         state["image_token_embeddings"] = llava.image_token_embeddings
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -111,6 +111,10 @@ def _decoder_config(decoder: Decoder, tokenizer: Tokenizer | None) -> dict:
             if token_id not in (known if isinstance(known, list) else [known]):
                 config[role] = token_id
     return config
+
+
+def _preprocessor(tower: VisionTower) -> dict:
+    return tower.config.preprocessing.to_hf(tower.config.kind.is_clip)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -140,8 +144,9 @@ def _module_tensors(module: nn.Module, parts: dict[str, Part], prefix: str = "")
 
 
 def _merged(module: nn.Module, parameter: str) -> Tensor:
-    owner = module.get_submodule(parameter.rpartition(".")[0])
-    if isinstance(owner, LoraLinear):
+    owner, _, name = parameter.rpartition(".")
+    owner = module.get_submodule(owner)
+    if isinstance(owner, LoraLinear) and name == "weight":
         return owner.merged_weight()
     return module.get_parameter(parameter).detach()
 
@@ -162,7 +167,7 @@ def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
     return _module_tensors(tower, vision_parts(tower.config), prefix)
 
 
-def _llava_tensors(llava: Llava, tower: VisionTower, projector: Projector) -> _Tensors:
+def _llava_tensors(llava: Llava, tower: VisionTower, projector: AnyProjector) -> _Tensors:
     yield from _tower_tensors(tower, "vision_tower.vision_model.")
     yield from projector.to_hf_tensors().items()
     yield from _decoder_tensors(llava, "language_model.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.errors import UserError
 from mmalign.files import Settings, known_kind, read_json, require_file
-from mmalign.model.config import other_folder
+from mmalign.model.hf_config import other_folder
 
 log = logging.getLogger("mmalign")
 _FILES = (  # in transformers' order: a whole file before an index

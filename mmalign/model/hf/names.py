@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
 
 def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
-    """Tensors of a LlamaForCausalLM, in its spelling; without lm_head where it is tied."""
+    """Tensors of a causal language model of transformers; without lm_head where it is tied."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     vocabulary = (config.vocab_size, hidden)
     parts = {"model.embed_tokens.weight": _whole("embed_tokens.weight", *vocabulary)}
@@ -28,6 +28,11 @@ def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
             parts[theirs + norm] = _whole(ours + norm, hidden)
         names = [f"{theirs}self_attn.{name}_proj.weight" for name in "qkv"]
         parts |= _rows(ours + "qkv_proj.weight", names, config.qkv_sizes, hidden)
+        if config.kind.qkv_bias:
+            names = [f"{theirs}self_attn.{name}_proj.bias" for name in "qkv"]
+            parts |= _rows(ours + "qkv_proj.bias", names, config.qkv_sizes)
+        for norm in ("q_norm.weight", "k_norm.weight") if config.kind.qk_norm else ():
+            parts[f"{theirs}self_attn.{norm}"] = _whole(ours + norm, config.head_dim)
         parts[theirs + "self_attn.o_proj.weight"] = _whole(
             ours + "o_proj.weight", hidden, config.qkv_sizes[0]
         )
@@ -43,18 +48,19 @@ def decoder_parts(config: DecoderConfig) -> dict[str, Part]:
 
 
 def vision_parts(config: VisionConfig) -> dict[str, Part]:
-    """Tensors of a CLIPVisionModel, in the published spelling without the prefix vision_model."""
+    """Tensors of a CLIPVisionModel or SiglipVisionModel, as published, without vision_model."""
     hidden, intermediate, size = config.hidden_size, config.intermediate_size, config.patch_size
-    parts = {
-        "embeddings.class_embedding": _whole("class_embedding", hidden),
-        "embeddings.patch_embedding.weight": _whole(
-            "patch_embedding.weight", hidden, 3, size, size
-        ),
-        "embeddings.position_embedding.weight": _whole(
-            "position_embedding.weight", config.seqlen, hidden
-        ),
-    }
-    for norm in ("pre_layrnorm", "post_layernorm"):  # the first name is CLIP's own spelling
+    patches = "patch_embedding.weight"
+    parts = {f"embeddings.{patches}": _whole(patches, hidden, 3, size, size)}
+    if config.kind.is_clip:
+        parts["embeddings.class_embedding"] = _whole("class_embedding", hidden)
+        norms = ("pre_layrnorm", "post_layernorm")  # the first name is CLIP's own spelling
+    else:
+        parts["embeddings.patch_embedding.bias"] = _whole("patch_embedding.bias", hidden)
+        norms = ("post_layernorm",)
+    positions = "position_embedding.weight"
+    parts[f"embeddings.{positions}"] = _whole(positions, config.seqlen, hidden)
+    for norm in norms:
         parts |= {f"{norm}.{x}": _whole(f"{norm}.{x}", hidden) for x in ("weight", "bias")}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}.", f"encoder.layers.{i}."

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.errors import UserError
-from mmalign.model.config import DecoderConfig, VisionConfig, read_hf_config
+from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.hf.files import WeightFiles
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
+from mmalign.model.hf_config import VISION_LANGUAGE, read_hf_config
 from mmalign.model.llava import ImageTokens, Llava
 from mmalign.model.projector import projector_of, read_projector
 from mmalign.model.vision_tower import VisionTower
@@ -29,12 +30,19 @@ _OLD_BUFFERS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
     r"|embeddings\.position_ids"
 )
-# what multimodal trainers leave in the folder of a language model; LLaVA 1.6 adds image_newline
+# the parts of vision-language models that are not the language model
 _MULTIMODAL = re.compile(
-    r"(model\.)?((mm_projector|vision_tower|multi_modal_projector)\.|image_newline$)"
+    r"(model\.)?((vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector|"
+    r"mlp1)\.|image_newline$)"
 )
+# where these models keep the language model, and its tensors' names in a LlamaForCausalLM
+_LANGUAGE_MODEL = {
+    "model.language_model.": "model.",  # transformers 5
+    "language_model.": "",  # LLaVA, InternVL
+    "model.text_model.": "model.",  # Idefics
+}
 _CLIP_OTHER_HALF = re.compile(
-    r"text_model\.|(text_projection|visual_projection)\.weight$|logit_scale$"
+    r"text_model\.|(text_projection|visual_projection)\.weight$|logit_(scale|bias)$"
 )
 _EMBEDDINGS = "model.embed_tokens.weight"
 _SHOWN = 10  # keys in a message
@@ -61,16 +69,15 @@ def load_llava(
 def load_decoder(
     folder: str | Path, dtype: torch.dtype = torch.float32, num_added_tokens: int = 0
 ) -> Decoder:
-    """The decoder of a LlamaForCausalLM or LlavaForConditionalGeneration folder.
+    """The decoder of a causal language model's folder, or the one inside a vision-language model.
 
     num_added_tokens rows are appended to embed_tokens and lm_head; each is the mean of the old
-    rows. Projector and vision keys in a LlamaForCausalLM folder are ignored with a warning.
+    rows. Projector and vision keys in a language model's folder are ignored with a warning.
     """
     folder = Path(folder)
     config = DecoderConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
-    has_text_config = "text_config" in read_hf_config(folder)
-    keys = _llava_decoder_keys(files) if has_text_config else _decoder_keys(files, folder)
+    keys = _decoder_keys(files, folder)
     _check_tied_head(folder, config, files, keys)
     parts = decoder_parts(config)
     keys = _check(parts, files, keys, folder)  # before memory is taken for what config.json says
@@ -86,7 +93,7 @@ def load_decoder(
 
 
 def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) -> VisionTower:
-    """The tower of a CLIPVisionModel, CLIPModel or LlavaForConditionalGeneration folder."""
+    """The tower of a CLIP or SigLIP folder, or of a LlavaForConditionalGeneration's."""
     folder = Path(folder)
     config = VisionConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
@@ -101,7 +108,9 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
             name = name.removeprefix("vision_tower.")
         elif _CLIP_OTHER_HALF.match(name):
             continue
-        keys[name.removeprefix("vision_model.")] = key
+        name = name.removeprefix("vision_model.")
+        if not (name.startswith("head.") and not config.kind.is_clip):  # SigLIP's pooling
+            keys[name] = key
     parts = vision_parts(config)
     keys = _check(parts, files, keys, folder)
     tower = _allocate(VisionTower, config, dtype)
@@ -112,9 +121,9 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
 def load_projector(path: str | Path) -> dict[str, Tensor]:
     """Projector's tensors and, where they were trained, image_token_embeddings (2, hidden_size).
 
-    path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, or
-    a LlavaForConditionalGeneration folder. mm_projector.bin may hold embed_tokens, whole or only
-    two rows: <im_start> and <im_end> are its last two.
+    path: a run's folder, a folder or file with projector.safetensors, LLaVA's mm_projector.bin, a
+    LlavaForConditionalGeneration folder, or LLaVA's own. mm_projector.bin may hold embed_tokens,
+    whole or only two rows: <im_start> and <im_end> are its last two.
     """
     path = Path(path)
     if not path.is_dir():
@@ -123,8 +132,12 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     for name in names:
         if (path / name).exists():
             return _projector_of(WeightFiles([path / name]), path / name)
-    if (path / "config.json").exists() and "text_config" in read_hf_config(path):
-        return _llava_projector(path)
+    if (path / "config.json").exists():
+        if "text_config" in read_hf_config(path):
+            return _llava_projector(path)
+        files = WeightFiles.of_folder(path)
+        if own := [key for key in files.names() if ".mm_projector." in key]:  # LLaVA's own folder
+            return read_projector({key: files.read(key).clone() for key in own}, path)
     raise UserError(
         f"no projector in {path}: looked for {', '.join(names)} and a LLaVA config.json"
     )
@@ -141,29 +154,21 @@ def _allocate(module_class: type, config, dtype: torch.dtype):
 
 
 def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
-    """Name in LlamaForCausalLM -> key in the files, of a LlamaForCausalLM folder."""
-    multimodal = [key for key in files.names() if _MULTIMODAL.match(key)]
-    if multimodal:
+    """Name in a causal language model -> key in the files, of such a model or one within a VLM."""
+    others = {key for key in files.names() if _MULTIMODAL.match(key)}
+    if others and read_hf_config(folder).get("model_type") not in VISION_LANGUAGE:
         log.warning(
             "%s: %d tensors of a projector or vision tower are not part of the decoder: %s",
-            folder,
-            len(multimodal),
-            _listed(multimodal),
+            *(folder, len(others), _listed(sorted(others))),
         )
-    return {key: key for key in files.names() if key not in set(multimodal)}
+    return {_language_name(key): key for key in files.names() if key not in others}
 
 
-def _llava_decoder_keys(files: WeightFiles) -> dict[str, str]:
-    """The same of a LLaVA folder: language_model.model.x, or model.language_model.x."""
-    keys = {}
-    for key in files.names():
-        if _MULTIMODAL.match(key):
-            continue
-        if key.startswith("model.language_model."):
-            keys["model." + key.removeprefix("model.language_model.")] = key
-        else:
-            keys[key.removeprefix("language_model.")] = key
-    return keys
+def _language_name(key: str) -> str:
+    for prefix, name in _LANGUAGE_MODEL.items():
+        if key.startswith(prefix):
+            return name + key.removeprefix(prefix)
+    return key
 
 
 def _check_tied_head(
@@ -229,10 +234,7 @@ def _projector_of(files: WeightFiles, path: Path) -> dict[str, Tensor]:
 
 def _llava_projector(folder: Path) -> dict[str, Tensor]:
     hf = read_hf_config(folder)
-    expected = VisionConfig.from_hf(folder).llava_fields
-    found = {name: hf.get(name) for name in expected}
-    if found != expected:
-        raise UserError(f"{folder}/config.json: expected {expected}, found {found}")
+    VisionConfig.from_hf(folder)  # raises where the features are not those of the tower here
     files = WeightFiles.of_folder(folder)
     keys = [key for key in files.names() if "multi_modal_projector." in key]
     return read_projector({key: files.read(key).clone() for key in keys}, folder, hf.values)

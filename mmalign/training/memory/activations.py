@@ -127,6 +127,11 @@ class Activations:
                 saved, "attention", (i, "kv"), tokens, hidden, QKV[1:], recomputed, needs_gradient
             )
         saved.add("attention", (i, "qkv"), tokens * sum(decoder.qkv_sizes) * self.itemsize)
+        if decoder.kind.qk_norm:  # copies of queries and keys, and what the norms found
+            q_and_k = sum(decoder.qkv_sizes[:2])
+            saved.add("attention", (i, "q and k"), tokens * q_and_k * self.itemsize)
+            heads = q_and_k // decoder.head_dim
+            saved.add("attention", (i, "q and k rstd"), 4 * tokens * heads)
         saved.add("attention", (i, "out"), tokens * q_size * self.itemsize)
         saved.add("attention", (i, "logsumexp"), 4 * tokens * decoder.num_attention_heads)
         # o_proj reads the attention's result, which is saved already, or a copy of its rows

@@ -72,6 +72,10 @@ def parameters(workload: Workload, trains_image_tokens: bool) -> Iterator[Matric
     for shape in (*attention, *mlp):
         yield Matrices("layer", shape, layers, trained)
     yield Matrices("layer", (hidden,), layers, trained)
+    if decoder.kind.qkv_bias:
+        yield Matrices("layer", (q_size + 2 * kv_size,), layers, trained)
+    if decoder.kind.qk_norm:
+        yield Matrices("layer", (decoder.head_dim,), 2 * layers, trained)
     yield Matrices("replicated", (hidden,), layers, trained)  # input_layernorm
     rank = workload.adapter_rank
     if rank:
@@ -204,7 +208,8 @@ class MemoryPlan:
         decoder, tokens = self.workload.decoder, batch.tokens
         hidden, size = decoder.hidden_size, decoder.intermediate_size
         mlp = {"none": size, "elementwise": 2 * size + hidden}.get(policy, 4 * size + hidden)
-        attention = 2 * sum(decoder.qkv_sizes)  # the gradient, rotated queries and keys
+        # the gradient, rotated queries and keys; of normed ones also what is copied
+        attention = (3 if decoder.kind.qk_norm else 2) * sum(decoder.qkv_sizes)
         recomputed = 0
         if policy == "full":
             saved = Saved()

@@ -14,7 +14,7 @@ from mmalign.config import TrainConfig
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload
-from mmalign.model.config import CLIP_VIT_L_14, LLAMA2_7B, OPENLLAMA_3B
+from mmalign.model.config import CLIP_VIT_L_14, CLIP_VIT_L_14_336, LLAMA2_7B, OPENLLAMA_3B
 from mmalign.model.recompute import POLICIES
 from mmalign.system import GPUS
 from mmalign.training.build import TOY_WORLD
@@ -58,7 +58,8 @@ def published_workload(config: TrainConfig, recipe: str) -> Workload:
     if model.decoder or model.vision_tower:
         raise UserError("use --model.decoder and --model.vision-tower together, or neither")
     decoder = OPENLLAMA_3B if "open-llama-3b" in recipe else LLAMA2_7B
-    return Workload.from_config(config, decoder, None if config.data.text_only else CLIP_VIT_L_14)
+    vision = CLIP_VIT_L_14_336 if "llava-1.5" in recipe else CLIP_VIT_L_14
+    return Workload.from_config(config, decoder, None if config.data.text_only else vision)
 
 
 def render(plan: MemoryPlan) -> str:

@@ -1,0 +1,168 @@
+"""The chat template of a model's folder, written as transformers writes it, span by span."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mmalign.errors import UserError
+from mmalign.files import read_json, read_text
+from mmalign.tokenizer.tokenizer import Tokenizer
+
+_FIRST_MARK = 0xE000  # private use: stand for the turns while the template's own text is looked up
+_BEGIN, _END = "\uf8f0", "\uf8f1"  # around what {% generation %} marks
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of the written conversation."""
+
+    text: str
+    supervised: bool
+    is_content: bool  # of a turn; else the template's own, in which special tokens are parsed
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, with which templates mark the model's answers."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+class ChatTemplate:
+    """chat_template.jinja, or chat_template in tokenizer_config.json, as older folders have it.
+
+    A template that asks for today's date gets none, so that the same conversation is always the
+    same text.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        self.path = jinja if jinja.exists() else config
+        text = None
+        if self.path.exists():
+            text = read_text(jinja) if jinja.exists() else read_json(config).get("chat_template")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{folder} has no chat template: expected {jinja.name}, which every exported run "
+                "has. Run without it (--apply_chat_template, or --data.template chat), or add the "
+                "file"
+            )
+        self.text, self._names = text, {}
+        for role in ("bos", "eos", "unk", "pad"):
+            token_id = getattr(tokenizer, f"{role}_token_id")
+            if token_id is not None:
+                self._names[f"{role}_token"] = tokenizer.token(token_id)
+        self._special = re.compile("|".join(map(re.escape, tokenizer.special_names())) or "(?!)")
+
+    def render(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        """The text; without a generation prompt it ends with the last message, to be continued."""
+        text = _without_marks(self._write(messages, add_generation_prompt))
+        if not add_generation_prompt:
+            last = messages[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)]
+        return text
+
+    def spans(self, contents: Sequence[str], add_generation_prompt: bool = False) -> Iterator[Span]:
+        """Of question, answer, question ...: all of it, in order, as apply_chat_template writes it.
+
+        Supervised is what {% generation %} marks; without such marks every answer and the special
+        token that ends it. Raises UserError for a template that changes what the turns say.
+        """
+        shape, contents = self._shape(len(contents), add_generation_prompt), list(contents)
+        plain = [_without_marks(piece) for piece in shape]
+        text = _without_marks(self._write(_messages(contents), add_generation_prompt))
+        stripped = [content.strip() for content in contents]
+        written = next((x for x in (contents, stripped) if _joined(plain, x) == text), None)
+        if written is None:
+            raise UserError(
+                f"{self.path} writes more or less of a turn than its text, so its answers cannot "
+                "be told apart. Choose another --data.template"
+            )
+        has_marks, inside = any(_BEGIN in piece for piece in shape), False
+        for i, piece in enumerate(shape):
+            for part in re.split(f"({_BEGIN}|{_END})", piece):
+                if part in (_BEGIN, _END):
+                    inside = part == _BEGIN
+                    continue
+                end = 0 if has_marks or i % 2 or not i else self._end_of_turn(part)
+                yield Span(part[:end], True, False)
+                yield Span(part[end:], inside, False)
+            if i < len(written):
+                yield Span(written[i], inside if has_marks else i % 2 == 1, True)
+
+    def split(self, text: str) -> list[str]:
+        """The template's own text, with special tokens apart: each is one of special_names."""
+        return [part for part in re.split(f"({self._special.pattern})", text) if part]
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The special token that ends an answer."""
+        piece = _without_marks(self._shape(2, False)[2])
+        return piece[: self._end_of_turn(piece)].strip() or None
+
+    def _end_of_turn(self, piece: str) -> int:
+        """Where the special token ends with which the piece begins; 0: with none."""
+        found = re.match(rf"\s*(?:{self._special.pattern})", piece)
+        return found.end() if found else 0
+
+    def _shape(self, num_turns: int, add_generation_prompt: bool) -> list[str]:
+        """The template's own text before, between and after the turns."""
+        marks = [chr(_FIRST_MARK + i) for i in range(num_turns)]
+        rest, pieces = self._write(_messages(marks), add_generation_prompt), []
+        for mark in marks:
+            piece, found, rest = rest.partition(mark)
+            if not found:
+                raise UserError(
+                    f"{self.path} leaves out turns of a conversation of {num_turns}. Choose "
+                    "another --data.template"
+                )
+            pieces.append(piece)
+        return [*pieces, rest]
+
+    def _write(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        names = self._names | {"add_generation_prompt": add_generation_prompt}
+        try:
+            return self._compiled.render(messages=messages, **names)
+        except TemplateError as error:
+            raise UserError(f"{self.path}: {error}") from error
+
+    @cached_property
+    def _compiled(self):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        environment.globals["raise_exception"] = _raise
+        return environment.from_string(self.text)
+
+
+def _messages(contents: Sequence[str]) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def _joined(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    return "".join(x for pair in zip(pieces, [*contents, ""], strict=True) for x in pair)
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(_BEGIN, "").replace(_END, "")
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
