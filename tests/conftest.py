@@ -15,6 +15,17 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def is_asked_for(config: pytest.Config, marker: str) -> bool:
+    """Whether this is pytest -m MARKER, for which the marked tests try more than by default."""
+    return config.option.markexpr == marker
+
+
+@pytest.fixture(scope="session")
+def num_moments(request) -> int:
+    """Interruptions of each kind, of each command."""
+    return 20 if is_asked_for(request.config, "kills") else 2
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real inputs and recorded outputs of reference code; not part of the repository."""
