@@ -60,6 +60,7 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),
     "peak_tflops": Range(0, 1e6, above=True),
     "loss_spike_factor": Range(1, 1e9, above=True),
+    "world_size": Range(1, 2**20),  # of scripts/plan_memory.py
 }
 
 
@@ -71,10 +72,15 @@ def validate(settings: Any) -> None:
     for name, value in walk(settings):
         if name == "data.template":
             find_template(value)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and name in RANGES and value not in RANGES[name]:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value}, expected a number that is {RANGES[name]}")
+        check(name, value)
+
+
+def check(name: str, value: object) -> None:
+    """Raises UserError for a number out of the range that this name has in RANGES."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and name in RANGES and value not in RANGES[name]:
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} is {value}, expected a number that is {RANGES[name]}")
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
