@@ -54,12 +54,13 @@ def make_folder(output: str | Path) -> Path:
 def write_items(output: Path, items: Mapping[str, Sequence[dict]], results: dict) -> None:
     """Both files are whole before one of them takes the place of an earlier one.
 
-    results.json comes last, so its presence marks a finished evaluation, and holds the checksum of
-    its items.jsonl in config.items_sha256.
+    results.json comes last, so its presence marks a finished evaluation. Its config holds the
+    checksums of both.
     """
     output.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(item) + "\n" for rows in items.values() for item in rows)
     results["config"]["items_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    results["config"]["results_sha256"] = _digest(results)
     with replacing(output / "results.json") as results_file:
         results_file.write(json.dumps(results, indent=2) + "\n")
         results_file.flush()
@@ -119,7 +120,7 @@ def read_items(folder: str | Path) -> Items:
     """items.jsonl of an evaluation's output, by task.
 
     UserError with line and document for what cannot be, for a content that results.json does not
-    know, and for scores in results.json that do not follow from it.
+    know, and for a results.json that has changed or whose scores do not follow from it.
     """
     path = Path(folder) / "items.jsonl"
     if not path.is_file():
@@ -141,8 +142,18 @@ def read_items(folder: str | Path) -> Items:
             f"{path} is not the one that was written with results.json: it was cut short or "
             "changed. Evaluate the model again"
         )
-    _require_scores_of(items, results, Path(folder) / "results.json")
+    path = path.with_name("results.json")
+    _require_scores_of(items, results, path)
+    if results["config"].get("results_sha256") != _digest(results):
+        raise UserError(f"{path} has changed since it was written. Evaluate the model again")
     return items
+
+
+def _digest(results: dict) -> str:
+    """Of all but the checksum itself."""
+    config = {k: v for k, v in results["config"].items() if k != "results_sha256"}
+    content = json.dumps(results | {"config": config}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _require_scores_of(items: Items, results: dict, path: Path) -> None:

@@ -133,11 +133,14 @@ def test_scores_that_do_not_follow_from_the_items_are_named(evaluation, name, ch
 
 
 def test_what_is_said_about_scores_may_come_from_another_version(evaluation):
-    path = evaluation / "results.json"
+    path, items = evaluation / "results.json", read_items(evaluation)
     results = json.loads(path.read_text())
     results["ethics_justice"]["caveats"] = ["another sentence"]
-    path.write_text(json.dumps(results))
-    assert read_items(evaluation)
+    write_items(evaluation, items, results)
+    assert read_items(evaluation) == items
+    path.write_text(path.read_text().replace("another sentence", "a forged sentence"))
+    with pytest.raises(UserError, match="results.json has changed since it was written"):
+        read_items(evaluation)
 
 
 def test_another_models_results_are_kept(evaluation, tmp_path):

@@ -4,30 +4,15 @@ import logging
 import os
 import re
 import runpy
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import no_longer_than
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
-    def expired(number, frame):
-        raise AssertionError(f"not over after {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
