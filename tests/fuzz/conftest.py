@@ -3,6 +3,8 @@
 import pytest
 
 from tests.conftest import is_asked_for
+from tests.data.conftest import tokenizer, tokenizer_folder  # noqa: F401  fixtures
+from tests.training.conftest import small_world  # noqa: F401
 
 INPUTS = {
     "data files and images": 500,

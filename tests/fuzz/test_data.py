@@ -20,13 +20,7 @@ from mmalign.data.loader import StepLoader
 from mmalign.data.preview import show, write_json
 from mmalign.data.samples import read_samples
 from mmalign.tokenizer import Tokenizer
-from tests.data.conftest import (  # noqa: F401  two fixtures
-    IMAGE_SIZE,
-    NUM_PATCHES,
-    VISION,
-    tokenizer,
-    tokenizer_folder,
-)
+from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
 from tests.fuzz.damage import damaged_bytes, ends_well
 
 pytestmark = pytest.mark.fuzz
@@ -118,7 +112,7 @@ def data_file(random: Random, folder: Path) -> bytes:
     return bytes(content[: random.choice(ends)])
 
 
-def check(path: Path, folder: Path, tokenizer: Tokenizer, random: Random) -> None:  # noqa: F811
+def check(path: Path, folder: Path, tokenizer: Tokenizer, random: Random) -> None:
     """The data check; what it keeps encodes, loads and is shown."""
     data = DataConfig(
         path=str(path),
@@ -156,7 +150,7 @@ def check(path: Path, folder: Path, tokenizer: Tokenizer, random: Random) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_data_files(folder, tokenizer, tmp_path, seeds):  # noqa: F811
+def test_damaged_data_files(folder, tokenizer, tmp_path, seeds):
     path, accepted = tmp_path / "data.json", 0
     for seed in seeds("data files and images"):
         random = Random(seed)

@@ -13,7 +13,6 @@ from mmalign.evaluation.tasks import TASKS, load_documents
 from mmalign.evaluation.tasks.task import Document
 from mmalign.model.config import DecoderConfig
 from mmalign.tokenizer import Tokenizer
-from tests.data.conftest import tokenizer, tokenizer_folder  # noqa: F401  two fixtures
 from tests.fuzz.damage import HOSTILE, damaged_bytes, damaged_json, ends_well
 
 pytestmark = pytest.mark.fuzz
@@ -87,7 +86,7 @@ def words(path: Path, task: str) -> list[list[str]]:
     return [[part for text in row for part in text.split(" [SEP] ")] for row in rows]
 
 
-def test_damaged_documents(root, tokenizer: Tokenizer, seeds):  # noqa: F811
+def test_damaged_documents(root, tokenizer: Tokenizer, seeds):
     files = {name: sorted(task.data_files(root)) for name, task in TASKS.items()}
     config = DecoderConfig(
         tokenizer.vocab_size, 32, 64, 2, 4, 4, 8, 1e-6, 10000.0, 4096, False
