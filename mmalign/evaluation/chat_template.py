@@ -35,11 +35,11 @@ class ChatTemplate:
         names = self._names | {"add_generation_prompt": add_generation_prompt}
         try:
             text = environment.from_string(self.text).render(messages=messages, **names)
-        except TemplateError as error:
+            if not add_generation_prompt:
+                last = messages[-1]["content"].strip()
+                text = text[: text.rindex(last) + len(last)]
+        except Exception as error:  # a template can raise anything
             raise UserError(f"{self.path}: {error}") from error
-        if not add_generation_prompt:
-            last = messages[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)]
         return text
 
 
