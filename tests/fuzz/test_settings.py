@@ -49,9 +49,10 @@ def text(rng: Random) -> str:
 
 def test_options_of_train(capsys, seeds):
     accepted = 0
+    names = [name for name in numeric_fields(TrainConfig) if name != "recompute_layers"]  # hidden
     for seed in seeds("settings")[::2]:
         rng = Random(seed)
-        name, value = rng.choice(numeric_fields(TrainConfig)), text(rng)
+        name, value = rng.choice(names), text(rng)
         flag = f"--{name.replace('_', '-')}"
         try:
             with no_longer_than(20):
@@ -60,7 +61,7 @@ def test_options_of_train(capsys, seeds):
                 validate(config)
         except SystemExit:  # tyro's, with status 2
             shown = capsys.readouterr()
-            assert flag in shown.err + shown.out or name == "recompute_layers", (seed, shown)
+            assert flag in shown.err + shown.out, (seed, shown)
         except UserError as error:
             assert str(error).startswith(f"{flag} is ") and len(str(error)) < 6000, (seed, error)
         except Exception as error:
