@@ -77,8 +77,7 @@ class Readers:
         with Metrics(self.run_dir, "run", NUM_STEPS, NUM_STEPS, False) as metrics:
             LossSpikeDetector(3.0, metrics.earlier_losses).update(5, 1.0, ["x"])
         kept = set(map(json.dumps, map(json.loads, path.read_text().splitlines())))
-        damaged_before = len(as_it_was) < len(self.lines)
-        assert len(as_it_was - kept) <= damaged_before  # a false step may hide one behind it
+        assert len(as_it_was - kept) <= 1  # a false step may fit where a true one does not
 
     def settings(self) -> None:
         write_config(self.config)
@@ -87,10 +86,8 @@ class Readers:
         settings(stages, {"run": read_run(self.run_dir)})
         weights = self.run_dir / "export/llama"
         data = run_settings(weights)
-        assert choose_template(weights, None, data) and data.flag("use_im_start_end", True) in (
-            0,
-            1,
-        )
+        assert choose_template(weights, None, data)
+        assert isinstance(data.flag("use_im_start_end", True), bool)
 
     def inputs(self) -> None:
         inputs = RunInputs(self.run_dir)
