@@ -107,12 +107,12 @@ def wait_for_a_moment(
     seconds: of the whole run; left: kills that follow, which are to find some steps, too.
     """
     assert config.num_steps
-    run_dir, num_steps = config.run_dir, config.num_steps
-    begin, limit, wanted = time.monotonic(), rng.uniform(0, seconds / 3), num_steps + 1
+    run_dir, last, begin = config.run_dir, config.num_steps - 1, time.monotonic()
+    done = num_lines(run_dir)
+    farthest = max(done + 1, done + 2 * (config.num_steps - done) // (left + 2))
+    limit, wanted = rng.uniform(0, seconds / 3), min(last, farthest)
     if rng.random() < 0.5:
-        done = num_lines(run_dir)
-        farthest = done + 2 * (num_steps - done) // (left + 2)
-        limit, wanted = 60.0, min(num_steps - 1, rng.randint(done + 1, max(done + 1, farthest)))
+        limit, wanted = 60.0, min(last, rng.randint(done + 1, farthest))
     while time.monotonic() - begin < limit and running.processes[0].is_alive():
         if num_lines(run_dir) >= wanted:
             time.sleep(rng.uniform(0, 0.05))
