@@ -77,8 +77,9 @@ def validate(settings: Any) -> None:
 
 def check(name: str, value: object) -> None:
     """Raises UserError for a number out of the range that this name has in RANGES."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and name in RANGES and value not in RANGES[name]:
+    if name not in RANGES or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if value not in RANGES[name]:
         flag = name.replace("_", "-")
         raise UserError(f"--{flag} is {value}, expected a number that is {RANGES[name]}")
 
