@@ -53,10 +53,7 @@ def test_a_setting_out_of_range_is_refused(case, name):
 
 def test_47_fewer_samples_than_a_batch(case):
     ended = case.train(num_steps=None, num_epochs=1, global_batch_size=16)
-    if ended.code:
-        ended.refused("8 samples", "--global-batch-size 16")
-    else:
-        ended.succeeded("learning rate 0", "nothing is learned")
+    ended.succeeded("learning rate 0", "nothing is learned", "more than the 8 usable samples")
 
 
 def test_37_a_prompt_with_image_marks_in_transformers(case):
