@@ -13,7 +13,7 @@ from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
-from mmalign.files import read_json
+from mmalign.files import Settings, read_json
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
 from mmalign.model.hf import is_llava, load_llava
@@ -46,8 +46,8 @@ class Conversation:
     ):
         llava = Path(model) / "export" / "llava"  # of a run that has a vision tower
         self.weights = weights = llava if llava.is_dir() else find_weights(model)
-        settings, target = _run_settings(weights), choose_device(device)
-        self.template_name = _choose_template(weights, template, settings)
+        settings, target = run_settings(weights), choose_device(device)
+        self.template_name = choose_template(weights, template, settings)
         self.template = TEMPLATES[self.template_name]
         config = DecoderConfig.from_hf(weights)
         self.max_length = config.context_length
@@ -55,7 +55,7 @@ class Conversation:
         self.start(image)  # before loading the weights: a bad image fails at once
         self.tokenizer = Tokenizer.from_pretrained(weights)
         has_im_tokens = self.tokenizer.im_end_id < config.vocab_size
-        self.use_im_start_end = settings.get("use_im_start_end", has_im_tokens)
+        self.use_im_start_end = settings.flag("use_im_start_end", has_im_tokens)
         self.llava = load_llava(weights, self.tokenizer, DTYPES[precision]).to(target)
 
     def start(self, image: Path | None = None) -> None:
@@ -126,22 +126,22 @@ class Conversation:
         return ids
 
 
-def _run_settings(weights: Path) -> dict:
+def run_settings(weights: Path) -> Settings:
     """`data` in config.json of the run that exported this folder; empty for other folders."""
     path = weights.absolute().parent.parent / "config.json"
     if weights.absolute().parent.name != "export" or not path.is_file():
-        return {}
-    return read_json(path).get("data", {})
+        return Settings({}, path)
+    return Settings(read_json(path), path).section("data")
 
 
-def _choose_template(weights: Path, given: str | None, settings: dict) -> str:
+def choose_template(weights: Path, given: str | None, settings: Settings) -> str:
     template, known = given or settings.get("template"), ", ".join(CHAT_TEMPLATES)
     if template is None:
         raise UserError(
             f"{weights} is not from a run, so its conversation template is unknown. "
             f"Set --template to one of {known}"
         )
-    if template not in CHAT_TEMPLATES:
+    if not isinstance(template, str) or template not in CHAT_TEMPLATES:
         raise UserError(
             f"template {template} is not for conversations. Set --template to one of {known}"
         )

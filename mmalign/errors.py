@@ -2,7 +2,13 @@
 
 
 class UserError(ValueError):
-    """Bad input or a bad setting. Entry points print the message without a traceback."""
+    """Bad input or a bad setting. Entry points print the message without a traceback.
+
+    What the message quotes of a file cannot control the terminal: it is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("\n".join(_escape(line) for line in message.split("\n")))
 
 
 def readable(text: str, most: int = 300) -> str:

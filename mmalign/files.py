@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import tempfile
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,25 +214,50 @@ def read_json_lines(path: str | Path, required: Collection[str] = ()) -> list[di
 
 
 def read_steps(path: str | Path) -> tuple[list[dict], list[str]]:
-    """The records of metrics.jsonl, and a sentence for every line that is not the next step's.
+    """The records of metrics.jsonl, and a sentence for every line that is not a step's, in order.
 
-    A last line without a line end was cut short by a kill and is left out silently.
+    Steps ascend; of lines that contradict each other the fewest are left out. A last line without a
+    line end was cut short by a kill and is left out silently.
     """
-    records, problems, last = [], [], 0
+    records, wrong = {}, []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             numbers = (record["step"], record["loss"])
             if any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
                 raise TypeError
-            if record["step"] != int(record["step"]) or record["step"] <= last:
+            if record["step"] != int(record["step"]) or record["step"] < 1:
                 raise ValueError
+            float(record["loss"])
+            records[number] = record
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            problems.append(f"{path}, line {number}: not the record of a step after step {last}")
-            continue
-        records.append(record)
-        last = record["step"]
-    return records, problems
+            wrong.append(number)
+    numbers = list(records)
+    ascending = _ascending([record["step"] for record in records.values()])
+    kept = [numbers[index] for index in ascending]
+    wrong = sorted({*wrong, *numbers} - {*kept})
+    problems = [f"{path}, line {number}: not the record of a step in order" for number in wrong]
+    return [records[number] for number in kept], problems
+
+
+def _ascending(values: Sequence[float]) -> list[int]:
+    """Indices of a longest subsequence that ascends strictly, the first one where there are more.
+
+    Patience sorting, from the end.
+    """
+    largest: list[float] = []  # negated first value of the subsequences of each length
+    first: list[int] = []  # its index
+    behind: dict[int, int | None] = {}  # of each value: the index of the one after it
+    for index in reversed(range(len(values))):
+        length = bisect_left(largest, -values[index])
+        behind[index] = first[length - 1] if length else None
+        largest[length : length + 1] = [-values[index]]
+        first[length : length + 1] = [index]
+    found, index = [], first[-1] if first else None
+    while index is not None:
+        found.append(index)
+        index = behind[index]
+    return found
 
 
 def markdown_table(

@@ -44,6 +44,7 @@ from mmalign.model.llava import Llava
 from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 from mmalign.tokenizer.chat_template import ChatTemplate
+from mmalign.validation import check
 
 log = logging.getLogger("mmalign")
 if "mmalign" not in model_registry:  # "python -m" loads this file a second time under its name
@@ -84,6 +85,7 @@ class MmalignLM(TemplateLM):
             raise UserError(
                 f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
             )
+        check("batch_tokens", batch_tokens)
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
         self._weights = weights = find_weights(pretrained)

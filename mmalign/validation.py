@@ -50,6 +50,7 @@ RANGES = {
     "limit": _COUNT,  # this one and the two below it: of a study file
     "samples": _COUNT,
     "supervised_tokens": _COUNT,
+    "batch_tokens": _TOKENS,  # of scripts/evaluate.py, as limit
     "evaluation.limit": _COUNT,
     "evaluation.batch_tokens": _TOKENS,
     "global_batch_size": Range(1, 2**20),
@@ -60,6 +61,7 @@ RANGES = {
     "seed": Range(0, 2**32 - 1),
     "peak_tflops": Range(0, 1e6, above=True),
     "loss_spike_factor": Range(1, 1e9, above=True),
+    "world_size": Range(1, 2**20),  # of scripts/plan_memory.py
 }
 
 
@@ -71,10 +73,16 @@ def validate(settings: Any) -> None:
     for name, value in walk(settings):
         if name == "data.template":
             find_template(value)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and name in RANGES and value not in RANGES[name]:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value}, expected a number that is {RANGES[name]}")
+        check(name, value)
+
+
+def check(name: str, value: object) -> None:
+    """Raises UserError for a number out of the range that this name has in RANGES."""
+    if name not in RANGES or not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if value not in RANGES[name]:
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} is {value}, expected a number that is {RANGES[name]}")
 
 
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

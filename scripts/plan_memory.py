@@ -27,6 +27,7 @@ from mmalign.training.memory.table import (
     render,
     total_of,
 )
+from mmalign.validation import validate
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PlanMemory:
 
 
 def report(options: PlanMemory) -> str:
+    validate(options.config)
+    validate(options)
     config, parallel, world_size = options.config, options.config.parallel, options.world_size
     if parallel.sharding == "hybrid" and not parallel.shard_size:
         raise UserError("the number of processes per node is unknown: set --parallel.shard-size")

@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,33 @@ else:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # tests of bits need cuBLAS deterministic
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def is_asked_for(config: pytest.Config, marker: str) -> bool:
+    """Whether this is pytest -m MARKER, for which the marked tests try more than by default."""
+    return config.option.markexpr == marker
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """A hang inside is a failed test."""
+
+    def expired(number, frame):
+        raise AssertionError(f"not over after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def num_moments(request) -> int:
+    """Interruptions of each kind, of each command."""
+    return 20 if is_asked_for(request.config, "kills") else 2
 
 
 @pytest.fixture(scope="session")

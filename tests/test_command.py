@@ -41,6 +41,11 @@ def test_every_ending_is_one_line(body, code, said):
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
 
+def test_a_message_cannot_control_the_terminal():
+    result = run(r"raise UserError('a.bin: \x1b[2J\r\u202e' + '\n' + 'fix it')")
+    assert result.stderr == "error: a.bin: \\x1b[2J\\r\\u202e\nfix it\n"
+
+
 def test_a_bug_keeps_its_traceback():
     assert "Traceback" in run("assert 1 == 2").stderr
 

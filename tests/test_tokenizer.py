@@ -223,13 +223,36 @@ def test_two_vocabularies_in_one_folder_have_to_agree(folder, tmp_path):
 
 
 def test_every_token_needs_a_row(beside):
-    tokenizer = beside("added_tokens.json", {"<pad>": 32000})
-    tokenizer.check_rows(32001, "decoder", 3)
-    with pytest.raises(UserError, match=r"32001 tokens.*rows for 32000\. Remove '<pad>' \(added_"):
+    tokenizer = beside("added_tokens.json", {"<pad>": 32000, "<loc>": 32001})
+    tokenizer.check_rows(32002, "decoder", 3)
+    with pytest.raises(UserError, match=r"32002 tokens.*rows for 32000\. Remove '<loc>' \(added_"):
         tokenizer.check_rows(32000, "decoder", 3)
+    with pytest.raises(UserError, match=r"32002 tokens.*rows for 32001\. Remove '<loc>' \(added_"):
+        tokenizer.check_rows(32001, "decoder", 3)
     gap = beside("added_tokens.json", {"<im_patch>": 32090})
     with pytest.raises(UserError, match=r"leave a gap .*'<im_patch>' 32090 \(added_tokens\.json\)"):
         gap.check_rows(32000, "decoder", 91)
+
+
+def test_a_padding_token_needs_no_row(beside, folder, tmp_path):
+    """The early Llama-2-hf folders: added_tokens.json, with and without pad_token in a role."""
+    assert Tokenizer.from_pretrained(folder).padding == {}
+    for roles in ({}, {"pad_token": "<pad>"}):
+        beside("special_tokens_map.json", roles)
+        tokenizer = beside("added_tokens.json", {"<pad>": 32000})
+        tokenizer.check_rows(32000, "decoder")
+        assert tokenizer.padding == {32000: "<pad>"}
+        assert (tokenizer.image_token_id, tokenizer.num_image_tokens_added(True)) == (32001, 3)
+        assert (32000 in tokenizer.encode("a <pad>")) == (
+            not roles
+        )  # as slow LlamaTokenizer has it
+        tokenizer.save(tmp_path / "out", num_rows=32000)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs.convert_tokens_to_ids("<pad>") == 32000 and len(theirs) == 32001
+    other = beside("tokenizer_config.json", {"eos_token": "<pad>"})
+    assert other.padding == {}
+    with pytest.raises(UserError, match="32001 tokens.*rows for 32000"):
+        other.check_rows(32000, "decoder")
 
 
 def test_half_a_surrogate_pair_is_not_text(folder, tmp_path):

@@ -47,6 +47,9 @@ def with_field(config: Any, name: str, value: object) -> Any:
 
 def test_every_numeric_field_has_a_range_and_every_range_a_field():
     names = [x for kind in (TrainConfig, Settings, Variant) for x in numeric_fields(kind)]
+    plan = runpy.run_path(str(ROOT / "scripts/plan_memory.py"))["PlanMemory"]
+    names += [name for name in numeric_fields(plan) if not name.startswith("config.")]
+    names += ["batch_tokens"]  # an argument of evaluate_model
     assert sorted(names) == sorted([*RANGES, "seeds"])  # each run's `seed` is checked
 
 
@@ -102,6 +105,27 @@ def test_other_commands_refuse_the_same(monkeypatch, script):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="error: --data.max-length is 0, expected a number"):
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --limit 0",
+        "evaluate --batch-tokens -1",
+        "plan_memory finetune-7b --world-size 0",
+        "plan_memory finetune-7b --optimizer.beta1 2",
+    ],
+)
+def test_commands_without_a_run_refuse_the_same(monkeypatch, tmp_path, command):
+    script, *arguments = command.split()
+    if script == "evaluate":
+        output = str(tmp_path / "out")
+        arguments += ["--model", "none", "--data-root", "none", "--output", output]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    flag = next(x for x in arguments if x.startswith("--"))
+    with pytest.raises(SystemExit, match=f"error: {flag} is -?[0-9.]+, expected a number that is"):
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_template_is_named_with_the_known_ones():

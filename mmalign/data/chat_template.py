@@ -10,7 +10,7 @@ from mmalign.tokenizer import Tokenizer
 
 _MARKS = ("\ue000", "\ue001", "\ue002", "\ue003")  # question, answer, question, answer
 
-_JINJA = """\
+_WRITTEN = """\
 {%- macro written(content) -%}
   {%- if content is string -%}{{ content }}
   {%- else -%}
@@ -19,6 +19,8 @@ _JINJA = """\
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
+"""
+_CHAT = """\
 {%- for message in messages -%}
   {%- if message.role != ["user", "assistant"][loop.index0 % 2] -%}
     {{ raise_exception("user and assistant must alternate, user first; the template has its own "
@@ -39,14 +41,28 @@ _JINJA = """\
 """
 
 
+_CAPTION = """\
+{%- for message in messages -%}
+  {%- set text = written(message.content) -%}
+  {%- if loop.index0 == 0 and message.role == "user" and IMAGE in text -%}{{ OPENING }}{{ MARKS }}
+  {%- elif loop.index0 == 1 and message.role == "assistant" -%}{{ text }}{{ "\\n" }}
+  {%- else -%}
+    {{ raise_exception("the template is that of captions: one message of the user with an image, "
+                       ~ "whose text is left out, and one of the assistant") }}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
 def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bool) -> str:
-    """Jinja that writes what `template` renders; empty for a template that drops the question.
+    """Jinja that writes what `template` renders.
 
     The exported tokenizer gives the text exactly the ids of encode_conversation, or with
     add_generation_prompt those of encode_prompt.
     """
     if template.drops_question:
-        return ""
+        bos, image = map(tokenizer.token, (tokenizer.bos_token_id, tokenizer.image_token_id))
+        return _with_names(_CAPTION, {"OPENING": bos, "MARKS": image, "IMAGE": IMAGE})
     if template.is_own:
         return own_template(tokenizer).text
     special = special_ids(tokenizer, use_im_start_end)
@@ -69,8 +85,12 @@ def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bo
     marks = text(render(IMAGE, _MARKS[1])).removeprefix(opening).partition(answer)[0]
     names = {"OPENING": opening, "NEXT": following, "ANSWER": answer, "END": rest}
     names |= {"PROMPT": prompt, "MARKS": marks, "IMAGE": IMAGE}
+    return _with_names(_CHAT, names)
+
+
+def _with_names(text: str, names: dict[str, str]) -> str:
     values = [f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in names.items()]
-    return "\n".join([*values, _JINJA])
+    return "\n".join([*values, _WRITTEN + text])
 
 
 def _text(segment: Segment, tokenizer: Tokenizer) -> str:

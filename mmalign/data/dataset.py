@@ -125,6 +125,10 @@ class ConversationDataset:
                 "marks image positions",
                 f"Write {IMAGE} at the image's place",
             )
+        if padding := tokenizer.padding.keys() & set(ids):
+            name = tokenizer.padding[padding.pop()]
+            problem = f"the text contains {name!r}, the tokenizer's padding token"
+            raise SampleError(sample.id, problem, "Remove it from the text")
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
         image = self._image_path(sample)
         if image and self.vision:

@@ -32,6 +32,7 @@ from mmalign.model.llava import Llava
 from mmalign.ownership import owned
 from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
+from mmalign.validation import check
 
 Answers = dict[tuple[str, int], list[Score] | Generation]  # by task and doc_id
 
@@ -194,6 +195,8 @@ def evaluate_model(
     table unless quiet. Raises UserError for bad arguments, data or weights, and for an output that
     another process writes.
     """
+    check("limit", limit)
+    check("batch_tokens", batch_tokens)
     with owned(output, "--output"):
         if not overwrite:
             require_same_model(Path(output), find_weights(model))

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows
+from mmalign.evaluation.tasks import ENTRIES, TASKS, score_rows, summarize
 from mmalign.evaluation.tasks.task import is_number
 from mmalign.files import read_json, read_json_lines, replacing, sha256, write_text
 
@@ -52,12 +54,13 @@ def make_folder(output: str | Path) -> Path:
 def write_items(output: Path, items: Mapping[str, Sequence[dict]], results: dict) -> None:
     """Both files are whole before one of them takes the place of an earlier one.
 
-    results.json comes last, so its presence marks a finished evaluation, and holds the checksum of
-    its items.jsonl in config.items_sha256.
+    results.json comes last, so its presence marks a finished evaluation. Its config holds the
+    checksums of both.
     """
     output.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(item) + "\n" for rows in items.values() for item in rows)
     results["config"]["items_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    results["config"]["results_sha256"] = _digest(results)
     with replacing(output / "results.json") as results_file:
         results_file.write(json.dumps(results, indent=2) + "\n")
         results_file.flush()
@@ -124,8 +127,8 @@ def _beside(results: dict) -> dict[str, dict]:
 def read_items(folder: str | Path) -> Items:
     """items.jsonl of an evaluation's output, by task.
 
-    UserError with line and document for what cannot be, or a content that results.json does not
-    know.
+    UserError with line and document for what cannot be, for a content that results.json does not
+    know, and for a results.json that has changed or whose scores do not follow from it.
     """
     path = Path(folder) / "items.jsonl"
     if not path.is_file():
@@ -141,10 +144,46 @@ def read_items(folder: str | Path) -> Items:
             name = f"{task.name} document {item['doc_id']!r}"
             raise UserError(f"{where}, {name}: {problem}. Evaluate the model again")
         items.setdefault(task.name, []).append(item)
-    expected = read_results(folder)["config"].get("items_sha256")
-    if not items or sha256(path) != expected:
+    results = read_results(folder)
+    if not items or sha256(path) != results["config"].get("items_sha256"):
         raise UserError(
             f"{path} is not the one that was written with results.json: it was cut short or "
             "changed. Evaluate the model again"
         )
+    path = path.with_name("results.json")
+    _require_scores_of(items, results, path)
+    if results["config"].get("results_sha256") != _digest(results):
+        raise UserError(f"{path} has changed since it was written. Evaluate the model again")
     return items
+
+
+def _digest(results: dict) -> str:
+    """Of all but the checksum itself."""
+    config = {k: v for k, v in results["config"].items() if k != "results_sha256"}
+    content = json.dumps(results | {"config": config}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _require_scores_of(items: Items, results: dict, path: Path) -> None:
+    """UserError with the names of scores in results.json that do not follow from the items."""
+    expected = summarize(items)
+    known = expected.keys() | (results.keys() & ENTRIES.keys())
+    wrong = [x for x in ENTRIES if x in known and not _agree(results.get(x), expected.get(x))]
+    if wrong:
+        raise UserError(
+            f"{path}: the scores of {', '.join(wrong)} do not follow from items.jsonl beside it. "
+            "Evaluate the model again"
+        )
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether all numbers are equal; what is said about them may come from another version."""
+    if isinstance(expected, dict):
+        keys = expected.keys() - {"caveats"}
+        return isinstance(found, dict) and all(_agree(found.get(x), expected[x]) for x in keys)
+    if isinstance(expected, list | tuple):
+        same_length = isinstance(found, list) and len(found) == len(expected)
+        return same_length and all(map(_agree, found, expected))
+    if is_number(expected, -math.inf, math.inf):
+        return is_number(found, expected - 1e-9, expected + 1e-9)
+    return found == expected or isinstance(expected, str)

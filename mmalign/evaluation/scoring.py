@@ -142,8 +142,6 @@ def plan_scoring(
     names: Sequence[str] | None = None,
 ) -> ScoringPlan:
     """Tokenises the requests and decides which batches score them."""
-    if batch_tokens < 1:
-        raise UserError(f"batch_tokens is {batch_tokens}; set it to at least 1")
     names = names or [f"request {i}" for i in range(len(requests))]
     first_of: dict[Request, int] = {}
     for i, request in enumerate(requests):

@@ -45,7 +45,10 @@ class GenerationOptions:
     def __post_init__(self):
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            "temperature": (
+                self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,  # else logits overflow
+                "0 (greedy), or a number from 0.001 to 1,000",
+            ),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "seed": (self.seed >= 0, "0 or more"),

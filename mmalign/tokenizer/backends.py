@@ -35,6 +35,8 @@ class SentencePiece:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
             self.vocab_size = self.model.vocab_size()
+            # a damaged piece is not Unicode
+            self.pieces = [self.model.id_to_piece(i) for i in range(self.vocab_size)]
         except (RuntimeError, IndexError, ValueError) as error:
             kind = known_kind(path) or f"not a sentencepiece model ({error})"
             if is_tiktoken(path):
@@ -61,7 +63,7 @@ class SentencePiece:
         return self.model.decode(ids)
 
     def token(self, token_id: int) -> str:
-        return self.model.id_to_piece(token_id)
+        return self.pieces[token_id]
 
 
 class HuggingFace:

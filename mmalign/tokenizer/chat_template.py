@@ -137,7 +137,7 @@ class ChatTemplate:
         names = self._names | {"add_generation_prompt": add_generation_prompt}
         try:
             return self._compiled.render(messages=messages, **names)
-        except TemplateError as error:
+        except Exception as error:  # a template can raise anything
             raise UserError(f"{self.path}: {error}") from error
 
     @cached_property

@@ -23,6 +23,7 @@ from mmalign.tokenizer.tokenizer_json import of_sentencepiece, with_tokens
 log = logging.getLogger("mmalign")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+_PADDING = ("<pad>", "[PAD]")  # of folders that do not name their padding token
 
 
 class Tokenizer:
@@ -115,13 +116,14 @@ class Tokenizer:
     def check_rows(self, num_rows: int, decoder: str | Path, num_added: int = 0) -> None:
         """UserError unless the decoder has a row for every token, and an export is possible.
 
-        num_added: rows that the image tokens get beyond num_rows.
+        A padding token needs no row: early Llama-2-hf folders have <pad> 32000, and 32000 rows.
+        num_added: rows that it and the image tokens get beyond num_rows.
         """
-        if self.vocab_size > num_rows:
+        if set(range(num_rows, self.vocab_size)) - self.padding.keys():
             extra = [
                 f"{x.content!r} ({x.source.name})"
                 for x in self._added.values()
-                if num_rows <= x.id < self.vocab_size
+                if num_rows <= x.id < self.vocab_size and x.id not in self.padding
             ]
             remedy = f"Remove {', '.join(extra[:5])}" if extra else "Set another --model.tokenizer"
             raise UserError(
@@ -129,6 +131,13 @@ class Tokenizer:
                 f"{decoder} has rows for {num_rows}. {remedy}, or give a decoder with these rows"
             )
         self._complete_json(num_rows + num_added)
+
+    @cached_property
+    def padding(self) -> dict[int, str]:
+        """Added tokens that are for padding alone, by id: no text of a sample may hold them."""
+        used = (self.bos_token_id, self.eos_token_id, self.unk_token_id)
+        added = {x.id: name for name, x in self._added.items() if x.id not in used}
+        return {i: x for i, x in added.items() if i == self.pad_token_id or x in _PADDING}
 
     def num_image_tokens_added(self, use_im_start_end: bool) -> int:
         """Rows of a multimodal decoder beyond vocab_size: 3 with im_start/im_end, otherwise 1."""

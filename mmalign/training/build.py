@@ -231,6 +231,7 @@ def _take_own_projector(model: Llava, config: TrainConfig) -> bool:
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> int:
     """Rows of image tokens that the decoder's vocabulary lacks; our exports have them already.
 
+    A padding token without a row gets one, too: LLaVA resizes the model to len(tokenizer).
     Raises UserError for a tokenizer with other tokens that have no row, or that no export can hold.
     """
     vocab_size, missing = DecoderConfig.from_hf(config.model.decoder).vocab_size, 0

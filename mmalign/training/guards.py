@@ -79,10 +79,6 @@ class LossSpikeDetector:
 
     def __init__(self, factor: float, earlier_losses: Iterable[float] = ()):
         """earlier_losses: of the steps before a resumed run's first one."""
-        if factor <= 1:
-            raise UserError(
-                f"--loss-spike-factor {factor}: expected a number above 1, such as the default 3"
-            )
         self.factor = factor
         self.losses = deque((x for x in earlier_losses if math.isfinite(x)), maxlen=WINDOW)
 

@@ -12,6 +12,7 @@ from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.files import read_json, write_text
 from mmalign.system import versions
+from mmalign.validation import RANGES
 
 # fields that may differ when a run resumes
 FREE_FIELDS = (
@@ -72,7 +73,7 @@ def with_first_decision(config: TrainConfig) -> TrainConfig:
     if config.micro_batch_tokens != "auto" or not path.exists():
         return config
     decided = _read(path).get("micro_batch_tokens")
-    if type(decided) is not int:
+    if type(decided) is not int or decided not in RANGES["micro_batch_tokens"]:
         raise UserError(f"{path}: micro_batch_tokens is {decided!r}, expected a number. {_RESTORE}")
     return dataclasses.replace(config, micro_batch_tokens=decided)
 

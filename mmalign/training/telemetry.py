@@ -14,7 +14,6 @@ import torch
 
 from mmalign.config import TrainConfig
 from mmalign.distributed import DistributedContext
-from mmalign.errors import UserError
 from mmalign.flops import peak_bf16_flops
 
 log = logging.getLogger("mmalign")
@@ -81,10 +80,6 @@ def memory(device: torch.device) -> dict[str, int]:
 def _peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     """The denominator of MFU; None where it is unknown, which is logged once."""
     if config.peak_tflops is not None:
-        if config.peak_tflops <= 0:
-            raise UserError(
-                f"--peak-tflops {config.peak_tflops}: expected a rate above 0, such as 989.4"
-            )
         return config.peak_tflops * 1e12
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -80,5 +80,22 @@ def test_other_orders_are_refused(theirs):
             loaded.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_template_without_a_question_has_none(llama_tokenizer):
-    assert chat_template(TEMPLATES["plain"], llama_tokenizer, True) == ""
+def test_captions(theirs, llama_tokenizer):
+    """Template plain leaves the question out; without an image nothing would be left of it."""
+    loaded = theirs("plain", True)
+
+    def ids(messages, prompt: bool) -> list[int]:
+        text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        return loaded(text, add_special_tokens=False)["input_ids"]
+
+    for case in ("image behind", "image alone"):
+        turns = [Turn(s, x) for s, x in zip(SPEAKERS, CONVERSATIONS[case][0], strict=True)]
+        ours, _ = encode_conversation(turns, TEMPLATES["plain"], llama_tokenizer, True)
+        ours = [llama_tokenizer.image_token_id if i == IMAGE_SENTINEL else i for i in ours]
+        for as_parts in (False, True):
+            messages = messages_of(turns, as_parts)
+            assert ids(messages, False) == ours and ids(messages[:1], True) == ours[:2]
+    asked = messages_of([Turn("human", "<image>")], False)
+    for messages in (messages_of([Turn("human", "Hi")], False), asked * 2):
+        with pytest.raises(Exception, match="is that of captions"):
+            ids(messages, False)

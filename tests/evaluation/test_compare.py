@@ -9,7 +9,7 @@ from scipy import stats
 
 from mmalign.errors import UserError
 from mmalign.evaluation.compare import compare_evaluations
-from mmalign.evaluation.items import read_results
+from mmalign.evaluation.items import read_items, read_results, write_items
 from mmalign.evaluation.report import name_evaluations, write_report
 from mmalign.evaluation.tasks.truthfulqa_gen import SIMILARITIES
 from scripts import compare as command
@@ -198,7 +198,7 @@ def test_another_protocol_is_not_compared(tmp_path, task, key, value):
     a, b = (generated(tmp_path / name, [1.0]) for name in "ab")
     results = json.loads((b / "results.json").read_text())
     results["config"]["tasks"][task][key] = value
-    (b / "results.json").write_text(json.dumps(results))
+    write_items(b, read_items(b), results)
     with pytest.raises(
         UserError, match=rf"{task}: .* cannot be compared: {key} is .* and .*; eval"
     ):

@@ -16,6 +16,7 @@ from mmalign.evaluation.items import (
     require_same_model,
     write_items,
 )
+from mmalign.evaluation.report import write_report
 
 from .synthetic import make_evaluation
 
@@ -105,6 +106,42 @@ def test_damaged_results_are_named(evaluation, text):
     assert not is_finished(evaluation)
     with pytest.raises(UserError, match="results.json.*--overwrite"):
         require_same_model(evaluation, evaluation)
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("ethics_justice", {"acc": 0.9}, "ethics_justice"),
+        ("ethics_commonsense", {"interval": [0.2, 0.9]}, "ethics_commonsense"),
+        ("ethics_justice", {"em": 1.0}, "ethics_justice"),
+        ("ethics_commonsense", {"n": 4}, "ethics_commonsense"),
+        ("ethics_commonsense", {"chance": 0.1}, "ethics_commonsense"),
+        ("ethics_virtue", {"acc": 0.9, "interval": [0.5, 1.0]}, "ethics_virtue"),
+    ],
+)
+def test_scores_that_do_not_follow_from_the_items_are_named(evaluation, name, change, named):
+    path = evaluation / "results.json"
+    results = json.loads(path.read_text())
+    results[name] = results.get(name, {}) | change
+    path.write_text(json.dumps(results))
+    found = f"results.json: the scores of {named} do not follow from items.jsonl"
+    with pytest.raises(UserError, match=found):
+        read_items(evaluation)
+    assert not is_finished(evaluation)
+    with pytest.raises(UserError, match=found):
+        write_report(evaluation.parent / "report.md", {}, {"base": evaluation})
+    assert not (evaluation.parent / "report.md").exists()
+
+
+def test_what_is_said_about_scores_may_come_from_another_version(evaluation):
+    path, items = evaluation / "results.json", read_items(evaluation)
+    results = json.loads(path.read_text())
+    results["ethics_justice"]["caveats"] = ["another sentence"]
+    write_items(evaluation, items, results)
+    assert read_items(evaluation) == items
+    path.write_text(path.read_text().replace("another sentence", "a forged sentence"))
+    with pytest.raises(UserError, match="results.json has changed since it was written"):
+        read_items(evaluation)
 
 
 def test_another_models_results_are_kept(evaluation, tmp_path):

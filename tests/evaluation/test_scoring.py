@@ -168,11 +168,6 @@ def test_tokenizer_of_another_model(tmp_path, tokenizer_model, tokenizer):
         score_requests(decoder, tokenizer, [("Some", " words")], 64, progress=False)
 
 
-def test_batch_tokens_must_be_positive(decoder, tokenizer):
-    with pytest.raises(UserError, match="batch_tokens is 0"):
-        score_requests(decoder, tokenizer, [("a", " b")], 0, progress=False)
-
-
 def test_training_mode_is_given_back(decoder, tokenizer):
     decoder.train()
     score_requests(decoder, tokenizer, [("a", " b")], 64, progress=False)

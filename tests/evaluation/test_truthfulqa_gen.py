@@ -168,9 +168,9 @@ def test_command(llama_folder, shared_data, tmp_path, monkeypatch, capsys):
 
 
 def test_missing_or_broken_data(tmp_path):
-    def fails(message: str, limit: int | None = None) -> None:
+    def fails(message: str) -> None:
         with pytest.raises(UserError, match=message):
-            load_documents(TASK, tmp_path, limit)
+            load_documents(TASK, tmp_path)
 
     fails("TruthfulQA.csv, which does not exist. Put TruthfulQA.csv of\\s+github.com/sylinrl")
     write_questions(tmp_path, rows=[], fields=["Question", "Correct Answers"])
@@ -179,8 +179,6 @@ def test_missing_or_broken_data(tmp_path):
     fails("contains no question")
     write_questions(tmp_path, rows=[*ROWS, ["x", "What?", "This", " ; "]])
     fails("line 5: expected a question with true and false answers")
-    write_questions(tmp_path)
-    fails("limit is 0", limit=0)
 
 
 def test_context_too_short(tmp_path, tokenizer_model, shared_data):

@@ -1,5 +1,6 @@
 """Generation against transformers' generate: tokens, stop strings, images."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -149,13 +150,14 @@ def test_end_of_text_and_length_are_told_apart(case):
     assert {reason for length, reason in reasons.items() if length < 20} == {"end"}
 
 
-BAD_OPTIONS = {"max_new_tokens": 0, "temperature": -1.0, "top_k": -1, "top_p": 0.0, "seed": -1}
+BAD_OPTIONS = [("max_new_tokens", 0), ("top_k", -1), ("top_p", 0.0), ("top_p", math.nan)]
+BAD_OPTIONS += [("temperature", x) for x in (-1.0, 1e-300, math.inf, math.nan)] + [("seed", -1)]
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_bad_options(name):
-    with pytest.raises(UserError, match=f"{name} is {BAD_OPTIONS[name]}; expected"):
-        GenerationOptions(**{name: BAD_OPTIONS[name]})
+@pytest.mark.parametrize("name, value", BAD_OPTIONS)
+def test_bad_options(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}; expected"):
+        GenerationOptions(**{name: value})
 
 
 def test_bad_prompts_and_broken_weights(case, tmp_path):

@@ -41,7 +41,7 @@ def small_world(tmp_path_factory) -> SmallWorld:
     )
     torch.manual_seed(0)
     world.images.mkdir()
-    vocab_size = _train_tokenizer(world.decoder)
+    vocab_size = train_tokenizer(world.decoder)
     _save_models(world, vocab_size)
     _save_samples(world)
     weight = {"model.mm_projector.weight": torch.randn(48, 32) * 0.1}
@@ -49,8 +49,8 @@ def small_world(tmp_path_factory) -> SmallWorld:
     return world
 
 
-def _train_tokenizer(folder: Path) -> int:
-    folder.mkdir()
+def train_tokenizer(folder: Path, **options) -> int:
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     sentences = [" ".join(rng.choice(WORDS, size=9)) for _ in range(300)]
     sentencepiece.SentencePieceTrainer.train(
@@ -60,6 +60,7 @@ def _train_tokenizer(folder: Path) -> int:
         model_type="bpe",
         byte_fallback=True,
         minloglevel=2,
+        **options,
     )
     return 330
 

@@ -3,16 +3,23 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_model, check_vocabulary, resolve
 from mmalign.training.export import export
+from tests.training.conftest import train_tokenizer
 from tests.training.helpers import CPU, small_config, small_loop
 
 
@@ -35,12 +42,55 @@ def test_a_tokenizer_larger_than_the_decoder_is_refused(small_world, tmp_path, t
     config = small_config(small_world, tmp_path, data={"text_only": text_only})
     folder = tmp_path / "tokenizer"
     shutil.copytree(small_world.decoder, folder)
-    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 330}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
-    with pytest.raises(UserError, match=r"331 tokens.*rows for 330\. Remove '<pad>' \(added_"):
+    (folder / "added_tokens.json").write_text(json.dumps({"<loc>": 330}))
+    special = {"additional_special_tokens": ["<loc>"]}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    with pytest.raises(UserError, match=r"331 tokens.*rows for 330\. Remove '<loc>' \(added_"):
         check_vocabulary(config, Tokenizer.from_pretrained(folder))
     missing = check_vocabulary(config, Tokenizer.from_pretrained(small_world.decoder))
     assert missing == (0 if text_only else 3)
+
+
+@pytest.mark.parametrize("text_only", [True, False])
+def test_a_padding_token_without_a_row_as_early_llama_2_has_it(small_world, tmp_path, text_only):
+    """The image tokens follow it, as in LLaVA, where the model is resized to len(tokenizer)."""
+    decoder, data = tmp_path / "decoder", tmp_path / "data.json"
+    shutil.copytree(small_world.decoder, decoder)
+    train_tokenizer(decoder, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (decoder / "added_tokens.json").write_text(json.dumps({"<pad>": 330}))
+    changes = {"model": {"decoder": str(decoder)}, "data": {"text_only": text_only}}
+    config = small_config(small_world, tmp_path / "run", **changes)
+    tokenizer, model = Tokenizer.from_pretrained(decoder), small_loop(config).trainer.model
+    export(model, resolve(config), tokenizer, CPU)
+    theirs = AutoTokenizer.from_pretrained(config.run_dir / "export/llama")
+    llama = AutoModelForCausalLM.from_pretrained(config.run_dir / "export/llama")
+    assert theirs.convert_tokens_to_ids("<pad>") == 330
+    if text_only:
+        assert llama.config.vocab_size == 330 and len(theirs) == 331
+    else:
+        assert llama.config.vocab_size == len(theirs) == 334
+        names = ["<im_patch>", "<im_start>", "<im_end>"]
+        assert theirs.convert_tokens_to_ids(names) == [331, 332, 333]
+        folder = config.run_dir / "export/llava"
+        llava = LlavaForConditionalGeneration.from_pretrained(folder)
+        assert llava.config.image_token_id == 331
+        content = [{"type": "image"}, {"type": "text", "text": "what is this"}]
+        processor = AutoProcessor.from_pretrained(folder)
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [{**content[0], "url": str(small_world.images / "1.png")},
+                                          content[1]]}],
+            tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
+        )  # fmt: skip
+        assert (inputs["input_ids"] == 331).sum() == 4
+        assert (
+            llava.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+        )
+    samples = json.loads(small_world.finetune_json.read_text())
+    samples[3]["conversations"][1]["value"] += " <pad>"
+    data.write_text(json.dumps(samples))
+    config = small_config(small_world, tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=f"sample '{samples[3]['id']}': the text contains '<pad>'"):
+        small_loop(replace(config, data=replace(config.data, path=str(data))))
 
 
 def test_samples_longer_than_the_context_are_named(small_world, tmp_path, caplog):

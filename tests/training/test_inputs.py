@@ -104,6 +104,23 @@ def test_the_same_content_under_other_paths_continues(finished, tmp_path):
     assert all((weight == theirs[name]).all() for name, weight in ours.items())
 
 
+def test_a_run_from_before_an_option_has_its_default(finished, tmp_path):
+    """config.json of an older version lacks the field."""
+    config, root = finished
+    run = tmp_path / "run"
+    shutil.copytree(root / "run", run)
+    shutil.rmtree(run / "checkpoints" / "step_2", ignore_errors=True)
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["data"].pop("follow_links") is False
+    (run / "config.json").write_text(json.dumps(settings))
+    config = replace(config, run_dir=run)
+    with pytest.raises(UserError, match=r"data\.follow_links was False, now True"):
+        train(replace(config, data=replace(config.data, follow_links=True)))
+    train(config)
+    assert losses(run) == losses(root / "run")
+    assert "follow_links" not in json.loads((run / "config.json").read_text())["data"]
+
+
 def test_damaged_bookkeeping_of_inputs_is_written_again(finished, tmp_path, caplog):
     config, root = finished
     run = tmp_path / "run"
@@ -158,5 +175,5 @@ def test_a_damaged_line_of_metrics_is_named_and_the_others_stay(finished, tmp_pa
         (run / "metrics.jsonl").write_text(damaged + lines[1] + '{"step": 1, "loss": 2.0}\n')
         train(replace(config, run_dir=run))
         assert "metrics.jsonl, line 1: not the record" in caplog.text
-        assert "metrics.jsonl, line 3: not the record of a step after step 2" in caplog.text
+        assert "metrics.jsonl, line 3: not the record of a step in order" in caplog.text
         assert (run / "metrics.jsonl").read_text() == lines[1]

@@ -1,5 +1,6 @@
 """The memory plan against what the graph really keeps, the state that is made, and refusals."""
 
+import json
 import re
 import runpy
 import sys
@@ -186,6 +187,20 @@ def test_auto_is_decided_once_a_run(small_world, tmp_path, monkeypatch, caplog):
     caplog.clear()
     train(config)  # the same command, where auto would now be less
     assert f"--micro-batch-tokens {decided}" in caplog.text
+    path = tmp_path / "run/config.json"
+    settings = json.loads(path.read_text())
+    for damaged in (0, 10**30, "64", True):
+        path.write_text(json.dumps(settings | {"micro_batch_tokens": damaged}))
+        with pytest.raises(
+            UserError, match=r"config\.json: micro_batch_tokens is .*expected a number"
+        ):
+            train(config)
+
+
+def test_a_gpu_that_is_none():
+    for text in ("nan", "inf", "-1", "0", "x"):
+        with pytest.raises(UserError, match=f"--gpu {text}: expected one of h200"):
+            memory_table.capacity_of(text)
 
 
 @pytest.mark.parametrize("gpu", ("h200", "h100-80g", "a100-80g"))

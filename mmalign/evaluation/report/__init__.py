@@ -35,6 +35,7 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = {name: read_run(Path(folder)) for name, folder in stages.items()}
     results = {name: read_results(out) for name, out in evaluations.items()}
+    examples = _examples(evaluations)
     base = next(iter(evaluations), "")
     if comparisons is None:
         comparisons = compare_with_base(evaluations)
@@ -44,7 +45,7 @@ def write_report(
     if runs:
         blocks += _training(path.parent, stages, runs)
     if results:
-        blocks += sections.method(results, _examples(evaluations))
+        blocks += sections.method(results, examples)
     write_text(path, "\n\n".join(blocks) + "\n")
     return path
 
@@ -134,6 +135,7 @@ def read_curve(folder: Path) -> dict[int, dict]:
     for path in (folder / "evaluation").glob("step_*"):
         # a killed run can leave a folder without it
         if path.name[5:].isdecimal() and (path / "results.json").exists():
+            read_items(path)  # of which the scores are
             found[int(path.name[5:])] = read_results(path)
     curve = dict(sorted(found.items()))
     documents = {(x["config"]["limit"], *score_rows(x)) for x in curve.values()}

@@ -56,8 +56,6 @@ def load_documents(
     tasks: Sequence[str], data_root: str | Path, limit: int | None = None
 ) -> dict[str, list]:
     """The documents of each task in file order; limit keeps the first ones of each."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; expected at least 1 document")
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"--data-root {root} is not a directory; name the folder of the data files")

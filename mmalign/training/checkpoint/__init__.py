@@ -46,8 +46,6 @@ class Checkpoints:
 
         facts: stand in every manifest; a checkpoint with others is not read.
         """
-        if keep < 1:
-            raise UserError(f"--checkpoint.keep {keep}: expected 1 or more")
         self.folder, self.keep, self.ranks, self.facts = folder, keep, ranks, facts or {}
         self.group = None  # of the writing threads alone; the loop uses the other groups meanwhile
         if collective:

@@ -39,9 +39,9 @@ def capacity_of(gpu: str) -> int:
     try:
         gib = MEMORY_GIB[gpu] if gpu in MEMORY_GIB else float(gpu)
     except ValueError:
-        raise UserError(
-            f"--gpu {gpu}: expected one of {', '.join(MEMORY_GIB)}, or a number of GiB"
-        ) from None
+        gib = -1.0
+    if not 0 < gib <= 1e6:
+        raise UserError(f"--gpu {gpu}: expected one of {', '.join(MEMORY_GIB)}, or a number of GiB")
     return int(gib * 2**30)
 
 
