@@ -61,6 +61,7 @@ class Compiled:
     stack_bytes: int
     spills: int  # local loads and stores
     occupancy: float  # share of the threads of a multiprocessor
+    instructions: int
     loads: dict[str, int]  # bits of a global load -> count, with asynchronous copies
     stores: dict[str, int]
     hgmma: int
@@ -68,6 +69,12 @@ class Compiled:
     tma: int
     local_loads: int  # of operands from shared memory to registers, in TTGIR
     copies_ahead: int  # tiles in flight while a loop waits for one: its async_wait, at most
+
+    @property
+    def per_access(self) -> float:
+        """Instructions per 128 bits of global loads and stores."""
+        bits = sum(int(x) * n for counts in (self.loads, self.stores) for x, n in counts.items())
+        return 128 * self.instructions / max(bits, 1)
 
     @property
     def vector_loads(self) -> float:
@@ -163,6 +170,7 @@ def _read(family: str, name: str, gpu: launch.Gpu, kernel: triton.compiler.Compi
         stack_bytes=stack,
         spills=count["LDL"] + count["STL"],
         occupancy=_occupancy(gpu, num_warps, registers, shared),
+        instructions=len(opcodes) - count["NOP"],
         loads=_widths(opcodes, "LDG", "LDGSTS"),
         stores=_widths(opcodes, "STG"),
         hgmma=count["HGMMA"],
