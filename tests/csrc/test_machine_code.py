@@ -167,6 +167,32 @@ def test_angles_of_four_rows_are_in_flight(dtype, head_dim, hopper_programs):
     assert _before(rotating, ("STS", "128"), "LDG", "128", "CONSTANT") == 4 * 4
 
 
+ARITHMETIC = {"FADD", "FMUL", "FFMA", "HADD2"}  # HADD2 widens fp16
+
+
+def _before_arithmetic(program):
+    """128-bit loads before the first number is used."""
+    opcodes = [x.split(".") for x in program]
+    rest = opcodes[next(i for i, x in enumerate(opcodes) if "LDG" in x and "128" in x) :]
+    end = next(i for i, x in enumerate(rest) if x[0] in ARITHMETIC)
+    return sum("LDG" in x and "128" in x for x in rest[:end])
+
+
+@pytest.mark.parametrize("name", [x for x in STREAMING if "fwd" in x])
+def test_a_whole_row_is_in_flight(name, hopper_programs):
+    """Four vectors of a thread: of the row, of the residual and of the weight."""
+    assert _before_arithmetic(hopper_programs[name]) == 4 * (3 if "true" in name else 2)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_four_heads_are_in_flight(head_dim, hopper_programs):
+    """Angles, and two halves of each key; half of them of each output and its gradient."""
+    kernels = {"rotate_keys_kernel": 4 + 4 * 2, "prepare_gradient_kernel": 2 * 2 * 2}
+    for kernel, loads in kernels.items():
+        program = hopper_programs[f"{kernel}<__nv_bfloat16, {head_dim}>"]
+        assert _before_arithmetic(program) == loads, kernel
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_sixteen_partial_rows_are_in_flight(dtype, hopper_programs):
     program = hopper_programs[f"rms_norm_bwd_kernel<{dtype}, false, true>"]

@@ -69,7 +69,10 @@ def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradient of queries, and for those of keys and values."""
     if qkv.element_size() > 2:
-        return (_wide(qkv, head_dim),) * 2
+        wide = _wide(qkv, head_dim)
+        if qkv.element_size() == 4 and block_columns(head_dim) > 64:  # or hundreds of spills
+            wide["num_warps"] = 16
+        return wide, wide
     narrow, gpu = block_columns(head_dim) <= 64, launch.gpu(qkv)
     if gpu.is_large:
         by_queries = _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
@@ -88,12 +91,12 @@ def other_query_tile(head_dim: int) -> int:
 
 
 def _wide(qkv: Tensor, head_dim: int) -> Settings:
-    """For fp32 and fp64, multiplied without matrix units: a thread holds whole rows of both
-    operands, so tiles are small and threads many."""
+    """For fp32 and fp64, multiplied without matrix units: small, since a thread holds whole rows of
+    both operands."""
     side = 16 if qkv.element_size() > 4 and launch.gpu(qkv).is_small else 32
     if qkv.is_cpu:  # the interpreter's time does not depend on the tile
         side = 64
-    return _settings(head_dim, side, side, 1) | {"num_warps": 16}
+    return _settings(head_dim, side, side, 1)
 
 
 def _settings(head_dim: int, queries: int, keys: int, num_stages: int) -> Settings:
