@@ -160,11 +160,12 @@ struct Moment<Moments::kCodes, kSecond> {
     using Code = typename std::conditional<kSecond, SecondMomentCode, FirstMomentCode>::type;
     const float new_scale = block_scale<Code>(warp_largest(largest));
     if (at % kQuantizedBlock == 0 && at < end) scales[at / kQuantizedBlock] = new_scale;
+    const float inverse = 1 / new_scale;
     Four<uint8_t> out;
 #pragma unroll
     for (int lane = 0; lane < kFour; ++lane)
-      out.lanes[lane] = kSecond ? encode_second_moment(values[lane], new_scale, draws[lane])
-                                : encode_first_moment(values[lane], new_scale, draws[lane]);
+      out.lanes[lane] = kSecond ? encode_second_moment(values[lane], inverse, draws[lane])
+                                : encode_first_moment(values[lane], inverse, draws[lane]);
     write<kWhole>(base, at, end, out);
   }
 };

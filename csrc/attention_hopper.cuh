@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
                             const __grid_constant__ AttentionCall call) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Shared = AttentionShared<kHeadDim>;
+  static_assert(Shared::kBytes + kPatternBytes <= 227 * 1024, "more than a block can have");
   extern __shared__ char raw[];
   const auto arrivals = [](int barrier) { return Shared::arrivals(barrier); };
   const auto machine = start_block<T, Shared>(raw, arrivals, &projection, &rotated_keys);

@@ -3,9 +3,10 @@
 //
 // A code is a small floating-point number below 2 without infinities: kExponentBits of exponent,
 // kMantissaBits of mantissa, the lowest exponent subnormal. The scale maps the block's largest
-// number to the largest code. Rounding between codes is stochastic, so the expected value is exact:
-// rounded to nearest, a second moment that changes by a thousandth per step would never leave its
-// code.
+// number to the largest code; it is at least fp32's smallest normal number, so its reciprocal is
+// finite, and a block divides once. Rounding between codes is stochastic, so the expected value is
+// exact: rounded to nearest, a second moment that changes by a thousandth per step would never
+// leave its code.
 //
 //   first moment   sign, 4 bits of exponent, 3 of mantissa: down to 2^-17 of the block's largest
 //   second moment  5 bits of exponent, 3 of mantissa: down to 2^-33, the square of the above
@@ -31,7 +32,7 @@ struct SmallFloat {
     return bits_as<float>(static_cast<uint32_t>(exponent + 127) << 23);
   }
 
-  // x in [0, kLargest], draw: 16 random bits.
+  // x in [0, kLargest], or above it by a rounding error; draw: 16 random bits.
   HOST_DEVICE static uint32_t encode(float x, uint32_t draw) {
     const uint32_t bits = bits_as<uint32_t>(x * power_of_2(-kShift));
     const uint32_t code = (bits + ((draw & 0xffffu) << (kDropped - 16))) >> kDropped;
@@ -50,17 +51,19 @@ using SecondMomentCode = SmallFloat<5, 3>;
 // of a block is a NaN if there is one, and the block stays NaN.
 HOST_DEVICE uint32_t size_bits(float x) { return bits_as<uint32_t>(x) & 0x7fffffffu; }
 
-// The divisor of a block; zero for a block of zeros.
+// The divisor of a block.
 template <class Code>
 HOST_DEVICE float block_scale(uint32_t largest_size_bits) {
-  return bits_as<float>(largest_size_bits) / Code::kLargest;
+  constexpr uint32_t kSmallestNormal = 1u << 23;
+  const auto bits = bits_as<uint32_t>(bits_as<float>(largest_size_bits) * (1 / Code::kLargest));
+  return bits_as<float>(bits > kSmallestNormal ? bits : kSmallestNormal);  // NaN stays
 }
 
-HOST_DEVICE uint8_t encode_first_moment(float m, float scale, uint32_t draw) {
-  if (scale == 0) return 0;
+// inverse: 1 / scale
+HOST_DEVICE uint8_t encode_first_moment(float m, float inverse, uint32_t draw) {
   const uint32_t sign = bits_as<uint32_t>(m) >> 31;
   const float size = bits_as<float>(size_bits(m));
-  return static_cast<uint8_t>(sign << 7 | FirstMomentCode::encode(size / scale, draw));
+  return static_cast<uint8_t>(sign << 7 | FirstMomentCode::encode(size * inverse, draw));
 }
 
 HOST_DEVICE float decode_first_moment(uint8_t code, float scale) {
@@ -69,9 +72,9 @@ HOST_DEVICE float decode_first_moment(uint8_t code, float scale) {
 }
 
 // A second moment above zero is never rounded to zero: the step divides by its root.
-HOST_DEVICE uint8_t encode_second_moment(float v, float scale, uint32_t draw) {
-  if (scale == 0 || v == 0) return 0;
-  const uint32_t code = SecondMomentCode::encode(v / scale, draw);
+HOST_DEVICE uint8_t encode_second_moment(float v, float inverse, uint32_t draw) {
+  if (v == 0) return 0;
+  const uint32_t code = SecondMomentCode::encode(v * inverse, draw);
   return static_cast<uint8_t>(code ? code : 1);
 }
 

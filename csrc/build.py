@@ -18,7 +18,7 @@ def build(archs: tuple[str, ...], target: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # test processes run concurrently
         configure = ["cmake", "-S", REPOSITORY, "-B", folder, f"-DMMALIGN_PYTHON={sys.executable}"]
-        configure += [f"-DMMALIGN_CUDA_ARCHS={';'.join(archs) or 'none'}"]
+        configure += [f"-DMMALIGN_CUDA_ARCHS={';'.join(archs) or 'none'}", "-DMMALIGN_WERROR=ON"]
         if not (folder / "CMakeCache.txt").exists() and shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         _run(configure)

@@ -40,6 +40,20 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two neighbours, rounded and packed, and back.
+__device__ __forceinline__ uint32_t pack(float x, float y, __half) {
+  return bits_as<uint32_t>(__floats2half2_rn(x, y));
+}
+__device__ __forceinline__ uint32_t pack(float x, float y, __nv_bfloat16) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(x, y));
+}
+__device__ __forceinline__ float2 unpack_two(uint32_t two, __half) {
+  return __half22float2(bits_as<__half2>(two));
+}
+__device__ __forceinline__ float2 unpack_two(uint32_t two, __nv_bfloat16) {
+  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
+}
+
 __device__ __forceinline__ float reciprocal_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double reciprocal_root(double x) { return rsqrt(x); }
 

@@ -180,6 +180,14 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Asked anew where it is needed: what follows from it would else be kept in registers through the
+// product.
+__device__ __forceinline__ int thread_of_warpgroup() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int>(thread % kWarpgroup);
+}
+
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 }  // namespace mmalign

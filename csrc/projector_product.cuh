@@ -1,4 +1,4 @@
-// The projector's product: loading, multiplying, and the epilogue.
+// The projector's product: loading, multiplying, and the epilogue. csrc/host runs it, too.
 #pragma once
 
 #include "projector_rows.cuh"
@@ -135,28 +135,6 @@ __device__ __forceinline__ void multiply(const Projection<T>& call, const Place&
   release(at, step - 1);
 }
 
-// Asked anew where it is needed: what follows from it would else be kept in registers through the
-// product.
-__device__ __forceinline__ int thread_of_warpgroup() {
-  unsigned thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return static_cast<int>(thread % kWarpgroup);
-}
-
-// Two neighbours, rounded and packed, and back.
-__device__ __forceinline__ uint32_t pack(float x, float y, __half) {
-  return bits_as<uint32_t>(__floats2half2_rn(x, y));
-}
-__device__ __forceinline__ uint32_t pack(float x, float y, __nv_bfloat16) {
-  return bits_as<uint32_t>(__floats2bfloat162_rn(x, y));
-}
-__device__ __forceinline__ float2 unpack_two(uint32_t two, __half) {
-  return __half22float2(bits_as<__half2>(two));
-}
-__device__ __forceinline__ float2 unpack_two(uint32_t two, __nv_bfloat16) {
-  return make_float2(__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u));
-}
-
 // What a thread keeps of a tile: of two rows, eight columns of every 32.
 template <int N>
 using Held = Packed[N / 32][2];
@@ -287,6 +265,36 @@ __device__ __forceinline__ void project(const Projection<T>& call, const Place& 
       });
     }
   }
+}
+
+// A block of the kernel; shared: from a multiple of 1024.
+template <class T, int N>
+__device__ __forceinline__ void run_block(const Projection<T>& call, char* shared,
+                                          const CUtensorMap* features, const CUtensorMap* weight) {
+  const Place at = place_of_block<T, N>(call, shared);
+  prepare<T, N>(call, at);
+  __syncthreads();
+  cluster_sync();  // the barriers of all blocks are there before anybody sends
+  const int warp = threadIdx.x / kWarp;
+  if (warp < kConsumerWarps) {
+    take_registers<kConsumerRegisters>();
+    project<T, N>(call, at, warp / (kWarpgroup / kWarp));
+    barrier_wait(at.marked(), 0);
+    norm_text_rows(call, at.marks(), at.taken());
+  } else {
+    give_registers<kOtherRegisters>();
+    if (warp > kFetchWarp) {
+      mark_image_rows(call, at.marks(), threadIdx.x - (kFetchWarp + 1) * kWarp, kTextWarps * kWarp);
+      __syncwarp();
+      if (threadIdx.x % kWarp == 0) barrier_arrive(at.marked());
+      barrier_wait(at.marked(), 0);
+      norm_text_rows(call, at.marks(), at.taken());
+    } else if (threadIdx.x % kWarp == 0) {
+      fetch<T, N>(call, at, features, weight);
+    }
+  }
+  __syncwarp();
+  cluster_sync();  // no block leaves while others write to its shared memory
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

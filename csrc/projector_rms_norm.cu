@@ -48,30 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char raw[];
   char* shared = raw + (kPatternBytes - shared_address(raw) % kPatternBytes) % kPatternBytes;
-  const Place at = place_of_block<T, N>(call, shared);
-  prepare<T, N>(call, at);
-  __syncthreads();
-  cluster_sync();  // the barriers of all blocks are there before anybody sends
-  const int warp = threadIdx.x / kWarp;
-  if (warp < kConsumerWarps) {
-    take_registers<kConsumerRegisters>();
-    project<T, N>(call, at, warp / (kWarpgroup / kWarp));
-    barrier_wait(at.marked(), 0);
-    norm_text_rows(call, at.marks(), at.taken());
-  } else {
-    give_registers<kOtherRegisters>();
-    if (warp > kFetchWarp) {
-      mark_image_rows(call, at.marks(), threadIdx.x - (kFetchWarp + 1) * kWarp, kTextWarps * kWarp);
-      __syncwarp();
-      if (threadIdx.x % kWarp == 0) barrier_arrive(at.marked());
-      barrier_wait(at.marked(), 0);
-      norm_text_rows(call, at.marks(), at.taken());
-    } else if (threadIdx.x % kWarp == 0) {
-      fetch<T, N>(call, at, &features, &weight);
-    }
-  }
-  __syncwarp();
-  cluster_sync();  // no block leaves while others write to its shared memory
+  run_block<T, N>(call, shared, &features, &weight);
 #else
   __trap();
 #endif

@@ -2,7 +2,9 @@
 // the norm of text rows, one warp each.
 #pragma once
 
+#ifdef __CUDACC__  // or host/projector_machine.h
 #include "hopper.cuh"
+#endif
 #include "projector_tiles.h"
 
 namespace mmalign {

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     if (kAdds) added[i] = load_streaming(residual + begin + at, at < end);
     scales[i] = load_shared_by_all(weight + at, at < end);
   }
+  __syncwarp();  // else ptxas adds what came first, waiting, before it asks for the rest
   Compute<T> squares = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {

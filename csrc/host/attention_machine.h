@@ -27,10 +27,11 @@ class HostMachine {
  public:
   using Element = HostBf16;
 
-  // tensors: as the enumerators of Tensors
+  // tensors: as the enumerators of Tensors; begin: where addresses count from
   HostMachine(HostBlock& block, int thread_of_block, const std::vector<HostTensor>& tensors,
-              int num_workers)
-      : block_(block), id_(thread_of_block), tensors_(tensors), num_workers_(num_workers) {}
+              int num_workers, int begin = 0)
+      : block_(block), id_(thread_of_block), tensors_(tensors), num_workers_(num_workers),
+        begin_(begin) {}
 
   int group() const { return id_ / kWarpgroup - 1; }
   int thread() const { return id_ % kWarpgroup; }
@@ -128,7 +129,7 @@ class HostMachine {
 
   float element(uint32_t address) const {
     uint16_t bits;
-    memcpy(&bits, block_.for_products() + HostBlock::swizzle(address), 2);
+    memcpy(&bits, block_.for_products() + begin_ + HostBlock::swizzle(address), 2);
     return bits_as<float>(uint32_t{bits} << 16);
   }
   static uint32_t field(uint64_t descriptor, int at) { return (descriptor >> at & 0x3fff) << 4; }
@@ -175,7 +176,7 @@ class HostMachine {
   HostBlock& block_;
   const int id_;
   const std::vector<HostTensor>& tensors_;
-  const int num_workers_;
+  const int num_workers_, begin_;
   std::vector<Product> open_;
   std::vector<std::vector<Product>> committed_;
 };

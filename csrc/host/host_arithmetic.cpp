@@ -52,7 +52,7 @@ static void quantize(const float* x, const uint32_t* draws, int64_t num, Encode 
     for (int64_t i = begin; i < end; ++i) largest = std::max(largest, size_bits(x[i]));
     const float scale = scales[begin / kQuantizedBlock] = block_scale<Code>(largest);
     for (int64_t i = begin; i < end; ++i) {
-      codes[i] = encode(x[i], scale, draws[i]);
+      codes[i] = encode(x[i], 1 / scale, draws[i]);
       decoded[i] = decode(codes[i], scale);
     }
   }

@@ -94,12 +94,20 @@ class HostBlock {
     wait_until([&] { return meeting.generation != generation; });
   }
 
+  int current() const { return current_; }
   // What a thread lays out for its warp.
   const void*& workspace(int thread) { return workspaces_[thread]; }
 
+  // What arrives at any time, and the bytes of it that a barrier hears of.
+  void later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+  void complete(int barrier, int bytes) {
+    barriers_[barrier].bytes -= bytes;
+    settle(barriers_[barrier]);
+  }
+
   // A box of rows of 128 bytes, swizzled; zeros outside the tensor.
   void copy_later(const HostTensor& tensor, int barrier, int to, int column, int row) {
-    copies_.push_back([=] {
+    later([=] {
       for (int r = 0; r < tensor.box_rows; ++r)
         for (int c = 0; c < kBoxColumns; ++c) {
           const bool inside = row + r < tensor.rows && column + c < tensor.columns;
@@ -109,8 +117,7 @@ class HostBlock {
           memcpy(shared_ + at, &value, 2);
           memcpy(for_products_.data() + at, &value, 2);
         }
-      barriers_[barrier].bytes -= tensor.box_rows * 128;
-      settle(barriers_[barrier]);
+      complete(barrier, tensor.box_rows * 128);
     });
   }
 

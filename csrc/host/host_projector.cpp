@@ -1,5 +1,10 @@
-// The projector's plan, shared memory and maps of threads, for the tests. Loops stand for threads.
-#include "../projector_tiles.h"
+// The projector's kernel on the host, thread by thread; and its plan, shared memory and maps of
+// threads, where loops stand for threads.
+#include <cstdio>
+
+#include "projector_machine.h"
+
+#include "../projector_product.cuh"
 
 using namespace mmalign;
 
@@ -77,4 +82,39 @@ EXPORT void host_accumulators(int num, int* places) {
 
 EXPORT int64_t host_dealt_row(int64_t slot, int64_t block, int64_t num_blocks) {
   return dealt_row(slot, block, num_blocks);
+}
+
+template <int N>
+static void project(Projection<Bf16> call, const uint16_t* features, const uint16_t* weight,
+                    int cluster, int clusters, uint32_t seed) {
+  const HostTensor rows = {features, call.num_images, call.features, kTileRows / cluster};
+  const HostTensor columns = {weight, call.columns, call.features, N};
+  call.mark_words = ceil_div(ceil_div(call.num_tokens, cluster * clusters), 32);
+  const ProjectorShared layout = {N, cluster, call.passes, call.mark_words};
+  for (int index = 0; index < clusters; ++index) {
+    HostCluster host(cluster, kThreads, layout.bytes(), index, clusters, seed + index);
+    host.run([&](char* shared) { run_block<Bf16, N>(call, shared, &rows, &columns); });
+  }
+}
+
+// Bits of bf16; plan (4,): columns of a tile, blocks of a cluster, passes, clusters. Returns 0, or 1
+// where threads waited for each other.
+EXPORT int host_project(const uint16_t* features, const uint16_t* weight, const uint16_t* bias,
+                        const uint16_t* text, const int64_t* positions, const uint16_t* norm_weight,
+                        int num_images, int num_features, int num_tokens, int num_columns,
+                        const int* plan, float eps, uint32_t seed, uint16_t* new_hidden,
+                        uint16_t* normed, float* rstd) {
+  const auto values = [](auto* bits) { return reinterpret_cast<const Bf16*>(bits); };
+  Projection<Bf16> call = {values(text), values(bias), values(norm_weight), positions,
+                           reinterpret_cast<Bf16*>(new_hidden), reinterpret_cast<Bf16*>(normed),
+                           rstd, eps, 1.0f / num_columns, true, num_images, num_tokens,
+                           num_columns, num_features, plan[2], 0};
+  try {
+    plan[0] == kWideTile ? project<kWideTile>(call, features, weight, plan[1], plan[3], seed)
+                         : project<kNarrowTile>(call, features, weight, plan[1], plan[3], seed);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "host_project: %s\n", error.what());
+    return 1;
+  }
+  return 0;
 }

@@ -4,9 +4,8 @@ The launchers run on meta tensors under a driver that knows only its target. So 
 with exactly the arguments and settings that production passes, and a launcher that read a value
 from the device would fail here. Needs a process without TRITON_INTERPRET; from kernels/:
 
-    python -m codegen.compiler rms_norm              # one JSON line per kernel and architecture
-    python -m codegen.compiler rms_norm float64      # as tests run it
-    python -m codegen.compiler rms_norm bfloat16 89  # for another device
+    python -m codegen.compiler rms_norm             # one JSON line per kernel and architecture
+    python -m codegen.compiler rms_norm float32 89  # in another dtype, for another device
 """
 
 import json
@@ -45,6 +44,7 @@ OTHERS = {  # RTX 3090, RTX 4090 and L40S, B200, RTX 5090: everything fits, not 
         launch.Gpu(120, 170, 99 * 1024),
     )
 }
+DEVICES = {gpu.capability: gpu for gpu in TARGETS} | OTHERS
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Compiled:
     stack_bytes: int
     spills: int  # local loads and stores
     occupancy: float  # share of the threads of a multiprocessor
+    instructions: int
     loads: dict[str, int]  # bits of a global load -> count, with asynchronous copies
     stores: dict[str, int]
     hgmma: int
@@ -68,6 +69,12 @@ class Compiled:
     tma: int
     local_loads: int  # of operands from shared memory to registers, in TTGIR
     copies_ahead: int  # tiles in flight while a loop waits for one: its async_wait, at most
+
+    @property
+    def per_access(self) -> float:
+        """Instructions per 128 bits of global loads and stores."""
+        bits = sum(int(x) * n for counts in (self.loads, self.stores) for x, n in counts.items())
+        return 128 * self.instructions / max(bits, 1)
 
     @property
     def vector_loads(self) -> float:
@@ -95,15 +102,12 @@ def launches(family: str) -> ModuleType:
 def compile_family(
     family: str, dtype: str = "bfloat16", targets: tuple[launch.Gpu, ...] = TARGETS
 ) -> list[Compiled]:
-    """Its launches; in another dtype than production's, those of the shapes in tests, too."""
     global float_dtype
-    float_dtype = getattr(torch, dtype)
-    module = launches(family)
-    runs = module.LAUNCHES | ({} if dtype == "bfloat16" else getattr(module, "TESTED", {}))
-    found = []
+    float_dtype = getattr(torch, dtype)  # before the launches make their tensors
+    runs, found = launches(family).LAUNCHES, []
     for gpu in targets:
         for name, run in runs.items():
-            with _recording(gpu) as kernels, torch.no_grad():
+            with recording(gpu) as kernels, torch.no_grad():
                 run()
             unique = {(k.metadata.name, k.metadata.hash): k for k in kernels}
             found += [_read(family, name, gpu, k) for k in unique.values()]
@@ -121,7 +125,7 @@ def pretend(gpu: launch.Gpu) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(gpu: launch.Gpu) -> Iterator[list]:
+def recording(gpu: launch.Gpu) -> Iterator[list]:
     """Inside the block a launch is compiled for `gpu` and listed, and does not run."""
     kernels, run = [], JITFunction.run
 
@@ -166,6 +170,7 @@ def _read(family: str, name: str, gpu: launch.Gpu, kernel: triton.compiler.Compi
         stack_bytes=stack,
         spills=count["LDL"] + count["STL"],
         occupancy=_occupancy(gpu, num_warps, registers, shared),
+        instructions=len(opcodes) - count["NOP"],
         loads=_widths(opcodes, "LDG", "LDGSTS"),
         stores=_widths(opcodes, "STG"),
         hgmma=count["HGMMA"],
@@ -201,7 +206,7 @@ def families() -> list[str]:
 
 
 def compile_apart(family: str, dtype: str = "bfloat16", *capabilities: int) -> list[Compiled]:
-    """compile_family for TARGETS, or for OTHERS by capability.
+    """compile_family for TARGETS, or for DEVICES by capability.
 
     In a process of its own, because TRITON_INTERPRET turns the compiler off.
     """
@@ -216,7 +221,7 @@ def compile_apart(family: str, dtype: str = "bfloat16", *capabilities: int) -> l
 
 
 def main(family: str, dtype: str = "bfloat16", *capabilities: str) -> None:
-    targets = tuple(OTHERS[int(x)] for x in capabilities) or TARGETS
+    targets = tuple(DEVICES[int(x)] for x in capabilities) or TARGETS
     for compiled in compile_family(family, dtype, targets):
         print(json.dumps(asdict(compiled)))
 

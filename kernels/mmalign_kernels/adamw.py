@@ -10,9 +10,10 @@ expected weight is exact. Moments are fp32; or bf16 or 8-bit codes, both with st
 rounded to nearest, a second moment that changes by a thousandth per step would never move.
 
 8-bit codes: blocks of 128 neighbours share an fp32 scale, which maps the largest number of the
-block to the largest code (after Dettmers et al. 2022, arXiv 2110.02861). A code is a small
-floating-point number below 2 whose lowest exponent is subnormal, so it needs no table. The same
-format as csrc/block_quantization.h:
+block to the largest code (after Dettmers et al. 2022, arXiv 2110.02861) and is at least fp32's
+smallest normal number, so its reciprocal is finite. A code is a small floating-point number below 2
+whose lowest exponent is subnormal, so it needs no table. The same format as
+csrc/block_quantization.h:
 
     first moment    sign, 4 bits of exponent, 3 of mantissa
     second moment   5 bits of exponent, 3 of mantissa; a positive number never rounds to zero
@@ -30,6 +31,7 @@ BLOCK = 128  # elements that share a scale
 MANTISSA_BITS = 3
 DROPPED_BITS = 23 - MANTISSA_BITS  # of fp32's mantissa
 LARGEST = 2 - 2.0**-MANTISSA_BITS
+SMALLEST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,10 @@ def _spans(tree: PrefixTree, bounds: list[int], num_kept: int) -> tuple[np.ndarr
         parent, depth = int(tree.parents[begin]), int(tree.depths[begin])
         kept = [(0, depth)] if depth else []  # where the segment branches off the kept path
         seen = spans_ending_at[parent] if parent >= bounds[0] else kept
-        seen = [*seen, (begin + to_row, end + to_row)]
+        own_begin, own_end = begin + to_row, end + to_row
+        if seen and seen[-1][1] == own_begin:  # adjacent rows are one span
+            *seen, (own_begin, _) = seen
+        seen = [*seen, (own_begin, own_end)]
         spans_ending_at[end - 1] = seen
         spans += seen
         counts.append(len(seen))

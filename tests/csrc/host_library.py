@@ -30,6 +30,8 @@ _SIGNATURES = {
     "projector_regions": "i32 i32 i32 i32 array",
     "projector_stage": "i32 i32 i32 i32 u32 array array",
     "projector_rows": "array i32 array",
+    "project": "array array array array array array i32 i32 i32 i32 array f32 u32"
+    " array array array",
     "accumulators": "i32 array",
     "dealt_row": "i64 i64 i64",
     "rms_norm_backward": "i64 i32 i32 i32 i32 array",

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from mmalign_kernels.adamw import FIRST, SECOND, join_master, split_master
 from mmalign_kernels.reference.adamw import decode, encode
 from mmalign_kernels.triton import adamw as adamw_triton
 from mmalign_kernels.triton import launch
+from mmalign_kernels.triton.adamw import _row_scale, _write_moment
 
 from .host_library import HostLibrary
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter
 SETTINGS = (1e-2, 0.9, 0.95, 1e-8, 0.1)  # learning rate, betas, eps, weight decay
 
 
@@ -152,10 +156,11 @@ def test_quantisation_is_unbiased(host, moment):
 
 @pytest.mark.parametrize("moment", ("first", "second"))
 def test_tensors_have_the_same_codes(host, rng, moment):
-    """block_quantization.py, bit for bit."""
+    """In the three implementations, bit for bit."""
     num, code = 1000, {"first": FIRST, "second": SECOND}
     x = np.exp(rng.normal(-3, 4, num)).astype(np.float32)
     x[::50], x[256:384] = 0, 0
+    x[384:512] *= 2.0**-140  # below every reciprocal in fp32
     x *= np.where(rng.random(num) < 0.5, -1, 1).astype("f4") if moment == "first" else 1
     bits, (codes, scales, decoded) = draws(rng, num), (np.zeros(num, t) for t in ("u1", "f4", "f4"))
     getattr(host, f"quantize_{moment}")(x, bits, num, codes, scales[:8], decoded)
@@ -163,7 +168,25 @@ def test_tensors_have_the_same_codes(host, rng, moment):
     our_codes, our_scales = encode(*given)
     assert (our_codes.numpy() == codes).all() and (our_scales.numpy() == scales[:8]).all()
     ours = decode(our_codes, our_scales, code[moment]).numpy()
-    assert (ours == decoded).all()
+    assert (ours == decoded).all() and np.isfinite(decoded).all()
+    on_device = [torch.from_numpy(y).to(DEVICE) for y in (x, bits.view("i4"))]
+    triton_codes, triton_scales = torch.zeros_like(on_device[0]).byte(), torch.zeros(8).to(DEVICE)
+    _quantize_kernel[(1,)](*on_device, triton_codes, triton_scales, num, 8, moment == "second")
+    assert (triton_codes.cpu().numpy() == codes).all()
+    assert (triton_scales.cpu().numpy() == scales[:8]).all()
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, draws_ptr, codes_ptr, scales_ptr, num, BLOCKS: tl.constexpr, SECOND: tl.constexpr
+):
+    block = tl.arange(0, BLOCKS)[:, None]
+    at = block * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + at, at < num, other=0)
+    scale = _row_scale(x)
+    tl.store(scales_ptr + block, scale)
+    draw = tl.load(draws_ptr + at, at < num, other=0)
+    _write_moment(x, scale, draw, codes_ptr, at, at < num, True, SECOND)
 
 
 def test_quantisation_keeps_nan(host, rng):

@@ -73,6 +73,14 @@ def test_rows_move_128_bits_at_a_time(name, hopper):
     assert wide >= (0.75 if finishing else STREAMING[name]) * _bits(opcodes, "LDG", "LDGSTS", "STG")
 
 
+@pytest.mark.parametrize("name", STREAMING)
+def test_memory_has_more_to_do_than_the_issue_slots(name, hopper):
+    """A multiprocessor of an H200 issues 99 instructions while a warp's 512 bytes arrive."""
+    opcodes = hopper[name]
+    accesses = _bits(opcodes, "LDG", "LDGSTS", "STG") / 128
+    assert opcodes.total() - opcodes["NOP"] <= 70 * accesses
+
+
 @pytest.mark.parametrize("name", [x for x in STREAMING if "bwd" in x])
 def test_backward_copies_ahead(name, hopper):
     """cp.async of every tensor for the stages before the loop, and again in it."""
@@ -83,6 +91,18 @@ def test_backward_copies_ahead(name, hopper):
 def test_adamw_moves_128_bits_at_a_time(name, hopper):
     opcodes, (loads, stores) = hopper[name], ADAMW_ACCESSES[name]
     assert count(opcodes, "LDG", "128") == loads and count(opcodes, "STG", "128") == stores
+
+
+ADAMW_BUDGET = {0: 85, 1: 125, 2: 170}  # instructions per element: moments fp32, bf16, 8-bit
+
+
+def test_adamw_stays_in_its_budget(hopper_programs):
+    """Whole tiles, 16 elements of a thread up to the first exit; calls of slow divisions as well,
+    which are skipped."""
+    for name in (x for x in hopper_programs if x.startswith("adamw_kernel")):
+        program = hopper_programs[name]
+        budget = ADAMW_BUDGET[int(name[-2])]
+        assert program.index("EXIT") <= 16 * budget, name
 
 
 def test_adamw_rounds_every_product(hopper):
@@ -145,6 +165,32 @@ def test_angles_of_four_rows_are_in_flight(dtype, head_dim, hopper_programs):
     rotating = program[first:]
     assert _before(rotating, ("LDG", "128", "CONSTANT"), "LDG") == 4
     assert _before(rotating, ("STS", "128"), "LDG", "128", "CONSTANT") == 4 * 4
+
+
+ARITHMETIC = {"FADD", "FMUL", "FFMA", "HADD2"}  # HADD2 widens fp16
+
+
+def _before_arithmetic(program):
+    """128-bit loads before the first number is used."""
+    opcodes = [x.split(".") for x in program]
+    rest = opcodes[next(i for i, x in enumerate(opcodes) if "LDG" in x and "128" in x) :]
+    end = next(i for i, x in enumerate(rest) if x[0] in ARITHMETIC)
+    return sum("LDG" in x and "128" in x for x in rest[:end])
+
+
+@pytest.mark.parametrize("name", [x for x in STREAMING if "fwd" in x])
+def test_a_whole_row_is_in_flight(name, hopper_programs):
+    """Four vectors of a thread: of the row, of the residual and of the weight."""
+    assert _before_arithmetic(hopper_programs[name]) == 4 * (3 if "true" in name else 2)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_four_heads_are_in_flight(head_dim, hopper_programs):
+    """Angles, and two halves of each key; half of them of each output and its gradient."""
+    kernels = {"rotate_keys_kernel": 4 + 4 * 2, "prepare_gradient_kernel": 2 * 2 * 2}
+    for kernel, loads in kernels.items():
+        program = hopper_programs[f"{kernel}<__nv_bfloat16, {head_dim}>"]
+        assert _before_arithmetic(program) == loads, kernel
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,7 +1,8 @@
 """Where the projector's kernel looks and writes, against the layouts that the PTX ISA documents.
 
 A NumPy machine copies tiles as TMA does, reads operands as wgmma does and hands out accumulators;
-the addresses, descriptors and maps are those of the kernel's headers.
+the addresses, descriptors and maps are those of the kernel's headers. Then the whole kernel, all
+threads of a cluster in random order, copies arriving at any time.
 """
 
 import numpy as np
@@ -134,3 +135,54 @@ def test_rows_leave_in_order(host, tile):
 def test_rows_are_dealt_once(host):
     found = [host.dealt_row(slot, block, 7) for slot in range(5) for block in range(7)]
     assert found == list(range(35))
+
+
+def bf16(x):
+    """Bits, rounded to nearest even, and back."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+
+
+def wide(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+EPS = 1e-5
+# images, features, tokens, columns; then columns of a tile, blocks of a cluster, passes, clusters
+RUNS = {
+    "few rows": (3, 24, 7, 40, 224, 1, 1, 1),
+    "a cluster of two, two row blocks": (130, 136, 150, 440, 224, 2, 1, 1),
+    "stages again and again, two passes": (130, 328, 140, 1000, 256, 2, 2, 1),
+    "clusters share the rows": (300, 64, 330, 1000, 256, 4, 1, 2),
+    "no images": (0, 8, 5, 40, 224, 1, 1, 1),
+    "nothing else": (129, 8, 129, 256, 256, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_kernel(host, name):
+    """Small integers, so that every product is exact, in whatever order it is added up."""
+    images, depth, tokens, columns, *plan = RUNS[name]
+    rng = np.random.default_rng(images + tokens)
+    features, weight, bias = (
+        rng.integers(-4, 5, shape).astype(np.float32)
+        for shape in ((images, depth), (columns, depth), (columns,))
+    )
+    text, norm_weight = rng.normal(size=(tokens, columns)), rng.normal(size=columns)
+    positions = rng.permutation(tokens)[:images].astype(np.int64)
+    inputs = [bf16(x) for x in (features, weight, bias, text)]
+    new_hidden, normed = (np.full((tokens, columns), 0xFFFF, np.uint16) for _ in range(2))
+    rstd = np.full(tokens, np.nan, np.float32)
+    failed = host.project(
+        *inputs, positions, bf16(norm_weight), images, depth, tokens, columns,
+        np.array(plan, np.int32), EPS, len(name), new_hidden, normed, rstd,
+    )  # fmt: skip
+    assert not failed
+    expected = inputs[3].copy()
+    expected[positions] = bf16(features @ weight.T + bias)
+    assert (new_hidden == expected).all()
+    exact = wide(expected).astype(np.float64)
+    inverse = 1 / np.sqrt((exact**2).mean(1) + EPS)
+    np.testing.assert_allclose(rstd, inverse, rtol=1e-5)
+    result = exact * inverse[:, None] * wide(bf16(norm_weight))
+    np.testing.assert_allclose(wide(normed), result, rtol=2.0**-8)

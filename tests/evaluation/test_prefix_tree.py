@@ -36,13 +36,13 @@ def test_by_hand():
     first, second = cut_batches(tree, 5)
     assert (first.begin, first.end, second.begin, second.end) == (0, 5, 5, 9)
     assert first.cu_seqlens.tolist() == [0, 2, 3, 5]
-    assert first.cu_spans.tolist() == [0, 1, 3, 5]
+    assert first.cu_spans.tolist() == [0, 1, 2, 4]
     spans = list(zip(first.span_begins.tolist(), first.span_ends.tolist(), strict=True))
-    assert spans == [(0, 2), (0, 2), (2, 3), (0, 2), (3, 5)]
+    assert spans == [(0, 2), (0, 3), (0, 2), (3, 5)]  # ab and c are adjacent
     assert first.next_rows.tolist() == [0, 1, 3, 4] and first.next_depth == 0  # a b d e, then f
     assert second.num_kept == 4 and second.cu_seqlens.tolist() == [0, 1, 4]
     spans = list(zip(second.span_begins.tolist(), second.span_ends.tolist(), strict=True))
-    assert spans == [(0, 4), (4, 5), (5, 8)]
+    assert spans == [(0, 5), (5, 8)]
 
 
 @pytest.mark.parametrize("seed", range(3))

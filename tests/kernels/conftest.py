@@ -6,6 +6,7 @@ It computes bf16 wrongly, so bf16 tests need a GPU. The kernels of csrc/ always 
 
 import os
 import re
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,12 +14,16 @@ import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
-# test_device_of_tests.py: the meta device stands for a GPU; a test ends where it needs values
+# The meta device stands for a GPU, and a test ends where it needs values (test_device_of_tests.py);
+# with a compute capability, launches are compiled for it (test_codegen.py).
 ON_META = "MMALIGN_TESTS_ON_META" in os.environ
+COMPILED_FOR = int(os.environ.get("MMALIGN_TESTS_ON_META") or 0)
 
-from mmalign_kernels import dispatch, reference  # noqa: E402
+from mmalign_kernels import dispatch, operation, reference  # noqa: E402
 from mmalign_kernels.cuda import library as cuda_library  # noqa: E402
 from mmalign_kernels.triton import launch  # noqa: E402
+
+from .accuracy import results  # noqa: E402
 
 FAMILIES = {  # of test files that are not named after one family
     "test_adamw_moments": ("adamw",),
@@ -51,7 +56,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def backend(request):
     dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
-    if request.param == "triton" and INTERPRETED and dtype == torch.bfloat16:
+    if request.param == "triton" and INTERPRETED and not ON_META and dtype == torch.bfloat16:
         pytest.skip("the interpreter computes bf16 wrongly; runs on a GPU")
     if request.param == "cuda":
         reason = "no CUDA device" if INTERPRETED else cuda_library.missing()
@@ -59,8 +64,26 @@ def backend(request):
             pytest.skip(f"the kernels of csrc/: {reason}")
     on_gpu = request.param != "reference" and not INTERPRETED
     device = "meta" if ON_META else "cuda" if on_gpu else "cpu"
-    with torch.device(device), dispatch.use_backend(request.param):
+    with torch.device(device), dispatch.use_backend(request.param), _compiled():
         yield request.param
+
+
+@contextmanager
+def _compiled():
+    """On the meta device operations launch, and what they launch is compiled and has to fit."""
+    if not COMPILED_FOR:
+        yield
+        return
+    from codegen import compiler
+
+    gpu = compiler.DEVICES[COMPILED_FOR]
+    with pytest.MonkeyPatch.context() as patch, compiler.recording(gpu) as kernels:
+        patch.setattr(operation, "is_traced", lambda x: torch.compiler.is_compiling())
+        patch.setattr(torch.autograd, "gradcheck", lambda call, inputs, **_: results(call, inputs))
+        yield
+    for kernel in kernels:
+        asked = f"{kernel.metadata.name}: {kernel.metadata.shared} bytes of shared memory"
+        assert kernel.metadata.shared <= gpu.shared_bytes, f"{asked} of {gpu.shared_bytes}"
 
 
 @pytest.fixture
@@ -68,7 +91,7 @@ def sm_90_settings(backend):
     """Of few multiprocessors, wherever the test runs."""
     if backend != "triton":
         pytest.skip("Triton only")
-    if not INTERPRETED and not launch.gpu(torch.empty(0)).is_large:
+    if not (INTERPRETED and not COMPILED_FOR) and not launch.gpu(torch.empty(0)).is_large:
         pytest.skip("the settings of sm_90 need its shared memory")
     from codegen.compiler import H100, pretend
 

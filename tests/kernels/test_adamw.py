@@ -1,9 +1,12 @@
 """AdamW against torch.optim.AdamW; bf16 weights with split master or stochastic rounding."""
 
+from collections import Counter
+
 import pytest
 import torch
 from mmalign_kernels import adamw_step
 from mmalign_kernels.adamw import join_master, split_master
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = ((1,), (199,), (64, 48), (67, 1031))  # sizes that allow wide accesses or do not
@@ -42,6 +45,35 @@ def weights():
 
 def gradients(num_steps, dtype=torch.float32):
     return [[torch.randn(shape).to(dtype) for shape in SHAPES] for _ in range(num_steps)]
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("moments", "seed"), ((torch.float32, None), (torch.uint8, 1)))
+def test_the_host_works_once_for_the_whole_list(backend, moments, seed):
+    """A LoRA has 448 matrices: work of the host for each of them would outlast the device's."""
+    if backend != "triton":
+        pytest.skip("the reference goes tensor by tensor")
+    found = []
+    for copies in (1, 6):
+        params = [p for _ in range(copies) for p in weights()]
+        run = Run(params, moments=moments, seed=seed)
+        grads = [torch.ones_like(p) for p in params]
+        with Dispatched() as dispatched:
+            run.step(grads)
+        assert dispatched.counts.pop("aten.clone.default") == len(grads)  # of Run.step
+        found.append(dispatched.counts)
+    assert found[0] == found[1] and found[0].total() < 40, found
 
 
 @pytest.mark.parametrize("clip", (False, True))

@@ -16,7 +16,7 @@ from .accuracy import assert_same_bits, compare, results
 from .packed_samples import block_mask, offsets, plain_attention, positions, rotary_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEADS = ((2, 2, 64), (4, 2, 64), (3, 3, 100), (2, 1, 128))  # heads, key heads, head_dim
+HEADS = ((2, 2, 64), (4, 2, 64), (2, 1, 80), (3, 3, 100), (2, 1, 128))  # and key heads, head_dim
 LENGTHS = [1, 37, 130, 37, 37, 1]
 
 

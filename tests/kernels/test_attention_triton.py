@@ -65,6 +65,24 @@ def test_tiles_of_a_full_sample_are_neighbours():
     assert len([a for a, b in zip(rows, rows[1:], strict=False) if a != b]) == 3
 
 
+def test_all_layers_share_a_table():
+    """Made once per batch, and anew where the lengths changed in place."""
+    bounds = offsets([40, 3]).to(DEVICE)
+    table = attention_tiles(bounds, 43, BLOCK, True)
+    assert attention_tiles(bounds, 43, BLOCK, True) is table
+    assert attention_tiles(bounds, 43, BLOCK, False) is not table
+    bounds[1] = 3
+    assert torch.equal(
+        attention_tiles(bounds, 43, BLOCK, True),
+        attention_tiles(offsets([3, 40]).to(DEVICE), 43, BLOCK, True),
+    )
+    with torch.inference_mode():  # which counts no changes
+        bounds = offsets([40, 3]).to(DEVICE)
+        assert torch.equal(attention_tiles(bounds, 43, BLOCK, True), table)
+        bounds[1] = 3
+        assert not torch.equal(attention_tiles(bounds, 43, BLOCK, True), table)
+
+
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("lengths", ([1] * 5, [64], [65], [1, 129, 63], [0, 3, 0]), ids=str)
 def test_tile_borders_equal_the_reference(lengths, causal):

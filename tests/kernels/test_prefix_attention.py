@@ -13,7 +13,7 @@ LENGTHS = [40, 1, 17, 2, 33, 5, 130, 3]
 PARENTS = [None, 0, 0, 2, 0, None, 5, 5]  # the segment that each one continues
 KEPT_ROWS = [70, 70, 70, 70, 70, 0, 0, 0]  # of the cache that each one sees
 HEADS = ((2, 2, 64), (4, 2, 100), (2, 1, 128), (3, 1, 16))
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Case:
@@ -107,11 +107,12 @@ def test_rows_that_are_not_seen_are_not_read():
     assert torch.equal(case.ours(*case.inputs)[0], expected)
 
 
-def test_tokens_after_a_cache():
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_tokens_after_a_cache(dtype):
     """Generation: each sample continues its own rows of the cache, in one causal span."""
     case = Case(lengths=[1, 1, 4], parents=[None] * 3, kept_rows=[10, 0, 40])
     case.spans = [[(0, 11)], [(11, 12)], [(20, 64)]]
-    compare(case.ours, case.dense, case.inputs, torch.float32)
+    compare(case.ours, case.dense, case.inputs, dtype)
 
 
 def test_one_segment_equals_rotary_attention():

@@ -1,7 +1,6 @@
 """What to launch for each family, at the shapes of LLaMA2-7B, OpenLLaMA-3B and CLIP ViT-L/14.
 
 LAUNCHES      {"what for": a function that calls launchers on tensors of `meta(...)`}
-TESTED        more of them, at shapes of tests: compiled in the dtypes that are not production's
 MEMORY_BOUND  names of kernels whose rows must move 128 bits at a time
 READERS       the same for their loads alone: what they write is little or scattered
 WRITERS       the same for their stores alone: much of what they read are addresses and narrow types

@@ -4,17 +4,18 @@ import torch
 from mmalign_kernels.triton import prefix_attention as prefix
 
 from ..compiler import meta
-from .rotary_attention import MODELS, TESTED_HEADS
+from .rotary_attention import MODELS
 
-TOKENS, SEGMENTS, SPANS, KEPT, POSITIONS = 8192, 900, 2100, 300, 2048
+TOKENS, SPANS, KEPT, POSITIONS = 8192, 2100, 300, 2048
+SEGMENTS = {"": 200, ", short segments": 1200}
 
 
-def launch(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def launch(segments: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     qkv = meta(TOKENS, (num_heads + 2 * num_kv_heads) * head_dim)
     keys, values = (meta(KEPT + TOKENS, num_kv_heads, head_dim) for _ in range(2))
     cos, sin = (meta(POSITIONS, head_dim // 2, dtype=torch.float32) for _ in range(2))
     position_ids, cu_seqlens, span_begins, span_ends, cu_spans = (
-        meta(n, dtype=torch.int32) for n in (TOKENS, SEGMENTS + 1, SPANS, SPANS, SEGMENTS + 1)
+        meta(n, dtype=torch.int32) for n in (TOKENS, segments + 1, SPANS, SPANS, segments + 1)
     )
     prefix.prefix_attention_update(
         qkv, cos, sin, position_ids, cu_seqlens, POSITIONS,
@@ -22,6 +23,9 @@ def launch(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
     )  # fmt: skip
 
 
-LAUNCHES = {name: lambda heads=heads: launch(*heads) for name, heads in MODELS.items()}
-TESTED = {str(heads): lambda heads=heads: launch(*heads) for heads in TESTED_HEADS}
+LAUNCHES = {
+    name + kind: lambda segments=segments, heads=heads: launch(segments, *heads)
+    for kind, segments in SEGMENTS.items()
+    for name, heads in MODELS.items()
+}
 MATRIX = {"_prefix_attention_kernel"}

@@ -24,7 +24,5 @@ def launch(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 LAUNCHES = {name: lambda heads=heads: launch(*heads) for name, heads in MODELS.items()}
-TESTED_HEADS = ((2, 1, 16), (2, 1, 4))
-TESTED = {str(heads): lambda heads=heads: launch(*heads) for heads in TESTED_HEADS}
 # _rotate_keys_kernel moves 128 bits at a time but where head_dim is 100: its halves are 100 bytes
 MATRIX = {"_attention_fwd_kernel", "_attention_dq_kernel", "_attention_dkv_kernel"}

@@ -5,7 +5,7 @@ from mmalign_kernels import dispatch
 from mmalign_kernels.triton import shared_prefix_attention as shared_prefix
 
 from ..compiler import meta
-from .rotary_attention import MODELS, POSITIONS, SAMPLES, TESTED_HEADS, TOKENS
+from .rotary_attention import MODELS, POSITIONS, SAMPLES, TOKENS
 
 PREFIX = 35
 
@@ -27,5 +27,4 @@ def launch(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
 
 
 LAUNCHES = {name: lambda heads=heads: launch(*heads) for name, heads in MODELS.items()}
-TESTED = {str(heads): lambda heads=heads: launch(*heads) for heads in TESTED_HEADS}
 MATRIX = {"_join_prefix_kernel", "_prefix_dq_kernel"}

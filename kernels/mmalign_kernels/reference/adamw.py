@@ -12,6 +12,7 @@ from ..adamw import (
     FIRST,
     LARGEST,
     SECOND,
+    SMALLEST_SCALE,
     MomentCode,
     join_master,
     split_master,
@@ -107,15 +108,14 @@ def encode(x: Tensor, draws: Tensor, code: MomentCode) -> tuple[Tensor, Tensor]:
     draws (numel,) int32 in [0, 2^16). A block with a NaN has the scale NaN and stays NaN.
     """
     sizes = _blocks(x.view(torch.int32) & 0x7FFFFFFF)  # as integers, NaN is above all numbers
-    scales = sizes.amax(1).view(torch.float32) / LARGEST
-    ratios = sizes.view(torch.float32) / scales[:, None] * 2.0**-code.shift
+    scales = (sizes.amax(1).view(torch.float32) * (1 / LARGEST)).clamp_(min=SMALLEST_SCALE)
+    ratios = sizes.view(torch.float32) * (1 / scales)[:, None] * 2.0**-code.shift
     bits = ratios.view(torch.int32) + (_blocks(draws) << (DROPPED_BITS - 16))
     codes = (bits >> DROPPED_BITS).clamp_(max=code.largest)
     if code.signed:
         codes |= (_blocks(x.view(torch.int32)) < 0).int() << 7
     else:
         codes = torch.where(sizes == 0, 0, codes.clamp_(min=1))
-    codes = torch.where(scales[:, None] == 0, 0, codes)
     return codes.view(-1)[: len(x)].to(torch.uint8), scales
 
 

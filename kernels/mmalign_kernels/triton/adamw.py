@@ -35,7 +35,8 @@ _MOMENTS = {float32: tl.float32, bfloat16: tl.int16, uint8: tl.uint8}  # bf16 as
 _DRAWS = tl.constexpr(4)  # numbers per Philox call
 _ROW = tl.constexpr(adamw.BLOCK)
 _DROPPED = tl.constexpr(adamw.DROPPED_BITS)
-_LARGEST = tl.constexpr(adamw.LARGEST)
+_PER_LARGEST = tl.constexpr(1 / adamw.LARGEST)
+_SMALLEST_NORMAL = tl.constexpr(1 << 23)  # bits of adamw.SMALLEST_SCALE
 _FIRST_SHIFT = tl.constexpr(2.0**adamw.FIRST.shift)
 _SECOND_SHIFT = tl.constexpr(2.0**adamw.SECOND.shift)
 
@@ -151,8 +152,8 @@ def _read_moment(moment_ptr, scale, at, inside, CODES: tl.constexpr, SECOND: tl.
 def _row_scale(x):
     """Maps a row's largest number to the largest code; as integers, NaN is above all numbers."""
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
-    largest = largest.to(tl.float32, bitcast=True)
-    return tl.div_rn(largest, tl.full(largest.shape, _LARGEST, tl.float32))
+    scale = (largest.to(tl.float32, bitcast=True) * _PER_LARGEST).to(tl.int32, bitcast=True)
+    return tl.maximum(scale, _SMALLEST_NORMAL).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def _write_moment(
     if CODES:
         bits = x.to(tl.int32, bitcast=True)
         size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-        ratio = tl.div_rn(size, tl.broadcast_to(scale, size.shape))
+        ratio = size * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         ratio *= 1 / _SECOND_SHIFT if SECOND else 1 / _FIRST_SHIFT
         carried = (draw & 0xFFFF).to(tl.int32) << (_DROPPED - 16)
         code = (ratio.to(tl.int32, bitcast=True) + carried) >> _DROPPED
@@ -171,7 +172,6 @@ def _write_moment(
             code = tl.where(size == 0, 0, tl.maximum(code, 1))
         else:
             code |= (bits >> 31) & 0x80
-        code = tl.where(scale == 0, 0, code)
         tl.store(moment_ptr + at, code.to(tl.uint8), inside)
     else:
         tl.store(moment_ptr + at, _upper_half(x, (draw & 0xFFFF).to(tl.int32)), inside)

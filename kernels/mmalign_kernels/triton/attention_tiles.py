@@ -17,6 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_tables = WeakTensorKeyDictionary()  # cu_seqlens -> {version, num_tokens, block, causal: a table}
 
 
 @triton.jit
@@ -83,7 +86,21 @@ def _tiles_of(
 
 
 def attention_tiles(cu_seqlens: Tensor, num_tokens: int, block: int, causal: bool) -> Tensor:
-    """(4, num_slots) int32: sample, its first row, its length (0: nothing to do), the tile."""
+    """(4, num_slots) int32: sample, its first row, its length (0: nothing to do), the tile.
+
+    All layers of a batch share a table: it is made once for each value of the tensor cu_seqlens.
+    """
+    captured = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or cu_seqlens.is_inference():  # a change of its value would not be seen
+        return _attention_tiles(cu_seqlens, num_tokens, block, causal)
+    tables = _tables.setdefault(cu_seqlens, {})
+    wanted = cu_seqlens._version, num_tokens, block, causal
+    if wanted not in tables:
+        tables[wanted] = _attention_tiles(cu_seqlens, num_tokens, block, causal)
+    return tables[wanted]
+
+
+def _attention_tiles(cu_seqlens: Tensor, num_tokens: int, block: int, causal: bool) -> Tensor:
     num_samples = len(cu_seqlens) - 1
     num_slots = num_tokens // block + num_samples
     tiles = torch.empty((4, num_slots), dtype=torch.int32, device=cu_seqlens.device)

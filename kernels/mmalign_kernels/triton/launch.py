@@ -109,6 +109,17 @@ def persistent(x: Tensor, num_tiles: int, warps: int) -> int:
     return min(num_tiles, gpu(x).num_multiprocessors * max(RESIDENT_WARPS // warps, 1))
 
 
+def stages(x: Tensor, num_inputs: int) -> int:
+    """STAGES of a persistent program that copies rows of num_inputs tensors like x, if they fit.
+
+    Wide rows of fp32 and fp64 do not, and where not even one tile does, nothing is copied ahead.
+    """
+    rows, block, _ = row_tile(x)
+    copied = num_inputs * rows * block * x.element_size()
+    rest = 1024 * (17 if x.element_size() > 4 else 1)  # for sums, of fp64 on their way to memory
+    return min(1 + (gpu(x).shared_bytes - rest) // copied, STAGES)
+
+
 # Matrix products
 
 

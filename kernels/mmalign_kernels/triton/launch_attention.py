@@ -18,7 +18,7 @@ Settings = dict[str, int]
 # on sm_90, 16-bit; where a program owns keys, QUERY_TILE keys by KEY_TILE queries
 QUERY_TILE, KEY_TILE = 128, 64
 MAX_COLUMNS = 128  # of a tile of a head: with 256, tiles spill registers or exceed shared memory
-PREFIX_QUERY_TILE = 64
+SHORT_QUERY_TILE = 16
 
 
 def block_columns(head_dim: int) -> int:
@@ -36,42 +36,43 @@ def rotate_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
 
 def forward(qkv: Tensor, head_dim: int) -> Settings:
     if qkv.element_size() > 2:
-        return _settings(head_dim, *_square(qkv), 1)
+        return _wide(qkv, head_dim)
     if launch.gpu(qkv).is_large:
         return _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
     return _settings(head_dim, 128, 32, 3)
 
 
-def prefix(qkv: Tensor, head_dim: int) -> Settings:
+def prefix(qkv: Tensor, head_dim: int, num_segments: int) -> Settings:
     """Few queries: the segments of a tree are short, and rows beyond them are wasted.
 
-    Four warps, so that two programs share a multiprocessor; a head that does not fill its tile is
-    copied in smaller pieces, whose addresses need the registers of eight warps.
+    16 rows where segments have fewer on average (7 in TruthfulQA's tree, 1 in generation): the
+    least that a matrix unit takes. Then keys, which warps share, keep two copies in flight.
     """
     if qkv.element_size() > 2:
-        return _settings(head_dim, *_square(qkv), 1)
-    if block_columns(head_dim) == head_dim:
-        return _settings(head_dim, PREFIX_QUERY_TILE, 32, 2) | {"num_warps": 4}
-    keys = prefix_key_tile(head_dim) if launch.gpu(qkv).is_large else 32
-    return _settings(head_dim, PREFIX_QUERY_TILE, keys, 2)
-
-
-def prefix_key_tile(head_dim: int) -> int:
-    """On sm_90, 16-bit."""
-    return 32 if block_columns(head_dim) == head_dim else 64
+        return _wide(qkv, head_dim)
+    whole = block_columns(head_dim) == head_dim  # or copied in pieces, whose addresses are many
+    if len(qkv) < SHORT_QUERY_TILE * num_segments:
+        keys, warps = (64, 8) if whole else (32, 4)
+        return _settings(head_dim, SHORT_QUERY_TILE, keys, 3) | {"num_warps": warps}
+    if whole:  # four warps: two programs share a multiprocessor
+        return _settings(head_dim, 64, 32, 2) | {"num_warps": 4}
+    return _settings(head_dim, 64, 64 if launch.gpu(qkv).is_large else 32, 2)
 
 
 def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
     """Few keys, so nothing to pipeline: a program ends after one or two tiles of them."""
     if qkv.element_size() > 2:
-        return _settings(head_dim, *_square(qkv), 1)
+        return _wide(qkv, head_dim)
     return _settings(head_dim, 64, 32 if launch.gpu(qkv).is_large else 16, 1)
 
 
 def backward(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
     """For the gradient of queries, and for those of keys and values."""
     if qkv.element_size() > 2:
-        return (_settings(head_dim, *_square(qkv), 1),) * 2
+        wide = _wide(qkv, head_dim)
+        if qkv.element_size() == 4 and block_columns(head_dim) > 64:  # or hundreds of spills
+            wide["num_warps"] = 16
+        return wide, wide
     narrow, gpu = block_columns(head_dim) <= 64, launch.gpu(qkv)
     if gpu.is_large:
         by_queries = _settings(head_dim, QUERY_TILE, KEY_TILE, 3)
@@ -89,11 +90,13 @@ def other_query_tile(head_dim: int) -> int:
     return KEY_TILE if block_columns(head_dim) <= 64 else 32
 
 
-def _square(qkv: Tensor) -> tuple[int, int]:
-    """For fp32 and fp64, multiplied without matrix units: small."""
+def _wide(qkv: Tensor, head_dim: int) -> Settings:
+    """For fp32 and fp64, multiplied without matrix units: small, since a thread holds whole rows of
+    both operands."""
+    side = 16 if qkv.element_size() > 4 and launch.gpu(qkv).is_small else 32
     if qkv.is_cpu:  # the interpreter's time does not depend on the tile
-        return 64, 64
-    return (16, 16) if qkv.element_size() > 4 and launch.gpu(qkv).is_small else (32, 32)
+        side = 64
+    return _settings(head_dim, side, side, 1)
 
 
 def _settings(head_dim: int, queries: int, keys: int, num_stages: int) -> Settings:

@@ -113,7 +113,7 @@ def layer_norm_bwd(
     if num_rows:
         _layer_norm_bwd_kernel[(programs,)](
             grad_y, x, weight, grad_x, partial, num_rows, eps, COLUMNS=columns,
-            ROWS=rows, BLOCK=block, STAGES=launch.STAGES, num_warps=num_warps,
+            ROWS=rows, BLOCK=block, STAGES=launch.stages(x, 2), num_warps=num_warps,
         )  # fmt: skip
     sums = (column_sum(part, weight.dtype) for part in partial.chunk(2, 1))
     return grad_x, *sums

@@ -224,7 +224,7 @@ def prefix_attention_update(
     position_ids, span_begins = position_ids.contiguous(), span_begins.contiguous()
     span_ends, cu_spans = span_ends.contiguous(), cu_spans.contiguous()
     out = qkv.new_empty(len(qkv), num_attention_heads * head_dim)
-    settings = launch_attention.prefix(qkv, head_dim)
+    settings = launch_attention.prefix(qkv, head_dim, len(cu_seqlens) - 1)
     tiles = attention_tiles(cu_seqlens, len(qkv), settings["BLOCK_M"], True)
     if not tiles.numel():
         return out

@@ -294,12 +294,13 @@ def _rows_gradient(
     partial_norm = rstd.new_empty(programs, columns) if needs_norm else None
     grads = [x if x is None else x.contiguous() for x in (grad_normed, grad_new)]
     image_of_row = _image_of_row(positions, num_rows) if everywhere else None
+    num_read = 2 * (grad_normed is not None) + (grad_new is not None)
     if programs:
         _rows_gradient_kernel[(programs,)](
             *grads, hidden_states, norm_weight.contiguous(), rstd,
             None if everywhere else positions.contiguous(), image_of_row, grad_image, grad_text,
             partial_bias, partial_norm, num_rows, COLUMNS=columns, ROWS=rows, BLOCK=block,
-            STAGES=launch.STAGES, num_warps=num_warps,
+            STAGES=launch.stages(hidden_states, num_read), num_warps=num_warps,
         )  # fmt: skip
     return partial_bias, partial_norm
 

@@ -141,6 +141,6 @@ def rms_norm_bwd(
         _rms_norm_bwd_kernel[(programs,)](
             grad_y, grad_residual, x, weight, rstd.contiguous(), grad_x, partial, num_rows,
             COLUMNS=columns, ROWS=rows, BLOCK=block, ADDS=adds, NEEDS_WEIGHT=needs_weight,
-            STAGES=launch.STAGES, num_warps=num_warps,
+            STAGES=launch.stages(x, 3 if adds else 2), num_warps=num_warps,
         )  # fmt: skip
     return grad_x, column_sum(partial, weight.dtype) if needs_weight else weight.new_empty(0)
