@@ -227,22 +227,17 @@ def shown(command: Sequence[str]) -> str:
 
 def dry_run(options: Options) -> None:
     """The parts, when each should begin, and what it measures."""
-    run, at, beside = Run(options, Path("RESULTS/GPU")), 0.0, 0.0
-    for part in options.chosen:
+    chosen, run = options.chosen, Run(options, Path("RESULTS/GPU"))
+    command = [sys.executable, "-m", "bench.gpu_work", "--list", *(part.name for part in chosen)]
+    environment = os.environ | {"MMALIGN_BENCH_DEVICE": "cuda"}  # a GPU's rows, on any machine
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    items, at, beside = json.loads(done.stdout), 0.0, 0.0
+    for part in chosen:
         at = max(at, beside) if part.needs else at
         print(f"{at:4.0f} s  {part.name}: about {part.expected:.0f} s, at most {part.most:.0f}")
         print(f"        {shown(run._command(part))}")
-        if part.behind:
-            beside = max(beside, at + part.expected)
-            continue
-        at += part.expected
-        if part.command is None:
-            command = [sys.executable, "-m", "bench.gpu_work", part.name, "-", "--list"]
-            environment = os.environ | {"MMALIGN_BENCH_DEVICE": "cuda"}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            )
-            print("".join(f"        - {line}\n" for line in done.stdout.splitlines()), end="")
+        print("".join(f"        - {title}\n" for title in items[part.name]), end="")
+        at, beside = (at, at + part.expected) if part.behind else (at + part.expected, beside)
     print(f"{at:4.0f} s  end, of {run.limit:.0f} s")
 
 

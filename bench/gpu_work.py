@@ -2,9 +2,10 @@
 
 Every result is appended to FILE (JSON lines) and printed as soon as it is there. A kernel that
 breaks CUDA ends its process; started again, that goes on after it, and first repeats what was
-interrupted without the kernels of csrc/. --list names the items of the part.
+interrupted without the kernels of csrc/. --list PART ... names the items of parts.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -233,8 +234,7 @@ def run(part: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    part, path, *options = sys.argv[1:]
-    if options == ["--list"]:
-        print("\n".join(map(title_of, items(part))))
+    if sys.argv[1] == "--list":
+        print(json.dumps({part: list(map(title_of, items(part))) for part in sys.argv[2:]}))
     else:
-        run(part, Path(path))
+        run(sys.argv[1], Path(sys.argv[2]))
