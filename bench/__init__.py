@@ -4,5 +4,7 @@ comparison -> operation (kernels: cases, variants, oracle; peers) -> bench_*.py
            -> train_step, models, samples, documents (programs)   -> bench_*.py
 shapes      of the published models, and random data; peers: how each library is called
 timing      interleaved rounds; measured_peaks: the machine, its copy bandwidth and matrix product
-render      RESULTS.md and plots from --benchmark-json; gpu: the runner of scripts/gpu_verify.sh
+session     runs comparisons; render: RESULTS.md and plots from --benchmark-json
+gpu         scripts/gpu_verify.sh: gpu_parts what runs, gpu_work in processes that append records;
+            verdict: the table at its end, against what predict wrote down beforehand
 """

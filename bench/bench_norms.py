@@ -15,6 +15,7 @@ from bench.shapes import (
     DTYPE,
     DTYPE_NAME,
     NAMES,
+    REHEARSAL,
     VISION_SHAPES,
     activations,
     norm_weight,
@@ -106,7 +107,7 @@ def rms_norm_cases(add: bool) -> list[Case]:
 
 TOWER = VISION_SHAPES[0][0]
 IMAGE_SHARE = 0.5  # of the tokens
-PREFIX = 35  # tokens of a sample before its image
+PREFIX = 3 if REHEARSAL else 35  # tokens of a sample before its image
 
 
 def eager_projector(i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ checkpointing that LLaVA's scripts switch on; and the recipes' steps by size of 
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from bench.models import (
     LLAMA2_7B,
     NUM_IMAGE_TOKENS,
     OPENLLAMA_3B,
+    SPREAD,
     Size,
     random_llava,
 )
@@ -50,6 +52,7 @@ from mmalign.system import DTYPES
 from mmalign.training.memory.plan import MemoryPlan
 from mmalign.training.memory.table import check, flags_of
 
+RANDOM_LOSS = 0.03  # relative, of the loss of random weights
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative
 MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # they speed up both sides on a CPU
 
@@ -72,19 +75,22 @@ def rates(
     }
 
 
-def planned(config: TrainConfig, size: Size, variant: str) -> TrainConfig:
-    """With the least recomputation that fits this GPU, by the memory plan."""
-    if not ON_GPU:
-        return config
-    capacity = torch.cuda.get_device_properties(DEVICE).total_memory
+def planned(
+    config: TrainConfig, size: Size, variant: str, recompute: str | None = None
+) -> tuple[TrainConfig, int]:
+    """With the least recomputation that fits this GPU, or the given one; and the plan's bytes."""
     vocab_size = size.decoder.vocab_size + NUM_IMAGE_TOKENS
     decoder = replace(size.decoder, vocab_size=vocab_size)
     workload = Workload(decoder, size.vision, config.stage, config.lora)
-    plan = MemoryPlan(replace(config, recompute="auto"), workload, capacity, "cuda")
+    config, capacity = replace(config, recompute=recompute or "auto"), 1 << 50  # on a CPU
+    if ON_GPU:
+        capacity = torch.cuda.get_device_properties(DEVICE).total_memory
+    plan = MemoryPlan(config, workload, capacity, DEVICE.type)
     try:
-        return check(plan)
+        config = check(plan)
     except UserError as error:
         raise CannotRun(variant, str(error).partition("\n")[0]) from None
+    return config, plan.total(*config.micro_batching)
 
 
 # ---- beside transformers and Liger ----
@@ -157,7 +163,7 @@ class TrainStep(Comparison):
         }
         config = step_config(self.stage, self.precision, self.micro_batch_tokens)
         if ON_GPU and "mmalign" in variants:
-            config = planned(config, self.size, "mmalign")
+            config, _ = planned(config, self.size, "mmalign")
             self.recompute = flags_of(config)
         self._compare_losses(model, config, theirs, peers)
         steps = {name: self._step(name, model, config, theirs) for name in variants}
@@ -206,7 +212,8 @@ class RecipeStep(Comparison):
     recipe: str
     micro_batch_tokens: Sequence[int]
     num_samples: int | None = None  # instead of the recipe's global batch
-    recompute: dict[str, str] = field(default_factory=dict, init=False)
+    policies: Sequence[str | None] = (None,)  # of recomputation; None: what the plan chooses
+    plans: dict[str, tuple[TrainConfig, int]] = field(default_factory=dict, init=False)
 
     benchmark, direction, rounds = "train_recipe", STEP, 5
 
@@ -216,7 +223,8 @@ class RecipeStep(Comparison):
 
     @property
     def case(self) -> str:
-        return f"{self.recipe}, {self.size.name}, {self.batch_size} samples"
+        title = f"{self.recipe}, {self.size.name}, {self.batch_size} samples"
+        return f"{title}, by recomputation" if len(self.policies) > 1 else title
 
     @property
     def batch_size(self) -> int:
@@ -224,7 +232,12 @@ class RecipeStep(Comparison):
 
     @property
     def variants(self) -> list[str]:
-        return [f"mmalign, {tokens} tokens per micro-batch" for tokens in self.micro_batch_tokens]
+        return [
+            f"mmalign, {tokens} tokens per micro-batch"
+            + (f", recompute {policy}" if policy else "")
+            for tokens in self.micro_batch_tokens
+            for policy in self.policies
+        ]
 
     @cached_property
     def samples(self) -> Samples:
@@ -237,17 +250,25 @@ class RecipeStep(Comparison):
         return step_calls({name: self._step(name, model) for name in variants})
 
     def _step(self, variant: str, model: Llava) -> MmalignStep:
-        tokens = int(variant.split()[1])
-        config = planned(replace(self.config, micro_batch_tokens=tokens), self.size, variant)
-        self.recompute[variant] = flags_of(config)
+        tokens, policy = int(variant.split()[1]), variant.partition(", recompute ")[2] or None
+        config = replace(self.config, micro_batch_tokens=tokens)
+        self.plans[variant] = planned(config, self.size, variant, policy)
+        config, _ = self.plans[variant]
         batches = micro_batches(self.samples.lengths, tokens, 1)[0]
         packed = packed_batches(self.samples, batches, model.image_token_id)
-        return MmalignStep(model, config, packed)
+        step = MmalignStep(model, config, packed)
+        # logits of random weights are normal: they cost half their variance over a uniform guess
+        decoder, loss = self.size.decoder, step.loss()
+        expected = math.log(decoder.vocab_size) + decoder.hidden_size * SPREAD**2 / 2
+        if not abs(loss - expected) < RANDOM_LOSS * expected:
+            raise WrongResult(variant, f"loss {loss} of random weights, expected {expected:.2f}")
+        return step
 
     def figures(self, variant: str, seconds: float) -> dict:
         config = self.config
         info = rates(self.size, config.stage, self.samples, seconds, config.lora)
-        return info | {"recompute": self.recompute[variant]}
+        planned, planned_bytes = self.plans[variant]
+        return info | {"recompute": flags_of(planned), "planned_bytes": planned_bytes}
 
 
 RANDOM, GROUPED = Peer(), Peer(grouped=True)

@@ -6,105 +6,17 @@ these: --benchmark-json, --benchmark-compare, --benchmark-group-by, --benchmark-
 --benchmark-max-time (of a comparison), --benchmark-disable (verify, do not time).
 """
 
-import gc
 import os
 import shlex
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 
 import pytest
-import torch
 
-from bench import shapes
-from bench.comparison import (
-    COPY,
-    Calls,
-    CannotRun,
-    Comparison,
-    WrongResult,
-    over_best_peer,
-    share_of_peak,
-)
-from bench.measured_peaks import GpuMonitor, machine, measured_peaks
-from bench.timing import MAX_ROUNDS, Timing, measure
+from bench.comparison import Comparison
+from bench.measured_peaks import machine
+from bench.session import Session
 
 SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MMALIGN_BENCH_DOCUMENTS")
-
-
-class Session:
-    """What a run shares: measured peaks, and why variants were left out."""
-
-    def __init__(self, config: pytest.Config):
-        self.options = config.option
-        self.patterns = config.option.variants.split(",")
-        self.not_measured: dict[str, dict[str, list[str]]] = {}  # variant: reason: benchmarks
-        self.peaks: dict = {}
-        self.monitor = GpuMonitor()
-
-    def measure(self, comparison: Comparison, timed: bool) -> tuple[dict[str, Timing], list[str]]:
-        """Timings by variant, and the messages of variants whose results are wrong."""
-        if timed and not self.peaks:  # first: it needs memory that a comparison may fill
-            self.peaks = measured_peaks(shapes.DEVICE)
-        variants, wrong = self._runnable(comparison), []
-        while variants:
-            try:
-                calls = comparison.calls(variants)
-                return (self._time(comparison, calls) if timed else {}), wrong
-            except CannotRun as error:
-                self.leave_out(comparison, error.variant, str(error))
-                variants.remove(error.variant)
-            except WrongResult as error:
-                wrong.append(str(error))
-                variants.remove(error.variant)
-            gc.collect()
-            if shapes.ON_GPU:
-                torch.cuda.empty_cache()
-        return {}, wrong
-
-    def _runnable(self, comparison: Comparison) -> list[str]:
-        runnable = []
-        for variant in comparison.variants:
-            if not any(fnmatchcase(variant, pattern.strip()) for pattern in self.patterns):
-                continue
-            reason = comparison.missing(variant)
-            if reason is None:
-                runnable.append(variant)
-            else:
-                self.leave_out(comparison, variant, reason)
-        return runnable
-
-    def _time(self, comparison: Comparison, calls: Calls) -> dict[str, Timing]:
-        rounds = comparison.rounds
-        return measure(
-            calls.calls,
-            shapes.DEVICE,
-            prepare=calls.prepare,
-            max_seconds=float(self.options.benchmark_max_time),
-            min_rounds=rounds or self.options.benchmark_min_rounds,
-            max_rounds=rounds or MAX_ROUNDS,
-            cpu_memory=rounds is not None,
-        )
-
-    def leave_out(self, comparison: Comparison, variant: str, reason: str) -> None:
-        benchmarks = self.not_measured.setdefault(variant, {}).setdefault(reason, [])
-        if comparison.benchmark not in benchmarks:
-            benchmarks.append(comparison.benchmark)
-
-    def extra_info(self, comparison: Comparison, timings: dict[str, Timing]) -> dict[str, dict]:
-        """By variant: memory, the comparison's figures, share of the peak, ratio to the peers."""
-        found = {}
-        for variant, timing in timings.items():
-            info = {**timing.memory, **comparison.figures(variant, timing.median)}
-            # the small tensors of a CPU's benchmarks stay in its cache
-            if info.get("bound") != COPY or shapes.ON_GPU:
-                info["share_of_peak"] = share_of_peak(info, timing.median, self.peaks)
-            found[variant] = {key: value for key, value in info.items() if value is not None}
-        ratios = over_best_peer({name: (timings[name].median, found[name]) for name in timings})
-        for variant, ratio in ratios.items():
-            found[variant]["over_best_peer"] = ratio
-        return found
-
-
 SESSION = pytest.StashKey[Session]()
 
 
@@ -118,7 +30,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[SESSION] = Session(config)
+    option = config.option
+    config.stash[SESSION] = Session(
+        option.variants, float(option.benchmark_max_time), option.benchmark_min_rounds
+    )
     defaults = {"columns": ["median", "min", "max", "rounds"], "sort": "median"}
     for name, value in defaults.items():
         if not any(str(x).startswith(f"--benchmark-{name}") for x in config.invocation_params.args):

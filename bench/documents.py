@@ -125,6 +125,9 @@ class NumberTokenizer:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
 
 class _Writer:
     def __init__(self, vocab_size: int):

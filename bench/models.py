@@ -30,6 +30,7 @@ from mmalign.model.projector import Projector
 from mmalign.model.vision_tower import VisionTower
 
 M = TypeVar("M", bound=nn.Module)
+SPREAD = 0.02  # standard deviation of random weights
 NUM_IMAGE_TOKENS = 3  # <im_patch>, <im_start>, <im_end> follow the decoder's own vocabulary
 
 
@@ -106,7 +107,7 @@ class FollowingTokens:
 
 
 def _drawn(kind: Callable[..., M], config, device: torch.device, dtype: torch.dtype) -> M:
-    """Norms 1, biases 0, all else normal(0, 0.02); no second copy exists at any time."""
+    """Norms 1, biases 0, all else normal(0, SPREAD); no second copy exists at any time."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -122,7 +123,7 @@ def _drawn(kind: Callable[..., M], config, device: torch.device, dtype: torch.dt
             elif isinstance(owner, RMSNorm | LayerNorm):
                 nn.init.ones_(parameter)
             else:
-                parameter.data.normal_(0, 0.02, generator=generator)
+                parameter.data.normal_(0, SPREAD, generator=generator)
     return module.to(device)
 
 

@@ -19,7 +19,7 @@ from bench.comparison import COPY, is_ours, speedup
 FOLDER = Path(__file__).parent
 RESULTS, PATH = FOLDER / "results", FOLDER / "RESULTS.md"
 MARKER = "<!-- From here on written by `python -m bench.render` out of bench/results/. -->"
-ROOFLINE = "roofline.png"
+ROOFLINE, VERDICT = "roofline.png", "verdict.md"
 COLUMNS = {  # of extra_info: heading and format
     "samples_per_second": ("samples/s", "{:,.4g}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -105,8 +105,8 @@ def _machine(name: str, files: Mapping[str, Mapping]) -> Iterator[str]:
     if (RESULTS / name / ROOFLINE).exists():
         yield from (f"![Roofline](results/{name}/{ROOFLINE})", "")
     for file, content in files.items():
-        if file == "verification.json":
-            yield from verification(content)
+        if file == VERDICT:
+            yield from ("### bash scripts/gpu_verify.sh", "", str(content))
         else:
             yield from (f"### {file}", "", *tables(content))
 
@@ -167,17 +167,6 @@ def program_table(found: Sequence[list[Entry]]) -> Iterator[str]:
             lines.append([*cells, *(row.cell(column) for column in COLUMNS), ratio])
     headings = ["case", "variant", "time", *(heading for heading, _ in COLUMNS.values())]
     yield from markdown([*headings, "ours over it"], lines)
-
-
-def verification(content: Mapping) -> Iterator[str]:
-    """What bench/gpu.py ran beside the benchmarks."""
-    yield from ("### verification", "")
-    headings = ["part", "command", "exit code", "seconds", "last line"]
-    lines = [
-        [x["part"], f"`{x['command']}`", str(x["exit_code"]), f"{x['seconds']:.0f}", x["last_line"]]
-        for x in content["commands"]
-    ]
-    yield from markdown(headings, lines)
 
 
 def _not_measured(reasons: Mapping[str, Mapping[str, Sequence[str]]]) -> Iterator[str]:
@@ -262,11 +251,12 @@ def draw_roofline(files: Mapping[str, Mapping], path: Path) -> None:
 
 def read(folder: Path) -> dict[str, dict[str, dict]]:
     """{machine: {file name: content}} of a folder of results."""
-    return {
-        path.name: {file.name: json.loads(file.read_text()) for file in sorted(path.glob("*.json"))}
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-    }
+    found = {}
+    for path in sorted(x for x in folder.iterdir() if x.is_dir()):
+        contents = {x.name: json.loads(x.read_text()) for x in sorted(path.glob("*.json"))}
+        verdicts = {x.name: x.read_text() for x in path.glob(VERDICT)}  # of bench/gpu.py
+        found[path.name] = verdicts | contents
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
 """The device and type of the benchmarks, the shapes they run at, and random data of these shapes.
 
-On a GPU the shapes are those of the published models in bf16, on a CPU small ones in fp32.
+On a GPU the shapes are those of the published models in bf16, on a CPU small ones in fp32, and in a
+rehearsal (bench/gpu.py) so small that Triton's interpreter runs them.
 """
 
 import os
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +19,7 @@ DEVICE = torch.device(
     os.environ.get("MMALIGN_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 )
 ON_GPU = DEVICE.type == "cuda"
+REHEARSAL = "MMALIGN_BENCH_REHEARSAL" in os.environ
 DTYPE, DTYPE_NAME = (torch.bfloat16, "bf16") if ON_GPU else (torch.float32, "fp32")
 
 SMALL_DECODER = DecoderConfig(
@@ -30,6 +33,16 @@ SMALL_DECODER = DecoderConfig(
     rms_norm_eps=1e-5,
     max_position_embeddings=2048,
 )
+TINY_DECODER = replace(
+    SMALL_DECODER,
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=32,
+)
 SMALL_VISION = VisionConfig(
     hidden_size=256,
     intermediate_size=1024,
@@ -38,12 +51,22 @@ SMALL_VISION = VisionConfig(
     image_size=224,
     patch_size=14,
 )
+TINY_VISION = replace(
+    SMALL_VISION,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    image_size=56,
+)
 NAMES = {
     LLAMA2_7B: "llama2-7b",
     OPENLLAMA_3B: "openllama-3b",
     SMALL_DECODER: "small decoder",
     CLIP_VIT_L_14: "clip-vit-l-14",
     SMALL_VISION: "small vision tower",
+    TINY_DECODER: "tiny decoder",
+    TINY_VISION: "tiny vision tower",
 }
 
 # (model, tokens per micro-batch), the most important first; at 2,048 a launch costs as much as
@@ -53,8 +76,12 @@ VISION_SHAPES: list[tuple[VisionConfig, int]] = [(SMALL_VISION, 4)]  # (tower, i
 if ON_GPU:
     DECODER_SHAPES = [(LLAMA2_7B, 16384), (LLAMA2_7B, 2048), (OPENLLAMA_3B, 16384)]
     VISION_SHAPES = [(CLIP_VIT_L_14, 64)]
+elif REHEARSAL:
+    DECODER_SHAPES, VISION_SHAPES = [(TINY_DECODER, 96)], [(TINY_VISION, 1)]
 
 LENGTHS = {"finetune": (300, 900), "wide mix": (32, 2048)}  # tokens of a sample, from and to
+if REHEARSAL:
+    LENGTHS["finetune"] = (9, 40)
 ONE_LONG = "one long sample"
 SUPERVISED = {"pretrain": 0.07, "finetune": 0.44}  # share of the tokens that have a target
 

@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show (bench/gpu.py): build, correctness, kernels, train, evaluate.
+# Everything that only a GPU can show, in at most 8 minutes (bench/gpu.py has the arguments):
 #
-# Its arguments are those of bench/gpu.py; MMALIGN_SHARED_DATA=DIR evaluates on real documents.
+#   bash scripts/gpu_verify.sh [--wheels DIR] [--data DIR] [--more] [--dry-run] [--cpu-rehearsal]
 #
-# $PYTHON (.venv/bin/python, else python3) needs what scripts/test.sh installs. csrc/ needs nvcc and
-# cmake, the sanitizer compute-sanitizer, all on PATH.
+# --wheels DIR, the first argument: packages that the machine lacks, as scripts/collect_wheels.sh
+# collects them; they are unpacked beside the machine's own, for this run alone.
+#
+# $PYTHON (.venv/bin/python, else python3) needs PyTorch for CUDA, Triton, transformers, pytest and
+# pytest-xdist. csrc/ needs nvcc and cmake on PATH, --more compute-sanitizer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
 export PYTHONPATH="kernels:.${PYTHONPATH:+:$PYTHONPATH}"
+if [ "${1:-}" = --wheels ]; then
+  site="$(mktemp -d)"
+  trap 'rm -rf "$site"' EXIT
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$2"/*.whl
+  export PYTHONPATH="$PYTHONPATH:$site"
+  shift 2
+fi
 export PYTHONUNBUFFERED=1
-exec "$python" -m bench.gpu "$@"
+"$python" -m bench.gpu "$@"

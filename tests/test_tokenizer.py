@@ -45,6 +45,7 @@ def test_ids_equal_sentencepiece(folder, texts):
         assert tokenizer.encode(text) == reference.encode(text)
         assert tokenizer.encode_with_offsets(text)[0] == reference.encode(text)
         assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text))
+    assert tokenizer.encode_batch(texts) == [reference.encode(text) for text in texts]
 
 
 def test_offsets_give_every_character_to_exactly_one_id(folder, texts):
@@ -94,6 +95,7 @@ def test_tokenizer_json_gives_what_sentencepiece_gives(folder, texts, tmp_path):
     assert (from_json.image_token_id, from_json.im_end_id) == (32000, 32002)
     for text in texts:
         assert from_json.encode(text) == tokenizer.encode(text)
+    assert from_json.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
     assert Tokenizer.from_pretrained(tmp_path / "tokenizer.json").encode("x") == [921]
 
 

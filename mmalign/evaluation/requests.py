@@ -4,6 +4,7 @@ As in September 2023 (lm_eval/base.py at 00209e10f), context and continuation ar
 and split at the length of the context's own ids, without BOS.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ class TextEncoder(Protocol):
 
     eos_token_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,29 @@ class EncodedRequest:
 class RequestEncoder:
     def __init__(self, tokenizer: TextEncoder, max_length: int, vocab_size: int):
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, vocab_size
-        self._last_context: tuple[str, list[int]] = ("", [])  # choices of a document share it
 
-    def encode(self, context: str, continuation: str, name: str) -> EncodedRequest:
-        """The model's input and targets; at most max_length inputs, truncated on the left."""
-        if not continuation:
-            raise UserError(f"{name}: the continuation is empty; remove the document from its file")
-        context_ids, target_ids = self._split(context, continuation)
+    def encode(self, requests: Sequence[Request], names: Sequence[str]) -> list[EncodedRequest]:
+        """Model inputs and targets; at most max_length inputs, truncated on the left."""
+        for name, (_, continuation) in zip(names, requests, strict=True):
+            if not continuation:
+                message = "the continuation is empty; remove the document from its file"
+                raise UserError(f"{name}: {message}")
+        pairs = [_move_white_space(*request) for request in requests]
+        texts = dict.fromkeys(context for context, _ in pairs if context)  # choices share theirs
+        texts |= dict.fromkeys(context + continuation for context, continuation in pairs)
+        # one call: the tokenizer spreads it over the cores
+        ids_of = dict(zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True))
+        return [
+            self._encoded(context, continuation, ids_of, name)
+            for name, (context, continuation) in zip(names, pairs, strict=True)
+        ]
+
+    def _encoded(
+        self, context: str, continuation: str, ids_of: dict[str, list[int]], name: str
+    ) -> EncodedRequest:
+        # the harness replaces an empty context by one end-of-text token
+        context_ids = ids_of[context] if context else [self.tokenizer.eos_token_id]
+        target_ids = ids_of[context + continuation][len(context_ids) if context else 0 :]
         if not context_ids:
             raise UserError(
                 f"{name}: the tokenizer gives no token for the context {context!r}; check that the "
@@ -59,13 +76,8 @@ class RequestEncoder:
         num_truncated = max(0, len(ids) - (self.max_length + 1))
         return EncodedRequest(ids[num_truncated:-1], ids[-len(target_ids) :], num_truncated)
 
-    def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        stripped = context.rstrip()
-        # white space at the boundary goes to the continuation, whose first token includes it
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:  # the harness replaces an empty context by one end-of-text token
-            return [self.tokenizer.eos_token_id], self.tokenizer.encode(continuation)
-        if self._last_context[0] != stripped:
-            self._last_context = (stripped, self.tokenizer.encode(stripped))
-        context_ids = self._last_context[1]
-        return context_ids, self.tokenizer.encode(stripped + continuation)[len(context_ids) :]
+
+def _move_white_space(context: str, continuation: str) -> Request:
+    """White space at the boundary goes to the continuation, whose first token includes it."""
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + continuation

@@ -6,7 +6,7 @@ A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -32,6 +32,7 @@ from mmalign.model.positions import (
 )
 from mmalign.tokenizer import Tokenizer
 
+_TOKENISED_AT_ONCE = 2048  # requests, between two updates of the progress bar
 _ROWS_OF_LOGITS = 1024  # at most in memory at once for the argmax
 
 
@@ -148,16 +149,15 @@ def plan_scoring(
         first_of.setdefault(request, i)
     rank = {request: unique for unique, request in enumerate(first_of)}
     encoder = RequestEncoder(tokenizer, max_length, vocab_size)
-    bar: Iterable[tuple[Request, int]] = progress_bar(
-        first_of.items(), desc="tokenise", unit=" requests", disable=not progress, leave=False
-    )
-    encoded = [encoder.encode(*request, names[i]) for request, i in bar]
-    return make_plan(
-        encoded,
-        [rank[request] for request in requests],
-        [names[i] for i in first_of.values()],
-        batch_tokens,
-    )
+    unique, unique_names = list(first_of), [names[i] for i in first_of.values()]
+    options = {"desc": "tokenise", "unit": " requests", "disable": not progress, "leave": False}
+    encoded = []
+    with progress_bar(total=len(unique), **options) as bar:
+        for begin in range(0, len(unique), _TOKENISED_AT_ONCE):
+            some = slice(begin, begin + _TOKENISED_AT_ONCE)
+            encoded += encoder.encode(unique[some], unique_names[some])
+            bar.update(len(unique[some]))
+    return make_plan(encoded, [rank[request] for request in requests], unique_names, batch_tokens)
 
 
 def make_plan(

@@ -4,6 +4,7 @@ Both raise UserError for a file that cannot be read and for a text that is not U
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -55,6 +56,9 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(_checked(text))
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.model.encode([_checked(text) for text in texts])
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         mapping = self.model.encode(_checked(text), return_type="offset_mapping")
         return mapping["ids"], mapping["offsets"]
@@ -92,6 +96,10 @@ class HuggingFace:
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(_checked(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        checked = [_checked(text) for text in texts]
+        return [x.ids for x in self.model.encode_batch_fast(checked, add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         encoding = self.model.encode(_checked(text), add_special_tokens=False)

@@ -148,6 +148,10 @@ class Tokenizer:
         """Ids of plain text: no BOS, nothing parsed as special."""
         return self._backend.encode(text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return self._backend.encode_batch(texts)
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """Ids and, for each, the characters [begin, end) of `text` that it represents.
 

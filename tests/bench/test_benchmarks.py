@@ -13,7 +13,7 @@ from bench.operation import OperationComparison, results
 from mmalign.model.decoder import Decoder
 from mmalign.model.vision_tower import VisionTower
 
-OPERATIONS = ("adamw", "attention", "elementwise", "lm_head", "norms")
+OPERATIONS = ("adamw", "attention", "elementwise", "lm_head", "norms", "prefix_attention")
 on_a_cpu_only = pytest.mark.skipif(shapes.ON_GPU, reason="what a CPU skips")
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from bench import render
-from bench.render import draw_roofline, verification
+from bench.render import draw_roofline
 from mmalign.files import write_json
 
 PEAKS = {
@@ -87,10 +87,12 @@ def test_programs_show_every_variant_and_compare_rates(content):
     assert theirs[1:] == ["transformers, padded", "1 s", "2", "3.00 GB", "1.50x"]
 
 
-def test_commands_of_a_verification():
-    record = {"part": "build", "command": "make", "exit_code": 2, "seconds": 3.4}
-    *_, line, _ = verification({"commands": [record | {"last_line": "1 failed | 2 passed"}]})
-    assert line == "| build | `make` | 2 | 3 | 1 failed \\| 2 passed |"
+def test_the_verdict_of_a_gpu_stands_before_its_benchmarks(content, tmp_path):
+    (tmp_path / "h100").mkdir()
+    write_json(tmp_path / "h100/all.json", content)
+    (tmp_path / "h100/verdict.md").write_text("14 of 15 reached\n")
+    text = render.render(render.read(tmp_path))
+    assert 0 < text.index("14 of 15 reached") < text.index("### all.json")
 
 
 def test_check_tells_whether_the_document_is_current(content, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import conftest, timing
+from bench import session, timing
 
 pytest_plugins = ["pytester"]
 
@@ -54,7 +54,7 @@ def run(pytester, monkeypatch, fake_time):
         return 8000
 
     monkeypatch.setattr(timing, "peak_bytes", profiled)
-    monkeypatch.setattr(conftest, "measured_peaks", lambda device: PEAKS)
+    monkeypatch.setattr(session, "measured_peaks", lambda device: PEAKS)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark looks at it
     pytester.makepyfile(bench_sleep=BENCHMARK)
     options = ("-p", "bench.conftest", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
