@@ -20,6 +20,8 @@ class Cider:
     def __init__(self, references: Sequence[Sequence[str]]):
         """references: of every image, at least one caption each, as ptb_tokens writes them."""
         self.references = [[_count(caption) for caption in captions] for captions in references]
+        captions = Counter(caption for captions in references for caption in captions)
+        self.most_common = captions.most_common(1)[0][0]  # caption, for a constant model
 
     @cached_property
     def _num_images(self) -> Counter[tuple[str, ...]]:
