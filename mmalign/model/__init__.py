@@ -12,5 +12,6 @@ The path of a PackedBatch (mmalign/batch.py) through the files:
 
 config.py has the shapes, preprocessing.py what images go through, hf/ reads and writes folders,
 shards.py sees through FSDP2's shards.
-generate.py -> generation_cache.py -> decoder.py -> sampling.py continues prompts.
+generate.py -> generation_batches.py -> generation_cache.py -> decoder.py -> sampling.py continues
+prompts.
 """
