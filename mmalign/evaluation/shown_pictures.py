@@ -18,6 +18,7 @@ from mmalign.files import markdown_table, write_text
 
 _HEADINGS = ("task", "pictures", "n", "score", "95% interval", "best constant", "kept", "lost")
 _HEADINGS += ("gained", "yes", "words")
+_IN_TERMINAL = ("task", "pictures", "score", "95% interval", "best constant", "lost", "gained")
 _NOTES = """\
 kept: what is left of the score's distance to the best constant answer, of the pictures as they are;
 lost and gained: answers that score less or more than with the pictures as they are. Intervals count
@@ -141,11 +142,13 @@ def _caveats(results: dict, name: str) -> list[str]:
 
 def _print(lines: list[list[str]], results: dict, output: Path) -> None:
     console = open_console()
-    table = make_table(f"[bold]{results['config']['model']}[/bold]", *_HEADINGS)
+    shown = [_HEADINGS.index(x) for x in _IN_TERMINAL]
+    table = make_table(f"[bold]{results['config']['model']}[/bold]", *_IN_TERMINAL)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in shown))
     console.print(table)
-    for name in results:
-        for sentence in _caveats(results, name):
-            console.print(f"- {sentence}")
+    for sentence in (x for name in results for x in _caveats(results, name)):
+        console.print(f"- {sentence}")
+    for sentence in ours(results):
+        console.print(f"- {sentence}")
     console.print(f"results: {output / 'results.json'}\nreport:  {output / 'pictures.md'}")
