@@ -101,10 +101,12 @@ def read_results(folder: str | Path) -> dict:
     try:
         for name, row in score_rows(results).items():
             numbers = (row["acc"], *row["interval"])
-            if len(numbers) != 3 or not all(is_number(x, -1, 10) for x in numbers):
+            if len(numbers) != 3 or not all(
+                is_number(x, -1, row.get("largest", 1)) for x in numbers
+            ):
                 raise UserError(
                     f"{path}: {name} has the scores {numbers}; expected three numbers from -1 to "
-                    "1, or 10 for CIDEr. Evaluate the model again"
+                    f"{row.get('largest', 1):g}. Evaluate the model again"
                 )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(

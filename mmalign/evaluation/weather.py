@@ -31,7 +31,7 @@ def zoomed(x: np.ndarray, factor: float) -> np.ndarray:
         begin = (size - kept) // 2
         cut.append(slice(begin, begin + kept))
     factors = (factor, factor) + (1,) * (x.ndim - 2)
-    return ndimage.zoom(x[tuple(cut)], factors, order=1)
+    return np.asarray(ndimage.zoom(x[tuple(cut)], factors, order=1))
 
 
 def motion(x: np.ndarray, radius: int, sigma: float, angle: float) -> np.ndarray:
@@ -108,7 +108,7 @@ def spatter(x: np.ndarray, c: tuple, random: Random) -> np.ndarray:
 
 def _refraction(layer: np.ndarray) -> np.ndarray:
     """Light on drops: an embossed distance to their edges, 0 to 255."""
-    distance = np.minimum(ndimage.distance_transform_edt(~_edges(layer)), 20)
+    distance = np.minimum(np.asarray(ndimage.distance_transform_edt(~_edges(layer))), 20)
     distance = ndimage.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)
     emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
     lit = ndimage.correlate(_equalised(distance).astype(np.int64), emboss, mode="mirror")
@@ -132,7 +132,8 @@ def _edges(layer: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
     after = np.select(cases, [shifted(0, 1), shifted(1, 0), shifted(1, -1)], shifted(1, 1))
     straight = across | along
     ridge = (middle > low) & (middle > before) & np.where(straight, middle >= after, middle > after)
-    regions, _ = ndimage.label(ridge, np.ones((3, 3)))
+    regions = np.empty(layer.shape, np.int32)
+    ndimage.label(ridge, np.ones((3, 3)), output=regions)
     strong = np.unique(regions[ridge & (middle > high)])
     return np.isin(regions, strong[strong > 0])
 

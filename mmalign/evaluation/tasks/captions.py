@@ -106,6 +106,7 @@ class Captions(VisionTask):
             "baselines": {"always the most common caption": constant},
             "first_sentence": float(np.mean([item["first_sentence"] for item in items])),
             "mean_tokens": float(np.mean(tokens)),
+            "largest": self.largest,
         }
 
 
