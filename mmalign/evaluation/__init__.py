@@ -20,8 +20,8 @@ exchanged and corrupted pictures beside the clean one:
         |               corrupt            corruptions.py      19 types; weather.py
         v               generate           vision_model.py     prompts in the model's template
       answers.jsonl     AnswerLog          answer_log.py       an interrupted evaluation continues
-        |                                  vqa_accuracy.py, cider.py with ptb_tokenizer.py, yes_no.py
-        v                                                      the benchmarks' own metrics
+        |               vqa_accuracy.py, cider.py (ptb_tokenizer.py), yes_no.py: official metrics
+        v
       pictures.md       write_shown_report shown_pictures.py   clean beside the others
 
 visual_questions.py asks about held-out images of the training data, to measure whether a finetuned

@@ -19,23 +19,32 @@ NGrams = dict[tuple[str, ...], int]
 class Cider:
     def __init__(self, references: Sequence[Sequence[str]]):
         """references: of every image, at least one caption each, as ptb_tokens writes them."""
-        self.references = [[_count(caption) for caption in captions] for captions in references]
-        captions = Counter(caption for captions in references for caption in captions)
-        self.most_common = captions.most_common(1)[0][0]  # caption, for a constant model
+        self.references = references
+        self._last: tuple[int, list[_Weighted]] = (-1, [])  # image, its references
+
+    @cached_property
+    def most_common(self) -> str:
+        """The caption that stands most often among the references."""
+        return Counter(x for captions in self.references for x in captions).most_common(1)[0][0]
 
     @cached_property
     def _num_images(self) -> Counter[tuple[str, ...]]:
         """In how many images an n-gram occurs."""
-        seen = ({x for counts in captions for x in counts} for captions in self.references)
-        return Counter(x for ngrams in seen for x in ngrams)
+        found: Counter[tuple[str, ...]] = Counter()
+        for captions in self.references:
+            found.update({ngram for caption in captions for ngram in _count(caption)})
+        return found
 
     def score(self, image: int, caption: str) -> float:
         """Of one caption, in tokens, for the image with this index: 0 to 10."""
-        hypothesis, lines = self._weigh(_count(caption)), self.references[image]
-        return sum(_similarity(hypothesis, self._weigh(x)) for x in lines) * 10 / len(lines)
+        if self._last[0] != image:
+            self._last = image, [self._weigh(x) for x in self.references[image]]
+        hypothesis, lines = self._weigh(caption), self._last[1]
+        return sum(_similarity(hypothesis, x) for x in lines) * 10 / len(lines)
 
-    def _weigh(self, counts: NGrams) -> "_Weighted":
+    def _weigh(self, caption: str) -> "_Weighted":
         most, by_length = log(len(self.references)), [{} for _ in range(_LONGEST)]
+        counts = _count(caption)
         for ngram, count in counts.items():
             idf = most - log(max(1, self._num_images[ngram]))
             by_length[len(ngram) - 1][ngram] = count * idf

@@ -41,7 +41,7 @@ def write_shown_report(output: Path, folders: Mapping[str, Path]) -> Path:
         _NOTES,
         *(f"- {sentence}" for name in results[""] for sentence in _caveats(results[""], name)),
         *(f"- {sentence}" for sentence in ours(results[""])),
-        f"template {config['pictures']['template']}, {config['precision']}; tasks: "
+        f"template {config['template']}, {config['precision']}; tasks: "
         + "; ".join(f"{name}: {TASKS[name].definition}" for name in items[""]),
     ]
     if any("-" in name for name in folders):

@@ -144,6 +144,7 @@ class VisionEvaluation:
         writer.write(output, items, about, cost)
 
     def _about(self, documents: dict[str, list[VisualDocument]], shown: Shown) -> dict:
+        released = any(name.endswith(SUFFIX) for name in documents)
         return {
             "model": self.model_name,
             "weights": str(self.weights.resolve()),
@@ -153,8 +154,9 @@ class VisionEvaluation:
             },
             "data_root": str(self.data_root),
             "limit": self.limit,
+            "template": "v0 with its dialogue" if released else self.model.template_name,
+            "bos": "as the template has it",
             "pictures": {
-                "template": self.model.template_name,
                 "use_im_start_end": self.model.use_im_start_end,
                 "shown": shown.name or "own",
                 "corruption_seed": self.seed if shown.corruption else None,

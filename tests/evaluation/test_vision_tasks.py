@@ -55,7 +55,7 @@ def test_vqa(root, folder):
     items, summary = scored(task, documents, ["Yes.", "yes", "two"] * NUM_PICTURES)
     assert [item["score"] for item in items[:3]] == pytest.approx([1.0, 1.0, 0.9])
     assert summary["acc"] == pytest.approx(2.9 / 3)
-    assert summary["num_pictures"] == NUM_PICTURES
+    assert summary["num_pictures"] == NUM_PICTURES == len({item["group_id"] for item in items})
     assert summary["interval"] == pytest.approx((2.9 / 3, 2.9 / 3))  # all pictures have one mean
     assert summary["by_answer_type"] == pytest.approx({"number": 0.9, "yes/no": 1.0})
     baselines = summary["baselines"]

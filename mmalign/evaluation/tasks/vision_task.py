@@ -95,6 +95,7 @@ class VisionTask(Task):
     def protocol(self) -> dict[str, Any]:
         return super().protocol() | {
             "protocol": self.protocol_name,
+            "score": "mean over the questions",
             "generation": asdict(self.options),
         }
 
@@ -122,6 +123,7 @@ class VisionTask(Task):
             "gold": document.gold,
             **self.judge(document, text),
             "sha256": document.digest,
+            "group_id": document.image,  # compare.py resamples pictures
         }
         item |= {"category": document.category} if document.category else {}
         return item if answer.log_odds is None else item | {"log_odds": answer.log_odds}
