@@ -10,7 +10,6 @@ import tyro
 from PIL import Image, ImageDraw
 
 from mmalign.command import command_line
-from mmalign.data.images import open_rgb
 from mmalign.evaluation.corruptions import CORRUPTIONS, corrupt, parse_corruptions
 
 LINE = 14  # pixels of a label
@@ -33,7 +32,8 @@ def main(
         seed: Of the random corruptions, together with the picture's name.
         width: Of each copy on the sheet; the picture is corrupted at its own size.
     """
-    picture = open_rgb(image, width)
+    with Image.open(image) as file:
+        picture = file.convert("RGB")
     height = round(picture.height * width / picture.width)
     rows: dict[str, list[int]] = {}
     for name, severity in parse_corruptions(corruptions):

@@ -47,7 +47,7 @@ def load_image(
             too large (as it is or resized) or deeper than 8 bits.
     """
     size, crop_size = preprocessing.size, preprocessing.crop_size
-    image = change(open_rgb(path, size))
+    image = change(_open_rgb(path, size))
     height, width = _resized(image.height, image.width, size)
     if min(image.size) >= _TORCH_RESIZE_SCALE * size:
         # a view with channels last: the fast path of torch's uint8 resize
@@ -68,7 +68,7 @@ def check_image(path: Path, preprocessing: Preprocessing) -> None:
     Raises:
         UserError: as load_image.
     """
-    open_rgb(path, preprocessing.size, draft=True)
+    _open_rgb(path, preprocessing.size, draft=True)
 
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:
@@ -84,7 +84,7 @@ def _open(file: BinaryIO) -> Image.Image:
         return Image.open(file, formats=FORMATS)
 
 
-def open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
+def _open_rgb(path: Path, size: int, draft: bool = False) -> Image.Image:
     """size: of the short side after resizing, for the check that this fits into memory."""
     try:
         with open_regular(path) as file:

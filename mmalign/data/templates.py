@@ -149,7 +149,7 @@ def _join_text(
         yield text, spans
 
 
-def question_segments(text: str, special: SpecialIds) -> Iterator[Segment]:
+def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
     """The question, its image (if any) at the front and on a line of its own."""
     if IMAGE not in text:
         yield text, False
@@ -177,7 +177,7 @@ def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
     yield f"{system}\n\n###", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield " Human: ", False
-        yield from question_segments(question.text, special)
+        yield from _question(question.text, special)
         yield "\n### Assistant:", False
         yield f" {answer.text}\n###", True
     yield " ", False
@@ -188,7 +188,7 @@ def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
     yield f"{system} ", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield "USER: ", False
-        yield from question_segments(question.text, special)
+        yield from _question(question.text, special)
         yield " ASSISTANT:", False
         yield f" {answer.text}", True
         yield special.eos, True
@@ -199,14 +199,14 @@ def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterato
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield special.bos, False
         yield opening, False
-        yield from question_segments(question.text, special)
+        yield from _question(question.text, special)
         yield " [/INST]", False
         yield f" {answer.text} ", True
         yield special.eos, True
         opening = "[INST] "
 
 
-V0_SYSTEM = (
+_V0_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
@@ -232,7 +232,7 @@ _LLAVA_LLAMA_2_SYSTEM = (
 
 TEMPLATES: dict[str, Template] = {
     "plain": Template(_plain, single_turn=True, drops_question=True, writes_image_tokens=False),
-    "v0": Template(partial(_v0, system=V0_SYSTEM), stop=("###",)),
+    "v0": Template(partial(_v0, system=_V0_SYSTEM), stop=("###",)),
     "v1": Template(partial(_v1, system=_V1_SYSTEM)),
     "llama_2": Template(partial(_llama_2, system=_LLAMA_2_SYSTEM)),
     "llava_llama_2": Template(partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM)),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mmalign.data.samples import Turn
-from mmalign.data.templates import V0_SYSTEM, Segment, SpecialIds, Template, question_segments
+from mmalign.data.templates import TEMPLATES, Segment, SpecialIds, Template
 from mmalign.model.generate import GenerationOptions
 
 SEED = 42
@@ -43,16 +43,16 @@ _OPENING = (Turn("human", _QUESTION), Turn("gpt", _ANSWER))
 
 
 def _render(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
-    yield special.bos, False
-    yield f"{V0_SYSTEM}###", False
-    turns = [*_OPENING, *turns]
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield "Human: ", False
-        yield from question_segments(question.text, special)
-        yield "###Assistant:", False
-        yield f" {answer.text}###", answer is turns[-1]
+    """v0 as LLaVA chats with it: without the white space that training has around "###"."""
+    for item, supervised in TEMPLATES["v0"].render([*_OPENING, *turns], special):
+        if isinstance(item, str):
+            end = "\n###" if supervised else "\n\n###"  # of an answer, and of the system prompt
+            item = f"{item.removesuffix(end)}###" if item.endswith(end) else _TIGHT.get(item, item)
+        if item != " ":
+            yield item, supervised
 
 
+_TIGHT = {" Human: ": "Human: ", "\n### Assistant:": "###Assistant:"}
 TEMPLATE = Template(_render, stop=("###",))
 
 
