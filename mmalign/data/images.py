@@ -9,6 +9,7 @@ image on white if it were given the channel).
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,8 +33,12 @@ _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _TORCH_RESIZE_SCALE = 2
 
 
-def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """Decode, resize and crop one image.
+def load_image(
+    path: Path,
+    preprocessing: Preprocessing,
+    change: Callable[[Image.Image], Image.Image] = lambda image: image,
+) -> Tensor:
+    """Decode, resize and crop one image; change gets the whole of it, before it is resized.
 
     Returns:
         uint8 tensor (3, crop_size, crop_size), channels red, green, blue.
@@ -42,7 +47,7 @@ def load_image(path: Path, preprocessing: Preprocessing) -> Tensor:
             too large (as it is or resized) or deeper than 8 bits.
     """
     size, crop_size = preprocessing.size, preprocessing.crop_size
-    image = _open_rgb(path, preprocessing)
+    image = change(_open_rgb(path, preprocessing))
     if preprocessing.do_pad:
         image = _padded(image, preprocessing.background)
     height, width = _resized(image.height, image.width, preprocessing)

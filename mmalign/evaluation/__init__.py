@@ -1,4 +1,4 @@
-"""From questions to a report: scores of a language model, without vision.
+"""From questions to a report: scores of a language model, and of a model that sees.
 
     files               load_documents       tasks/             one file per task
       Document          plan_scoring         requests.py        tokens, cut as the harness cuts them
@@ -15,5 +15,18 @@
         v               metrics.py, statistics.py               scores and their uncertainty
       report.md         write_report         report/            sections, tables, figures
 
-visual_questions.py instead asks about images, to measure whether a finetuned model uses them.
+Tasks about pictures take another way from documents to answers, and have evaluations for blind,
+exchanged and corrupted pictures beside the clean one:
+
+    documents           evaluate_pictures  vision.py           plan, ask, write: evaluate.py's
+      pixels            load_pictures      pictures.py         own, exchanged or none, decoded ahead
+        |               corrupt            corruptions.py      19 types; weather.py
+        v               generate           vision_model.py     prompts in the model's template
+      answers.jsonl     AnswerLog          answer_log.py       an interrupted evaluation continues
+        |               vqa_accuracy.py, cider.py (ptb_tokenizer.py), yes_no.py: official metrics
+        v
+      pictures.md       write_shown_report shown_pictures.py   clean beside the others
+
+visual_questions.py asks about held-out images of the training data, to measure whether a finetuned
+model uses them.
 """

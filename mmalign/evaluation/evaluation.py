@@ -137,7 +137,7 @@ class Evaluation:
 
         about: what the caller knows of model and documents, for "config"; cost: "seconds" and more.
         """
-        config = about | {"data_files": describe_data(items, self.data_root)} | PROTOCOL
+        config = PROTOCOL | about | {"data_files": describe_data(items, self.data_root)}
         config |= {
             "tasks": {task: TASKS[task].protocol() for task in items},
             "tokenizer": f"{self.tokenizer.path.name}, {self.tokenizer.vocab_size:,} tokens",

@@ -104,10 +104,12 @@ def read_results(folder: str | Path) -> dict:
     try:
         for name, row in (score_rows(results) | _beside(results)).items():
             numbers = (row["acc"], *row["interval"])
-            if len(numbers) != 3 or not all(is_number(x, -1, 1) for x in numbers):
+            if len(numbers) != 3 or not all(
+                is_number(x, -1, row.get("largest", 1)) for x in numbers
+            ):
                 raise UserError(
                     f"{path}: {name} has the scores {numbers}; expected three numbers from -1 to "
-                    "1. Evaluate the model again"
+                    f"{row.get('largest', 1):g}. Evaluate the model again"
                 )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(

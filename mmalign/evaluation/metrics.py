@@ -38,7 +38,8 @@ def percent_interval(interval: Sequence[float]) -> str:
 def caveats(name: str, summary: dict) -> list[str]:
     """Sentences where a score is not above chance or a constant answer, or documents were cut."""
     low, high = summary["interval"]
-    references = {"chance": summary["chance"]} | summary.get("baselines", {})
+    chance = {"chance": summary["chance"]} if "chance" in summary else {}
+    references = chance | summary.get("baselines", {})
     within = [what for what, value in references.items() if low <= value <= high]
     best = max(references, key=references.get)
     findings = []

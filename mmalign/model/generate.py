@@ -2,12 +2,13 @@
 
 prompts -> batches that fit the cache -> prefill -> decoding steps of one token per running sequence
 
-The cache has one block of rows per layer: the prefix that all prompts of a batch share, computed
-once, then each sequence's own rows. Nothing is padded. A decoding step packs the last tokens of the
-sequences that have not ended.
+The cache has one block of rows per layer: the prefix that all prompts of a batch share, then what
+the prompts about one picture share, the picture included, then each sequence's own rows. A prefix
+is computed once. Nothing is padded. A decoding step packs the last tokens of the sequences that
+have not ended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from mmalign.command import progress_bar
 from mmalign.errors import UserError
 from mmalign.model.config import DecoderConfig
+from mmalign.model.generation_batches import Batch, PromptRows, cut_batches
 from mmalign.model.generation_cache import BatchCache
 from mmalign.model.llava import Llava
 from mmalign.model.sampling import TextStream, draw, sampling_probabilities
@@ -29,7 +31,9 @@ Reason = Literal["end", "stop", "length"]  # end-of-text token, stop string, max
 @dataclass(frozen=True)
 class Prompt:
     input_ids: Sequence[int]  # at least one; every patch of an image is an image_token_id
-    pixels: Tensor | None = None  # (num_images, 3, image_size, image_size) uint8
+    # (num_images, 3, image_size, image_size) uint8; computed once for prompts that hold one tensor
+    pixels: Tensor | None = None
+    draws: int | None = None  # with the seed decides its draws; None: its place in the list
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class GenerationOptions:
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # 1: all
-    seed: int = 0  # of a prompt's draws, together with its place in the list
+    seed: int = 0  # of a prompt's draws
     stop: tuple[str, ...] = ()  # texts that end a generation
     end_ids: tuple[int, ...] = ()  # tokens that do, besides end-of-sequence
 
@@ -63,6 +67,7 @@ class Generation:
     token_ids: list[int]  # all that were generated, without the token that ends the text
     text: str  # up to the first stop string
     reason: Reason
+    first_logprobs: tuple[float, ...] = ()  # of the tokens in `watch`, as the first new token
 
 
 @torch.no_grad()
@@ -74,38 +79,43 @@ def generate(
     cache_tokens: int = 16384,
     on_text: Callable[[int, str], None] = lambda index, text: None,
     progress: bool = False,
+    watch: Sequence[int] = (),
 ) -> list[Generation]:
     """Continues every prompt, in order.
 
     cache_tokens: most tokens whose keys and values are held; a longer sequence runs alone. The
     other prompts of a batch change a generation by rounding alone. on_text(index of the prompt,
-    new text) is called as text becomes final. progress: show a bar that counts prompts. Positions
-    past max_position_embeddings extrapolate: the caller limits lengths. Raises UserError for an
-    empty prompt, for images that do not match their prompt, and for logits that are not finite.
+    new text) is called as text becomes final. progress: show a bar that counts prompts. watch:
+    tokens whose log-probabilities as the first new token are wanted; with max_new_tokens 1 they
+    cost one forward pass. Positions past max_position_embeddings extrapolate: the caller limits
+    lengths. Raises UserError for an empty prompt, for images that do not match their prompt, and
+    for logits that are not finite.
     """
-    sequences = [_Sequence(i, prompt, options, tokenizer) for i, prompt in enumerate(prompts)]
-    for sequence in sequences:
-        _check(sequence, llava)
+    rows = _rows(prompts, llava.image_token_id)
+    for prompt in rows:
+        _check(prompt, llava)
+    draws = [i if prompt.draws is None else prompt.draws for i, prompt in enumerate(prompts)]
+    sequences = [
+        _Sequence(x, draw, options, tokenizer) for x, draw in zip(rows, draws, strict=True)
+    ]
     ends = _end_ids(llava.decoder.config, tokenizer) | set(options.end_ids)
     training = llava.training
     llava.eval()
     with progress_bar(total=len(sequences), desc="generating", disable=not progress) as bar:
-        for batch in _batches(
-            sequences, options.max_new_tokens, cache_tokens, llava.image_token_id
-        ):
-            _run(batch, llava, options, ends, on_text, bar)
+        for batch in cut_batches(rows, options.max_new_tokens, cache_tokens):
+            running = [sequences[x.index] for x in batch.prompts]
+            _run(batch, running, llava, options, ends, watch, on_text, bar)
     llava.train(training)
     return [x.result() for x in sequences]
 
 
 class _Sequence:
-    def __init__(self, index: int, prompt: Prompt, options: GenerationOptions, tokenizer):
-        self.index, self.prompt = index, np.asarray(prompt.input_ids, np.int64)
-        self.pixels, self.token_ids = prompt.pixels, []
+    def __init__(self, rows: PromptRows, draws: int, options: GenerationOptions, tokenizer):
+        self.rows, self.token_ids = rows, []
         self.reason: Reason | None = None
-        self.first_row = 0  # of its own cache rows
+        self.first_logprobs: tuple[float, ...] = ()
         self.stream = TextStream(tokenizer, options.stop)
-        self.random = np.random.default_rng((options.seed, index))
+        self.random = np.random.default_rng((options.seed, draws))
 
     def add(self, token_id: int, ends: set[int], max_new_tokens: int) -> str:
         """Appends the next token; returns the text that became final."""
@@ -123,11 +133,24 @@ class _Sequence:
 
     def result(self) -> Generation:
         assert self.reason is not None, "still running"
-        return Generation(self.token_ids, self.stream.text, self.reason)
+        return Generation(self.token_ids, self.stream.text, self.reason, self.first_logprobs)
 
 
-def _check(sequence: _Sequence, llava: Llava) -> None:
-    name, ids = f"prompt {sequence.index}", sequence.prompt
+def _rows(prompts: Sequence[Prompt], image_token_id: int) -> list[PromptRows]:
+    rows, pictures = [], {}  # by the id of the tensor: prompts keep it alive
+    for index, prompt in enumerate(prompts):
+        ids = np.asarray(prompt.input_ids, np.int64)
+        places = np.flatnonzero(ids == image_token_id)
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (len(ids), -1)
+        picture = -1
+        if prompt.pixels is not None:
+            picture = pictures.setdefault(id(prompt.pixels), len(pictures))
+        rows.append(PromptRows(index, ids, prompt.pixels, picture, first, last + 1))
+    return rows
+
+
+def _check(prompt: PromptRows, llava: Llava) -> None:
+    name, ids = f"prompt {prompt.index}", prompt.ids
     vocab_size = llava.decoder.config.vocab_size
     if not len(ids):
         raise UserError(f"{name} is empty; there is nothing to continue")
@@ -136,12 +159,12 @@ def _check(sequence: _Sequence, llava: Llava) -> None:
             f"{name} holds the token {ids.max()}, but the model's vocabulary has {vocab_size}; "
             "tokenizer and model do not belong together. Give the tokenizer of this model"
         )
-    if sequence.pixels is None:
+    if prompt.pixels is None:
         return
     if llava.vision_tower is None:
         raise UserError(f"{name} has an image, but this model has no vision tower")
     num_tokens = int((ids == llava.image_token_id).sum())
-    expected = len(sequence.pixels) * llava.vision_tower.config.num_patches
+    expected = len(prompt.pixels) * llava.vision_tower.config.num_patches
     if num_tokens != expected:
         raise UserError(f"{name}: its images need {expected} image tokens, it holds {num_tokens}")
 
@@ -152,70 +175,32 @@ def _end_ids(config: DecoderConfig, tokenizer: Tokenizer) -> set[int]:
     return {i for i in (*of_model, tokenizer.eos_token_id) if i is not None}
 
 
-# ---- batches ----
-
-
-@dataclass
-class _Batch:
-    sequences: list[_Sequence]
-    num_shared: int  # first tokens of every prompt, computed once
-    num_rows: int  # of the cache
-
-
-def _batches(
-    sequences: list[_Sequence], max_new_tokens: int, cache_tokens: int, image_token_id: int
-) -> Iterator[_Batch]:
-    """Neighbours in lexical order, which share the longest prefixes, as many as the cache holds."""
-    chosen: list[_Sequence] = []
-    for sequence in sorted(sequences, key=lambda x: x.prompt.astype(">i8").tobytes()):
-        if chosen and _rows([*chosen, sequence], max_new_tokens, image_token_id)[1] > cache_tokens:
-            yield _Batch(chosen, *_rows(chosen, max_new_tokens, image_token_id))
-            chosen = []
-        chosen.append(sequence)
-    if chosen:
-        yield _Batch(chosen, *_rows(chosen, max_new_tokens, image_token_id))
-
-
-def _rows(chosen: list[_Sequence], max_new_tokens: int, image_token_id: int) -> tuple[int, int]:
-    """(tokens that all prompts begin with, cache rows); chosen is in lexical order."""
-    lengths = [len(x.prompt) for x in chosen]
-    num_shared = 0
-    if len(chosen) > 1:  # the first and the last differ most; each keeps a token of its own
-        num_shared = min(lengths) - 1
-        first, last = (chosen[i].prompt[:num_shared] for i in (0, -1))
-        # behind an image equal tokens may mean different pictures
-        apart = np.flatnonzero((first != last) | (first == image_token_id))
-        num_shared = int(apart[0]) if len(apart) else num_shared
-    own = sum(lengths) + len(chosen) * (max_new_tokens - 1 - num_shared)
-    return num_shared, num_shared + own  # the last new token is not fed back
-
-
 def _run(
-    batch: _Batch,
+    batch: Batch,
+    running: list[_Sequence],
     llava: Llava,
     options: GenerationOptions,
     ends: set[int],
+    watch: Sequence[int],
     on_text: Callable[[int, str], None],
     bar: Any,
 ) -> None:
-    cache = BatchCache(llava, batch.num_shared, batch.num_rows)
-    row = batch.num_shared
-    for x in batch.sequences:
-        x.first_row = row
-        row += len(x.prompt) - batch.num_shared + options.max_new_tokens - 1
-    running, logits = batch.sequences, cache.read_prompts(batch.sequences)
+    cache = BatchCache(llava, batch.num_rows)
+    logits = cache.read(list(batch.segments(options.max_new_tokens)))
+    if watch:
+        logprobs = logits.float().log_softmax(1)[:, list(watch)].tolist()
+        for x, values in zip(running, logprobs, strict=True):
+            x.first_logprobs = tuple(values)
     while True:
         tokens = _choose(logits, running, options)
         for x, token_id in zip(running, tokens, strict=True):
             if text := x.add(token_id, ends, options.max_new_tokens):
-                on_text(x.index, text)
+                on_text(x.rows.index, text)
         bar.update(sum(x.reason is not None for x in running))
         running = [x for x in running if x.reason is None]
         if not running:
             return
-        last_ids = [x.token_ids[-1] for x in running]
-        positions = [len(x.prompt) + len(x.token_ids) - 1 for x in running]
-        logits = cache.step(running, last_ids, positions)
+        logits = cache.read([x.rows.segment(x.token_ids) for x in running])
 
 
 def _choose(logits: Tensor, running: list[_Sequence], options: GenerationOptions) -> list[int]:

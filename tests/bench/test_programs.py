@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor
 
 from bench import (
     bench_data_loading,
+    bench_pictures,
     bench_scaling,
     bench_scoring,
     bench_shortcuts,
@@ -168,6 +169,17 @@ def test_both_sides_score_the_same():
     compared.compare(right)
     with pytest.raises(WrongResult, match="harness"):
         compared.compare(right | {"mmalign": [-1.002] * len(compared.requests)})
+
+
+@pytest.mark.parametrize("num_new_tokens", [3, 1])
+def test_both_sides_answer_the_same_about_pictures(num_new_tokens):
+    compared = bench_pictures.Pictures(TINY, 3, 4, num_new_tokens, "fp32")
+    made = compared.calls(compared.variants)  # compares the log-odds
+    odds = made.calls["mmalign"]()
+    assert len(odds) == 12 and odds.std() > 0
+    assert compared.figures("transformers", 2.0)["samples_per_second"] == 6
+    with pytest.raises(WrongResult, match="log-odds differ"):
+        compared.compare(odds, odds + 0.01)
 
 
 def test_a_hugging_face_llama_has_the_same_weights():

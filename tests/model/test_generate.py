@@ -14,6 +14,7 @@ from mmalign.model.generate import GenerationOptions, Prompt, generate
 from tests.model.tiny import (
     END,
     SHAPES,
+    TOKENIZER,
     Letters,
     hf_llava,
     hf_pixels,
@@ -114,6 +115,95 @@ def test_equal_tokens_behind_different_images(case):
     expected = [case.theirs(sample, 8) for sample in samples]
     assert len(set(map(tuple, expected))) > 1
     assert case.ours(samples, max_new_tokens=8) == expected
+
+
+def questions_about_pictures(num_pictures: int, num_questions: int) -> list:
+    """Samples: a prefix, a picture, and questions of different length; interleaved."""
+    prefix = random_sample(6, seed=99).input_ids
+    samples = []
+    for question in range(num_questions):
+        for picture in range(num_pictures):
+            image = random_sample(1, 1, seed=picture)
+            tail = random_sample(1 + (question * 5 + picture) % 7, seed=100 * picture + question)
+            ids = torch.cat([prefix, image.input_ids, tail.input_ids])
+            samples.append(replace(image, input_ids=ids))
+    return samples
+
+
+def shared_prompts(samples, num_pictures: int) -> list[Prompt]:
+    """One tensor for each picture."""
+    return [
+        Prompt(x.input_ids.tolist(), samples[i % num_pictures].pixels)
+        for i, x in enumerate(samples)
+    ]
+
+
+@pytest.mark.parametrize("cache_tokens", [16384, 200])
+def test_questions_share_their_picture(case, monkeypatch, cache_tokens):
+    """200 questions about 40 pictures equal transformers', one question at a time."""
+    samples = questions_about_pictures(40, 5)
+    tower, images = case.llava.vision_tower.forward, []
+    monkeypatch.setattr(
+        case.llava.vision_tower,
+        "forward",
+        lambda pixels: images.append(len(pixels)) or tower(pixels),
+    )
+    options = GenerationOptions(max_new_tokens=5)
+    found = generate(case.llava, Letters(), shared_prompts(samples, 40), options, cache_tokens)
+    assert [x.token_ids for x in found] == [case.theirs(sample, 5) for sample in samples]
+    assert sum(images) == 40 if cache_tokens > 1000 else sum(images) < 80
+
+
+def test_rows_of_a_picture_are_computed_once(case, monkeypatch):
+    seen, forward = [], Decoder.forward
+
+    def counting(decoder, input_ids, *rest):
+        seen.append(len(input_ids))
+        return forward(decoder, input_ids, *rest)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    samples = questions_about_pictures(3, 4)
+    prompts = shared_prompts(samples, 3)
+    generate(case.llava, Letters(), prompts, GenerationOptions(max_new_tokens=1))
+    alone = sum(len(x.input_ids) for x in samples)
+    num_prefix, num_image = 6, len(samples[0].input_ids) - 6 - 1
+    tails = alone - 12 * (num_prefix + num_image)
+    assert sum(seen) <= num_prefix + 3 * num_image + tails
+    assert sum(seen) < alone / 2
+
+
+def test_prompts_that_end_with_their_picture(case):
+    image = random_sample(0, 1, seed=3)
+    sample = replace(image, input_ids=image.input_ids[:-1])  # without <im_end>
+    assert sample.input_ids[-1] == TOKENIZER.image_token_id
+    samples = [sample] * 2
+    found = generate(
+        case.llava, Letters(), shared_prompts(samples, 1), GenerationOptions(max_new_tokens=4)
+    )
+    assert [x.token_ids for x in found] == [case.theirs(sample, 4) for sample in samples]
+
+
+def test_log_probabilities_of_the_first_token(case):
+    samples = questions_about_pictures(2, 3)
+    watch = [5, 17, 60]
+    options = GenerationOptions(max_new_tokens=1)
+    found = generate(case.llava, Letters(), shared_prompts(samples, 2), options, watch=watch)
+    for sample, generation in zip(samples, found, strict=True):
+        with torch.no_grad():
+            logits = case.hf(
+                input_ids=sample.input_ids[None], pixel_values=hf_pixels(sample.pixels)
+            ).logits[0, -1]
+        expected = logits.log_softmax(0)[watch]
+        torch.testing.assert_close(torch.tensor(generation.first_logprobs), expected)
+
+
+def test_draws_belong_to_the_prompt(case):
+    """A part of a list draws what the whole list draws."""
+    samples = [random_sample(length, seed=length) for length in (9, 5, 14)]
+    options = GenerationOptions(max_new_tokens=8, temperature=1.0, seed=3)
+    whole = generate(case.llava, Letters(), [prompt_of(x) for x in samples], options)
+    part = replace(prompt_of(samples[2]), draws=2)
+    assert generate(case.llava, Letters(), [part], options)[0] == whole[2]
 
 
 def test_sampling_is_reproducible_and_independent_of_the_batch(case):

@@ -113,7 +113,8 @@ def _answers(rows: Mapping[str, dict], first: dict[str, dict]) -> list[str]:
         return []
     headings = ["answers", "yes is right", *(f"{name} says yes" for name in rows)]
     headings += [*(f"{name} em" for name in rows), "em by chance"]
-    sizes = [f"{TASKS[task].group_size} in {task}" for task in shown if TASKS[task].group_size]
+    grouped = (task for task in shown if task in TASKS and TASKS[task].group_size)
+    sizes = [f"{TASKS[task].group_size} in {task}" for task in grouped]
     blocks = [markdown_table(headings, lines)]
     if sizes:
         every = f"documents right ({', '.join(sizes)})"

@@ -2,7 +2,8 @@
 
 A new task is a file beside this one with its TASKS, plus its name in _FILES; evaluation,
 comparison, report and help text take it from here. task.py says what a task has to provide;
-truthfulqa.py and ethics.py are multiple choice, truthfulqa_gen.py has free-form answers.
+truthfulqa.py and ethics.py are multiple choice, truthfulqa_gen.py has free-form answers, the others
+ask about pictures (vision_task.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import ethics, truthfulqa, truthfulqa_gen
+from mmalign.evaluation.tasks import (
+    captions,
+    ethics,
+    mme,
+    pope,
+    truthfulqa,
+    truthfulqa_gen,
+    vqav2,
+)
 from mmalign.evaluation.tasks.task import Mean, Task
 
-_FILES = (truthfulqa, ethics, truthfulqa_gen)  # in the order of tables
+# in the order of tables
+_FILES = (truthfulqa, ethics, truthfulqa_gen, vqav2, captions, pope, mme)
 
 ENTRIES: dict[str, Task | Mean] = {x.name: x for file in _FILES for x in file.TASKS}
 TASKS = {name: x for name, x in ENTRIES.items() if isinstance(x, Task)}

@@ -83,7 +83,7 @@ class Metric:
 class Task(ABC):
     """What evaluation, comparison and report need of a task; they know no task by name."""
 
-    kind: ClassVar[Literal["loglikelihood", "generate"]]
+    kind: ClassVar[Literal["loglikelihood", "generate", "vision"]]
     item_keys: ClassVar[frozenset[str]]  # that every line of items.jsonl has
 
     name: str

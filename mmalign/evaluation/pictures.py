@@ -1,0 +1,86 @@
+"""Which pictures questions come with, decoded ahead of the model by worker processes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmalign.data.images import load_image
+from mmalign.errors import UserError
+from mmalign.evaluation.corruptions import corrupt
+from mmalign.model.preprocessing import Preprocessing
+
+Control = Literal["blind", "mismatched"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which picture a question comes with."""
+
+    control: Control | None = None
+    corruption: tuple[str, int] | None = None  # name, severity
+
+    @property
+    def name(self) -> str:
+        """Of the folder; empty: the question's own picture, as it is."""
+        return (
+            f"{self.corruption[0]}-{self.corruption[1]}" if self.corruption else self.control or ""
+        )
+
+
+def load_pictures(
+    data_root: Path,
+    images: list[str],
+    preprocessing: Preprocessing,
+    shown: Shown,
+    seed: int,
+    num_workers: int,
+) -> Iterator[Tensor]:
+    """(1, 3, image_size, image_size) uint8 of each, in order; UserError for a bad file."""
+    pictures = _Pictures(data_root, images, preprocessing, shown, seed)
+    loader = DataLoader(pictures, batch_size=None, num_workers=min(num_workers, len(images)))
+    for pixels in loader:
+        if isinstance(pixels, UserError):
+            raise pixels
+        yield pixels[None]
+
+
+def exchanged(images: Sequence[str]) -> dict[str, str]:
+    """For every picture another one, half of the list away."""
+    images = list(dict.fromkeys(images))
+    if len(images) < 2:
+        raise UserError(
+            "all questions are about one picture: --controls mismatched needs another one to show"
+        )
+    return {x: images[(i + len(images) // 2) % len(images)] for i, x in enumerate(images)}
+
+
+@dataclass(frozen=True)
+class _Pictures(Dataset):
+    """What worker processes decode; an error is an item, which the main process raises."""
+
+    data_root: Path
+    images: list[str]
+    preprocessing: Preprocessing
+    shown: Shown
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        path = self.data_root / self.images[index]
+        try:
+            if self.shown.corruption is None:
+                return load_image(path, self.preprocessing)
+            name, severity = self.shown.corruption
+            change = partial(
+                corrupt, name=name, severity=severity, picture=path.name, seed=self.seed
+            )
+            return load_image(path, self.preprocessing, change)
+        except UserError as error:
+            return error

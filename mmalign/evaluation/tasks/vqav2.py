@@ -1,0 +1,184 @@
+"""VQAv2 validation (visualqa.org): ten people's answers to each of 214,354 questions."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmalign.errors import UserError
+from mmalign.evaluation.tasks import as_released
+from mmalign.evaluation.tasks.vision_task import (
+    SHORT_ANSWER,
+    SUFFIX,
+    VisionTask,
+    VisualDocument,
+    find_file,
+    find_pictures,
+)
+from mmalign.evaluation.vqa_accuracy import Reading, most_common_answer, vqa_accuracy
+from mmalign.files import read_text, sha256
+from mmalign.model.generate import GenerationOptions
+
+NAME = "vqav2"
+FOLDERS = ("vqav2", "vqa-v2", "VQAv2", "vqa")
+QUESTIONS = [f"{folder}/v2_OpenEnded_mscoco_val2014_questions.json" for folder in FOLDERS]
+ANNOTATIONS = [f"{folder}/v2_mscoco_val2014_annotations.json" for folder in FOLDERS]
+COCO_PICTURES = ("coco/val2014", "mscoco/val2014", "val2014", "coco/images/val2014", "coco/images")
+NUM_ANNOTATORS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQAv2(VisionTask):
+    right_or_wrong = False
+    num_released: tuple[int, int] = (
+        2048,
+        5000,
+    )  # questions for demonstrations, and questions asked
+
+    @property
+    def reading(self) -> Reading:
+        return "official" if self.released else "standard"
+
+    def read(self, data_root: Path) -> list[VisualDocument]:
+        questions_file = find_file(self.name, data_root, QUESTIONS)
+        annotations_file = find_file(self.name, data_root, ANNOTATIONS)
+        questions = json.loads(read_text(questions_file))["questions"]
+        annotations = _by_id(
+            annotations_file, json.loads(read_text(annotations_file))["annotations"]
+        )
+        _require_same(questions, annotations, questions_file, annotations_file)
+        demonstrations = [()] * len(questions)
+        if self.released:
+            questions, demonstrations = self._drawn(questions, annotations)
+        names = [f"COCO_val2014_{int(row['image_id']):012d}.jpg" for row in questions]
+        pictures = find_pictures(self.name, data_root, COCO_PICTURES, names)
+        return [
+            self._document(doc_id, row, annotations[row["question_id"]], picture, earlier)
+            for doc_id, (row, picture, earlier) in enumerate(
+                zip(questions, pictures, demonstrations, strict=True)
+            )
+        ]
+
+    def _document(
+        self, doc_id: int, row: dict, annotation: dict, picture: str, demonstrations: tuple
+    ) -> VisualDocument:
+        question = row["question"].strip()
+        return VisualDocument(
+            task=self.name,
+            doc_id=doc_id,
+            image=picture,
+            question=question if self.released else question + SHORT_ANSWER,
+            gold={
+                "question_id": row["question_id"],
+                "answers": [x["answer"] for x in annotation["answers"]],
+                "answer_type": annotation["answer_type"],
+            },
+            category=annotation["question_type"],
+            demonstrations=demonstrations,
+        )
+
+    def _drawn(self, questions: list[dict], annotations: dict) -> tuple[list[dict], list[tuple]]:
+        """The questions that the scripts ask, and the demonstrations before each of them."""
+        num_pool, num_asked = self.num_released
+        if len(questions) < num_pool + num_asked:
+            raise UserError(
+                f"{self.name}: the scripts draw {num_pool:,} questions for demonstrations and ask "
+                f"{num_asked:,} others, but the file has {len(questions):,}. Give the whole "
+                "validation file, or use --protocol standard"
+            )
+        rows = [questions[i] for i in as_released.drawn_rows(len(questions), num_pool + num_asked)]
+        pool = [
+            (x["question"].strip(), annotations[x["question_id"]]["answers"][0]["answer"].strip())
+            for x in rows[:num_pool]
+        ]
+        return rows[num_pool:], as_released.draw_demonstrations(pool, num_asked)
+
+    def data_files(self, data_root: Path) -> dict[str, dict[str, str]]:
+        files = (find_file(self.name, data_root, x) for x in (QUESTIONS, ANNOTATIONS))
+        return {str(x.relative_to(data_root)): {"sha256": sha256(x)} for x in files}
+
+    def judge(self, document: VisualDocument, text: str) -> dict:
+        prediction = as_released.parse_vqa(text) if self.released else text
+        answers = document.gold["answers"]
+        return {
+            "prediction": prediction,
+            "score": vqa_accuracy(prediction, answers, self.reading),
+            "always_yes": vqa_accuracy("yes", answers, self.reading),
+        }
+
+    def details(self, items: Sequence[dict]) -> dict:
+        """Scores by type of answer and of question, and those of two constant models."""
+        by_answer, by_question = defaultdict(list), defaultdict(list)
+        for item in items:
+            by_answer[item["gold"]["answer_type"]].append(item["score"])
+            by_question[item["category"]].append(item)
+        common = []
+        for rows in by_question.values():
+            answer = most_common_answer([x for item in rows for x in item["gold"]["answers"]])
+            common += [vqa_accuracy(answer, item["gold"]["answers"], self.reading) for item in rows]
+        return {
+            "baselines": {
+                "always yes": float(np.mean([item["always_yes"] for item in items])),
+                "most common of the question type": float(np.mean(common)),
+            },
+            "by_answer_type": {
+                x: float(np.mean(scores)) for x, scores in sorted(by_answer.items())
+            },
+            "by_question_type": {
+                x: float(np.mean([item["score"] for item in rows]))
+                for x, rows in sorted(by_question.items())
+            },
+        }
+
+
+def _by_id(path: Path, annotations: list[dict]) -> dict[int, dict]:
+    found: dict[int, dict] = {}
+    for row in annotations:
+        question_id = row["question_id"]
+        if question_id in found:
+            raise UserError(f"{path}: question {question_id} has two annotations. Remove one")
+        numbers = [x.get("answer_id") for x in row["answers"]]
+        if len(set(numbers)) != NUM_ANNOTATORS or len(numbers) != NUM_ANNOTATORS:
+            raise UserError(
+                f"{path}: question {question_id} has the answer_id {numbers}; expected "
+                f"{NUM_ANNOTATORS} different ones, one of each annotator. Download the file again"
+            )
+        found[question_id] = row
+    return found
+
+
+def _require_same(
+    questions: list[dict], annotations: dict[int, dict], question_file: Path, annotation_file: Path
+) -> None:
+    ids = Counter(row["question_id"] for row in questions)
+    if twice := [x for x, number in ids.items() if number > 1]:
+        raise UserError(f"{question_file}: question {twice[0]} stands there twice. Remove one")
+    lost, extra = ids.keys() - annotations.keys(), annotations.keys() - ids.keys()
+    if lost or extra:
+        raise UserError(
+            f"{question_file} and {annotation_file.name} do not belong together: "
+            f"{len(lost):,} questions have no annotation and {len(extra):,} annotations no "
+            f"question (the first: {min(lost or extra)}). Take both files of one split"
+        )
+
+
+TASKS = (
+    VQAv2(
+        name=NAME,
+        released=False,
+        definition="VQA accuracy: min(1, matching annotators / 3) of ten, both sides normalised",
+        prompts="LLaVA-1.5: the question, then a request for a single word or phrase",
+        options=GenerationOptions(max_new_tokens=16),
+    ),
+    VQAv2(
+        name=NAME + SUFFIX,
+        released=True,
+        definition="VQA accuracy as the paper's scripts compute it, which normalise nothing where "
+        'all annotators agree: there "Yes" against "yes" counts 0',
+        prompts=as_released.PROMPTS,
+        options=as_released.OPTIONS,
+    ),
+)
