@@ -17,6 +17,7 @@ INTERPRETED = not torch.cuda.is_available()
 ON_META = "MMALIGN_TESTS_ON_META" in os.environ
 
 from mmalign_kernels import dispatch, reference  # noqa: E402
+from mmalign_kernels.cpu import library as cpu_library  # noqa: E402
 from mmalign_kernels.cuda import library as cuda_library  # noqa: E402
 from mmalign_kernels.triton import launch  # noqa: E402
 
@@ -38,6 +39,8 @@ def pytest_generate_tests(metafunc):
     name = metafunc.module.__name__.rpartition(".")[2]
     families = FAMILIES.get(name, (name.removeprefix("test_"),))
     backends = ["reference"]
+    if _all_have(families, "cpu"):
+        backends.append("cpu")
     if _all_have(families, "triton"):
         backends.append(pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu))
     if _all_have(families, "cuda"):
@@ -57,7 +60,9 @@ def backend(request):
         reason = "no CUDA device" if INTERPRETED else cuda_library.missing()
         if reason:
             pytest.skip(f"the kernels of csrc/: {reason}")
-    on_gpu = request.param != "reference" and not INTERPRETED
+    if request.param == "cpu" and (reason := cpu_library.missing()):
+        pytest.skip(f"the kernels of csrc/cpu: {reason}")
+    on_gpu = request.param not in ("reference", "cpu") and not INTERPRETED
     device = "meta" if ON_META else "cuda" if on_gpu else "cpu"
     with torch.device(device), dispatch.use_backend(request.param):
         yield request.param
