@@ -89,7 +89,7 @@ def report() -> str:
     lines.append("")
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
+        lines.append(" ".join(cells).rstrip())
     lines += ["", *textwrap.wrap(_HELP, WIDTH)]
     return "\n".join(lines)
 
