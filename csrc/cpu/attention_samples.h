@@ -13,6 +13,7 @@ namespace mmalign {
 constexpr int kBlock = 48;  // queries or keys of a tile: a multiple of rows and lanes of products
 constexpr int kBlockVectors = kBlock / kLanes;
 
+constexpr int kChunk = 8 * kBlock;  // queries of a work item
 constexpr int kRowsAhead = 8;
 
 inline int ceil_div(int64_t a, int b) { return static_cast<int>((a + b - 1) / b); }
@@ -31,6 +32,10 @@ struct Attention {
   int group() const { return num_heads / num_key_value_heads; }
   int vectors() const { return ceil_div(head_dim, kLanes); }
   int padded_dim() const { return vectors() * kLanes; }
+  // Rows of the projection from a token on, beginning at a column.
+  Matrix rows(int64_t token, int column) const {
+    return {const_cast<float*>(qkv) + token * columns() + column, columns()};
+  }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
   int64_t begin(int sample) const { return cu_seqlens[sample]; }
   int length(int sample) const { return cu_seqlens[sample + 1] - cu_seqlens[sample]; }
@@ -85,18 +90,23 @@ inline void rotate_row(const Attention& call, int64_t token, const float* x, flo
   }
 }
 
-// Rows of one head, rotated (or as they are) and padded with zeros to whole vectors.
-inline void gather_rows(const Attention& call, int64_t token, int column, int rows, bool rotates,
-                        float scale, Matrix to) {
+// Rows of one head, rotated and padded with zeros to whole vectors.
+inline void gather_rotated(const Attention& call, int64_t token, int column, int rows, float scale,
+                           Matrix to) {
   for (int row = 0; row < rows; ++row) {
     const float* x = call.qkv + (token + row) * call.columns() + column;
     if (row + kRowsAhead < rows) prefetch_row(x + kRowsAhead * call.columns(), call.head_dim);
-    if (rotates) {
-      rotate_row(call, token + row, x, to.row(row), scale, false);
-    } else {
-      std::memcpy(to.row(row), x, call.head_dim * sizeof(float));
-    }
+    rotate_row(call, token + row, x, to.row(row), scale, false);
     std::fill(to.row(row) + call.head_dim, to.row(row) + to.stride, 0.0f);
+  }
+}
+
+// Rows padded with zeros to whole vectors.
+inline void copy_rows(Matrix from, int rows, int columns, Matrix to) {
+  for (int row = 0; row < rows; ++row) {
+    if (row + kRowsAhead < rows) prefetch_row(from.row(row + kRowsAhead), columns);
+    std::memcpy(to.row(row), from.row(row), columns * sizeof(float));
+    std::fill(to.row(row) + columns, to.row(row) + to.stride, 0.0f);
   }
 }
 

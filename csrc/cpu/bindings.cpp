@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../arguments.h"
+#include "prefix_attention.h"
 #include "rotary_attention.h"
 
 namespace mmalign {
@@ -107,6 +108,33 @@ Tensor attention_bwd(const Tensor& grad_out, const Tensor& qkv, const Tensor& ou
   return grad_qkv;
 }
 
+Tensor prefix_attention_update(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                               const Tensor& position_ids, const Tensor& cu_seqlens,
+                               const Tensor& span_begins, const Tensor& span_ends,
+                               const Tensor& cu_spans, Tensor keys, Tensor values,
+                               int64_t num_heads) {
+  constexpr const char* kName = "prefix_attention_update";
+  Argument(kName, "keys", keys).rank(3).typed({ScalarType::Float}).contiguous();
+  Argument(kName, "values", values).shaped({keys.size(0), keys.size(1), keys.size(2)}, "keys");
+  Argument(kName, "values", values).typed({ScalarType::Float}).contiguous();
+  const Attention call =
+      read(kName, qkv, cos, sin, position_ids, cu_seqlens, num_heads, keys.size(1), true);
+  Argument(kName, "cu_spans", cu_spans).shaped({cu_seqlens.size(0)}, "cu_seqlens");
+  Argument(kName, "span_ends", span_ends).shaped({span_begins.size(0)}, "span_begins");
+  for (const Tensor* tensor : {&cu_spans, &span_begins, &span_ends}) {
+    Argument(kName, "spans", *tensor).typed({ScalarType::Int}).contiguous();
+  }
+  PrefixCache cache{};
+  cache.keys = static_cast<float*>(keys.data_ptr());
+  cache.values = static_cast<float*>(values.data_ptr());
+  cache.span_begins = integers(span_begins);
+  cache.span_ends = integers(span_ends);
+  cache.cu_spans = integers(cu_spans);
+  Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), num_heads * call.head_dim});
+  prefix_attention(call, cache, static_cast<float*>(out.data_ptr()));
+  return out;
+}
+
 }  // namespace
 
 }  // namespace mmalign
@@ -119,9 +147,14 @@ STABLE_TORCH_LIBRARY(mmalign_cpu, library) {
       "attention_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor logsumexp, Tensor? cos,"
       " Tensor? sin, Tensor? position_ids, Tensor cu_seqlens, int num_attention_heads,"
       " int num_key_value_heads, bool causal) -> Tensor");
+  library.def(
+      "prefix_attention_update(Tensor qkv, Tensor cos, Tensor sin, Tensor position_ids,"
+      " Tensor cu_seqlens, Tensor span_begins, Tensor span_ends, Tensor cu_spans, Tensor(a!) keys,"
+      " Tensor(b!) values, int num_attention_heads) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmalign_cpu, CPU, library) {
   library.impl("attention_fwd", TORCH_BOX(&mmalign::attention_fwd));
   library.impl("attention_bwd", TORCH_BOX(&mmalign::attention_bwd));
+  library.impl("prefix_attention_update", TORCH_BOX(&mmalign::prefix_attention_update));
 }

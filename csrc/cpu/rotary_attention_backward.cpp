@@ -53,8 +53,8 @@ void read_queries(const Attention& call, const Gradients& gradients, const Tiles
   for (int head = 0; head < call.group(); ++head) {
     const int query_head = key_head * call.group() + head;
     const int64_t begin = call.begin(sample), first = static_cast<int64_t>(head) * length;
-    gather_rows(call, begin, query_head * dim, length, true, call.scale() * kLog2E,
-                {tiles.queries.row(first), tiles.queries.stride});
+    gather_rotated(call, begin, query_head * dim, length, call.scale() * kLog2E,
+                   tiles.queries.from(first));
     for (int i = 0; i < length; ++i) {
       const int64_t at = (begin + i) * call.num_heads + query_head;
       const float *grad = gradients.grad_out + at * dim, *out = gradients.out + at * dim;
@@ -140,8 +140,8 @@ void attend_backward(const Attention& call, const Gradients& gradients, int samp
   const int value_column = key_column + call.num_key_value_heads * dim;
   for (int key = 0; key < length; key += kBlock) {
     const int keys = std::min(kBlock, length - key);
-    gather_rows(call, begin + key, key_column, keys, true, 1.0f, tiles.keys);
-    gather_rows(call, begin + key, value_column, keys, false, 1.0f, tiles.values);
+    gather_rotated(call, begin + key, key_column, keys, 1.0f, tiles.keys);
+    copy_rows(call.rows(begin + key, value_column), keys, call.head_dim, tiles.values);
     transpose_block(tiles.keys, keys, call.vectors(), tiles.transposed_keys);
     transpose_block(tiles.values, keys, call.vectors(), tiles.transposed_values);
     std::fill_n(tiles.grad_keys.at, keys * tiles.grad_keys.stride, 0.0f);
