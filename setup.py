@@ -1,11 +1,13 @@
 """Builds csrc/ beside the Python packages; everything else about them is in pyproject.toml.
 
-CMakeLists.txt builds the CUDA kernels of csrc/ where nvcc is found, if there is a GPU or
-MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or "80;90a;100a". Otherwise the installation
-has no CUDA kernels: Triton and plain PyTorch remain. `python -m mmalign_kernels` lists backends.
+CMakeLists.txt builds the CPU kernels where cmake and a C++ compiler are found, and the CUDA kernels
+where nvcc is found, if there is a GPU or MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or
+"80;90a;100a". Without them Triton and plain PyTorch remain: `python -m mmalign_kernels` lists what
+is there.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -41,6 +44,18 @@ def named_architectures() -> list[str]:
     return archs
 
 
+def cpu_extensions() -> list[Extension]:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if shutil.which("cmake") is None or compiler is None:
+        print("mmalign: no cmake or no C++ compiler, so the CPU kernels of csrc/cpu are not built")
+        return []
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    return [
+        Extension(f"mmalign_kernels.cpu.libmmalign_cpu_{instructions}", sources=[], optional=True)
+        for instructions in (("avx512", "avx2") if on_x86 else ("default",))
+    ]
+
+
 def cuda_extensions() -> list[Extension]:
     archs = named_architectures()
     if find_nvcc() is None:
@@ -53,22 +68,28 @@ def cuda_extensions() -> list[Extension]:
 
 
 class CMakeBuild(build_ext):
-    """The library in mmalign_kernels/cuda; it is not a Python module."""
+    """Libraries in mmalign_kernels/{cpu,cuda}; they are not Python modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        build = ROOT / "build" / "cuda"
-        archs = ";".join(named_architectures())
+        library = ext.name.rpartition(".")[2]
+        on_gpu = library == "libmmalign_cuda"
+        build = ROOT / "build" / ("cuda" if on_gpu else "cpu")
+        archs = ";".join(named_architectures()) if on_gpu else "none"
         configure = ["cmake", "-S", ROOT, "-B", build, f"-DMMALIGN_CUDA_ARCHS={archs}"]
-        configure += [f"-DMMALIGN_PYTHON={sys.executable}", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
-        subprocess.run(configure, check=True)
-        command = ["cmake", "--build", build, "--target", "mmalign_cuda", "--parallel"]
-        subprocess.run([*command, str(os.cpu_count())], check=True)
+        configure += [f"-DMMALIGN_PYTHON={sys.executable}"]
+        configure += [f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"] if on_gpu else []
+        command = ["cmake", "--build", build, "--target", library.removeprefix("lib")]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([*command, "--parallel", str(os.cpu_count())], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"mmalign: {library} is not built: {error}") from error
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / "libmmalign_cuda.so", target)
+        shutil.copyfile(build / f"{library}.so", target)
 
 
 setup(
@@ -77,6 +98,6 @@ setup(
         *find_packages("kernels", include=["mmalign_kernels", "mmalign_kernels.*"]),
     ],
     package_dir={"mmalign_kernels": "kernels/mmalign_kernels"},
-    ext_modules=cuda_extensions(),
+    ext_modules=cpu_extensions() + cuda_extensions(),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 from mmalign_kernels import dispatch, libraries
+from mmalign_kernels.cpu import library as cpu_library
 from mmalign_kernels.cuda import library as cuda_library
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Variant:
 def ours(family: str, function: Callable, layout: Layout = Layout()) -> list[Variant]:
     """mmalign's operation by its own kernels, best first; then by each library that serves it."""
     served = [name for name, one in libraries.LIBRARIES.items() if family in one.families]
-    names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "reference")}
+    names = {f"mmalign {backend}": backend for backend in ("cuda", "triton", "cpu", "reference")}
     names |= {f"{library} through mmalign": library for library in served}
     return [
         Variant(
@@ -69,6 +70,9 @@ def _our_missing(backend: str, family: str) -> str | None:
     known = backend in libraries.LIBRARIES
     if not known and find_spec(f"mmalign_kernels.{backend}.{family}") is None:
         return f"{family} has no {backend} kernel"
+    if backend == "cpu":
+        reason = f"{backend} needs tensors on a CPU" if ON_GPU else cpu_library.missing()
+        return reason and reason.partition(". ")[0]
     if not ON_GPU and not (REHEARSAL and backend == "triton"):  # in its interpreter
         return f"{backend} needs a CUDA device"
     if backend == "triton":

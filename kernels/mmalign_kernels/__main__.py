@@ -13,7 +13,6 @@ import torch
 import mmalign_kernels
 
 from . import dispatch, libraries
-from .cuda import library as cuda_library
 from .libraries import LIBRARIES
 from .operation import Operation
 
@@ -42,8 +41,8 @@ def _find(backend: str) -> tuple[str | None, str | None]:
         return _triton()
     if backend in LIBRARIES:
         return libraries.find(backend)
-    reason = cuda_library.missing()
-    return (None, reason) if reason else ("csrc/ is built", None)
+    reason = dispatch.COMPILED[backend].missing()
+    return (None, reason) if reason else ("its library is built", None)
 
 
 def _families() -> Iterator[tuple[str, str, list[str]]]:
@@ -90,7 +89,7 @@ def report() -> str:
     lines.append("")
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
+        lines.append(" ".join(cells).rstrip())
     lines += ["", *textwrap.wrap(_HELP, WIDTH)]
     return "\n".join(lines)
 

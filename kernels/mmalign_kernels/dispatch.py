@@ -2,7 +2,8 @@
 
 `rms_norm.py` declares the family rms_norm; `reference/rms_norm.py`, `triton/rms_norm.py` and
 `cuda/rms_norm.py` implement it, with functions of the same names, arguments and results. A family
-that a backend lacks has no file in its folder; `reference` implements all.
+that a backend lacks has no file in its folder; `reference` implements all. `cpu` holds what C++
+does better than PyTorch there, in fp32.
 
 MMALIGN_BACKEND, or `use_backend`, names backends, separated by commas. One of BACKENDS runs every
 operation. A library (libraries/) runs the families that it serves, and nothing else changes:
@@ -20,11 +21,16 @@ from functools import cache
 from importlib import import_module
 
 from . import libraries
+from .cpu import library as cpu_library
 from .cuda import library as cuda_library
 from .libraries import LIBRARIES
 
-BACKENDS = ("reference", "triton", "cuda")
-PREFERENCE = {"cuda": ("cuda", "triton", "reference")}  # by device; anything else: reference
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = {  # by device; anything else: reference
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+COMPILED = {"cpu": cpu_library, "cuda": cuda_library}  # from csrc/, where there was a compiler
 # Families whose csrc/ kernels a benchmark on a GPU has shown to beat Triton's; none has run on one
 # yet. The others run only when named.
 MEASURED_CUDA: frozenset[str] = frozenset()
@@ -88,8 +94,8 @@ def _choose(operation: str, family: str, device_type: str, forced: str | None) -
         return libraries.implementation(named[family], operation)
     own = named.get(None)
     for backend in (own,) if own else preference(device_type, family):
-        if backend == "cuda" and not own and cuda_library.missing():
-            continue  # csrc/ needs a CUDA compiler to build, Triton needs none
+        if backend in COMPILED and not own and COMPILED[backend].missing():
+            continue
         function = find(backend, operation, family)
         if function is not None:
             _check_device(backend, operation, device_type)
@@ -102,7 +108,12 @@ def _choose(operation: str, family: str, device_type: str, forced: str | None) -
 
 def _check_device(backend: str, operation: str, device_type: str) -> None:
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type == "cpu" and backend != "reference" and not interpreted:
+    if backend == "cpu" and device_type != "cpu":
+        raise NotImplementedError(
+            f"{operation}: the cpu kernels need tensors on the CPU, not on {device_type}. "
+            "Unset MMALIGN_BACKEND"
+        )
+    if device_type == "cpu" and backend in ("triton", "cuda") and not interpreted:
         raise NotImplementedError(
             f"{operation}: the {backend} kernels need a CUDA device, the tensors are on the CPU. "
             "Unset MMALIGN_BACKEND. (With TRITON_INTERPRET=1 set before Python starts, Triton's "

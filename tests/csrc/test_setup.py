@@ -1,11 +1,13 @@
 """When an installation builds csrc/, and that it goes on where it does not."""
 
+import platform
 import runpy
 import shutil
 import subprocess
 
 import pytest
 import setuptools
+from mmalign_kernels.cpu import library as cpu_library
 
 from csrc.build import REPOSITORY
 
@@ -32,6 +34,20 @@ def test_without_a_compiler_or_a_gpu_it_says_so(run_setup, capsys, monkeypatch):
     monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "90a")
     assert run_setup("cmake")["ext_modules"] == []
     assert "no nvcc, so the CUDA kernels of csrc/ are not built" in capsys.readouterr().out
+
+
+def test_cpu_kernels_need_cmake_and_a_compiler(run_setup, capsys, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    extensions = run_setup("cmake", "g++")["ext_modules"]
+    # a failing compiler leaves an installation without them
+    assert extensions and all(extension.optional for extension in extensions)
+    names = [extension.name.removeprefix("mmalign_kernels.cpu.") for extension in extensions]
+    if platform.machine() == "x86_64":
+        assert names == ["libmmalign_cpu_avx512", "libmmalign_cpu_avx2"]
+    assert cpu_library.file_name().removesuffix(".so") in names
+    for tool in ("cmake", "g++"):
+        assert run_setup(tool)["ext_modules"] == []
+        assert "the CPU kernels of csrc/cpu are not built" in capsys.readouterr().out
 
 
 def test_named_architectures_need_no_gpu(run_setup, monkeypatch):

@@ -20,6 +20,7 @@ ON_META = "MMALIGN_TESTS_ON_META" in os.environ
 COMPILED_FOR = int(os.environ.get("MMALIGN_TESTS_ON_META") or 0)
 
 from mmalign_kernels import dispatch, operation, reference  # noqa: E402
+from mmalign_kernels.cpu import library as cpu_library  # noqa: E402
 from mmalign_kernels.cuda import library as cuda_library  # noqa: E402
 from mmalign_kernels.triton import launch  # noqa: E402
 
@@ -43,6 +44,8 @@ def pytest_generate_tests(metafunc):
     name = metafunc.module.__name__.rpartition(".")[2]
     families = FAMILIES.get(name, (name.removeprefix("test_"),))
     backends = ["reference"]
+    if _all_have(families, "cpu"):
+        backends.append("cpu")
     if _all_have(families, "triton"):
         backends.append(pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu))
     if _all_have(families, "cuda"):
@@ -62,7 +65,9 @@ def backend(request):
         reason = "no CUDA device" if INTERPRETED else cuda_library.missing()
         if reason:
             pytest.skip(f"the kernels of csrc/: {reason}")
-    on_gpu = request.param != "reference" and not INTERPRETED
+    if request.param == "cpu" and (reason := cpu_library.missing()):
+        pytest.skip(f"the kernels of csrc/cpu: {reason}")
+    on_gpu = request.param not in ("reference", "cpu") and not INTERPRETED
     device = "meta" if ON_META else "cuda" if on_gpu else "cpu"
     with torch.device(device), dispatch.use_backend(request.param), _compiled():
         yield request.param

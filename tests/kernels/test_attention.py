@@ -147,6 +147,38 @@ def test_same_bits():
     assert_same_bits(case.ours, (case.qkv,))
 
 
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("lengths", ([47, 48, 49, 97, 400], [20] * 9, [500]))
+def test_lengths_around_the_tiles(lengths, causal):
+    for heads in ((2, 1, 32), (1, 1, 6), (1, 1, 72)):
+        case = Case(lengths, heads, causal)
+        compare(case.ours, case.hugging_face, (case.qkv,), torch.float32)
+
+
+def test_the_number_of_threads_does_not_matter(backend):
+    if backend != "cpu":
+        pytest.skip("cpu only")
+    case, before = Case(heads=(4, 2, 32)), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(results(case.ours, (case.qkv,)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+def test_positions_beyond_the_tables(backend):
+    if backend not in ("reference", "cpu"):
+        pytest.skip("on a GPU the check would synchronise")
+    case = Case()
+    case.position_ids = case.position_ids + len(case.cos)
+    with pytest.raises((RuntimeError, IndexError), match="position_ids|out of range"):
+        case.ours(case.qkv)
+
+
 @pytest.mark.parametrize("attention", ("rotary", "full"))
 def test_no_gradient_of_logsumexp_is_made(attention):
     """Autograd would write zeros for it in every layer's backward pass."""

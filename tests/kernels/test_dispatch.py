@@ -7,6 +7,7 @@ import mmalign_kernels.triton
 import pytest
 import torch
 from mmalign_kernels import dispatch, pack_rows, swiglu
+from mmalign_kernels.cpu import library as cpu_library
 from mmalign_kernels.cuda import library as cuda_library
 
 
@@ -52,7 +53,7 @@ def test_gpu_backend_on_the_cpu_is_an_error(forced, invented_backend, monkeypatc
 
 def test_unknown_backend_is_an_error(monkeypatch):
     with (
-        pytest.raises(ValueError, match="'tritton' is not one of reference, triton, cuda"),
+        pytest.raises(ValueError, match="'tritton' is not one of reference, cpu, triton, cuda"),
         dispatch.use_backend("tritton"),
     ):
         pass
@@ -129,6 +130,23 @@ def test_cuda_kernels_that_are_not_built_leave_triton(invented_backend, monkeypa
     monkeypatch.setattr(dispatch, "MEASURED_CUDA", frozenset({"swiglu"}))
     dispatch._choose.cache_clear()
     assert dispatch.implementation("swiglu_fwd", "swiglu", "cuda") is load
+
+
+def test_cpu_kernels_that_are_not_built_leave_pytorch(monkeypatch):
+    arguments = "rotary_attention_fwd", "rotary_attention", "cpu"
+    monkeypatch.setattr(cpu_library, "missing", lambda: "is not built")
+    assert dispatch.implementation(*arguments).__module__.endswith("reference.rotary_attention")
+    monkeypatch.setattr(cpu_library, "missing", lambda: None)
+    dispatch._choose.cache_clear()
+    assert dispatch.implementation(*arguments).__module__.endswith("cpu.rotary_attention")
+    with dispatch.use_backend("reference"):
+        assert dispatch.implementation(*arguments).__module__.endswith("reference.rotary_attention")
+
+
+def test_cpu_kernels_of_cuda_tensors_are_an_error():
+    arguments = "rotary_attention_fwd", "rotary_attention", "cuda"
+    with dispatch.use_backend("cpu"), pytest.raises(NotImplementedError, match="on the CPU, not"):
+        dispatch.implementation(*arguments)
 
 
 def test_broken_backend_file_is_not_taken_for_a_missing_one(monkeypatch, tmp_path):

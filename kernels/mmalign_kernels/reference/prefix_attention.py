@@ -99,7 +99,7 @@ def _plan(numbers: tuple[bytes, ...], capacity: int) -> Plan:
     """numbers: cu_seqlens, span_begins, span_ends and cu_spans, int64."""
     bounds, begins, ends, firsts = (np.frombuffer(x, np.int64) for x in numbers)
     lengths, num_spans = np.diff(bounds), np.diff(firsts)
-    _check_spans(lengths, num_spans, begins, ends, capacity)
+    check_spans(lengths, num_spans, begins, ends, capacity)
     segment = np.repeat(np.arange(len(lengths)), lengths)  # of each row
     rows = np.arange(len(segment))
     own_end = ends[firsts[1:] - 1]
@@ -127,7 +127,7 @@ def _plan(numbers: tuple[bytes, ...], capacity: int) -> Plan:
     return Plan(places, parts, *_blocks(*seen, len(rows), capacity))
 
 
-def _check_spans(
+def check_spans(
     lengths: np.ndarray, num_spans: np.ndarray, begins: np.ndarray, ends: np.ndarray, capacity: int
 ) -> None:
     """ValueError if a span exceeds the cache or is too short for its segment's own rows."""
