@@ -154,7 +154,7 @@ def hugging_face_llava(model: Llava) -> LlavaForConditionalGeneration:
     vision = _views(vision_parts(tower), model.vision_tower)
     linear = {f"model.multi_modal_projector.{k}": v for k, v in projector.named_parameters()}
     _share(theirs, language | {f"model.vision_tower.{k}": v for k, v in vision.items()} | linear)
-    _fill_buffers(theirs, projector.weight.device)
+    _fill_buffers(theirs, next(projector.parameters()).device)
     return theirs.train()
 
 

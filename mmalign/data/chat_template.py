@@ -61,8 +61,13 @@ def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bo
     add_generation_prompt those of encode_prompt.
     """
     if template.drops_question:
-        bos, image = map(tokenizer.token, (tokenizer.bos_token_id, tokenizer.image_token_id))
-        return _with_names(_CAPTION, {"OPENING": bos, "MARKS": image, "IMAGE": IMAGE})
+        has_bos = tokenizer.bos_token_id is not None
+        names = {
+            "OPENING": tokenizer.token(tokenizer.bos_token_id) if has_bos else "",
+            "MARKS": tokenizer.token(tokenizer.image_token_id),
+            "IMAGE": IMAGE,
+        }
+        return _with_names(_CAPTION, names)
     if template.is_own:
         return own_template(tokenizer).text
     special = special_ids(tokenizer, use_im_start_end)

@@ -19,8 +19,8 @@ def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
 def _cumulative(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All values, rising, and the share of each sample that is not above them."""
     values = np.unique(np.concatenate((a, b)))
-    shares = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b)]
-    return values, *shares
+    below_a, below_b = (np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b))
+    return values, below_a, below_b
 
 
 def draw_lengths(

@@ -37,7 +37,7 @@ def effective_n(scores: Sequence[float], groups: Sequence[Hashable]) -> float:
     return n / max(1.0, clustered / independent)
 
 
-def clustered_stderr(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
+def clustered_stderr(values: ArrayLike, clusters: ArrayLike | Sequence[Hashable]) -> float:
     """Standard error of the mean of values that depend on each other within clusters.
 
     The sandwich estimate with G / (G - 1), as in Miller 2024 (arXiv 2411.00640); infinite for a

@@ -102,6 +102,7 @@ class MlpProjector(nn.ModuleDict):
     ) -> tuple[Tensor, Tensor]:
         """As Projector.forward."""
         first = self["0"]
+        assert isinstance(first, Linear)
         expanded = first(image_features.to(first.weight.dtype))  # (num_rows, hidden_size)
         return self["2"](gelu(expanded), hidden_states, image_positions, norm)
 
@@ -111,7 +112,10 @@ class MlpProjector(nn.ModuleDict):
 
 
 AnyProjector = Projector | MlpProjector
-_PROJECTORS = {"linear": Projector, "mlp2x_gelu": MlpProjector}
+_PROJECTORS: dict[ProjectorType, type[AnyProjector]] = {
+    "linear": Projector,
+    "mlp2x_gelu": MlpProjector,
+}
 
 
 def make_projector(shape: ProjectorShape) -> AnyProjector:
