@@ -61,9 +61,9 @@ def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bo
     add_generation_prompt those of encode_prompt.
     """
     if template.drops_question:
-        has_bos = tokenizer.bos_token_id is not None
+        bos = tokenizer.bos_token_id
         names = {
-            "OPENING": tokenizer.token(tokenizer.bos_token_id) if has_bos else "",
+            "OPENING": "" if bos is None else tokenizer.token(bos),
             "MARKS": tokenizer.token(tokenizer.image_token_id),
             "IMAGE": IMAGE,
         }
