@@ -141,6 +141,9 @@ def test_an_interrupted_export_is_complete_or_absent(whole, finished, small_disk
     expected = exported_weights(whole[0].run_dir)
     for _ in range(num_moments):
         shutil.rmtree(export, ignore_errors=True)
+        if way == "full disk":  # nearly, so that the rest is filled at once
+            free = shutil.disk_usage(small_disk).free
+            (small_disk / "ballast").write_bytes(bytes(max(0, free - 4 * 2**20)))
         running = start(finished)
         wait_for_an_export(running, export, rng)
         if way == "full disk":
@@ -149,7 +152,8 @@ def test_an_interrupted_export_is_complete_or_absent(whole, finished, small_disk
         else:
             running.send(way)
         (code,), (text,) = running.wait(60), running.outputs()
-        (small_disk / "fill").unlink(missing_ok=True)
+        for name in ("fill", "ballast"):
+            (small_disk / name).unlink(missing_ok=True)
         whole_folders = [name for name in EXPORTED if (export / name).exists()]
         moments.append((code, *whole_folders))
         assert code in (0, 1, -signal.SIGKILL) and "Traceback" not in text, text
