@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,8 @@ class Pictures(Comparison):
     def _ours(self, model, prompts: list[Prompt]) -> Tensor:
         """Log-odds of the first word, (num_questions,)."""
         options = GenerationOptions(max_new_tokens=self.num_new_tokens)
-        found = generate(model, _NoText(), prompts, options, watch=(YES, NO))
+        tokenizer: Any = _NoText()
+        found = generate(model, tokenizer, prompts, options, watch=(YES, NO))
         return torch.tensor([yes - no for yes, no in (x.first_logprobs for x in found)])
 
     @torch.no_grad()
