@@ -1,11 +1,13 @@
 """Which pictures questions come with, decoded ahead of the model by worker processes."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,11 +44,22 @@ def load_pictures(
 ) -> Iterator[Tensor]:
     """(1, 3, image_size, image_size) uint8 of each, in order; UserError for a bad file."""
     pictures = _Pictures(data_root, images, preprocessing, shown, seed)
-    loader = DataLoader(pictures, batch_size=None, num_workers=min(num_workers, len(images)))
+    loader = DataLoader(
+        pictures,
+        batch_size=None,
+        num_workers=min(num_workers, len(images)),
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # the default would draw from the global generator
+    )
     for pixels in loader:
         if isinstance(pixels, UserError):
             raise pixels
         yield pixels[None]
+
+
+def _ignore_interrupts(worker_id: int) -> None:
+    """Ctrl-C reaches every process: the main one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def exchanged(images: Sequence[str]) -> dict[str, str]:

@@ -36,6 +36,7 @@ from mmalign.evaluation.tasks.vision_task import (
     VisualDocument,
 )
 from mmalign.evaluation.vision_model import VisionModel, find_llava, log_odds
+from mmalign.evaluation.weather import frost_folder
 from mmalign.model.generate import generate
 from mmalign.ownership import owned
 from mmalign.system import DTYPES, choose_device, choose_precision
@@ -70,8 +71,10 @@ def evaluate_pictures(
     corruptions. Raises UserError for bad arguments, data or weights.
     """
     names = vision_tasks(tasks, protocol)
-    shown = [Shown(), *(Shown(control=x) for x in controls)]
-    shown += [Shown(corruption=x) for x in parse_corruptions(corruptions)]
+    wanted = parse_corruptions(corruptions)
+    if any(name == "frost" for name, _ in wanted):
+        frost_folder()  # before hours of other corruptions
+    shown = [Shown(), *(Shown(control=x) for x in controls), *(Shown(None, x) for x in wanted)]
     weights, target = find_llava(model), choose_device(device)
     precision = choose_precision(precision, target)
     with owned(output, "--output"):

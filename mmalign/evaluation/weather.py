@@ -164,13 +164,16 @@ def frost(x: np.ndarray, c: tuple[float, float], random: Random) -> np.ndarray:
 
 @cache
 def _frost_picture(index: int) -> Image.Image:
-    """One of the six of imagecorruptions-imaug, without importing it: it needs OpenCV and numba."""
+    kind = "png" if index < 3 else "jpg"
+    return Image.open(frost_folder() / f"frost{index + 1}.{kind}").convert("RGB")
+
+
+def frost_folder() -> Path:
+    """imagecorruptions-imaug's six pictures, without importing it: it needs OpenCV and numba."""
     package = find_spec("imagecorruptions")
     if package is None or not package.submodule_search_locations:
         raise UserError(
             "frost needs the frost pictures of a package: pip install imagecorruptions-imaug "
             "(or mmalign[corruptions]), or leave frost out of --corruptions"
         )
-    (folder,) = package.submodule_search_locations
-    kind = "png" if index < 3 else "jpg"
-    return Image.open(Path(folder) / "frost" / f"frost{index + 1}.{kind}").convert("RGB")
+    return Path(package.submodule_search_locations[0]) / "frost"

@@ -4,6 +4,7 @@ cache rows of a batch: [what all prompts share] [what the prompts about one pict
                        [each prompt's own tokens and what is generated after them] ...
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -87,15 +88,18 @@ class Batch:
 def cut_batches(
     prompts: Sequence[PromptRows], max_new_tokens: int, cache_tokens: int
 ) -> Iterator[Batch]:
-    """Neighbours, which share the longest prefixes, as many as the cache holds."""
-    chosen: list[PromptRows] = []
-    for prompt in sorted(prompts, key=lambda x: x.key):
-        if chosen and _batch([*chosen, prompt], max_new_tokens).num_rows > cache_tokens:
-            yield _batch(chosen, max_new_tokens)
-            chosen = []
-        chosen.append(prompt)
-    if chosen:
+    """Neighbours, which share the longest prefixes, as many as the cache holds; at least one."""
+    order, begin = sorted(prompts, key=lambda x: x.key), 0
+    most = cache_tokens // max_new_tokens + 1  # each has at least so many rows of its own
+    while begin < len(order):
+        left = order[begin : begin + most]
+        counts = range(1, len(left) + 1)
+        num_chosen = bisect_right(
+            counts, cache_tokens, key=lambda n: _batch(left[:n], max_new_tokens).num_rows
+        )
+        chosen = left[: max(1, num_chosen)]
         yield _batch(chosen, max_new_tokens)
+        begin += len(chosen)
 
 
 def _batch(chosen: list[PromptRows], max_new_tokens: int) -> Batch:

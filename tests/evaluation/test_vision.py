@@ -3,6 +3,7 @@
 import runpy
 import shutil
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -172,6 +173,10 @@ def test_models_and_pictures_that_do_not_do(run, data, tmp_path):
     for workers in (0, 1):
         with pytest.raises(UserError, match=f"{NAMES[1]} cannot be decoded"):
             evaluate(run, broken, tmp_path / f"b{workers}", num_workers=workers)
+    if find_spec("imagecorruptions") is None:
+        with pytest.raises(UserError, match="pip install imagecorruptions-imaug"):
+            evaluate(run, data, tmp_path / "d", corruptions=["all"])
+        assert not (tmp_path / "d").exists()
     with pytest.raises(UserError, match="more than the model's context of 400"):
         evaluate(run, data, tmp_path / "c", protocol="as-released")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.cider import Cider
+from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.ptb_tokenizer import ptb_tokens
 from mmalign.evaluation.tasks import as_released
 from mmalign.evaluation.tasks.vision_task import (
@@ -108,6 +109,11 @@ class Captions(VisionTask):
             "mean_tokens": float(np.mean(tokens)),
             "largest": self.largest,
         }
+
+    def caveats(self, summary: dict) -> list[str]:
+        first, tokens = percent(summary["first_sentence"]), summary["mean_tokens"]
+        sentence = f"{self.name}: {first} with the first sentence alone of each caption"
+        return [f"{sentence}; a caption has {tokens:.1f} tokens.", *super().caveats(summary)]
 
 
 def _rows(path: Path, split: str = "test") -> list[Row]:

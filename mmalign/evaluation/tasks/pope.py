@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mmalign.errors import UserError
-from mmalign.evaluation.metrics import caveats
+from mmalign.evaluation.metrics import caveats, percent
 from mmalign.evaluation.tasks import as_released
 from mmalign.evaluation.tasks.vision_task import (
     SHORT_ANSWER,
@@ -85,7 +85,13 @@ class Pope(VisionTask):
         return {self.name: summary} | {f"{self.name}_{name}": part for name, part in parts}
 
     def caveats(self, summary: dict) -> list[str]:
-        sentences = super().caveats(summary)
+        official = summary["official_parser"]
+        sentences = [
+            f"{self.name}: F1 {percent(summary['f1'])}, the mean of the three files; by the "
+            f"published parser accuracy {percent(official['accuracy'])}, yes "
+            f"{percent(official['yes_ratio'])}.",
+            *super().caveats(summary),
+        ]
         for name, part in summary["categories"].items():
             sentences += caveats(f"{self.name}_{name}", part)
         if number := summary["unparsed"]:

@@ -1,6 +1,7 @@
 """Task: what a language model is asked, how its answers are scored, and what to read beside that.
 
-A task is an instance of a subclass of MultipleChoice or FreeForm, in a file of this folder.
+A task is an instance of a subclass of MultipleChoice, FreeForm or VisionTask, in a file of this
+folder.
 """
 
 import hashlib
