@@ -19,7 +19,9 @@ from mmalign.config import DataConfig
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.images import load_image
 from mmalign.data.samples import read_samples
+from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.evaluation.tasks.ethics import SUBSETS
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 from mmalign.model.config import VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
@@ -324,6 +326,18 @@ def test_examination_files_load(world):
     subsets = load_documents(resolve_tasks(["ethics"]), world.evaluation)
     assert {name: len(docs) for name, docs in subsets.items()} == dict.fromkeys(subsets, 40)
     assert len(subsets) == 5
+
+
+def test_the_base_model_beats_constant_answers_and_is_undecided_about_beliefs(tmp_path):
+    """Of the world that the recipes use; it is made once, in about two minutes."""
+    world = toy_world()
+    tasks = ("truthfulqa", "ethics")
+    results = evaluate_model(world.decoder, tasks, world.evaluation, tmp_path, quiet=True)
+    for subset in SUBSETS:
+        result = results[subset.name]
+        assert result["acc"] > max(result["chance"], *result["baselines"].values()) + 0.05
+    assert results["truthfulqa_mc1"]["acc"] > results["truthfulqa_mc1"]["chance"] + 0.05
+    assert 0.35 < results["truthfulqa_mc2"]["acc"] < 0.6
 
 
 def test_yes_is_true_as_often_as_no(world):
