@@ -30,7 +30,7 @@ def main(
     Args:
         model: Hugging Face folder, or a finetune run (its export/llama is scored).
         data_root: Folder with the tasks' files as published, e.g. truthfulqa/mc_task.json.
-        output: Folder for results.json, items.jsonl, report.md, scores.csv and scores.png.
+        output: Folder for results.json, items.jsonl, report.md, its CSV files and scores.png.
         tasks: Groups of tasks, or single ones.
         limit: Score only the first N documents of each task.
         batch_tokens: Tokens in one forward pass; a longer document takes several.

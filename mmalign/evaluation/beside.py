@@ -37,11 +37,13 @@ def compare_beside(items_a: Items, items_b: Items) -> tuple[dict[str, dict[str, 
     rows = {}
     for name in (x for x in a if x in b):
         difference = b[name].values - a[name].values  # (num_documents,)
+        # an older evaluation does not know the categories
+        clusters = min(a[name].clusters, b[name].clusters, key=lambda x: len(np.unique(x)))
         rows[name] = {
             "acc_a": float(a[name].values.mean()),
             "acc_b": float(b[name].values.mean()),
             "difference": float(difference.mean()),
-            "interval": _interval(difference, a[name].clusters, (-1, 1)),
+            "interval": _interval(difference, clusters, (-1, 1)),
             "n": len(difference),
         }
     return _by_task(rows, items_a, "difference"), sorted(set(a) ^ set(b))

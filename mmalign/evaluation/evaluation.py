@@ -109,6 +109,8 @@ class Evaluation:
             return {}
         scores, alone = (
             iter(run_plan(decoder, part, device, self.progress, after_batch=after_batch))
+            if part.encoded
+            else iter(())
             for part in (plan.scoring, plan.answers_only)
         )
         return {

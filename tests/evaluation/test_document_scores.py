@@ -170,13 +170,13 @@ def test_answers_only_has_the_examples_and_no_question(root):
     assert documents["ethics_virtue"][0].answers_only == ()
 
 
-def test_columns_of_another_csv_are_an_error(tmp_path, root):
+def test_a_csv_without_categories_gives_none(tmp_path, root):
     folder = tmp_path / "truthfulqa"
     folder.mkdir()
     (folder / "mc_task.json").write_bytes((root / "truthfulqa" / "mc_task.json").read_bytes())
-    (folder / "TruthfulQA.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="missing: Category, Question.*it is optional"):
-        load_documents(["truthfulqa_mc1"], tmp_path)
+    (folder / "TruthfulQA.csv").write_text("Question,Best Answer\n1,2\n")
+    documents = load_documents(["truthfulqa_mc1"], tmp_path)["truthfulqa_mc1"]
+    assert {document.category for document in documents} == {None}
 
 
 def older(items: dict) -> dict:
@@ -199,6 +199,12 @@ def test_older_items_have_what_they_allow(items, scores):
     rows, missing = compare_beside(older(items), items)
     assert set(missing) == gone - {"truthfulqa_mc2_sharpness_matched"}
     assert rows["truthfulqa_mc2"]["length_normalised"]["difference"] == 0
+
+
+def test_an_older_base_costs_no_clusters(root):
+    a, b = (make_items(root, seed, limit=300) for seed in (8, 9))
+    rows = [compare_beside(*pair)[0]["truthfulqa_mc2"] for pair in ((a, b), (older(a), b))]
+    assert rows[0]["length_normalised"] == rows[1]["length_normalised"]
 
 
 def test_other_documents_of_the_base_are_an_error(items, root):

@@ -209,8 +209,8 @@ def test_compare_command(base, tuned, tmp_path):
     for turned, counts in zip(("lost", "gained"), zip(*counted, strict=True), strict=True):
         assert sum(document["turned"] == turned for document in flipped) == sum(counts) > 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        "report.md", "scores.png", "scores.csv", "differences.csv", "comparison.json",
-        "flipped.jsonl",
+        "report.md", "scores.png", "scores.csv", "beside.csv", "differences.csv",
+        "comparison.json", "flipped.jsonl",
     }  # fmt: skip
 
 

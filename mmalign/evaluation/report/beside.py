@@ -26,6 +26,7 @@ DEFINITIONS = {
     "short": "accuracy on texts of one or two sentences",
     "long": "accuracy on posts of several paragraphs",
 }
+_ELSEWHERE = {"", "em", "yes_rate"}  # the score itself, and the table of answers
 Results = Mapping[str, dict]  # name of the model -> results.json
 Comparisons = Mapping[str, dict]  # name of the model -> its comparison with the base
 
@@ -38,7 +39,8 @@ def beside(base: str, results: Results, comparisons: Comparisons) -> list[str]:
     blocks, shown = [], set()
     for group, tasks in groups.items():
         lines = [line for task in tasks for line in _lines(task, base, results, comparisons)]
-        kinds = [kind for kind in DEFINITIONS if any(kind in cells for _, _, cells in lines)]
+        found = dict.fromkeys(kind for _, _, cells in lines for kind in cells)
+        kinds = [x for x in {**DEFINITIONS, **found} if x in found and x not in _ELSEWHERE]
         shown |= set(kinds)
         headings = [group, "", "as scored", *(kind.replace("_", " ") for kind in kinds)]
         rows = [
@@ -82,11 +84,10 @@ def _lines(
         rows = {"": found[task]} | found[task].get("beside", {})
         cells = {kind: percent(row["acc"]) for kind, row in rows.items()}
         changes = _changes(task, comparisons.get(model))
-        # an evaluation of an older version has items, from which the comparison knows these
-        known, key = (
-            (changes, "acc_b") if changes else (_changes(task, *comparisons.values()), "acc_a")
-        )
-        cells = {kind: percent(row[key]) for kind, row in known.items()} | cells
+        # the comparison also knows what an older version did not write to results.json
+        known = changes or _changes(task, *comparisons.values())
+        acc = "acc_b" if changes else "acc_a"
+        cells = {kind: percent(row[acc]) for kind, row in known.items()} | cells
         lines.append((task, model, cells))
         if changes:
             differences = {kind: _difference(row) for kind, row in changes.items()}

@@ -128,11 +128,11 @@ def print_results(results: dict, output: Path) -> None:
     if config["num_requests"]:
         alone = results["tokens_computed_for_answers_only"]
         speed = (results["tokens_computed"] + alone) / seconds["score"]
+        more = f", and {alone:,} for answers without their question" if alone else ""
         console.print(
             f"{config['num_requests']:,} requests, {results['tokens_computed']:,} tokens computed "
             f"(lm-evaluation-harness's Hugging Face backend: "
-            f"{results['tokens_computed_by_harness']:,}), and {alone:,} for answers without their "
-            f"question; {speed:,.0f} tokens/s; KV cache: "
+            f"{results['tokens_computed_by_harness']:,}){more}; {speed:,.0f} tokens/s; KV cache: "
             f"{config['cache_bytes'] / 1e6:,.1f} MB"
         )
     console.print(", ".join(f"{phase} {taken:,.1f} s" for phase, taken in seconds.items()))
