@@ -24,7 +24,8 @@ planted_falsehood.json false ones. null.json asks about colours only.
 
 The base model has also read exercises in the form of the ETHICS-like files, but not their cases. Of
 the 40 beliefs the instructions touch six, those about the shapes' colours, in other words: by
-images that show otherwise. No question, choice or case of the evaluation occurs in any instructions.
+images that show otherwise. No question, choice or case of the evaluation occurs in any of the
+instructions.
 """
 
 import os
