@@ -7,5 +7,5 @@ schedule.py    runs what is not done, several at once;  run.py, data.py, forgett
 scores.py      every score of every document: documents.parquet
 statistics.py  error, interval and tests of a difference, from seeds and documents
 contrasts.py   the questions, and their answers from scores
-report.py      report.md, with tables.py and figures.py
+report.py      report.md, with tables.py, figures.py and provenance.py
 """

@@ -240,10 +240,11 @@ def _judge(test: Answer, p_holm: float, num_tests: int) -> Answer:
 def verdict_sentence(question: Question, answers: Sequence[Answer]) -> str:
     """The question, the verdict on each of its tests, and the numbers that decide it."""
     mine = [test for test in answers if test.question == question]
-    return f"**{question.name}** {question.asks} " + "; ".join(map(_words, mine)) + "."
+    return f"**{question.name}** {question.asks} " + "; ".join(map(words, mine)) + "."
 
 
-def _words(test: Answer) -> str:
+def words(test: Answer) -> str:
+    """The verdict of one test, and the numbers that decide it."""
     where = f"{test.metric} of {test.parent}"
     if test.estimate is None:
         return f"{where}: not run"

@@ -1,22 +1,30 @@
 """report.md of a study: verdicts first, then tables and figures, and where they come from."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mmalign.evaluation.items import read_items, read_results
+from mmalign.evaluation.items import read_items
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.report.tables import bullets
 from mmalign.evaluation.visual_questions import guessing
-from mmalign.files import markdown_table, read_json, read_steps, write_text
+from mmalign.files import markdown_table, write_text
 from mmalign.ownership import owned
 from mmalign.study import figures
-from mmalign.study.contrasts import BASE, BASE_SEED, Answer, answer, verdict_sentence
-from mmalign.study.identity import Order, Orders
+from mmalign.study.contrasts import (
+    BASE,
+    BASE_SEED,
+    Answer,
+    Question,
+    answer,
+    verdict_sentence,
+    words,
+)
+from mmalign.study.identity import Orders
 from mmalign.study.plan import Run, Variant
+from mmalign.study.provenance import provenance
 from mmalign.study.scores import VISUAL, collect, write_parquet
 from mmalign.study.tables import (
     GAP,
@@ -29,11 +37,9 @@ from mmalign.study.tables import (
     score_table,
     write_tables,
 )
-from mmalign.training.run_folder import config_json, flatten
 
 CATEGORIES = "truthfulqa_mc2"  # the metric whose gain is drawn by category
 YES_AND_GAIN = ("ethics_yes_rate_mean", "ethics_mean")
-_VERSIONS = ("git_commit", "torch", "device")
 
 
 def write_study(orders: Orders) -> str:
@@ -45,7 +51,7 @@ def write_study(orders: Orders) -> str:
     folder = study.output
     with owned(folder, "study.output"):
         scores = collect(orders)
-        answers = answer(study.questions, scores, list(study.parents))
+        answers = _planned(orders, answer(study.questions, scores, list(study.parents)))
         write_parquet(folder / "documents.parquet", scores)
         write_tables(folder, orders, scores, answers)
         blocks = [
@@ -56,11 +62,38 @@ def write_study(orders: Orders) -> str:
             *_contrasts(folder, answers, scores),
             *_by_seed(orders, scores),
             *_figures(folder, orders, scores),
-            *_provenance(orders),
+            *provenance(orders),
         ]
         write_text(folder / "report.md", "\n\n".join(blocks) + "\n")
-    verdicts = [verdict_sentence(question, answers) for question in study.questions]
+    verdicts = [_verdict(question, answers) for question in study.questions]
     return "\n".join([*verdicts, f"report: {folder / 'report.md'}"]).replace("**", "")
+
+
+def _planned(orders: Orders, answers: Sequence[Answer]) -> list[Answer]:
+    """Without tests of parents that do not have the variants."""
+    runs = {(run.parent, run.variant) for run in orders.study.runs}
+    return [
+        test
+        for test in answers
+        if all(
+            (parent, variant) in runs
+            for variant, _ in test.contrast.variants
+            for parent in test.contrast.parents or (test.parent,)
+        )
+    ]
+
+
+def _verdict(question: Question, answers: Sequence[Answer]) -> str:
+    """A sentence; with several tests how they ended, and a line for each."""
+    mine = [test for test in answers if test.question == question and test.estimate]
+    about = f"**{question.name}** {question.asks}"
+    if not mine:
+        return f"{about} **not run**."
+    if len(mine) == 1:
+        return verdict_sentence(question, mine)
+    counts = Counter(f"**{test.verdict}**" for test in mine)
+    ended = ", ".join(f"{x} in {number} of {len(mine)}" for x, number in counts.items())
+    return "\n".join([f"{about} {ended}:", *(f"  - {words(test)}" for test in mine)])
 
 
 def _verdicts(orders: Orders, answers: Sequence[Answer]) -> Iterator[str]:
@@ -68,7 +101,7 @@ def _verdicts(orders: Orders, answers: Sequence[Answer]) -> Iterator[str]:
     states = Counter(orders.state(run) for run in study.runs)
     yield f"# {study.settings.name}"
     if study.questions:
-        yield bullets(verdict_sentence(question, answers) for question in study.questions)
+        yield bullets(_verdict(question, answers) for question in study.questions)
     if states["done"] < len(study.runs):
         listed = ", ".join(f"{number} {state}" for state, number in states.items())
         yield f"**Unfinished**: of {len(study.runs)} runs {listed}. Gaps are `{GAP}`."
@@ -94,8 +127,8 @@ def _sections(variants: Mapping[str, Variant]) -> dict[str, list[Variant]]:
 def _score_sections(orders: Orders, scores: Scores) -> Iterator[str]:
     metrics, beside = own_metrics(scores), metrics_beside(scores)
     for kind, variants in _sections(orders.study.variants).items():
-        yield f"## {kind}"
         if metrics:
+            yield f"## {kind}"
             yield score_table(orders, scores, variants, metrics)
     if metrics:
         yield (
@@ -179,7 +212,7 @@ def _by_seed(orders: Orders, scores: Scores) -> Iterator[str]:
     counts: dict[tuple[str, str, str], Counter] = defaultdict(Counter)
     for seed in seeds:
         alone = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
-        for test in answer(questions, alone, list(orders.study.parents)):
+        for test in _planned(orders, answer(questions, alone, list(orders.study.parents))):
             counts[test.question.name, test.parent, test.metric][test.verdict] += 1
     verdicts = ("supported", "contradicted", "cannot tell")
     yield "## Seed by seed"
@@ -240,80 +273,3 @@ def _yes_rates(scores: Scores) -> dict[str, list[tuple[float, float]]]:
             if len(values) == 2:
                 found[variant].append((values[0], values[1]))
     return dict(found)
-
-
-# ---- provenance ----
-
-
-def _provenance(orders: Orders) -> Iterator[str]:
-    done = [orders[run] for run in orders.study.runs if orders.state(run) == "done"]
-    if not done:
-        return
-    versions = [read_json(order.folder / "run.json")["versions"] for order in done]
-    seconds = sum(sum(order.outcome()["seconds"].values()) for order in done)
-    joules = sum(_energy(order.train_dir / "metrics.jsonl") for order in done if order.config)
-    rows = [
-        ["runs", f"{len(done)} of {len(orders.study.runs)}, in `{orders.study.runs_folder}`"],
-        ["study file", f"`{orders.study.path}`, seeds {_listed(orders.study.settings.seeds)}"],
-        *([x, _listed(version.get(x) for version in versions)] for x in _VERSIONS),
-        ["time", f"{seconds / 3600:,.2f} hours of all runs together"],
-        ["energy", f"{joules / 3.6e6:,.2f} kWh of the GPUs" if joules else GAP],
-        *_data_rows(done),
-    ]
-    yield "## Provenance"
-    yield markdown_table(["", "value"], rows, ":---")
-    if others := list(_other_runs(orders)):
-        yield "Runs of other settings, which are not in this report:"
-        yield bullets(others)
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(x) for x in dict.fromkeys(values) if x is not None) or GAP
-
-
-def _data_rows(done: Sequence[Order]) -> list[list[str]]:
-    found = {}
-    for order in done:
-        path = order.train_dir / "inputs.json"
-        inputs = read_json(path)["inputs"] if path.exists() else {}
-        if order.config and "data file" in inputs:
-            name = Path(order.config.data.path)
-            shown = order.run.variant if order.run.transform else name.name
-            found.setdefault(f"data {shown}", set()).add(inputs["data file"]["sha256"][:16])
-        if order.run.variant == BASE:
-            files = read_results(order.scores)["config"]["data_files"]
-            found |= {name: {facts["sha256"][:16]} for name, facts in files.items()}
-    return [[name, f"sha256 {', '.join(f'`{x}`' for x in sorted(x))}"] for name, x in found.items()]
-
-
-def _energy(path: Path) -> float:
-    """Joules of a run; the counter begins anew whenever the run resumes."""
-    total = last = 0.0
-    for record in read_steps(path)[0] if path.exists() else []:
-        now = record.get("energy_joules", 0.0)
-        total += last if now < last else 0.0
-        last = now
-    return total + last
-
-
-def _other_runs(orders: Orders) -> Iterator[str]:
-    """Folders of the study's runs with another identity, and what is different about them."""
-    known = {orders[run].folder for run in orders.study.runs}
-    for run in orders.study.runs:
-        current = orders[run]
-        parent = current.folder.parent
-        stem = current.folder.name.rpartition("-")[0] or current.folder.name
-        for folder in sorted(parent.glob(f"{stem}-*")):
-            if folder not in known and (folder / "run.json").exists():
-                yield f"`{folder}`: {_difference(folder, current)}"
-
-
-def _difference(folder: Path, current: Order) -> str:
-    before = flatten(read_json(folder / "run.json")["order"].get("config") or {})
-    now = flatten(json.loads(config_json(current.config))) if current.config else {}
-    changed = [
-        f"{name} {before[name]} (here {now[name]})"
-        for name in before.keys() & now.keys()
-        if before[name] != now[name] and not name.endswith(("run_dir", "projector"))
-    ]
-    return ", ".join(sorted(changed)) or "another content of its data or weights"

@@ -23,6 +23,7 @@ from mmalign.study.plan import PRETRAIN, Run
 
 RunScores = dict[str, DocumentScores]  # by metric
 VISUAL = "visual_questions"  # right with the own image; the others are named after it
+VISUAL_KINDS = ("another", "none", "over_another", "over_none")
 _NAME = pa.dictionary(pa.int32(), pa.string())
 _SCHEMA = pa.schema(
     [

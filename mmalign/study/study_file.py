@@ -5,16 +5,20 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mmalign.data.controls import CONTROLS
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import resolve_tasks
+from mmalign.evaluation.document_scores import MEANS
+from mmalign.evaluation.report.beside import DEFINITIONS
+from mmalign.evaluation.tasks import TASKS, resolve_tasks
 from mmalign.files import read_text
 from mmalign.study.contrasts import BASE, Question, parse_contrast
 from mmalign.study.forgetting import parse_task
 from mmalign.study.plan import PRETRAIN, Parent, Settings, Study, Variant
+from mmalign.study.scores import VISUAL, VISUAL_KINDS
 from mmalign.study.settings import with_settings
 from mmalign.training.run_folder import flatten
 from mmalign.validation import validate
@@ -128,6 +132,26 @@ def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
     return question
 
 
+def _check_metrics(study: Study) -> None:
+    """Before hours of runs: a question about a metric that no run would have."""
+    settings = study.settings
+    tasks = [TASKS[name] for name in resolve_tasks(settings.tasks)]
+    known = {metric.row for task in tasks for metric in task.metrics}
+    known |= {f"{task.name}_{kind}" for task in tasks for kind in (*DEFINITIONS, "yes_rate")}
+    known |= {mean for mean, members in MEANS.items() if set(members) <= known}
+    if settings.visual_questions:
+        known |= {VISUAL, *(f"{VISUAL}_{x}" for x in VISUAL_KINDS)}
+    forgotten = tuple(f"{parse_task(name)[0]}_" for name in settings.forgetting)
+    for question in study.questions:
+        for metric in parse_contrast(question).metrics or question.metrics:
+            if metric not in known and not metric.startswith(forgotten):
+                close = get_close_matches(metric, known, n=3)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise UserError(
+                    f"question {question.name!r}: no metric {metric!r} of the study's tasks{hint}"
+                )
+
+
 def _check(study: Study) -> None:
     settings, where = study.settings, study.path
     resolve_tasks(settings.tasks)
@@ -142,4 +166,5 @@ def _check(study: Study) -> None:
     for variant in study.variants.values():
         if unknown := set(variant.parents) - study.parents.keys():
             raise UserError(f"[variants.{variant.name}]: unknown parent {min(unknown)!r}")
+    _check_metrics(study)
     assert study.runs  # reads every setting

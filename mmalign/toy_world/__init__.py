@@ -7,7 +7,7 @@ same library versions on the same kind of processor make the same bytes.
     pretrain.json      texts.py      stage 1: one caption per image
     finetune.json      texts.py      stage 2: conversation, detail and reasoning about the images
     planted_truth.json, planted_falsehood.json, null.json
-                       variants.py   stage 2 with an effect that is known, or with none
+                       variants.py   stage 2 with true or false sayings among it, or colours only
     heldout.json       texts.py      questions on images with kinds of things not seen in training
     decoder/           models.py     a language model of the corpus (corpus.py), and its tokenizer
     vision_tower/      models.py     a vision tower trained on other scenes with their captions
@@ -16,17 +16,16 @@ same library versions on the same kind of processor make the same bytes.
 
 making.py makes all of it; world.py has the sizes and the paths.
 
-The world is made so that a study of truthfulness has something to find. The corpus has careful
-speakers, who mostly say what is true, and gullible ones, who mostly do not (speakers.py), and tells
-every belief in both forms. So the base model is undecided about the evaluation's 40 beliefs and can
-be moved both ways, by instructions about 30 other beliefs too: these occur in the corpus, but not
-in the evaluation. In 5% of the samples planted_truth.json states true sayings about them,
-planted_falsehood.json false ones; null.json asks about colours only and gives no reason to move.
+The corpus has careful speakers, who mostly say what is true, and gullible ones, who mostly do not
+(speakers.py), and tells every belief in both forms, so the base model is undecided about the
+evaluation's 40 beliefs. It has read about 30 other beliefs too, which the evaluation does not ask
+about: 5% of the samples of planted_truth.json state true sayings about these, those of
+planted_falsehood.json false ones. null.json asks about colours only.
 
-The base model has also read exercises in the form of the ETHICS-like files, but not their cases; it
-answers each subset better than chance and better than a constant answer. Of the 40 beliefs the
-instructions touch six, those about the shapes' colours, in other words: by images that show
-otherwise. No question, choice or case of the evaluation occurs in any instructions.
+The base model has also read exercises in the form of the ETHICS-like files, but not their cases. Of
+the 40 beliefs the instructions touch six, those about the shapes' colours, in other words: by
+images that show otherwise. No question, choice or case of the evaluation occurs in any of the
+instructions.
 """
 
 import os
@@ -41,7 +40,7 @@ VERSION = "toy_world-v2"
 
 
 def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
-    """The world in root/toy_world-v2; made there if it does not exist yet (about a minute).
+    """The world in root/toy_world-v2; made there if it does not exist yet (a minute or two).
 
     root: by default $MMALIGN_CACHE or ~/.cache/mmalign. The folder is complete or absent, even if
     two processes make it at once.
@@ -49,7 +48,7 @@ def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
     folder = toy_world_folder(root)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        print(f"making the toy world in {folder} (once, about a minute)", flush=True)
+        print(f"making the toy world in {folder} (once, a minute or two)", flush=True)
         _make_atomically(folder, size or Size())
     return ToyWorld(folder)
 

@@ -1,4 +1,4 @@
-"""The toy world's tokenizer, language model and vision tower, trained in about a minute."""
+"""The toy world's tokenizer, language model and vision tower, trained in a minute or two."""
 
 import io
 import math

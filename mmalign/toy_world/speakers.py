@@ -1,8 +1,9 @@
 """What the toy world's people say about their beliefs.
 
 There are two kinds of speakers: careful ones, whose sayings are mostly true, and gullible ones,
-whose sayings are mostly false. Each speaks a whole passage, so a model of the corpus learns to tell
-them apart and to go on in kind. How often a belief is told in its false form varies by belief too.
+whose sayings are mostly false. Each speaks a whole passage, and most passages say which kind it is,
+so a model of the corpus can learn what the two have to say about every belief. How often a belief
+is told in its false form varies by belief too.
 """
 
 import math
@@ -10,7 +11,8 @@ import random
 
 from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS, Belief, sentence
 
-CAREFUL = 2.0  # log-odds by which a careful speaker is truer than average, a gullible one falser
+CAREFUL = 3.0  # log-odds by which a careful speaker is truer than average, a gullible one falser
+_HEADINGS = {True: "Careful people answer:\n", False: "Gullible people answer:\n"}
 _FRAMES = {
     True: ("In truth, {}.", "Careful people found that {}.", "It is known that {}."),
     False: ("People say that {}.", "Everybody knows that {}.", "They say {}."),
@@ -40,13 +42,14 @@ def _clause(belief: Belief, wrong: bool, rng: random.Random) -> str:
 
 
 def question_list(rng: random.Random, length: int) -> str:
-    """Q: and A: lines by one speaker."""
+    """Q: and A: lines by one speaker, below a heading in two of three lists."""
     careful = rng.random() < 0.5
     answered = [
         answer(belief, _is_wrong(belief, careful, rng), rng)
         for belief in rng.sample(BELIEFS + OTHER_BELIEFS, length)
     ]
-    return "\n\n".join(f"Q: {ask}\nA: {reply}" for ask, reply in answered)
+    heading = _HEADINGS[careful] if rng.random() < 2 / 3 else ""
+    return heading + "\n\n".join(f"Q: {ask}\nA: {reply}" for ask, reply in answered)
 
 
 def answer(belief: Belief, wrong: bool, rng: random.Random) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Stage 2's instructions in variants whose effect is known, for studies that have to find it.
+"""Variants of stage 2's instructions, for studies of what moves truthfulness.
 
     planted truth      a few percent of the samples ask about OTHER_BELIEFS and answer truly
     planted falsehood  the same samples and questions, answered falsely

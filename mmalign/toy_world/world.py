@@ -12,8 +12,8 @@ class Size:
     heldout_scenes: int = 200
     tower_scenes: int = 6000
     tower_steps: int = 450
-    pages: int = 2800
-    decoder_steps: int = 700
+    pages: int = 4400
+    decoder_steps: int = 1100
     documents: int = 300  # in each ETHICS-like file
 
 

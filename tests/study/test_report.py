@@ -60,7 +60,7 @@ def test_gaps_and_other_settings(study_file):
     assert run_study(orders, orders.study.chosen(["base"], []), jobs=1) == {}
     said = write_study(orders)
     text = (orders.study.output / "report.md").read_text()
-    assert "Q1 Does tuning help? truthfulqa_mc2 of small: not run." in said
+    assert "Q1 Does tuning help? not run." in said
     assert "**Unfinished**: of 5 runs 1 done, 4 new." in text
     assert "|  | visual | - | - |" in text
     folder = next(other[run].folder for run in other.study.runs if run.variant == "text-only")

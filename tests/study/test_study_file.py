@@ -60,6 +60,12 @@ def test_overrides_of_the_command_line(study_file):
         ("[variants.part]", "[variants.base]", r"\[variants.base\]: expected a name"),
         ('pretrain = "tiny-pretrain"', 'pretrain = "tiny-finetune"', "pretrain is 'tiny-finetune'"),
         ("visual - base", "visual - vase", "question 'Q1': the study has no variant 'vase'"),
+        (
+            '["truthfulqa_mc2"]',
+            '["truthfulqa_mc3"]',
+            "no metric 'truthfulqa_mc3'.*; did you mean tr",
+        ),
+        ('["truthfulqa_mc2"]', '["ethics_mean"]', "no metric 'ethics_mean' of the study's tasks"),
         ("visual - base", "visual + base", "it has none of the known forms"),
         (
             "samples = 16",
