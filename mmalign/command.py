@@ -65,8 +65,11 @@ def _end(kind, error, trace) -> None:
 sys.excepthook = _end
 
 
-class Stopped(Exception):
-    """A signal stopped the run; everything is saved, and the same command resumes it."""
+class Stopped(BaseException):
+    """A signal stopped the run; everything is saved, and the same command resumes it.
+
+    As KeyboardInterrupt it is no Exception: nobody who handles any error of a file may take it.
+    """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
 

@@ -46,6 +46,18 @@ def test_a_message_cannot_control_the_terminal():
     assert result.stderr == "error: a.bin: \\x1b[2J\\r\\u202e\nfix it\n"
 
 
+def test_a_signal_is_no_error_of_a_file():
+    """Whoever calls a damaged file's error by the file's name lets it pass."""
+    body = (
+        "import os, signal\n"
+        "with StopSignal():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except Exception as error:\n        raise UserError('the file is damaged') from error"
+    )
+    result = run(body)
+    assert result.returncode == 75 and "stopped by a signal" in result.stderr
+
+
 def test_a_bug_keeps_its_traceback():
     assert "Traceback" in run("assert 1 == 2").stderr
 

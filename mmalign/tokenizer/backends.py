@@ -120,7 +120,7 @@ def load_json(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except BaseException as error:  # bare Exceptions, and panics that are not even that
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         kind = known_kind(path) or f"not a tokenizer.json ({error})"
         raise UserError(f"{path} is {kind}") from error

@@ -156,10 +156,8 @@ def test_an_interrupted_export_is_complete_or_absent(whole, finished, small_disk
             (small_disk / name).unlink(missing_ok=True)
         whole_folders = [name for name in EXPORTED if (export / name).exists()]
         moments.append((code, *whole_folders))
-        assert code in (0, 1, -signal.SIGKILL) and "Traceback" not in text, text
-        assert (
-            way == signal.SIGKILL or code == 0 or re.search("a signal|o space left|GiB free", text)
-        ), text
+        assert "Traceback" not in text and code in (0, 1, -signal.SIGKILL, -signal.SIGTERM), text
+        assert code != 1 or re.search("a signal|o space left|GiB free", text), text
         assert newest_step(finished.run_dir) == finished.num_steps
         found = {x: y for x, y in exported_weights(finished.run_dir).items() if "/." not in x}
         for name in whole_folders:

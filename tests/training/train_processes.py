@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -92,4 +93,7 @@ def _run(config, rank, world_size, port, folder, prepare) -> None:
             sys.exit(1)
         except OSError as error:  # as command_line ends a script
             print(f"error: {reason(error)}")
+            sys.exit(1)
+        except Exception:
+            traceback.print_exc()  # while the file is open
             sys.exit(1)
