@@ -120,6 +120,8 @@ def test_missing_pictures_and_files(root):
     (root / "coco/val2014" / NAMES[2]).unlink()
     with pytest.raises(UserError, match=f"{NAMES[0]} and 1 more pictures of 4 not found"):
         TASKS["vqav2"].load(root)
+    save_pictures(root / "coco/val2014", NAMES[:1])
+    assert len(TASKS["vqav2"].load(root, limit=6)) == 6  # about the first two pictures
 
 
 # ---- captions ----

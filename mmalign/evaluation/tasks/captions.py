@@ -26,7 +26,6 @@ from mmalign.evaluation.tasks.vision_task import (
     VisionTask,
     VisualDocument,
     find_file,
-    find_pictures,
 )
 from mmalign.evaluation.tasks.vqav2 import COCO_PICTURES
 from mmalign.files import read_text, sha256
@@ -51,29 +50,27 @@ class Captions(VisionTask):
 
     files: tuple[str, ...]  # under data_root, the first that exists is read
     pool_files: tuple[str, ...]  # for the demonstrations of as-released
-    folders: tuple[str, ...]  # of the pictures
     prompt: str
     pool_size: int = 5000
 
     def read(self, data_root: Path) -> list[VisualDocument]:
         path = find_file(self.name, data_root, self.files)
         rows = _rows(path)
-        pictures = find_pictures(self.name, data_root, self.folders, [name for name, _ in rows])
         cider = Cider([[ptb_tokens(x) for x in captions] for _, captions in rows])
         demonstrations = self._demonstrations(data_root, len(rows))
         return [
             CaptionDocument(
                 task=self.name,
                 doc_id=index,
-                image=picture,
+                image=name,
                 question=self.prompt,
                 gold=captions,
                 demonstrations=earlier,
                 cider=cider,
                 index=index,
             )
-            for index, ((_, captions), picture, earlier) in enumerate(
-                zip(rows, pictures, demonstrations, strict=True)
+            for index, ((name, captions), earlier) in enumerate(
+                zip(rows, demonstrations, strict=True)
             )
         ]
 

@@ -22,7 +22,6 @@ from mmalign.evaluation.tasks.vision_task import (
     VisionTask,
     VisualDocument,
     find_file,
-    find_pictures,
 )
 from mmalign.evaluation.tasks.vqav2 import COCO_PICTURES
 from mmalign.evaluation.yes_no import auroc, parse_pope, parse_yes_no, yes_no_scores
@@ -37,24 +36,22 @@ FOLDERS = ("pope", "pope/output/coco", "POPE/output/coco", "pope/coco")
 @dataclass(frozen=True, kw_only=True)
 class Pope(VisionTask):
     asks_yes_no = True
+    folders: tuple[str, ...] = COCO_PICTURES
 
     def read(self, data_root: Path) -> list[VisualDocument]:
         """The lines of the three files in turn, so that a limit takes as many of each."""
         by_category = [_read(self._file(data_root, x), x) for x in CATEGORIES]
         rows = [row for row in chain(*zip_longest(*by_category)) if row]
-        pictures = find_pictures(
-            self.name, data_root, COCO_PICTURES, [row["image"] for row in rows]
-        )
         return [
             VisualDocument(
                 task=self.name,
                 doc_id=doc_id,
-                image=picture,
+                image=row["image"],
                 question=row["text"].strip() + ("" if self.released else SHORT_ANSWER),
                 gold=row["label"],
                 category=row["category"],
             )
-            for doc_id, (row, picture) in enumerate(zip(rows, pictures, strict=True))
+            for doc_id, row in enumerate(rows)
         ]
 
     def _file(self, data_root: Path, category: str) -> Path:

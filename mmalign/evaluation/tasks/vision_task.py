@@ -11,7 +11,7 @@ Intervals count the questions about one picture as one draw.
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -77,6 +77,15 @@ class VisionTask(Task):
 
     released: bool  # the protocol as-released
     options: GenerationOptions
+    folders: tuple[str, ...] = ()  # under data_root, that may hold the pictures; empty: read says
+
+    def load(self, data_root: str | Path, limit: int | None = None) -> list[VisualDocument]:
+        """As Task.load; pictures are looked for only where they are asked about."""
+        documents, root = super().load(data_root, limit), Path(data_root)
+        if not self.folders:
+            return documents
+        found = find_pictures(self.name, root, self.folders, [x.image for x in documents])
+        return [replace(x, image=path) for x, path in zip(documents, found, strict=True)]
 
     @property
     def protocol_name(self) -> Protocol:

@@ -16,7 +16,6 @@ from mmalign.evaluation.tasks.vision_task import (
     VisionTask,
     VisualDocument,
     find_file,
-    find_pictures,
 )
 from mmalign.evaluation.vqa_accuracy import Reading, most_common_answer, vqa_accuracy
 from mmalign.files import read_text, sha256
@@ -33,6 +32,7 @@ NUM_ANNOTATORS = 10
 @dataclass(frozen=True, kw_only=True)
 class VQAv2(VisionTask):
     right_or_wrong = False
+    folders: tuple[str, ...] = COCO_PICTURES
     num_released: tuple[int, int] = (
         2048,
         5000,
@@ -53,23 +53,19 @@ class VQAv2(VisionTask):
         demonstrations = [()] * len(questions)
         if self.released:
             questions, demonstrations = self._drawn(questions, annotations)
-        names = [f"COCO_val2014_{int(row['image_id']):012d}.jpg" for row in questions]
-        pictures = find_pictures(self.name, data_root, COCO_PICTURES, names)
         return [
-            self._document(doc_id, row, annotations[row["question_id"]], picture, earlier)
-            for doc_id, (row, picture, earlier) in enumerate(
-                zip(questions, pictures, demonstrations, strict=True)
-            )
+            self._document(doc_id, row, annotations[row["question_id"]], earlier)
+            for doc_id, (row, earlier) in enumerate(zip(questions, demonstrations, strict=True))
         ]
 
     def _document(
-        self, doc_id: int, row: dict, annotation: dict, picture: str, demonstrations: tuple
+        self, doc_id: int, row: dict, annotation: dict, demonstrations: tuple
     ) -> VisualDocument:
         question = row["question"].strip()
         return VisualDocument(
             task=self.name,
             doc_id=doc_id,
-            image=picture,
+            image=f"COCO_val2014_{int(row['image_id']):012d}.jpg",
             question=question if self.released else question + SHORT_ANSWER,
             gold={
                 "question_id": row["question_id"],
