@@ -40,11 +40,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     if (kAdds) added[i] = load_streaming(residual + begin + at, at < end);
     scales[i] = load_shared_by_all(weight + at, at < end);
   }
-  __syncwarp();  // else ptxas adds what came first, waiting, before it asks for the rest
   Compute<T> squares = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
     Vector<T> value = unpack<T>(values[i]);
     const Vector<T> other = kAdds ? unpack<T>(added[i]) : value;
 #pragma unroll
@@ -54,6 +52,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       squares += upcast(value.lanes[lane]) * upcast(value.lanes[lane]);
     }
     values[i] = bits_as<Packed>(value);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {  // not above: half of the loads would wait for an addition
+    const int at = (i * blockDim.x + threadIdx.x) * kLanes;
     if (kAdds && at < end) store(new_residual + begin + at, values[i]);
   }
   const Compute<T> factor = reciprocal_root(row_sum(squares, workspace, 0) / columns + eps);
