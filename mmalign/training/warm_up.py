@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from mmalign_kernels import dispatch
@@ -122,10 +123,8 @@ def _model(shapes: Shapes) -> Llava:
         if workload.vision:
             tower = VisionTower(replace(workload.vision, num_hidden_layers=LAYERS))
             projector = Projector(workload.vision.hidden_size, decoder_config.hidden_size)
-        ids = range(decoder_config.vocab_size - 3, decoder_config.vocab_size)
-        tokens = SimpleNamespace(
-            **dict(zip(("image_token_id", "im_start_id", "im_end_id"), ids, strict=True))
-        )
+        tokens: Any = SimpleNamespace()
+        tokens.image_token_id, tokens.im_start_id, tokens.im_end_id = 0, 1, 2  # any of its rows
         prefix_ids = range(_prefix_length(config))
         model = Llava(decoder, tower, projector, tokens, config.shortcuts, prefix_ids)
         model.to(META, DTYPES[config.precision])
