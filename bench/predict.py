@@ -20,6 +20,8 @@ os.environ.setdefault("MMALIGN_BENCH_DEVICE", "cuda")  # the rows of a GPU, on a
 
 from mmalign_kernels import costs
 
+from bench.bench_scoring import Scoring
+from bench.bench_train_step import RecipeStep
 from bench.comparison import COPY, Comparison
 from bench.gpu_work import operations, programs
 from bench.models import LLAMA2_7B, NUM_IMAGE_TOKENS
@@ -134,8 +136,10 @@ def predictions() -> dict:
         found = {title_of(one): seconds_of(one, card) for one in operations(more=None)}
         for part in ("pretrain", "finetune"):
             [step] = programs()[part]
+            assert isinstance(step, RecipeStep)
             found[title_of(step)] = step_seconds(step.recipe, step.micro_batch_tokens[0], card)
         for scoring in programs()["scoring"]:
+            assert isinstance(scoring, Scoring)
             found[scoring_title(scoring.task)] = scoring_seconds(scoring.task, card)
         seconds[card] = {name: float(f"{x:.3g}") for name, x in found.items()}
     return {"written by": "python -m bench.predict", "rates": CARDS, "seconds": seconds}

@@ -3,6 +3,7 @@
     loop.py            train(config): builds the parts, runs the steps, logs, evaluates, saves
     trainer.py         Trainer.train_step: micro-batches -> loss -> gradients -> optimizer
       build.py         paths, dataset, loader and model of a configuration
+      warm_up.py       compiles the kernels beside that, once per node
       sharding.py      DDP and FSDP2
       optimizer.py     the Optimizer protocol and AdamW; schedule.py: the learning rate
       step_result.py   a step's numbers, copied to the host while the next step runs

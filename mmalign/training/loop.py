@@ -40,6 +40,7 @@ from mmalign.training.run_folder import check_shared, write_config
 from mmalign.training.step_result import StepNumbers, StepResult
 from mmalign.training.telemetry import Telemetry
 from mmalign.training.trainer import Trainer
+from mmalign.training.warm_up import compiled_kernels
 from mmalign.validation import validate
 
 log = logging.getLogger("mmalign")
@@ -58,7 +59,7 @@ def train(config: TrainConfig) -> None:
         with owned(config.run_dir, "--run-dir", ranks):
             config = plan_run(config, ranks)  # refuses what does not fit in memory
             tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
-            with explain_out_of_memory(config, ranks):
+            with explain_out_of_memory(config, ranks), compiled_kernels(config, ranks, tokenizer):
                 loop = build_loop(config, ranks, tokenizer, stop)
             loop.run()
             export(loop.trainer.model, config, tokenizer, ranks)
