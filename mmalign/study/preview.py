@@ -129,7 +129,7 @@ def _totals(
     )
     for path, names in orders.missing.items():
         if path == TOY_WORLD:
-            lines.append("the toy world will be made first, in about a minute")
+            lines.append("the toy world will be made first, in a minute or two")
             continue
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         lines.append(f"missing: {path} ({names[0]}{more})")
