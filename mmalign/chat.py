@@ -13,14 +13,13 @@ from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
-from mmalign.files import Settings, read_json
+from mmalign.evaluation.vision_model import CHAT_TEMPLATES, choose_template, run_settings
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
 from mmalign.model.hf import is_llava, load_llava
 from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer
 
-CHAT_TEMPLATES = tuple(name for name, template in TEMPLATES.items() if not template.single_turn)
 if TYPE_CHECKING:
     ChatTemplate = str
 else:  # tyro lists the choices of --template and refuses others
@@ -124,28 +123,6 @@ class Conversation:
                 f"answer in the model's context of {self.max_length}; {remedy} something shorter"
             )
         return ids
-
-
-def run_settings(weights: Path) -> Settings:
-    """`data` in config.json of the run that exported this folder; empty for other folders."""
-    path = weights.absolute().parent.parent / "config.json"
-    if weights.absolute().parent.name != "export" or not path.is_file():
-        return Settings({}, path)
-    return Settings(read_json(path), path).section("data")
-
-
-def choose_template(weights: Path, given: str | None, settings: Settings) -> str:
-    template, known = given or settings.get("template"), ", ".join(CHAT_TEMPLATES)
-    if template is None:
-        raise UserError(
-            f"{weights} is not from a run, so its conversation template is unknown. "
-            f"Set --template to one of {known}"
-        )
-    if not isinstance(template, str) or template not in CHAT_TEMPLATES:
-        raise UserError(
-            f"template {template} is not for conversations. Set --template to one of {known}"
-        )
-    return template
 
 
 def _stripped(write: Callable[[str], None]) -> Callable[[int, str], None]:

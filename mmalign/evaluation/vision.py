@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mmalign.command import progress_bar
+from mmalign.data.templates import end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.answer_log import AnswerLog
 from mmalign.evaluation.corruptions import parse_corruptions
@@ -182,7 +183,11 @@ class VisionEvaluation:
         if task.asks_yes_no and words is None:
             log.warning("%s: yes and no begin with one token, so there are no log-odds", task.name)
         watch = words[0] + words[1] if words else []
-        options = replace(task.options, stop=task.options.stop or template.stop)
+        options = replace(
+            task.options,
+            stop=task.options.stop or template.stop,
+            end_ids=end_ids(template, self.model.tokenizer),
+        )
         missing = [x for x in documents if (task.name, x.doc_id) not in log_file.answers]
         done, label = len(documents) - len(missing), f"{task.name} {shown.name}".strip()
         bar = progress_bar(

@@ -19,13 +19,14 @@ from mmalign.data.templates import (
 )
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks.vision_task import VisualDocument
-from mmalign.files import read_json
+from mmalign.files import Settings, read_json
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Prompt
 from mmalign.model.hf import is_llava, load_llava
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
 
+CHAT_TEMPLATES = tuple(name for name, template in TEMPLATES.items() if not template.single_turn)
 YES, NO = ("Yes", "yes"), ("No", "no")  # as the first word of an answer
 
 
@@ -57,14 +58,8 @@ class VisionModel:
         cls, weights: Path, template: str | None, dtype: torch.dtype, device: torch.device
     ) -> "VisionModel":
         """template: None takes that of the run; other folders need one."""
-        settings = _run_settings(weights)
-        name, known = template or settings.get("template"), ", ".join(_CHAT_TEMPLATES)
-        if name not in _CHAT_TEMPLATES:
-            what = "unknown" if name is None else f"{name}, which is not for conversations"
-            raise UserError(
-                f"the conversation template of {weights} is {what}. Set --template to one of "
-                f"{known}"
-            )
+        settings = run_settings(weights)
+        name = choose_template(weights, template, settings)
         tokenizer, decoder = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
         has_im_tokens = tokenizer.im_end_id < decoder.vocab_size
         return cls(
@@ -73,7 +68,7 @@ class VisionModel:
             decoder,
             VisionConfig.from_hf(weights),
             name,
-            settings.get("use_im_start_end", has_im_tokens),
+            settings.flag("use_im_start_end", has_im_tokens),
         )
 
     @property
@@ -122,12 +117,23 @@ def log_odds(first_logprobs: Sequence[float], num_yes: int) -> float:
     return yes - no
 
 
-_CHAT_TEMPLATES = tuple(name for name, template in TEMPLATES.items() if not template.single_turn)
-
-
-def _run_settings(weights: Path) -> dict:
+def run_settings(weights: Path) -> Settings:
     """`data` in config.json of the run that exported this folder; empty for other folders."""
     path = weights.absolute().parent.parent / "config.json"
     if weights.absolute().parent.name != "export" or not path.is_file():
-        return {}
-    return read_json(path).get("data", {})
+        return Settings({}, path)
+    return Settings(read_json(path), path).section("data")
+
+
+def choose_template(weights: Path, given: str | None, settings: Settings) -> str:
+    template, known = given or settings.get("template"), ", ".join(CHAT_TEMPLATES)
+    if template is None:
+        raise UserError(
+            f"{weights} is not from a run, so its conversation template is unknown. "
+            f"Set --template to one of {known}"
+        )
+    if not isinstance(template, str) or template not in CHAT_TEMPLATES:
+        raise UserError(
+            f"template {template} is not for conversations. Set --template to one of {known}"
+        )
+    return template

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmalign.chat import choose_template, run_settings
 from mmalign.data.check import check_samples
 from mmalign.evaluation.report import read_run
 from mmalign.evaluation.report.sections import settings, training
+from mmalign.evaluation.vision_model import choose_template, run_settings
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset, resolve
 from mmalign.training.guards import LossSpikeDetector
