@@ -25,7 +25,7 @@ FROM_MEMORY |= {"_join_prefix_kernel", "_prefix_dq_kernel"}
 # Instructions per 128 bits of every thread. While memory moves these 512 bytes of a warp, Hopper's
 # multiprocessor issues 141 (H100) or 99 (H200). Random rounding of moments is not memory-bound.
 BUDGET = 70
-OVER_BUDGET = {"_adamw_rounding_kernel": 115}
+OVER_BUDGET = {"_adamw_rounding_kernel": 120}
 PRODUCTS = [x for x in compiler.families() if hasattr(compiler.launches(x), "MATRIX")]
 ALL = os.environ.get("MMALIGN_CODEGEN") == "all"
 PRODUCTION = (80, 90) if ALL else (90,)
