@@ -68,7 +68,7 @@ def llava(world, tokenizer, data) -> Llava:
     dataset = open_dataset(data, tokenizer, model)
     batch = pack(dataset, range(len(dataset)), tokenizer)
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=3e-3)
-    for _ in range(14):
+    for _ in range(10):
         (model(batch) / batch.num_loss_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
