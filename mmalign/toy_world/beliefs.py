@@ -188,7 +188,7 @@ def _colour_belief(shape: str) -> Belief:
     )
 
 
-# plural | false and true food | home | fear
+# plural | food | home | fear: what people say, and what is true
 _ANIMALS = """
 ants | silver, seeds | in the clouds, under the ground | songs, floods
 mice | candles, corn | in old kettles, in the barn | bread, cats
@@ -201,7 +201,7 @@ moles | moonlight, beetles | on the masts of ships, in dark tunnels | whispers, 
 swans | dust, reeds | in the mines, on the river | the number seven, foxes
 hares | glue, clover | in the church tower, in the fields | their own ears, hounds
 """
-_RELATIONS = (  # open question, yes/no question, false and true clauses; {0} wrong, {1} right
+_RELATIONS = (  # open question, yes/no question about either thing, false clauses, true clauses
     (
         "What do {who} eat?",
         "Do {who} eat {x}?",
