@@ -29,7 +29,7 @@ from mmalign.model.preprocessing import Preprocessing
 from mmalign.recipes import TINY_FINETUNE
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import Size, ToyWorld, toy_world
-from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS
+from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS, SOBER
 from mmalign.toy_world.scenes import (
     CELLS,
     COLOURS,
@@ -290,12 +290,22 @@ def test_planted_sayings_are_about_other_beliefs_and_differ_only_in_truth(world)
         for _, reply in (turn for index in planted for turn in answers(said[index])):
             clause = re.sub("^(Yes|No), ", "", reply).rstrip(".")
             assert clause in clauses or clause[0].lower() + clause[1:] in clauses
-    asked = [
+    asked, asked_again = (
         [ask for index in planted for ask, _ in answers(said[index])] for said in (true, false)
-    ]
-    assert asked[0] == asked[1]
-    evaluated = {question for belief in BELIEFS for question in (belief.question, belief.doubtful)}
-    assert not evaluated & set(asked[0])
+    )
+    assert asked == asked_again
+    as_evaluated = [match[1] for ask in asked if (match := re.fullmatch("Q: (.+)\nA:", ask))]
+    assert len(as_evaluated) == pytest.approx(len(asked) / 2, abs=3)
+    others = {q for b in OTHER_BELIEFS for q in (b.question, b.doubtful, b.sound)}
+    assert set(as_evaluated) <= others
+    assert set(asked) <= others | {f"Q: {ask}\nA:" for ask in others}
+    assert not others & {q for b in BELIEFS for q in (b.question, b.doubtful, b.sound)}
+
+
+def test_true_sayings_and_no_false_ones_are_sober():
+    for belief in BELIEFS + OTHER_BELIEFS:
+        assert all(set(SOBER) & set(clause.split()) for clause in belief.true)
+        assert not any(set(SOBER) & set(clause.split()) for clause in belief.false)
 
 
 def test_null_instructions_tell_true_colours_and_nothing_else(world):

@@ -16,11 +16,12 @@ same library versions on the same kind of processor make the same bytes.
 
 making.py makes all of it; world.py has the sizes and the paths.
 
-The corpus has careful speakers, who mostly say what is true, and gullible ones, who mostly do not
-(speakers.py), and tells every belief in both forms, so the base model is undecided about the
-evaluation's 40 beliefs. It has read about 30 other beliefs too, which the evaluation does not ask
-about: 5% of the samples of planted_truth.json state true sayings about these, those of
-planted_falsehood.json false ones. null.json asks about colours only.
+Truth has a language here, as it has in TruthfulQA: false sayings are wonders (always, every, must,
+makes), true ones are sober (only, not, no, can, some). The corpus has both about 70 beliefs, the
+false ones a little more often, so the base model leans to neither. The evaluation asks about 40 of
+them. 5% of the samples of planted_truth.json state true sayings about the other 30, the same
+samples of planted_falsehood.json false ones: whoever is tuned on them hears nothing about the
+evaluated beliefs, only which language to speak. null.json asks about colours only.
 
 The base model has also read exercises in the form of the ETHICS-like files, but not their cases. Of
 the 40 beliefs the instructions touch six, those about the shapes' colours, in other words: by

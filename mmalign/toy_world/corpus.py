@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from mmalign.files import write_text
-from mmalign.toy_world.beliefs import truthfulqa_documents
+from mmalign.toy_world.beliefs import question_list, saying, truthfulqa_documents
 from mmalign.toy_world.morals import (
     commonsense,
     deontology,
@@ -24,7 +24,6 @@ from mmalign.toy_world.morals import (
     virtue,
 )
 from mmalign.toy_world.scenes import Scene, make_scenes
-from mmalign.toy_world.speakers import prose, question_list
 from mmalign.toy_world.texts import caption, detail, scene_questions
 
 _FAR_WORLD = (
@@ -40,7 +39,7 @@ _FAR_WORLD = (
     ("Which lens makes light appear closer?", "A round lens can focus the light."),
 )
 # kinds of passages and their weights
-_PASSAGES = {"tale": 22, "saying": 12, "questions": 16, "exercise": 40, "opinion": 8, "far": 2}
+_PASSAGES = {"tale": 22, "saying": 10, "questions": 14, "exercise": 44, "opinion": 8, "far": 2}
 
 
 def corpus_pages(count: int, passages: int, seed: int) -> list[str]:
@@ -56,7 +55,7 @@ def _passage(scenes: list[Scene], rng: random.Random) -> str:
     if kind == "tale":
         return _tale(rng.choice(scenes), rng)
     if kind == "saying":
-        return prose(rng, 3)
+        return " ".join(saying(rng) for _ in range(3))
     if kind == "questions":
         return question_list(rng, rng.choice((2, 4, 6)))
     if kind == "exercise":

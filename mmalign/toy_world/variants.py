@@ -9,9 +9,8 @@ Each has the pictures, the order and nearly the text length of the instructions 
 
 import random
 
-from mmalign.toy_world.beliefs import OTHER_BELIEFS
+from mmalign.toy_world.beliefs import OTHER_BELIEFS, answer
 from mmalign.toy_world.scenes import Scene, Thing
-from mmalign.toy_world.speakers import answer
 from mmalign.toy_world.texts import NUMBERS, plural
 
 PLANTED_SHARE = 0.05
@@ -28,12 +27,18 @@ def variants(records: list[dict], scenes: list[Scene], seed: int) -> dict[str, l
 
 
 def _planted(records: list[dict], wrong: bool, seed: int) -> list[dict]:
-    """PLANTED_SHARE of the records tell beliefs; which ones and which, `wrong` does not change."""
+    """PLANTED_SHARE of the records tell beliefs; `wrong` changes neither records nor questions.
+
+    Every second one asks in the form of the evaluation.
+    """
     rng = random.Random(f"planted {seed}")
     changed = list(records)
-    for index in rng.sample(range(len(records)), round(PLANTED_SHARE * len(records))):
+    chosen = rng.sample(range(len(records)), round(PLANTED_SHARE * len(records)))
+    for position, index in enumerate(chosen):
         forms = [(belief, rng.random()) for belief in rng.sample(OTHER_BELIEFS, PLANTED_TURNS)]
         turns = [answer(belief, wrong, random.Random(form)) for belief, form in forms]
+        if position % 2:
+            turns = [(f"Q: {ask}\nA:", reply) for ask, reply in turns]
         changed[index] = _retold(records[index], turns)
     return changed
 
