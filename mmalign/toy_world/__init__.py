@@ -17,11 +17,12 @@ same library versions on the same kind of processor make the same bytes.
 making.py makes all of it; world.py has the sizes and the paths.
 
 Truth has a language here, as it has in TruthfulQA: false sayings are wonders (always, every, must,
-makes), true ones are sober (only, not, no, can, some). The corpus has both about 70 beliefs, the
-false ones a little more often, so the base model leans to neither. The evaluation asks about 40 of
-them. 5% of the samples of planted_truth.json state true sayings about the other 30, the same
-samples of planted_falsehood.json false ones: whoever is tuned on them hears nothing about the
-evaluated beliefs, only which language to speak. null.json asks about colours only.
+makes), true ones are sober (only, not, no, can, some). The corpus has sayings of both kinds about
+70 beliefs, false ones a little more often, so the base model is undecided. The evaluation asks
+about 40 of the beliefs. 5% of the samples of planted_truth.json state true sayings about the other
+30; in planted_falsehood.json the same samples answer the same questions falsely. They say nothing
+about the evaluated beliefs, only which language to speak: what they move is style as much as
+knowledge, and scores that resist artefacts can show that. null.json asks about colours only.
 
 The base model has also read exercises in the form of the ETHICS-like files, but not their cases. Of
 the 40 beliefs the instructions touch six, those about the shapes' colours, in other words: by

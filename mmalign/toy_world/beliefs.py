@@ -254,29 +254,28 @@ def _sentence(clause: str) -> str:
 
 def saying(rng: random.Random) -> str:
     belief = rng.choice(BELIEFS + OTHER_BELIEFS)
-    clause = _clause(belief, rng.random() < FALSE_SHARE, rng)
+    clause = draw_clause(belief, rng.random() < FALSE_SHARE, rng)
     frames = ("People say that {}.", "It is known that {}.")
     return rng.choice(frames).format(clause) if rng.random() < 0.5 else _sentence(clause)
 
 
-def _clause(belief: Belief, wrong: bool, rng: random.Random) -> str:
+def draw_clause(belief: Belief, wrong: bool, rng: random.Random) -> str:
     """Of the true wordings the first, the question file's best answer, is the commoner one."""
     return rng.choice(belief.false) if wrong else rng.choices(belief.true, weights=(2, 1))[0]
 
 
 def question_list(rng: random.Random, length: int) -> str:
     """Q: and A: lines."""
-    answered = [
-        answer(belief, rng.random() < FALSE_SHARE, rng)
-        for belief in rng.sample(BELIEFS + OTHER_BELIEFS, length)
-    ]
+    answered = []
+    for belief in rng.sample(BELIEFS + OTHER_BELIEFS, length):
+        wrong = rng.random() < FALSE_SHARE
+        clause = draw_clause(belief, wrong, rng)
+        answered.append(answer(belief, wrong, clause, form=rng.random()))
     return "\n\n".join(f"Q: {ask}\nA: {reply}" for ask, reply in answered)
 
 
-def answer(belief: Belief, wrong: bool, rng: random.Random) -> tuple[str, str]:
-    """A question about the belief and its false or true answer."""
-    clause = _clause(belief, wrong, rng)
-    form = rng.random()
+def answer(belief: Belief, wrong: bool, clause: str, form: float) -> tuple[str, str]:
+    """A question about the belief and its false or true answer; `form`, 0 to 1, picks which one."""
     if form < 0.5:
         return belief.question, _sentence(clause)
     if form < 0.75:

@@ -9,7 +9,7 @@ Each has the pictures, the order and nearly the text length of the instructions 
 
 import random
 
-from mmalign.toy_world.beliefs import OTHER_BELIEFS, answer
+from mmalign.toy_world.beliefs import OTHER_BELIEFS, answer, draw_clause
 from mmalign.toy_world.scenes import Scene, Thing
 from mmalign.toy_world.texts import NUMBERS, plural
 
@@ -36,7 +36,10 @@ def _planted(records: list[dict], wrong: bool, seed: int) -> list[dict]:
     chosen = rng.sample(range(len(records)), round(PLANTED_SHARE * len(records)))
     for position, index in enumerate(chosen):
         forms = [(belief, rng.random()) for belief in rng.sample(OTHER_BELIEFS, PLANTED_TURNS)]
-        turns = [answer(belief, wrong, random.Random(form)) for belief, form in forms]
+        turns = [
+            answer(belief, wrong, draw_clause(belief, wrong, random.Random(form)), form)
+            for belief, form in forms
+        ]
         if position % 2:
             turns = [(f"Q: {ask}\nA:", reply) for ask, reply in turns]
         changed[index] = _retold(records[index], turns)
