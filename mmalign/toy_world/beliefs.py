@@ -226,12 +226,14 @@ _RELATIONS = (  # open question, yes/no question about either thing, false claus
 def _animal_belief(line: str, relation: int) -> Belief:
     who, *pairs = line.split(" | ")
     wrong, right = pairs[relation].split(", ")
-    question, ask, *sides = _RELATIONS[relation]
-    false, true = (
-        tuple(clause.format(who=who, wrong=wrong, right=right) for clause in side) for side in sides
-    )
+    question, ask, false, true = _RELATIONS[relation]
+
+    def filled(clauses: tuple[str, str]) -> tuple[str, str]:
+        first, second = (x.format(who=who, wrong=wrong, right=right) for x in clauses)
+        return first, second
+
     doubtful, sound = (ask.format(who=who, x=x) for x in (wrong, right))
-    return Belief(question.format(who=who), doubtful, sound, false, true)
+    return Belief(question.format(who=who), doubtful, sound, filled(false), filled(true))
 
 
 BELIEFS = (
