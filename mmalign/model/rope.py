@@ -110,7 +110,12 @@ def read_rope(hf: Settings, max_positions: int) -> tuple[float, RopeScaling | No
     for key in ("rope_parameters", "rope_scaling"):
         rope = hf.section(key)
         rope.number("partial_rotary_factor", 1, 1, 1, null=True)
-        kinds = {rope.get(name) for name in ("rope_type", "type")} - set(_PLAIN)
+        kinds = set()
+        for name in ("rope_type", "type"):
+            kind = rope.get(name)
+            if kind is not None and not isinstance(kind, str):
+                raise rope.error(name, "a name")
+            kinds |= {kind} - set(_PLAIN)
         if kinds:
             scalings[key] = _read_scaling(hf, rope, key, kinds, max_positions)
         if rope.get("rope_theta") is not None:

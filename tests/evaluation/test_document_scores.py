@@ -14,6 +14,7 @@ from mmalign.evaluation.document_scores import MEANS, document_scores
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import MEANS as TASK_MEANS
 from mmalign.evaluation.tasks import TASKS, describe_data, load_documents, summarize
+from mmalign.evaluation.tasks.task import MultipleChoice
 from mmalign.evaluation.tasks.truthfulqa import ANSWER_ONLY, CATEGORIES
 
 
@@ -21,7 +22,7 @@ def make_items(root: Path, seed: int, limit: int | None = None, shift: float = 0
     """Items of a model that draws its log-likelihoods, a little better than chance."""
     rng = np.random.default_rng(seed)
     items = {}
-    names = [name for name in TASKS if name != "truthfulqa_gen"]
+    names = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice)]
     for name, documents in load_documents(names, root, limit).items():
         scores = []
         for document in documents:

@@ -67,7 +67,10 @@ def file_and_items(request, shared_data, tokenizer_model, tmp_path_factory):
     items = {}
     for name, documents in load_documents(["truthfulqa_mc1", "truthfulqa_mc2"], root).items():
         scores = [
-            [Score(-1.0, len(encoder.encode(*x, "x").target_ids), 0) for x in document.requests]
+            [
+                Score(-1.0, len(encoded.target_ids), 0)
+                for encoded in encoder.encode(document.requests, ["x"] * len(document.requests))
+            ]
             for document in documents
         ]
         items[name] = TASKS[name].make_items(documents, scores)

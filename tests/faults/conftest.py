@@ -98,9 +98,12 @@ def built(shared_data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def case(built, request, tmp_path, capsys, monkeypatch) -> Case:
+def case(built, request, tmp_path, capsys) -> Case:
     """The case whose number the test's name (test_07_...) or its parameter begins with."""
-    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)  # as basicConfig of a script
+    root = logging.getLogger()
+    before = root.level
+    request.addfinalizer(lambda: root.setLevel(before))
+    root.setLevel(logging.INFO)  # as basicConfig of a script
     name = request.node.callspec.id if hasattr(request.node, "callspec") else request.node.name
     number = re.search(r"\d\d", name)
     assert number

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from mmalign.model.config import DecoderConfig
 from mmalign.model.hf.files import WeightFiles
 from mmalign.tokenizer import Tokenizer
 
@@ -20,7 +22,6 @@ DECODERS = {
 }
 # case -> what the refusal of an evaluation of the case's decoder names
 EVALUATED = {
-    "12-rope-scaling-beside-rope-parameters": ("rope_scaling",),
     "13-weights-quantised-to-4-bits": ("quantization_config",),
     "33-weights-a-git-lfs-pointer": ("pytorch_model.bin", "pointer", "Download"),
     "60-index-names-a-file-outside": ("../outside.safetensors", "outside"),
@@ -56,6 +57,12 @@ def test_03_added_tokens_in_tokenizer_json_alone(case):
     case.train(
         model__decoder=case.folder / "decoder", data__path=case.folder / "data.json"
     ).succeeded("exported")
+
+
+def test_12_rope_scaling_beside_rope_parameters(case):
+    ours = DecoderConfig.from_hf(case.folder / "decoder").rope_scaling
+    theirs = AutoConfig.from_pretrained(case.folder / "decoder").rope_parameters
+    assert ours and (ours.rope_type, ours.factor) == (theirs["rope_type"], theirs["factor"])
 
 
 def test_04_eos_of_the_settings(case):

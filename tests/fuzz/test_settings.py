@@ -37,7 +37,6 @@ COMMANDS = {  # script: what it needs beside the option, and its numeric options
         "--data.path none --data.text-only True --model.tokenizer none",
         "data.max-length data.num-samples data.num-workers",
     ),
-    "reproduce": ("paper --output OUT", "limit batch-tokens evaluate-every"),
 }
 
 
