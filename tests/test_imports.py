@@ -1,6 +1,8 @@
 """Imports point one way, without circles: scripts -> study -> training -> evaluation -> ..."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -123,3 +125,17 @@ def test_no_circles():
 )
 def test_a_circle_is_found(edges, expected):
     assert circle({name: frozenset(targets) for name, targets in edges.items()}) == expected
+
+
+def test_commands_start_without_what_only_tests_and_gpus_need():
+    absent = ("triton", "transformers", "lm_eval", "pandas", "peft", "pytest")
+    scripts = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py"))
+    code = "\n".join(
+        [
+            "import runpy, sys",
+            f"sys.modules |= dict.fromkeys({absent})",
+            f"for name in {scripts}:",
+            f"    runpy.run_path(f'{REPOSITORY}/scripts/{{name}}.py', run_name='imported')",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from mmalign_kernels import dispatch
 from mmalign_kernels.triton import launch
-from mmalign_kernels.triton.compile_only import compile_only
 
 from mmalign.batch import PackedBatch
 from mmalign.config import TrainConfig
@@ -157,6 +156,8 @@ def _prefix_length(config: TrainConfig) -> int:
 
 def main() -> None:
     shapes, gpu, share, num_shares = pickle.load(sys.stdin.buffer)
+    from mmalign_kernels.triton.compile_only import compile_only  # only here is Triton sure
+
     names = compile_only(gpu, share, num_shares)
     with dispatch.use_backend("triton"):
         step_without_data(shapes)
