@@ -68,7 +68,7 @@ sys.excepthook = _end
 class Stopped(BaseException):
     """A signal stopped the run; everything is saved, and the same command resumes it.
 
-    As KeyboardInterrupt it is no Exception: nobody who handles any error of a file may take it.
+    A BaseException like KeyboardInterrupt, so that `except Exception` does not catch it.
     """
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

@@ -31,7 +31,7 @@ _PATTERNS = [
         (r"\d+(?:[ \xa0]\d+)?/\d+", 0),
         (r"\d+[-/]\d+[-/]\d+", 0),
         (r"\(\d{3}\)[ \xa0]?\d{3}[- ]\d{4}", 0),
-        # words, with an inner stop, hyphen or slash, and with an apostrophe that is no clitic's
+        # words, with an inner stop, hyphen or slash, and an apostrophe that begins no clitic
         (rf"{_ALNUM}+(?:[.!?_]{_LETTER}{_ALNUM}*)*", 0),
         (rf"{_ALNUM}(?:{_ALNUM}|[.,])*(?:[-\u2011]{_ALNUM}+)+", 0),
         (rf"{_ALNUM}+(?:-{_LETTER}+){{0,2}}(?:/{_ALNUM}+(?:-{_LETTER}+){{0,2}}){{1,2}}", 0),
