@@ -116,3 +116,24 @@ def plot_yes_rates(points: Mapping[str, Sequence[tuple[float, float]]], path: Pa
         figure.legend(loc="outside right upper", fontsize=8)
         figure.savefig(path)
         plt.close(figure)
+
+
+def plot_styles(points: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
+    """points: name of the variant -> (r with length, r with hedging, gain) of each of its runs."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(8.2, 3.6), sharey=True, layout="constrained")
+        for axes, style in zip(panels, ("length", "hedging"), strict=True):
+            axes.axhline(0, color="black", linewidth=1)
+            axes.axvline(0, color="black", linewidth=1)
+            axes.set_xlim(-1, 1)
+            axes.set_xlabel(f"r of a choice's gain with its {style}")
+        panels[0].set_ylabel("gain in mc2 over the base (points)")
+        for index, (name, found) in enumerate(points.items()):
+            *styles, gains = np.array(found).T
+            marker, color = "osD^v"[index // len(COLORS) % 5], COLORS[index % len(COLORS)]
+            for axes, r in zip(panels, styles, strict=True):
+                label = name if axes is panels[0] else None
+                axes.plot(r, 100 * gains, marker, color=color, label=label, markersize=5.5)
+        figure.legend(loc="outside right upper", fontsize=8)
+        figure.savefig(path)
+        plt.close(figure)

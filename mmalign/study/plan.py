@@ -17,6 +17,7 @@ from pathlib import Path
 from mmalign.config import TrainConfig
 from mmalign.data.controls import CONTROLS
 from mmalign.errors import UserError
+from mmalign.evaluation.tasks import TASKS, resolve_tasks
 from mmalign.recipes import RECIPES
 from mmalign.study.contrasts import BASE, BASE_SEED, Question
 from mmalign.study.settings import with_settings
@@ -176,7 +177,11 @@ class Study:
         config = RECIPES[recipe][1]
         model = {"model.decoder": parent.decoder, "model.vision-tower": parent.vision_tower}
         given = {name: value for name, value in model.items() if value}
-        evaluation = {"evaluation.data-root": self.settings.evaluation_data}
+        scored = resolve_tasks(self.settings.tasks)
+        evaluation = {
+            "evaluation.data-root": self.settings.evaluation_data,
+            "evaluation.tasks": [x for x in scored if TASKS[x].kind == "loglikelihood"],
+        }
         config = with_settings(config, given | evaluation | self.stages[stage], f"[{stage}]")
         config = replace(with_settings(config, settings, where), seed=seed)
         validate(config)

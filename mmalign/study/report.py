@@ -4,15 +4,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from mmalign.evaluation.items import read_items
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.report.tables import bullets
 from mmalign.evaluation.visual_questions import guessing
 from mmalign.files import markdown_table, write_text
 from mmalign.ownership import owned
 from mmalign.study import figures
+from mmalign.study.checkpoint_noise import LAST, Noise, checkpoint_noise
 from mmalign.study.contrasts import (
     BASE,
     BASE_SEED,
@@ -22,8 +20,9 @@ from mmalign.study.contrasts import (
     verdict_sentence,
     words,
 )
+from mmalign.study.gains import TRUTHFULNESS, category_gains, style_correlations, yes_rates
 from mmalign.study.identity import Orders
-from mmalign.study.plan import Run, Variant
+from mmalign.study.plan import Variant
 from mmalign.study.provenance import provenance
 from mmalign.study.scores import VISUAL, collect, write_parquet
 from mmalign.study.tables import (
@@ -38,9 +37,6 @@ from mmalign.study.tables import (
     write_tables,
 )
 
-CATEGORIES = "truthfulqa_mc2"  # the metric whose gain is drawn by category
-YES_AND_GAIN = ("ethics_yes_rate_mean", "ethics_mean")
-
 
 def write_study(orders: Orders) -> str:
     """Writes documents.parquet, the CSV files, the figures and report.md from what is done.
@@ -53,13 +49,14 @@ def write_study(orders: Orders) -> str:
         scores = collect(orders)
         answers = _planned(orders, answer(study.questions, scores, list(study.parents)))
         write_parquet(folder / "documents.parquet", scores)
-        write_tables(folder, orders, scores, answers)
+        noise = checkpoint_noise(orders)
+        write_tables(folder, orders, scores, answers, noise)
         blocks = [
             *_verdicts(orders, answers),
             *_score_sections(orders, scores),
             *_visual(orders, scores),
             *_forgetting(orders, scores),
-            *_contrasts(folder, answers, scores),
+            *_contrasts(folder, answers, scores, noise),
             *_by_seed(orders, scores),
             *_figures(folder, orders, scores),
             *provenance(orders),
@@ -187,11 +184,13 @@ def _change(test: Answer) -> str:
     return f"{100 * test.estimate.value:+.1f}{mark}"
 
 
-def _contrasts(folder: Path, answers: Sequence[Answer], scores: Scores) -> Iterator[str]:
+def _contrasts(
+    folder: Path, answers: Sequence[Answer], scores: Scores, noise: Noise
+) -> Iterator[str]:
     if not answers:
         return
     yield "## Contrasts"
-    yield contrast_table(answers)
+    yield contrast_table(answers, noise)
     if any(test.estimate for test in answers):
         figures.plot_contrasts(answers, folder / "contrasts.png")
         yield "![Every contrast with its interval](contrasts.png)"
@@ -202,6 +201,12 @@ def _contrasts(folder: Path, answers: Sequence[Answer], scores: Scores) -> Itera
         "is about these checkpoints only. Holm's correction runs within each family. *detectable*: "
         "the smallest difference that 80% of such studies would find."
     )
+    if noise:
+        yield (
+            f"*checkpoints*: how far the difference moves between the last {LAST} evaluations "
+            "during training (a standard deviation, on the documents that training scored); a "
+            "difference of its size depends on where training ended."
+        )
 
 
 def _by_seed(orders: Orders, scores: Scores) -> Iterator[str]:
@@ -223,53 +228,14 @@ def _by_seed(orders: Orders, scores: Scores) -> Iterator[str]:
     yield "Verdicts of as many studies with one seed each, which see no noise of seeds."
 
 
-# ---- figures by category and by the share of yes ----
-
-
 def _figures(folder: Path, orders: Orders, scores: Scores) -> Iterator[str]:
-    if gains := _category_gains(orders, scores):
-        figures.plot_categories(gains, CATEGORIES, folder / "categories.png")
+    if gains := category_gains(orders, scores):
+        figures.plot_categories(gains, TRUTHFULNESS, folder / "categories.png")
         yield "## Where gains come from"
         yield "![Gain by category of TruthfulQA](categories.png)"
-    if points := _yes_rates(scores):
+    if found := style_correlations(orders):
+        figures.plot_styles(found, folder / "style.png")
+        yield "![Gain in TruthfulQA against its correlation with style](style.png)"
+    if points := yes_rates(scores):
         figures.plot_yes_rates(points, folder / "yes_rates.png")
         yield "![Gain in ETHICS against the change of the share of yes](yes_rates.png)"
-
-
-def _category_gains(orders: Orders, scores: Scores) -> dict[str, dict[str, tuple[float, int]]]:
-    """Variant -> category -> (gain over the base, documents), of the first parent with scores."""
-    for parent in orders.study.parents:
-        base = next(x for x in orders.study.runs if (x.parent, x.variant) == (parent, BASE))
-        rows = _items(orders, base).get(CATEGORIES, [])
-        names = np.array([row.get("category") or "" for row in rows])
-        if not len(names) or not names.all():
-            continue
-        reference = scores[parent, BASE, base.seed][CATEGORIES].values
-        gains = {}
-        for variant in orders.study.variants:
-            runs = [x[CATEGORIES].values for k, x in scores.items() if k[:2] == (parent, variant)]
-            if runs:
-                gained = np.mean(runs, axis=0) - reference
-                kinds = sorted(set(names))
-                gains[variant] = {
-                    x: (float(gained[names == x].mean()), int((names == x).sum())) for x in kinds
-                }
-        return gains
-    return {}
-
-
-def _items(orders: Orders, run: Run) -> dict:
-    return read_items(orders[run].scores) if orders.state(run) == "done" else {}
-
-
-def _yes_rates(scores: Scores) -> dict[str, list[tuple[float, float]]]:
-    """Variant -> (change of the share of yes, gain in the mean of ETHICS) of each of its runs."""
-    found = defaultdict(list)
-    for parent, variant, seed in scores:
-        one = {key: run for key, run in scores.items() if key[2] in (seed, BASE_SEED)}
-        if variant != BASE:
-            tests = [gain(one, parent, variant, metric) for metric in YES_AND_GAIN]
-            values = [test.estimate.value for test in tests if test.estimate]
-            if len(values) == 2:
-                found[variant].append((values[0], values[1]))
-    return dict(found)

@@ -11,6 +11,7 @@ from mmalign.evaluation.items import read_results
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.tasks import TASKS, score_rows
 from mmalign.files import markdown_table
+from mmalign.study.checkpoint_noise import Noise, noise_of
 from mmalign.study.contrasts import BASE, BASE_SEED, Answer, Question, RunKey, answer
 from mmalign.study.identity import Orders
 from mmalign.study.plan import Run, Variant
@@ -109,18 +110,23 @@ def _references(orders: Orders, metrics: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def contrast_table(answers: Sequence[Answer]) -> str:
+def contrast_table(answers: Sequence[Answer], noise: Noise) -> str:
+    """With a column of `noise` where there is any."""
     rows = []
     for test in answers:
         found = test.estimate
         row = [test.question.name, f"`{test.question.contrast}`", test.parent, test.metric]
         if found is None:
-            rows.append([*row, *[GAP] * 4, test.verdict])
+            rows.append([*row, *[GAP] * (5 if noise else 4), test.verdict])
             continue
         low, high = (100 * bound for bound in found.interval())
         row += [f"{100 * found.value:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{test.p_holm:.2g}"]
+        if noise:
+            moved = noise_of(test, noise)
+            row.append(GAP if moved is None else f"± {100 * moved:.1f}")
         rows.append([*row, f"{100 * test.detectable:.1f}", test.verdict])
     headings = ["question", "contrast", "parent", "metric", "points", "95%", "p (Holm)"]
+    headings += ["checkpoints"] if noise else []
     return markdown_table([*headings, "detectable", "verdict"], rows, ":---")
 
 
@@ -134,7 +140,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         writer.writerows(rows)
 
 
-def write_tables(folder: Path, orders: Orders, scores: Scores, answers: Sequence[Answer]) -> None:
+def write_tables(
+    folder: Path, orders: Orders, scores: Scores, answers: Sequence[Answer], noise: Noise
+) -> None:
     """scores.csv: every metric of every run; contrasts.csv: every test; runs.csv: every run."""
     lines = []
     for (parent, variant, seed), run in scores.items():
@@ -147,21 +155,21 @@ def write_tables(folder: Path, orders: Orders, scores: Scores, answers: Sequence
     columns += ("seed_error", "document_error", "degrees_of_freedom", "num_seeds", "p", "p_holm")
     write_csv(
         folder / "contrasts.csv",
-        (*columns, "detectable", "verdict"),
-        [_contrast_line(test) for test in answers],
+        (*columns, "detectable", "checkpoint_noise", "verdict"),
+        [_contrast_line(test, noise_of(test, noise)) for test in answers],
     )
     columns = ("parent", "variant", "seed", "state", "folder", "seconds", "reason")
     write_csv(folder / "runs.csv", columns, [_run_line(orders, run) for run in orders.study.runs])
 
 
-def _contrast_line(test: Answer) -> tuple:
+def _contrast_line(test: Answer, noise: float | None) -> tuple:
     asked, found = test.question, test.estimate
     about = (asked.name, asked.contrast, asked.family, test.parent, test.metric)
     if found is None:
-        return (*about, *[""] * 10, test.verdict)
+        return (*about, *[""] * 11, test.verdict)
     errors = (found.seed_error, found.document_error, found.degrees_of_freedom)
     numbers = (found.value, *found.interval(), *errors, test.num_seeds, test.p, test.p_holm)
-    return (*about, *numbers, test.detectable, test.verdict)
+    return (*about, *numbers, test.detectable, "" if noise is None else noise, test.verdict)
 
 
 def _run_line(orders: Orders, run: Run) -> tuple:

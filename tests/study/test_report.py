@@ -3,8 +3,11 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 
+from mmalign.evaluation.items import read_items
+from mmalign.study.gains import style_correlations
 from mmalign.study.identity import Orders
 from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
@@ -65,3 +68,29 @@ def test_gaps_and_other_settings(study_file):
     assert "|  | visual | - | - |" in text
     folder = next(other[run].folder for run in other.study.runs if run.variant == "text-only")
     assert f"`{folder}`: num_steps 2 (here 3)" in text
+
+
+def test_gain_and_style_of_each_run(finished):
+    """As NumPy's correlation of the same choices."""
+    found = style_correlations(finished)
+    assert list(found) == ["visual", "text-only", "part"]
+    base, own = (
+        read_items(finished[run].scores)["truthfulqa_mc2"]
+        for run in (
+            next(x for x in finished.study.runs if x.variant == "base"),
+            next(x for x in finished.study.runs if (x.variant, x.seed) == ("visual", 1)),
+        )
+    )
+    raised, length = [], []
+    for a, b in zip(base, own, strict=True):
+        pairs = zip(a["choices"], b["choices"], strict=True)
+        gain = [y["loglikelihood"] - x["loglikelihood"] for x, y in pairs]
+        tokens = [x["num_tokens"] for x in a["choices"]]
+        raised += list(np.array(gain) - np.mean(gain))
+        length += list(np.array(tokens) - np.mean(tokens))
+    assert np.std(length) > 0
+    expected = np.corrcoef(raised, length)[0, 1]
+    assert found["visual"][1][0] == pytest.approx(expected)
+    gained = np.mean([y["score"] - x["score"] for x, y in zip(base, own, strict=True)])
+    assert found["visual"][1][2] == pytest.approx(gained)
+    assert (finished.study.output / "style.png").exists()

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from mmalign.command import Stopped
 from mmalign.study import schedule
 from mmalign.study.identity import Orders
@@ -18,7 +20,6 @@ from mmalign.study.study_file import read_study
 from tests.conftest import REPOSITORY
 from tests.study.conftest import STUDY
 
-NUM_KILLS = int(os.environ.get("MMALIGN_KILLS", 2))
 ONE_SEED = STUDY.replace("[0, 1]", "[0]")
 
 
@@ -161,10 +162,11 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_killed_at_random_moments(study_file, finished):
+@pytest.mark.kills
+def test_killed_at_random_moments(study_file, finished, num_moments):
     """kill -9 of the study, with its runs or without; in the end two shells at once finish it."""
     path, rng = study_file(), random.Random(14)
-    for _ in range(NUM_KILLS):
+    for _ in range(num_moments):
         running = command(path, "--jobs", "2")
         moment = time.monotonic() + rng.uniform(3, 12)
         while time.monotonic() < moment and running.poll() is None:
