@@ -16,7 +16,7 @@ import numpy as np
 
 from mmalign.evaluation.requests import Request, TextEncoder
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
-from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.multiple_choice import Document
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world.corpus import corpus_pages, write_evaluation
 from mmalign.toy_world.models import train_tokenizer

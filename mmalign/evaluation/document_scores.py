@@ -8,7 +8,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.items import Items
 from mmalign.evaluation.tasks import MEANS as TASK_MEANS
 from mmalign.evaluation.tasks import TASKS
-from mmalign.evaluation.tasks.ethics import BESIDE_OF_ALL
+from mmalign.evaluation.tasks.ethics_subset import BESIDE_OF_ALL
 
 # Unweighted means of metrics on different documents: name -> its metrics.
 MEANS: dict[str, tuple[str, ...]] = {

@@ -23,7 +23,8 @@ from mmalign.evaluation.tasks import (
     resolve_tasks,
     summarize,
 )
-from mmalign.evaluation.tasks.task import Document, FreeForm, OpenDocument
+from mmalign.evaluation.tasks.free_form import FreeForm, OpenDocument
+from mmalign.evaluation.tasks.multiple_choice import Document
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate

@@ -23,7 +23,7 @@ from bench.documents import NumberTokenizer, spread, synthetic_ethics, synthetic
 from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
 from bench.train_step import HuggingFaceModel, hugging_face_model
 from mmalign.evaluation.scoring import plan_scoring
-from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.multiple_choice import Document
 
 CPU = torch.device("cpu")
 TINY = Size(

@@ -8,7 +8,7 @@ from mmalign.evaluation.beside import summarize_beside
 from mmalign.evaluation.items import PROTOCOL, write_items
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import TASKS, summarize
-from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.multiple_choice import Document
 from mmalign.evaluation.tasks.truthfulqa_gen import SIMILARITIES
 from mmalign.system import versions
 

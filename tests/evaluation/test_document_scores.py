@@ -14,7 +14,7 @@ from mmalign.evaluation.document_scores import MEANS, document_scores
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import MEANS as TASK_MEANS
 from mmalign.evaluation.tasks import TASKS, describe_data, load_documents, summarize
-from mmalign.evaluation.tasks.task import MultipleChoice
+from mmalign.evaluation.tasks.multiple_choice import MultipleChoice
 from mmalign.evaluation.tasks.truthfulqa import ANSWER_ONLY, CATEGORIES
 
 

@@ -18,7 +18,7 @@ from mmalign.evaluation.evaluation import evaluate_model, find_weights
 from mmalign.evaluation.items import read_items, read_results, write_items
 from mmalign.evaluation.scoring import score_requests
 from mmalign.evaluation.tasks import load_documents, resolve_tasks
-from mmalign.evaluation.tasks.ethics import BESIDE_OF_ALL
+from mmalign.evaluation.tasks.ethics_subset import BESIDE_OF_ALL
 from mmalign.system import choose_precision
 
 from .conftest import save_llama

@@ -9,7 +9,7 @@ from mmalign.evaluation.metrics import true_share
 from mmalign.evaluation.scoring import Score
 from mmalign.evaluation.tasks import TASKS, load_documents, summarize
 from mmalign.evaluation.tasks.ethics import SUBSETS
-from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.multiple_choice import Document
 
 OUR_NAME = {"ethics_cm": "ethics_commonsense"}
 

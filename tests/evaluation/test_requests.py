@@ -9,7 +9,7 @@ import pytest
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import TASKS, describe_data, load_documents, resolve_tasks
 from mmalign.evaluation.tasks.ethics import SUBSETS
-from mmalign.evaluation.tasks.task import request_bytes
+from mmalign.evaluation.tasks.multiple_choice import request_bytes
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
 
 LABEL_OF = {" yes": "1", " no": "0", " reasonable": "1", " unreasonable": "0"}

@@ -10,7 +10,7 @@ import pytest
 
 from mmalign.evaluation.evaluation import Evaluation
 from mmalign.evaluation.tasks import TASKS, load_documents
-from mmalign.evaluation.tasks.task import Document
+from mmalign.evaluation.tasks.multiple_choice import Document
 from mmalign.evaluation.tasks.vision_task import VisionTask
 from mmalign.model.config import DecoderConfig
 from mmalign.tokenizer import Tokenizer

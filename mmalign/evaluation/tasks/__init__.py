@@ -1,9 +1,9 @@
 """All tasks by name, and what they are called on the command line.
 
 A new task is a file beside this one with its TASKS, plus its name in _FILES; evaluation,
-comparison, report and help text take it from here. task.py says what a task has to provide;
-truthfulqa.py and ethics.py are multiple choice, truthfulqa_gen.py has free-form answers, the others
-ask about pictures (vision_task.py).
+comparison, report and help text take it from here. task.py says what a task has to provide, and
+each kind has a base: multiple_choice.py (truthfulqa.py, ethics.py), free_form.py
+(truthfulqa_gen.py) and vision_task.py (the others).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

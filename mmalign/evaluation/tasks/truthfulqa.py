@@ -18,7 +18,8 @@ from mmalign.evaluation import choice_scores
 from mmalign.evaluation.metrics import percent, true_share
 from mmalign.evaluation.rules import CHOOSING, SCORING, rule_rows
 from mmalign.evaluation.statistics import bootstrap_means, percentile_interval
-from mmalign.evaluation.tasks.task import BOOTSTRAP, Document, MultipleChoice, choice_tokens
+from mmalign.evaluation.tasks.multiple_choice import Document, MultipleChoice, choice_tokens
+from mmalign.evaluation.tasks.task import BOOTSTRAP
 from mmalign.files import read_text, sha256
 
 FILE = "truthfulqa/mc_task.json"

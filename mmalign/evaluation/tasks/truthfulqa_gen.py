@@ -26,7 +26,8 @@ import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.statistics import bootstrap_means, percentile_interval, wilson_interval
-from mmalign.evaluation.tasks.task import BOOTSTRAP, WILSON, FreeForm, Metric, OpenDocument, digest
+from mmalign.evaluation.tasks.free_form import FreeForm, OpenDocument
+from mmalign.evaluation.tasks.task import BOOTSTRAP, WILSON, Metric, digest
 from mmalign.evaluation.tasks.truthfulqa import PROMPT
 from mmalign.files import read_text, sha256
 from mmalign.model.generate import Generation, GenerationOptions
