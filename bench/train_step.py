@@ -217,7 +217,7 @@ def padded_batch(samples: Samples, indices: list[int], model: Llava) -> dict[str
         input_ids[row, :length] = torch.from_numpy(sample.input_ids)
         labels[row, :length] = torch.from_numpy(sample.labels)
         attention_mask[row, :length] = 1
-    pixels = torch.stack([samples.pixels[i] for i in indices]).to(DEVICE)
+    pixels = torch.cat([samples.pixels[i] for i in indices]).to(DEVICE)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
     assert model.vision_tower is not None

@@ -1,11 +1,14 @@
-"""Multi-turn conversations with a model, about an image or without one."""
+"""Multi-turn conversations with a model, about images or without any."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
 
 from mmalign.data.images import load_image
 from mmalign.data.samples import Turn
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     ChatTemplate = str
 else:  # tyro lists the choices of --template and refuses others
     ChatTemplate = Literal[CHAT_TEMPLATES]
-_COMMANDS = "/image PATH: ask about an image    /new: start over    /quit or Ctrl-D: end"
+_COMMANDS = "/image PATH: show an image with the next question    /new: start over    /quit: end"
 
 
 class Conversation:
@@ -38,7 +41,7 @@ class Conversation:
     def __init__(
         self,
         model: str | Path,
-        image: Path | None = None,
+        images: Sequence[Path] = (),
         template: str | None = None,
         precision: str = "fp32",
         device: str = "auto",
@@ -51,25 +54,27 @@ class Conversation:
         config = DecoderConfig.from_hf(weights)
         self.max_length = config.context_length
         self.vision = VisionConfig.from_hf(weights) if is_llava(weights) else None
-        self.start(image)  # before loading the weights: a bad image fails at once
+        self.start()
+        for image in images:  # before loading the weights: a bad image fails at once
+            self.show(image)
         self.tokenizer = Tokenizer.from_pretrained(weights)
         has_im_tokens = self.tokenizer.im_end_id < config.vocab_size
         self.use_im_start_end = settings.flag("use_im_start_end", has_im_tokens)
         self.llava = load_llava(weights, self.tokenizer, DTYPES[precision]).to(target)
 
-    def start(self, image: Path | None = None) -> None:
-        """Removes all turns; the next question is about this image."""
-        if image is None:
-            pixels = None
-        elif self.vision is None:
+    def start(self) -> None:
+        """Removes all turns and images."""
+        self.turns: list[Turn] = []
+        self.images: list[Tensor] = []  # (3, crop_size, crop_size) uint8 each
+
+    def show(self, image: Path) -> None:
+        """The next question is about this image, beside others shown since the last question."""
+        if self.vision is None:
             raise UserError(
                 f"{self.weights} is a language model without a vision tower, so it takes no image. "
                 "Name a run that was finetuned on images, or ask without --image"
             )
-        else:
-            pixels = load_image(image, self.vision.preprocessing)[None]
-        self.pixels = pixels  # (1, 3, crop_size, crop_size) uint8
-        self.turns: list[Turn] = []
+        self.images.append(load_image(image, self.vision.preprocessing))
 
     def ask(
         self, question: str, options: GenerationOptions, write: Callable[[str], None]
@@ -77,7 +82,8 @@ class Conversation:
         """The answer; `write` receives it in pieces, stripped of white space at both ends.
 
         options: max_new_tokens is limited by the model's context; the stop strings are replaced by
-        the template's. UserError for an unusable question.
+        the template's. Images stand where the question has <image>, or else before it. UserError
+        for an unusable question.
         """
         turns = [*self.turns, self._turn(question)]
         input_ids = self._encode(turns)
@@ -88,7 +94,8 @@ class Conversation:
             stop=self.template.stop,
             end_ids=end_ids(self.template, self.tokenizer),
         )
-        prompt, on_text = Prompt(input_ids, self.pixels), _stripped(write)
+        pixels = torch.stack(self.images) if self.images else None
+        prompt, on_text = Prompt(input_ids, pixels), _stripped(write)
         (answer,) = generate(self.llava, self.tokenizer, [prompt], options, on_text=on_text)
         self.turns = [*turns, Turn("gpt", answer.text.strip())]
         return answer
@@ -101,10 +108,14 @@ class Conversation:
             raise UserError("the question is not UTF-8 text") from None
         if not question:
             raise UserError("the question is empty")
-        if IMAGE in question:
-            raise UserError(f"remove {IMAGE} from the question: the image is put in front of it")
-        has_image = self.pixels is not None and not self.turns
-        return Turn("human", f"{IMAGE}\n{question}" if has_image else question)
+        num_new = len(self.images) - sum(turn.text.count(IMAGE) for turn in self.turns)
+        num_places = question.count(IMAGE)
+        if num_places not in (0, num_new):
+            raise UserError(
+                f"the question has {num_places} {IMAGE}, but {num_new} images are shown with it. "
+                f"Write {IMAGE} once for each, or remove it: images then come before the question"
+            )
+        return Turn("human", question if num_places else f"{IMAGE}\n" * num_new + question)
 
     def _encode(self, turns: list[Turn]) -> list[int]:
         tokenizer = self.tokenizer
@@ -112,11 +123,11 @@ class Conversation:
         if tokenizer.image_token_id in ids:
             name = tokenizer.token(tokenizer.image_token_id)
             raise UserError(f"remove {name} from the question: it marks image positions")
-        num_patches = self.vision.num_patches if self.vision and self.pixels is not None else 0
-        patches = [tokenizer.image_token_id] * num_patches
+        patches = [tokenizer.image_token_id] * (self.vision.num_patches if self.vision else 0)
         ids = [x for i in ids for x in (patches if i == IMAGE_SENTINEL else [i])]
         if len(ids) >= self.max_length:
-            image = f" ({num_patches} of them the image)" if num_patches else ""
+            num_patches = ids.count(tokenizer.image_token_id)
+            image = f" ({num_patches} of them of images)" if num_patches else ""
             remedy = "start over or ask" if self.turns else "ask"
             raise UserError(
                 f"the conversation has {len(ids)} tokens{image}, which leaves no space for an "
@@ -199,7 +210,7 @@ def _run_line(conversation: Conversation, line: str, options: GenerationOptions)
         path = rest.strip().strip("'\"")
         if not path:
             raise UserError("/image needs the path of an image")
-        conversation.start(Path(path).expanduser())
+        conversation.show(Path(path).expanduser())
     elif command.startswith("/"):
         raise UserError(f"unknown command {command}. {_COMMANDS}")
     elif line:

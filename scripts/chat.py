@@ -1,4 +1,4 @@
-"""Chat with a finetuned model, about an image or without one.
+"""Chat with a finetuned model, about images or without any.
 
 python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
 python scripts/chat.py --model RUN                              (a conversation)
@@ -29,13 +29,14 @@ def main(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
-    """Chat with a finetuned model, about an image or without one.
+    """Chat with a finetuned model, about images or without any.
 
     Args:
         model: Finetune run, or a Hugging Face folder (LlavaForConditionalGeneration or
             LlamaForCausalLM) together with --template.
         prompt: A single question; unset: questions are read from the terminal or a pipe.
-        image: The one image that the first question is about.
+        image: An image that the first question is about; several as --image A --image B. They
+            stand where the question has <image>, or else before it.
         template: Conversation template; unset: that of the run.
         max_new_tokens: Longest answer in tokens.
         temperature: 0 is greedy decoding, 1 samples from the model's distribution.
@@ -45,13 +46,7 @@ def main(
         device: auto takes a GPU if there is one.
     """
     options = GenerationOptions(max_new_tokens, temperature, top_p=top_p, seed=seed)
-    if len(image) > 1:
-        raise UserError(
-            f"--image takes one picture, got {' and '.join(map(str, image))}. Name one; in a "
-            "conversation, /image PATH asks about the next"
-        )
-    path = image[0] if image else None
-    conversation = Conversation(model, path, template, precision, device)
+    conversation = Conversation(model, image, template, precision, device)
     if prompt is None:
         talk(conversation, options)
     else:

@@ -217,7 +217,7 @@ ERRORS = {
     "no picture": (["--image", "none.png"], "no file none.png"),
     "broken picture": (["--image", "{run}/config.json"], "config.json cannot be decoded"),
     "empty": (["--prompt", " "], "the question is empty"),
-    "image": (["--prompt", "<image> what"], "remove <image> from the question"),
+    "image": (["--prompt", "<image> what"], "the question has 1 <image>, but 0 images are shown"),
     "not text": (["--prompt", "\udcff"], "not UTF-8"),
     "too long": (["--prompt", "red " * 400], r"tokens.* context of 400; ask something shorter"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
@@ -233,10 +233,15 @@ def test_what_cannot_be_answered(run, monkeypatch, capsys, name):
         chat(run, monkeypatch, capsys, "--prompt", "what", *arguments)
 
 
-def test_one_picture_is_taken(run, monkeypatch, capsys):
-    images = ("--image", "none.png", "--image", run.picture)
-    with pytest.raises(SystemExit, match="error: --image takes one picture, got none.png and "):
-        chat(run, monkeypatch, capsys, "--prompt", "what", *images)
+def test_pictures_stand_where_the_question_has_them(run, tmp_path, monkeypatch, capsys):
+    pixels = torch.cat((pixels_of(run.picture), 255 - pixels_of(run.picture)))
+    Image.fromarray(pixels[1].permute(1, 2, 0).numpy()).save(tmp_path / "other.png")
+    picture = [IM_START, *[IMAGE] * NUM_PATCHES, IM_END]
+    prompt = [1, f"{SYSTEM['v1']} USER: is", *picture, "or", *picture, "red ASSISTANT:"]
+    images = ("--image", run.picture, "--image", tmp_path / "other.png")
+    found = chat(run, monkeypatch, capsys, *images, "--prompt", "is <image> or <image> red")
+    assert found == run.answer(prompt, pixels) + "\n"
+    assert found != run.answer(prompt, pixels.flip(0)) + "\n"
 
 
 def test_run_that_was_tuned_on_text_alone(run, tmp_path, monkeypatch, capsys):

@@ -124,7 +124,7 @@ def test_json_passes_the_data_pipeline(world, name, template):
         encoded = dataset.encode(index)
         assert (encoded.labels >= 0).any()
         assert (encoded.input_ids == tokenizer.image_token_id).sum() == 9
-    assert dataset.load_pixels(0).shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+    assert dataset.load_pixels(0).shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     if name == "finetune":
         assert {sample.type for sample in samples} == {"conversation", "detail", "reasoning"}
 

@@ -29,10 +29,10 @@ _CHAT = """\
   {%- set text = written(message.content) -%}
   {%- if message.role == "user" -%}
     {{ OPENING if loop.first else NEXT }}
-    {%- if IMAGE in text -%}
+    {%- if text.split(IMAGE) | length == 2 -%}
       {%- set text = text.replace(IMAGE, "") | trim -%}
       {{ MARKS }}{{ "\\n" ~ text if text else "" }}
-    {%- else -%}{{ text }}
+    {%- else -%}{{ text.replace(IMAGE, MARKS) }}
     {%- endif -%}
   {%- else -%}{{ ANSWER }}{{ text }}{{ END if loop.last else "" }}
   {%- endif -%}
@@ -44,7 +44,8 @@ _CHAT = """\
 _CAPTION = """\
 {%- for message in messages -%}
   {%- set text = written(message.content) -%}
-  {%- if loop.index0 == 0 and message.role == "user" and IMAGE in text -%}{{ OPENING }}{{ MARKS }}
+  {%- if loop.index0 == 0 and message.role == "user" and IMAGE in text -%}
+    {{ OPENING }}{{ MARKS * (text.split(IMAGE) | length - 1) }}
   {%- elif loop.index0 == 1 and message.role == "assistant" -%}{{ text }}{{ "\\n" }}
   {%- else -%}
     {{ raise_exception("the template is that of captions: one message of the user with an image, "

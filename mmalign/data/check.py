@@ -32,12 +32,12 @@ class CheckReport:
     """The result of the check; the arrays have one entry per kept sample."""
 
     kept: np.ndarray  # (num_kept,) int64; indices into the dataset
-    lengths: np.ndarray  # (num_kept,) int32; tokens with the image expanded
+    lengths: np.ndarray  # (num_kept,) int32; tokens with images expanded
     num_loss_tokens: np.ndarray  # (num_kept,) int32; targets that have a loss, after the shift
-    num_images: np.ndarray  # (num_kept,) int32; 0 or 1
+    num_images: np.ndarray  # (num_kept,) int32
     skipped: list[SampleError]
     prefix: np.ndarray  # (prefix_length,) int32; the shared prompt header: tokens that all kept
-    # samples start with, before the image's tokens and before the first row with a target
+    # samples start with, before an image's tokens and before the first row with a target
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def _check_chunk(dataset: ConversationDataset, chunk: range) -> _CheckedChunk:
             num_loss_tokens = np.count_nonzero(sample.labels[1:] != IGNORE_INDEX)
             if num_loss_tokens == 0:
                 raise SampleError(sample.id, "nothing to train on", "Remove it from the file")
-            dataset.check_image(sample)
-            counts[row] = len(sample.input_ids), num_loss_tokens, sample.image is not None
+            dataset.check_images(sample)
+            counts[row] = len(sample.input_ids), num_loss_tokens, len(sample.images)
             prefix = _common_prefix(prefix, _prompt_header(dataset, sample))
         except SampleError as error:
             skipped.append(error)
@@ -201,7 +201,7 @@ def _check_chunk(dataset: ConversationDataset, chunk: range) -> _CheckedChunk:
 
 
 def _prompt_header(dataset: ConversationDataset, sample: EncodedSample) -> np.ndarray:
-    """The tokens before those of the image and before the row of the first target."""
+    """The tokens before those of an image and before the row of the first target."""
     tokenizer = dataset.tokenizer
     image_ids = (tokenizer.image_token_id, tokenizer.im_start_id, tokenizer.im_end_id)
     first_image_row = np.flatnonzero(np.isin(sample.input_ids, image_ids))[:1]

@@ -7,7 +7,7 @@ order, and every field that the control does not name.
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -104,15 +104,23 @@ def parse_samples(rows: Records) -> list[Sample]:
 
 
 def _shuffle_images(source: Source) -> Controlled:
-    places = [i for i, sample in enumerate(source.samples) if sample.image is not None]
-    images = [source.records[i]["image"] for i in places]
+    images = [image for sample in source.samples for image in sample.images]
     _, labels = np.unique(images, return_inverse=True)
     given = [images[i] for i in deranged(labels, source.random)]
-    rows = list(source.records)
-    for i, image in zip(places, given, strict=True):
-        rows[i] = rows[i] | {"image": image}
+    rest = iter(given)
+    rows = [
+        _with_images(row, [next(rest) for _ in sample.images])
+        for row, sample in zip(source.records, source.samples, strict=True)
+    ]
     unchanged = sum(old == new for old, new in zip(images, given, strict=True))
     return Controlled(rows, {"images": len(images), "unchanged": unchanged})
+
+
+def _with_images(row: dict, images: list[str]) -> dict:
+    """Other images in the form, a path or a list of them, that the record has."""
+    if not images:
+        return row
+    return row | {"image": images if isinstance(row["image"], list) else images[0]}
 
 
 def deranged(labels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -133,10 +141,10 @@ def deranged(labels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 def _blank_image(source: Source) -> Controlled:
     rows = [
-        row | {"image": BLANK} if sample.image is not None else row
+        _with_images(row, [BLANK] * len(sample.images))
         for row, sample in zip(source.records, source.samples, strict=True)
     ]
-    return Controlled(rows, {"images": sum(row.get("image") == BLANK for row in rows)})
+    return Controlled(rows, {"images": sum(len(sample.images) for sample in source.samples)})
 
 
 def blank_png() -> bytes:
@@ -148,7 +156,11 @@ def blank_png() -> bytes:
 
 def _caption_for_image(source: Source) -> Controlled:
     captions: dict[str, str] = source.second
-    missing = [x.id for x in source.samples if x.image and image_key(x.image) not in captions]
+    missing = [
+        sample.id
+        for sample in source.samples
+        if any(image_key(image) not in captions for image in sample.images)
+    ]
     if missing:
         more = f" and {len(missing) - 10:,} more" if missing[10:] else ""
         raise UserError(
@@ -158,18 +170,24 @@ def _caption_for_image(source: Source) -> Controlled:
         )
     rows = []
     for row, sample in zip(source.records, source.samples, strict=True):
-        if sample.image is not None:
-            if not any(IMAGE in turn.text for turn in sample.conversations):
-                problem = f"an image, but no {IMAGE} in its questions where the caption would stand"
+        if sample.images:
+            texts = iter([captions[image_key(image)] for image in sample.images])
+            count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
+            if count != len(sample.images):
+                problem = f"{len(sample.images)} images, but {count} {IMAGE} for their captions"
                 raise SampleError(sample.id, problem, _FIX)
-            text = captions[image_key(sample.image)]
             turns = [
-                turn | {"value": turn["value"].replace(IMAGE, text)}
+                turn | {"value": _with_captions(turn["value"], texts)}
                 for turn in row["conversations"]
             ]
             row = {key: x for key, x in row.items() if key != "image"} | {"conversations": turns}
         rows.append(row)
-    return Controlled(rows, {"captioned": sum(x.image is not None for x in source.samples)})
+    return Controlled(rows, {"captioned": sum(len(x.images) > 0 for x in source.samples)})
+
+
+def _with_captions(text: str, captions: Iterator[str]) -> str:
+    first, *rest = text.split(IMAGE)
+    return first + "".join(next(captions) + part for part in rest)
 
 
 # ---- answers ----
@@ -220,9 +238,9 @@ def _short_answers(source: Source) -> Controlled:
         kept = [pair for pair in pairs if len(pair[1]["value"].split()) <= MOST_WORDS]
         num_turns, num_kept = num_turns + len(pairs), num_kept + len(kept)
         if kept:
-            if sample.image and not any(IMAGE in question["value"] for question, _ in kept):
-                question, answer = kept[0]  # the picture was shown in a turn that is left out
-                kept[0] = question | {"value": f"{IMAGE}\n{question['value']}"}, answer
+            num_shown = sum(question["value"].count(IMAGE) for question, _ in kept)
+            if num_shown < len(sample.images):  # one was shown in a turn that is left out
+                kept = _images_first(kept, len(sample.images))
             rows.append(row | {"conversations": [turn for pair in kept for turn in pair]})
     if not rows:
         raise UserError(
@@ -231,6 +249,16 @@ def _short_answers(source: Source) -> Controlled:
         )
     about = {"turns": num_turns, "turns_kept": num_kept, "samples_kept": len(rows)}
     return Controlled(rows, about | {"most_words": MOST_WORDS})
+
+
+def _images_first(pairs: list[tuple[dict, dict]], num_images: int) -> list[tuple[dict, dict]]:
+    """All images before the first question, where their order stays."""
+    questions = [question["value"].replace(IMAGE, "").strip() for question, _ in pairs]
+    questions[0] = f"{IMAGE}\n" * num_images + questions[0]
+    return [
+        (question | {"value": text}, answer)
+        for (question, answer), text in zip(pairs, questions, strict=True)
+    ]
 
 
 def _require_pairs(sample: Sample) -> None:
@@ -246,7 +274,7 @@ def _length_matched(source: Source) -> Controlled:
         raise ValueError("length-matched needs count_tokens")
     count, candidates = source.count_tokens, parse_samples(source.second)
     for sample in candidates:
-        if sample.image is not None:
+        if sample.images:
             raise SampleError(sample.id, "has an image; length-matched draws text alone", _FIX)
     wanted = np.array([count(sample) for sample in source.samples])
     lengths = np.array([_count_or_0(count, sample) for sample in candidates])

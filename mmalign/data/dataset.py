@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmalign.config import DataConfig
@@ -30,9 +31,9 @@ class EncodedSample:
     """One sample as the model sees it, before packing."""
 
     id: str
-    input_ids: np.ndarray  # (num_tokens,) int32; every patch of the image is an image_token_id
+    input_ids: np.ndarray  # (num_tokens,) int32; every patch of an image is an image_token_id
     labels: np.ndarray  # (num_tokens,) int32; unshifted, IGNORE_INDEX where there is no loss
-    image: Path | None
+    images: tuple[Path, ...]  # in the order of their patches
 
 
 class ConversationDataset:
@@ -101,7 +102,7 @@ class ConversationDataset:
         return digest.hexdigest()
 
     def encode(self, index: int) -> EncodedSample:
-        """Ids and labels with the image expanded to its patches. The image is not opened."""
+        """Ids and labels with images expanded to their patches. The images are not opened."""
         sample = self.samples[index]
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
@@ -117,7 +118,7 @@ class ConversationDataset:
                 sample.id, f"its text cannot be tokenised ({error})", "Fix or remove the sample"
             ) from error
         if len(ids) > data.max_length and data.on_long_sample != "truncate":
-            raise self._too_long(sample, f"{len(ids)} tokens (the image counted as one)")
+            raise self._too_long(sample, f"{len(ids)} tokens (an image counted as one)")
         if tokenizer.image_token_id in ids:
             raise SampleError(
                 sample.id,
@@ -130,14 +131,14 @@ class ConversationDataset:
             problem = f"the text contains {name!r}, the tokenizer's padding token"
             raise SampleError(sample.id, problem, "Remove it from the text")
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        image = self._image_path(sample)
-        if image and self.vision:
+        images = self._image_paths(sample)
+        if images and self.vision:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
         if data.on_long_sample == "truncate" and len(ids) > data.max_length:
             if tokenizer.image_token_id in ids[data.max_length :]:
-                raise self._too_long(sample, f"{len(ids)} tokens, and its image would be cut")
+                raise self._too_long(sample, f"{len(ids)} tokens, and an image would be cut")
             ids, labels = ids[: data.max_length], labels[: data.max_length]
-        return EncodedSample(sample.id, ids, labels, image)
+        return EncodedSample(sample.id, ids, labels, images)
 
     def _too_long(self, sample: Sample, length: str) -> LongSampleError:
         return LongSampleError(
@@ -148,29 +149,31 @@ class ConversationDataset:
         )
 
     def load_pixels(self, index: int) -> Tensor | None:
-        """The sample's image, uint8 (3, crop_size, crop_size); None without an image."""
+        """The sample's images, uint8 (num_images, 3, crop_size, crop_size); None without any."""
         sample = self.samples[index]
-        image = self._image_path(sample)
-        if not image or not self.vision:
+        images = self._image_paths(sample)
+        if not images or not self.vision:
             return None
         remedy = "Fix the file and rerun the same command to resume"
         if not self.data.check_images:
             remedy += " (--data.check-images True finds such files before the first step)"
-        return _naming_sample(sample.id, remedy, load_image, image, self.vision.preprocessing)
+        preprocessing = self.vision.preprocessing
+        return torch.stack(
+            [_naming_sample(sample.id, remedy, load_image, x, preprocessing) for x in images]
+        )
 
-    def check_image(self, sample: EncodedSample) -> None:
+    def check_images(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
 
         With data.check_images off the file only has to exist.
         """
-        if sample.image is None:
-            return
-        if self.data.check_images:
-            assert self.vision is not None  # a sample has an image only where there is a tower
-            preprocessing = self.vision.preprocessing
-            _naming_sample(sample.id, _FIX_OR_SKIP, check_image, sample.image, preprocessing)
-        elif not os.path.isfile(sample.image):
-            raise _image_error(sample.id, f"no file {sample.image}")
+        for image in sample.images:
+            if self.data.check_images:
+                assert self.vision is not None  # a sample has images only where there is a tower
+                preprocessing = self.vision.preprocessing
+                _naming_sample(sample.id, _FIX_OR_SKIP, check_image, image, preprocessing)
+            elif not os.path.isfile(image):
+                raise _image_error(sample.id, f"no file {image}")
 
     def _expand(
         self, ids: np.ndarray, labels: np.ndarray, num_patches: int
@@ -179,21 +182,24 @@ class ConversationDataset:
         ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
         return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
 
-    def _image_path(self, sample: Sample) -> Path | None:
-        if sample.image is None or self.data.text_only:
-            return None
-        if sample.image.startswith(("data:", "http://", "https://")):
-            kind = "a picture's data" if sample.image.startswith("data:") else "a URL"
-            raise _image_error(sample.id, f"its image {sample.image!r} is {kind}, not a path")
+    def _image_paths(self, sample: Sample) -> tuple[Path, ...]:
+        if self.data.text_only:
+            return ()
+        return tuple(self._image_path(sample, image) for image in sample.images)
+
+    def _image_path(self, sample: Sample, image: str) -> Path:
+        if image.startswith(("data:", "http://", "https://")):
+            kind = "a picture's data" if image.startswith("data:") else "a URL"
+            raise _image_error(sample.id, f"its image {image!r} is {kind}, not a path")
         try:
-            path = self._resolve(os.path.join(self._root, sample.image))
+            path = self._resolve(os.path.join(self._root, image))
         except (OSError, ValueError) as error:  # ValueError: a null character
-            problem = f"its image {sample.image!r} is not a path ({error})"
+            problem = f"its image {image!r} is not a path ({error})"
             raise _image_error(sample.id, problem) from error
         if os.path.commonpath([path, self._root]) != self._root:
             raise SampleError(
                 sample.id,
-                f"its image {sample.image!r} is outside the image root {self._root}",
+                f"its image {image!r} is outside the image root {self._root}",
                 "Use paths relative to --data.image-root without .. (--data.follow-links True "
                 "allows links that leave it)",
             )
@@ -233,11 +239,14 @@ class ConversationDataset:
             return None
         if sample.other_image:
             return f"its field {sample.other_image!r} holds a picture; only 'image' is read"
-        if count == (sample.image is not None):
+        if count == len(sample.images):
             return None
-        if sample.image is None:
-            return f"{count} {IMAGE} in its questions, but the sample has no image"
-        return f"{count} {IMAGE} in its questions, expected 1 for its image {sample.image!r}"
+        found = f"{count} {IMAGE} in its questions"
+        if not sample.images:
+            return f"{found}, but the sample has no image"
+        if len(sample.images) == 1:
+            return f"{found}, expected 1 for its image {sample.images[0]!r}"
+        return f"{found}, expected {len(sample.images)}, one for each of its images"
 
 
 def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *arguments) -> T:

@@ -90,8 +90,8 @@ def pack_samples(
     """Concatenate samples in one row.
 
     Args:
-        encoded: ids and unshifted labels, the image already expanded to its patches.
-        pixels: for each sample its image, uint8 (3, crop_size, crop_size), or None.
+        encoded: ids and unshifted labels, images already expanded to their patches.
+        pixels: for each sample its images, uint8 (num_images, 3, crop_size, crop_size), or None.
         image_token_id: marks the rows of image patches.
         prefix_length: tokens of the shared prompt header, which get no rows and have no targets.
     """
@@ -104,12 +104,12 @@ def pack_samples(
     target_ids[:-1] = labels[1:]
     target_ids[cu_seqlens[1:] - 1] = IGNORE_INDEX  # never the first token of the next sample
     position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1] - prefix_length, lengths)
-    images = [image for image in pixels if image is not None]
+    images = [x for x in pixels if x is not None]
     image_positions = np.flatnonzero(input_ids == image_token_id)
     no_images = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
-    pixel_values = torch.stack(images) if images else no_images
-    assert len(images) == sum(sample.image is not None for sample in encoded)
-    assert len(image_positions) % max(1, len(images)) == 0
+    pixel_values = torch.cat(images) if images else no_images
+    assert len(pixel_values) == sum(len(sample.images) for sample in encoded)
+    assert len(image_positions) % max(1, len(pixel_values)) == 0
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         target_ids=torch.from_numpy(target_ids),

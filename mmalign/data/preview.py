@@ -90,8 +90,8 @@ def show(
         batch = pack_samples(encoded, pixels, dataset.tokenizer.image_token_id)
         for row, sample in enumerate(encoded):
             console.print(Rule(Text(f"sample {sample.id}"), align="left"))
-            image = str(sample.image or "no image")
-            console.print(image, style="dim", markup=False, highlight=False)
+            for image in sample.images or ("no image",):
+                console.print(str(image), style="dim", markup=False, highlight=False)
             _show_tokens(row, batch, dataset.tokenizer, console)
         if figure and number == 0:
             plot_batch(batch, figure)
@@ -186,7 +186,8 @@ def show_report(report: CheckReport, dataset: ConversationDataset, console: Cons
     rows = [
         ("samples", f"{len(dataset):,}"),
         ("usable", f"{num_samples:,}"),
-        ("with an image", f"{report.num_images.sum():,}"),
+        ("with an image", f"{(report.num_images > 0).sum():,}"),
+        ("images", f"{report.num_images.sum():,}"),
         ("tokens, images expanded", f"{lengths.sum(dtype=np.int64):,}"),
         ("tokens per sample: mean, longest", f"{lengths.mean():.0f}, {lengths.max():,}"),
         ("tokens supervised", f"{report.num_loss_tokens.sum() / lengths.sum():.1%}"),

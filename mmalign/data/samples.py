@@ -1,8 +1,9 @@
 """The samples of a file in LLaVA's JSON format, kept as bytes and parsed lazily.
 
 The format, as published: a list (or one object per line) of
-    {"id": str or int, "image": path or absent, "type": optional,
+    {"id": str or int, "image": path, list of paths or absent, "type": optional,
      "conversations": [{"from": "human" or "gpt", "value": text with "<image>"}, ...]}
+A list, as LLaVA-NeXT-Interleave has it, names the pictures in the order of their `<image>`.
 `type` is conversation, detail or reasoning; the spellings of the published files and questions
 (conv, conversation_58k, detail_23k, detail_description, complex, complex_reasoning,
 complex_reasoning_77k) are mapped to these. Other fields are not used, which the data check says; a
@@ -54,7 +55,7 @@ class Turn:
 class Sample:
     id: str
     conversations: tuple[Turn, ...]
-    image: str | None
+    images: tuple[str, ...]  # paths, in the order of their <image>
     type: str | None
     other_image: str | None = None  # a field beside `image` that holds a picture too
 
@@ -174,7 +175,7 @@ def _nothing_selected(path: Path, wanted: set[str], seen: Counter) -> str:
 
 def parse_sample(record: dict, sample_id: str) -> Sample:
     """Raises SampleError for a record that does not follow the format."""
-    turns, image = record.get("conversations"), record.get("image")
+    turns, images = record.get("conversations"), _images(record)
     problem = None
     if not isinstance(turns, list):
         problem = f"its conversations are {type(turns).__name__}, expected a list of turns"
@@ -185,16 +186,23 @@ def parse_sample(record: dict, sample_id: str) -> Sample:
         problem = f"the key {twice[0]!r} stands twice in it"
     elif not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
         problem = "a turn lacks the text from or value"
-    elif image is not None and (not isinstance(image, str) or not image):
-        problem = f"its image is {image!r}, expected one path"
-    elif not all(_is_text(turn["value"]) for turn in turns) or not _is_text(image or ""):
+    elif not all(isinstance(image, str) and image for image in images):
+        problem = f"its image is {record['image']!r}, expected a path or a list of paths"
+    elif not all(map(_is_text, (*(turn["value"] for turn in turns), *images))):
         problem = "its text is not Unicode: half of a surrogate pair, such as \\ud83d, stands alone"
     elif system := [name for name in _SYSTEM_FIELDS if record.get(name)]:
         problem = f"its field {system[0]!r} is not used: the template writes the system prompt"
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
     conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
-    return Sample(sample_id, conversations, image, type_of(record), _other_image(record))
+    return Sample(sample_id, conversations, images, type_of(record), _other_image(record))
+
+
+def _images(record: dict) -> tuple:
+    image = record.get("image")
+    if image is None:
+        return ()
+    return tuple(image) if isinstance(image, list) else (image,)
 
 
 def _is_text(text: str) -> bool:
@@ -215,11 +223,12 @@ def _unused(record: dict) -> Iterator[str]:
 
 
 def _other_image(record: dict) -> str | None:
-    """The first field with a picture that is not read: another one than that of `image`."""
+    """The first field with a picture that is not read: another one than those of `image`."""
+    read = {Path(image).name for image in _images(record)}
     for place, known in ((record, _FIELDS), *((t, _TURN_FIELDS) for t in record["conversations"])):
         for name, value in place.items():
             pictures = () if name in known else _pictures(name, value)
-            if any(Path(x).name != Path(record.get("image") or "").name for x in pictures):
+            if any(Path(x).name not in read for x in pictures):
                 return name
     return None
 

@@ -73,7 +73,8 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels (unshifted) of question, answer, question, answer ...
 
-    The image is one id, IMAGE_SENTINEL, at the front of the turn that contains "<image>".
+    An image is one id, IMAGE_SENTINEL. The only one of a turn stands at its front, as LLaVA trains;
+    several stand where "<image>" does, as in LLaVA-NeXT-Interleave.
     """
     special = special_ids(tokenizer, use_im_start_end)
     return encode_segments(template.render(turns, special), tokenizer)
@@ -106,18 +107,24 @@ def own_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
-    """The question, its image (if any) at the front and on a line of its own."""
-    if IMAGE not in text:
-        yield text, False
-        return
+    """The question with its images; a single one at the front and on a line of its own."""
+    for i, part in enumerate(with_image_in_front(text).split(IMAGE)):
+        if i:
+            if special.use_im_start_end:
+                yield special.im_start, False
+            yield IMAGE_SENTINEL, False
+            if special.use_im_start_end:
+                yield special.im_end, False
+        if part:
+            yield part, False
+
+
+def with_image_in_front(text: str) -> str:
+    """The question with its image, where it has a single one, at the front."""
+    if text.count(IMAGE) != 1:
+        return text
     text = text.replace(IMAGE, "").strip()
-    if special.use_im_start_end:
-        yield special.im_start, False
-    yield IMAGE_SENTINEL, False
-    if special.use_im_start_end:
-        yield special.im_end, False
-    if text:
-        yield "\n" + text, False
+    return f"{IMAGE}\n{text}" if text else IMAGE
 
 
 def _bos(special: SpecialIds) -> Iterator[Segment]:
@@ -128,8 +135,7 @@ def _bos(special: SpecialIds) -> Iterator[Segment]:
 def _plain(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     question, answer = turns
     yield from _bos(special)
-    if IMAGE in question.text:
-        yield IMAGE_SENTINEL, False
+    yield from [(IMAGE_SENTINEL, False)] * question.text.count(IMAGE)
     yield answer.text + "\n", True
 
 
@@ -214,13 +220,10 @@ def _special_or_text(name: str, special: SpecialIds) -> str | int:
 
 
 def _chat(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
-    """As apply_chat_template; the image, if any, at the front of its turn."""
+    """As apply_chat_template of the questions that _question writes."""
     assert special.tokenizer is not None
-    template, contents = own_template(special.tokenizer), []
-    for turn in turns:
-        text = turn.text.replace(IMAGE, "").strip()
-        marked = f"{_IMAGE_MARK}\n{text}" if text else _IMAGE_MARK
-        contents.append(marked if IMAGE in turn.text else turn.text)
+    template = own_template(special.tokenizer)
+    contents = [with_image_in_front(turn.text) for turn in turns]
     asks = turns[-1].speaker == "human"
     for span in template.spans(contents, add_generation_prompt=asks):
         yield from _segments_of(span, template, special)
@@ -232,14 +235,12 @@ def _segments_of(span: Span, template: ChatTemplate, special: SpecialIds) -> Ite
             token_id = special.tokenizer.special_id(part) if special.tokenizer else None
             yield part if token_id is None else token_id, span.supervised
         return
-    mark, text = span.text[:1], span.text[1:]
-    if mark != _IMAGE_MARK:
+    if IMAGE in span.text:
+        yield from _question(span.text, special)
+    else:
         yield span.text, span.supervised
-        return
-    yield from _question(f"{IMAGE}{text}", special)
 
 
-_IMAGE_MARK = "\uf8f2"  # private use: the image while the tokenizer's template is rendered
 _LLAMA_3_TOKENS = ("start_header_id", "end_header_id", "eot_id")
 _V0_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "

@@ -93,18 +93,25 @@ def score_visual_questions(
 
 
 def _mismatched_images(samples: Sequence[Sample]) -> list[int]:
-    """For every record one with another image, searched from half a file away."""
-    images, n = [sample.image for sample in samples], len(samples)
+    """For every record one with another image, or as many, searched from half a file away."""
+    images, n = [sample.images for sample in samples], len(samples)
     if len(set(images)) < 2:
         raise UserError(
             "all questions are about one image: add questions about another one, which is shown "
             "instead as a control"
         )
-    starts = (index + n // 2 for index in range(n))
-    return [
-        next(other % n for other in range(start, start + n) if images[other % n] != images[index])
-        for index, start in enumerate(starts)
-    ]
+    chosen = []
+    for index, own in enumerate(images):
+        others = ((index + n // 2 + i) % n for i in range(n))
+        fitting = (i for i in others if images[i] != own and len(images[i]) == len(own))
+        found = next(fitting, index if not own else None)
+        if found is None:
+            raise UserError(
+                f"question {samples[index].id!r}: no other one has {len(own)} images, which would "
+                "be shown instead as a control. Remove it, or add others"
+            )
+        chosen.append(found)
+    return chosen
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

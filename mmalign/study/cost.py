@@ -98,7 +98,7 @@ def _data_of(config: TrainConfig) -> Data:
         len(dataset),
         float(np.mean([len(x.input_ids) for x in encoded])),
         float(np.mean([(x.labels >= 0).sum() for x in encoded])),
-        float(np.mean([x.image is not None for x in encoded])),
+        float(np.mean([len(x.images) for x in encoded])),
     )
 
 

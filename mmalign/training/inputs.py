@@ -64,8 +64,9 @@ class RunInputs:
         if dataset.vision is None:
             return
         root, samples = Path(dataset.data.image_root), dataset.samples
-        names = {samples[int(index)].image for index in report.kept[report.num_images > 0]}
-        files = [(name, root / name) for name in sorted(name for name in names if name)]
+        shown = report.kept[report.num_images > 0]
+        names = {image for index in shown for image in samples[int(index)].images}
+        files = [(name, root / name) for name in sorted(names)]
         if dataset.data.check_images:
             self._compare_files("images", root, files)
         else:

@@ -15,6 +15,9 @@ CONVERSATIONS = {
     "image behind": [("  What is it? <image>", "A boat")],
     "image alone": [("<image>", "A boat")],
     "image later": [("Hi", "Hello"), ("<image> And this?", "A pier")],
+    "two images": [("<image>\n<image>\nWhich?", "A boat"), ("Is it red?", "Green")],
+    "images between words": [(" Is <image>  like <image>, or ", "so"), ("<image> this?", "no")],
+    "images alone": [("<image><image>", "A boat")],
     "quotes": [('"It\'s {{ a }} \\n {% b %}"', "c")],
 }
 SPEAKERS = ("human", "gpt")
@@ -28,10 +31,10 @@ def messages_of(turns: list[Turn], as_parts: bool) -> list[dict]:
     for turn in turns:
         content = turn.text
         if as_parts:
-            before, image, after = turn.text.partition("<image>")
-            content = [{"type": "text", "text": text} for text in (before, after)]
-            content.insert(1, {"type": "image"})
-            content = content if image else [{"type": "text", "text": turn.text}]
+            first, *rest = turn.text.split("<image>")
+            content = [{"type": "text", "text": first}]
+            for text in rest:
+                content += [{"type": "image"}, {"type": "text", "text": text}]
         messages.append(
             {"role": "user" if turn.speaker == "human" else "assistant", "content": content}
         )
@@ -88,13 +91,14 @@ def test_captions(theirs, llama_tokenizer):
         text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         return loaded(text, add_special_tokens=False)["input_ids"]
 
-    for case in ("image behind", "image alone"):
+    for case in ("image behind", "image alone", "images alone"):
         turns = [Turn(s, x) for s, x in zip(SPEAKERS, CONVERSATIONS[case][0], strict=True)]
         ours, _ = encode_conversation(turns, TEMPLATES["plain"], llama_tokenizer, True)
         ours = [llama_tokenizer.image_token_id if i == IMAGE_SENTINEL else i for i in ours]
         for as_parts in (False, True):
             messages = messages_of(turns, as_parts)
-            assert ids(messages, False) == ours and ids(messages[:1], True) == ours[:2]
+            opening = 1 + turns[0].text.count("<image>")  # <s> and the images
+            assert ids(messages, False) == ours and ids(messages[:1], True) == ours[:opening]
     asked = messages_of([Turn("human", "<image>")], False)
     for messages in (messages_of([Turn("human", "Hi")], False), asked * 2):
         with pytest.raises(Exception, match="is that of captions"):

@@ -97,7 +97,7 @@ def test_report_counts_what_training_will_see(world):
     assert report.lengths.tolist() == [len(sample.input_ids) for sample in encoded]
     targets = [sample.labels[1:] for sample in encoded]
     assert report.num_loss_tokens.tolist() == [int((t != IGNORE_INDEX).sum()) for t in targets]
-    assert report.num_images.tolist() == [int(sample.image is not None) for sample in encoded]
+    assert report.num_images.tolist() == [len(sample.images) for sample in encoded]
     assert report.kept.dtype == np.int64 and report.lengths.dtype == np.int32
 
 
@@ -151,9 +151,9 @@ def test_report_is_remembered_and_forgotten_with_its_inputs(world, monkeypatch, 
     skip = {"on_bad_sample": "skip"}
     first = check_samples(world.dataset(**skip), cache, progress=False)
     calls = []
-    check_image = ConversationDataset.check_image
+    check_images = ConversationDataset.check_images
     monkeypatch.setattr(
-        ConversationDataset, "check_image", lambda *a: calls.append(a) or check_image(*a)
+        ConversationDataset, "check_images", lambda *a: calls.append(a) or check_images(*a)
     )
     again = check_samples(world.dataset(**skip), cache, progress=False)
     assert same(first, again) and not calls
@@ -300,6 +300,6 @@ def test_real_text_and_photos(shared_data, llama_tokenizer, tmp_path):
     )
     report = check_samples(dataset, progress=False)
     assert len(report.kept) == 60 and report.lengths.min() > 256 and report.num_images.all()
-    assert all(dataset.load_pixels(i).shape == (3, 224, 224) for i in range(len(photos)))
+    assert all(dataset.load_pixels(i).shape == (1, 3, 224, 224) for i in range(len(photos)))
     assert all(dataset.load_pixels(i).dtype == torch.uint8 for i in range(len(photos)))
     assert Image.open(photos[0]).mode == "RGBA"

@@ -167,7 +167,7 @@ def test_samples_without_captions_are_named(rows):
 
 def test_image_without_a_place_is_named(rows, text_rows, count):
     rows[2]["conversations"][0]["value"] = "what is it"
-    with pytest.raises(SampleError, match="sample 'sample-2': an image, but no <image>"):
+    with pytest.raises(SampleError, match="sample 'sample-2': 1 images, but 0 <image>"):
         apply("caption-for-image", rows, text_rows, count)
 
 
@@ -255,6 +255,28 @@ def test_short_answers_keep_short_turns_and_the_image(rows, text_rows, count):
     row = next(x for x in CONTROLS["short-answers"](rows, 0).records if x["id"] == "sample-3")
     assert row["conversations"][0]["value"].startswith("<image>\n")
     assert sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1
+
+
+def test_several_pictures_of_a_sample(rows):
+    several = [
+        {"from": "human", "value": "<image> or <image>"},
+        {"from": "gpt", "value": "boat " * 11},
+        {"from": "human", "value": "and <image>?"},
+        {"from": "gpt", "value": "a"},
+    ]
+    rows[1] |= {"image": ["1.png", "2.png", "3.png"], "conversations": several}
+    shuffled = CONTROLS["shuffle-images"](rows, 0)
+    assert shuffled.about["images"] == 17 and shuffled.about["unchanged"] == 0
+    assert len(shuffled.records[1]["image"]) == 3
+    assert isinstance(shuffled.records[2]["image"], str)
+    assert CONTROLS["blank-image"](rows, 0).records[1]["image"] == ["blank.png"] * 3
+    captions = {f"{i}": f"caption {i}" for i in range(20)}
+    row = CONTROLS["caption-for-image"](rows, 0, captions).records[1]
+    questions = [turn["value"] for turn in row["conversations"][::2]]
+    assert questions == ["caption 1 or caption 2", "and caption 3?"] and "image" not in row
+    row = next(x for x in CONTROLS["short-answers"](rows, 0).records if x["id"] == "sample-1")
+    assert row["conversations"][0]["value"] == "<image>\n" * 3 + "and ?"
+    assert len(row["image"]) == 3
 
 
 def test_no_short_answer_is_an_error(rows):

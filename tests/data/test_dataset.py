@@ -34,10 +34,10 @@ def test_the_image_becomes_its_patches_in_place(world):
     ignored = [IGNORE_INDEX] * NUM_PATCHES
     assert sample.labels.tolist() == labels[:place] + ignored + labels[place + 1 :]
     assert sample.input_ids.dtype == sample.labels.dtype == np.int32
-    assert sample.image == (world.root / "images/1.png").resolve()
+    assert sample.images == ((world.root / "images/1.png").resolve(),)
     expected = load_image(world.root / "images/1.png", VISION.preprocessing)
-    assert torch.equal(dataset.load_pixels(1), expected)
-    assert dataset.encode(0).image is None and dataset.load_pixels(0) is None
+    assert torch.equal(dataset.load_pixels(1), expected[None])
+    assert dataset.encode(0).images == () and dataset.load_pixels(0) is None
 
 
 def test_text_only_equals_the_same_conversation_without_image(world):
@@ -51,7 +51,7 @@ def test_text_only_equals_the_same_conversation_without_image(world):
         ours, expected = with_image.encode(i), without.encode(i)
         assert ours.input_ids.tolist() == expected.input_ids.tolist()
         assert ours.labels.tolist() == expected.labels.tolist()
-        assert ours.image is None and with_image.load_pixels(i) is None
+        assert ours.images == () and with_image.load_pixels(i) is None
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,11 @@ def test_text_only_equals_the_same_conversation_without_image(world):
         (talk("<image> what <image>", "a boat"), "1.png", "2 <image> in its questions, expected 1"),
         (talk("<image>", "a", "<image>", "b"), "1.png", "2 <image> in its questions, expected 1"),
         (talk("<image> what", "a boat"), None, "1 <image> in its questions, but .* no image"),
+        (talk("<image> what", "a boat"), [], "1 <image> in its questions, but .* no image"),
+        (talk("<image> what", "a"), ["1.png"] * 2, "1 <image> in .*, expected 2, one for each"),
+        (talk("<image>" * 3, "a"), ["1.png"] * 2, "3 <image> in its questions, expected 2"),
+        (talk("<image>", "a"), ["1.png", ""], "expected a path or a list of paths"),
+        (talk("<image>", "a"), [["1.png"]], "expected a path or a list of paths"),
         (talk("what", "an <image>"), "1.png", "<image> is in an answer"),
         (talk("<image>", ""), "1.png", "nothing to train on: an answer is empty"),
         (talk("<image>", "a", "what", " \n"), "1.png", "nothing to train on: an answer is empty"),
@@ -77,7 +82,7 @@ def test_conversations_that_do_not_fit(world, conversations, image, problem):
     world.samples[1] = {"id": "odd", "conversations": conversations, "image": image}
     dataset = world.dataset()
     if problem is None:
-        assert dataset.encode(1).image is None
+        assert dataset.encode(1).images == ()
         return
     with pytest.raises(SampleError, match=f"sample 'odd': .*{problem}"):
         dataset.encode(1)
@@ -130,7 +135,7 @@ def test_a_long_sample_is_cut_as_llava_cuts_it(world):
         assert cut.input_ids.tolist() == whole.input_ids[:longest].tolist()
         assert cut.labels.tolist() == whole.labels[:longest].tolist()
     end = int(np.flatnonzero(whole.input_ids == world.tokenizer.image_token_id)[-1])
-    with pytest.raises(SampleError, match="its image would be cut"):
+    with pytest.raises(SampleError, match="an image would be cut"):
         world.dataset(max_length=end, on_long_sample="truncate").encode(1)
 
 
@@ -155,16 +160,23 @@ def test_images_must_lie_inside_the_image_root(world):
     for path in ("link.png", "folder/outside.png"):  # the user's own links
         world.samples[1]["image"] = path
         dataset = world.dataset(follow_links=True)
-        assert dataset.encode(1).image == images / path
-        assert dataset.load_pixels(1).shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+        assert dataset.encode(1).images == (images / path,)
+        assert dataset.load_pixels(1).shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     for path in ("../outside.png", str(outside), "folder/../../outside.png"):
         world.samples[1]["image"] = path
         with pytest.raises(SampleError, match="outside the image root"):
             world.dataset(follow_links=True).encode(1)
+    question = world.samples[1]["conversations"][0]
+    world.samples[1] |= {"image": ["1.png", "../outside.png"]}
+    question["value"] = f"<image> {question['value']}"
+    for use in (world.dataset().encode, world.dataset().load_pixels):
+        with pytest.raises(SampleError, match=r"'../outside.png' is outside the image root"):
+            use(1)
+    question["value"] = question["value"].removeprefix("<image> ")
     os.symlink(images / "1.png", images / "inside.png")
     for path in ("./1.png", "../images/1.png", "inside.png", str(images / "1.png")):
         world.samples[1]["image"] = path
-        assert world.dataset().encode(1).image == (images / "1.png").resolve()
+        assert world.dataset().encode(1).images == ((images / "1.png").resolve(),)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +206,7 @@ def test_a_picture_in_another_field_counts_unless_pictures_are_left_out(world):
     world.samples[0]["images"] = ["1.png"]
     with pytest.raises(SampleError, match="its field 'images' holds a picture; only 'image'"):
         world.dataset().encode(0)
-    assert world.dataset(text_only=True).encode(0).image is None
+    assert world.dataset(text_only=True).encode(0).images == ()
 
 
 def test_whatever_the_tokenizer_raises_names_the_sample(world, monkeypatch):

@@ -1,5 +1,7 @@
 """Micro-batches against their limits, and packing against samples taken one at a time."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,21 +14,29 @@ from mmalign.errors import UserError
 IMAGE_ID, NUM_PATCHES = 99, 3
 
 
-def random_sample(rng: np.random.Generator, length: int, image: bool) -> EncodedSample:
+def random_sample(rng: np.random.Generator, length: int, num_images: int) -> EncodedSample:
+    """Every image after a token of text, and one text token at the end."""
     ids = rng.integers(3, 90, length).astype(np.int32)
     # also the first label of a sample: nothing may predict it across the boundary
     labels = np.where(rng.random(length) < 0.5, ids, IGNORE_INDEX).astype(np.int32)
-    if image:
-        ids[2 : 2 + NUM_PATCHES], labels[2 : 2 + NUM_PATCHES] = IMAGE_ID, IGNORE_INDEX
-    return EncodedSample("x", ids, labels, "image" if image else None)
+    for place in starts(num_images):
+        patches = slice(place, place + NUM_PATCHES)
+        ids[patches], labels[patches] = IMAGE_ID, IGNORE_INDEX
+    return EncodedSample("x", ids, labels, (Path("image"),) * num_images)
+
+
+def starts(num_images: int) -> list[int]:
+    return [2 + i * (NUM_PATCHES + 1) for i in range(num_images)]
 
 
 def test_every_sample_is_found_again_in_the_batch():
     rng = np.random.default_rng(0)
     for lengths in ([7], [1], [5, 1, 9], [8, 6, 1, 1, 30]):
-        samples = [random_sample(rng, n, image=n > 5) for n in lengths]
-        pixels = [torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(len(samples))]
-        pixels = [p if s.image else None for p, s in zip(pixels, samples, strict=True)]
+        counts = [n // 6 for n in lengths]
+        samples = [random_sample(rng, *x) for x in zip(lengths, counts, strict=True)]
+        # the images of a sample have its number and theirs as their levels
+        numbers = [torch.arange(n, dtype=torch.uint8) + 10 * i for i, n in enumerate(counts)]
+        pixels = [x.view(-1, 1, 1, 1).expand(-1, 3, 2, 2) if len(x) else None for x in numbers]
         batch = pack_samples(samples, pixels, IMAGE_ID)
         assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
         assert batch.max_seqlen == max(lengths) and isinstance(batch.max_seqlen, int)
@@ -37,10 +47,10 @@ def test_every_sample_is_found_again_in_the_batch():
             shifted = [*sample.labels[1:].tolist(), IGNORE_INDEX]  # as transformers shifts them
             assert batch.target_ids[begin:end].tolist() == shifted
             assert batch.position_ids[begin:end].tolist() == list(range(end - begin))
-            if sample.image:
+            for number, start in enumerate(starts(counts[i])):
                 places = batch.image_positions[images * NUM_PATCHES :][:NUM_PATCHES]
-                assert places.tolist() == [begin + 2, begin + 3, begin + 4]
-                assert batch.pixel_values[images].unique().tolist() == [i]
+                assert places.tolist() == [begin + start + j for j in range(NUM_PATCHES)]
+                assert batch.pixel_values[images].unique().tolist() == [10 * i + number]
                 images += 1
         assert len(batch.pixel_values) == images
         assert len(batch.image_positions) == images * NUM_PATCHES

@@ -29,9 +29,11 @@ def read(tmp_path, content: str | list, **settings) -> list[Sample]:
 def test_list_and_lines_give_the_same_samples(tmp_path):
     records = [record("a", image="x.jpg"), record(7, model="extra"), record("c", type="detail")]
     expected = [
-        Sample("a", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), "x.jpg", None),
-        Sample("7", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), None, None),
-        Sample("c", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), None, "detail"),
+        Sample(
+            "a", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), ("x.jpg",), None
+        ),
+        Sample("7", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), (), None),
+        Sample("c", (Turn("human", "what\n<image>"), Turn("gpt", "a boat \u2603")), (), "detail"),
     ]
     lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
     texts = [json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False)]
@@ -192,8 +194,8 @@ def test_unreadable_files(tmp_path):
         ({"conversations": ["hello"]}, "a turn is not an object"),
         ({"conversations": [{"from": "human"}]}, "a turn lacks the text"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "a turn lacks the text"),
-        ({"image": ["a.jpg", "b.jpg"]}, "expected one path"),
-        ({"image": ""}, "expected one path"),
+        ({"image": {"path": "a.jpg"}}, "expected a path or a list of paths"),
+        ({"image": ["a.jpg", ""]}, "expected a path or a list of paths"),
         ({"system": "Answer in French."}, "its field 'system' is not used"),
         ({"system_prompt": "Answer in French."}, "its field 'system_prompt' is not used"),
         ({"image": "\ud83d.jpg"}, "not Unicode: half of a surrogate pair"),

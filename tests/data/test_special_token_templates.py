@@ -164,6 +164,25 @@ def test_an_image_stands_at_the_front_of_its_turn(folder_of, name):
     assert ids[at + 2 : at + 2 + len(question)] == question
 
 
+@pytest.mark.parametrize("name", ("llama_3", "chatml", "chat"))
+def test_several_images_stand_at_their_places(folder_of, name):
+    """The template of the folder writes the text around <image> as it writes any other."""
+    folder = folder_of("chatml" if name == "chat" else name)
+    tokenizer, question = Tokenizer.from_pretrained(folder), "Is <image> like <image>?"
+    turns = turns_of([(question, "A boat"), ("<image>\nand it?", "no")])
+    ids, labels = encode_conversation(turns, TEMPLATES[name], tokenizer, False)
+    assert ids.count(IMAGE_SENTINEL) == 3
+    assert all(labels[i] == IGNORE_INDEX for i, x in enumerate(ids) if x == IMAGE_SENTINEL)
+    config = json.loads((folder / "tokenizer.json").read_text())
+    image = {"id": 10**4, "content": "<image>", "special": True, "normalized": False}
+    config["added_tokens"].append(image | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    theirs = their_ids(folder, messages_of(turns), False)
+    image_id = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
+    expected = [IMAGE_SENTINEL if i == image_id else i for i in theirs]
+    assert expected[: len(ids)] == ids
+
+
 def test_a_special_token_in_a_text_is_text(folder_of):
     tokenizer = Tokenizer.from_pretrained(folder_of("mistral-v3"))
     turns = turns_of([("<s>[INST] x", "</s>")])

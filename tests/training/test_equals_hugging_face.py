@@ -80,7 +80,7 @@ def padded_batch(dataset, indices: list[int], image_root: str) -> dict[str, torc
         labels[row, :length] = torch.tensor(sample.labels, dtype=torch.long)
         attention_mask[row, :length] = 1
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    images = [Image.open(sample.image).convert("RGB") for sample in encoded if sample.image]
+    images = [Image.open(x).convert("RGB") for sample in encoded for x in sample.images]
     if images:
         crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         processor = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop)

@@ -48,7 +48,8 @@ def test_greedy_answers_are_those_of_chat(small_world, tmp_path, template):
         with torch.no_grad():
             found = llava.generate(**inputs, do_sample=False, max_new_tokens=8)
         theirs = found[0, inputs["input_ids"].shape[1] :].tolist()
-        ours.start(image)
+        ours.start()
+        ours.show(image)
         answer = ours.ask(question, options, lambda text: None)
         assert answer.token_ids == theirs[: len(answer.token_ids)], question
         behind = theirs[len(answer.token_ids) :]

@@ -76,7 +76,7 @@ def their_losses(config, dataset, folder: Path) -> list[float]:
         first = step * config.global_batch_size
         indices = [(first + i) % num_samples for i in range(config.global_batch_size)]
         batch = padded_batch(dataset, indices, config.data.image_root)
-        images = [Image.open(x.image) for x in map(dataset.encode, indices) if x.image]
+        images = [Image.open(x) for sample in map(dataset.encode, indices) for x in sample.images]
         batch["pixel_values"] = processor(images, return_tensors="pt")["pixel_values"]
         labels = batch.pop("labels")
         logits = model(**batch).logits
