@@ -22,7 +22,7 @@ from mmalign.evaluation.statistics import holm
 from mmalign.study.statistics import ALPHA, Estimate, Part, estimate
 
 BASE = "base"  # the variant that is the parent itself, without a seed
-BASE_SEED = -1
+BASE_SEED = -1  # of models that are scored as they are: base, and published ones
 Verdict = Literal["supported", "contradicted", "cannot tell", "not run"]
 RunKey = tuple[str, str, int]  # (parent, variant, seed)
 Scores = Mapping[RunKey, Mapping[str, DocumentScores]]
@@ -163,7 +163,7 @@ def _test(
     seeds = _shared_seeds(scores, {(parent, variant) for parent, variant, _, _ in cells})
     keys = [(p, v, metric, seed) for p, v, metric, _ in cells for seed in seeds]
     if not keys or any(
-        metric not in scores.get(_run(p, v, seed), ()) for p, v, metric, seed in keys
+        metric not in scores.get(_run(scores, p, v, seed), ()) for p, v, metric, seed in keys
     ):
         return not_run
     found = estimate(_parts(cells, seeds, scores))
@@ -178,14 +178,16 @@ def _without_means(metrics: Mapping[str, float]) -> Iterable[tuple[str, float]]:
         yield from ((member, weight / len(members)) for member in members)
 
 
-def _run(parent: str, variant: str, seed: int) -> RunKey:
-    return (parent, variant, BASE_SEED if variant == BASE else seed)
+def _run(scores: Scores, parent: str, variant: str, seed: int) -> RunKey:
+    unseeded = (parent, variant, BASE_SEED)
+    return unseeded if unseeded in scores else (parent, variant, seed)
 
 
 def _shared_seeds(scores: Scores, runs: set[tuple[str, str]]) -> list[int]:
-    """Seeds that all of these variants have; the base counts for every seed."""
-    of_run = [{s for p, v, s in scores if (p, v) == run} for run in runs if run[1] != BASE]
-    return sorted(set.intersection(*of_run)) if of_run else []
+    """Seeds that all of these variants have; one that is not trained counts for every seed."""
+    of_run = [{s for p, v, s in scores if (p, v) == run} for run in runs]
+    seeded = [seeds for seeds in of_run if seeds != {BASE_SEED}]
+    return sorted(set.intersection(*seeded)) if seeded else [BASE_SEED]
 
 
 def _parts(
@@ -195,7 +197,7 @@ def _parts(
     totals: dict[tuple[str, bytes], Part] = {}
     documents: dict[str, DocumentScores] = {}  # by metric
     for parent, variant, metric, weight in cells:
-        rows = [scores[_run(parent, variant, seed)][metric] for seed in seeds]
+        rows = [scores[_run(scores, parent, variant, seed)][metric] for seed in seeds]
         first = documents.setdefault(metric, rows[0])
         for row in rows:
             _require_same_documents(first, row, f"{parent} {variant}")

@@ -227,7 +227,8 @@ class Orders:
     def _missing_of(self, run: Run) -> list[str]:
         """Paths that do not exist; the setting's name where there is none."""
         config, name = run.config, f"parents.{run.parent}"
-        wanted = {f"{name}.decoder": run.decoder}
+        of_parent = run.variant == BASE or config
+        wanted = {f"{name}.decoder" if of_parent else f"variants.{run.variant}.model": run.decoder}
         if config:
             stage = config.stage
             wanted |= {f"{stage}.data.path": config.data.path}

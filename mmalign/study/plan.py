@@ -1,6 +1,7 @@
 """A study: parents x variants x seeds, as runs with their folders.
 
 runs/PARENT/base-IDENTITY                 the language model as it is, evaluated
+runs/PARENT/VARIANT-IDENTITY              the same of a published model made from it
 runs/PARENT/pretrain/seed_N-IDENTITY      stage 1, shared by all variants of the parent
 runs/PARENT/VARIANT/seed_N-IDENTITY       stage 2 from that projector, evaluated
 
@@ -65,6 +66,8 @@ class Variant:
     name: str
     finetune: str = ""
     """Recipe of stage 2."""
+    model: str = ""
+    """Instead of a recipe: the folder of a published model, which is scored as it is."""
     control: str = ""
     """A transform of the data, by its name in mmalign/data/controls.py."""
     control_data: str = ""
@@ -94,7 +97,7 @@ class Run:
 
     parent: str
     variant: str
-    seed: int  # BASE_SEED: base
+    seed: int  # BASE_SEED: not trained here
     decoder: str
     recipe: str = ""
     config: TrainConfig | None = None  # of its training, data.path before the transform
@@ -135,14 +138,18 @@ class Study:
     @cached_property
     def runs(self) -> list[Run]:
         """What others start from comes before them, and one seed of all before the next."""
-        found = [Run(x.name, BASE, BASE_SEED, x.decoder) for x in self.parents.values()]
+        found = []
+        for parent in self.parents.values():
+            found.append(Run(parent.name, BASE, BASE_SEED, parent.decoder))
+            published = [x for x in self._variants_of(parent) if x.model]
+            found += [Run(parent.name, x.name, BASE_SEED, x.model) for x in published]
         for seed in self.settings.seeds:
             for parent in self.parents.values():
                 found += self._runs_of(parent, seed)
         return found
 
     def _runs_of(self, parent: Parent, seed: int) -> Iterator[Run]:
-        variants = [x for x in self.variants.values() if not x.parents or parent.name in x.parents]
+        variants = [x for x in self._variants_of(parent) if not x.model]
         finetunes = [self._finetune(parent, variant, seed) for variant in variants]
         pretrain = None
         if parent.pretrain and any(run.sees_pictures for run in finetunes):
@@ -150,6 +157,9 @@ class Study:
             yield pretrain
         for run in finetunes:
             yield replace(run, pretrain=pretrain) if run.sees_pictures else run
+
+    def _variants_of(self, parent: Parent) -> list[Variant]:
+        return [x for x in self.variants.values() if not x.parents or parent.name in x.parents]
 
     def _pretrain(self, parent: Parent, seed: int) -> Run:
         where = f"[parents.{parent.name}]"

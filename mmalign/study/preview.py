@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from mmalign.errors import UserError
 from mmalign.evaluation.document_scores import MEANS
 from mmalign.evaluation.tasks import TASKS, load_documents, resolve_tasks
-from mmalign.study.contrasts import BASE, parse_contrast
+from mmalign.study.contrasts import parse_contrast
 from mmalign.study.cost import MFU, Cost, cost_of, free_bytes, seconds_of
 from mmalign.study.identity import Orders
 from mmalign.study.plan import PRETRAIN, Run
@@ -54,7 +54,7 @@ def _row(orders: Orders, runs: list[Run], costs: dict[Run, Cost], gpu: str) -> t
     if first.variant == PRETRAIN:
         state += f", shared by {sum(len(orders.study.dependants(run)) for run in runs)}"
     if first.config is None:
-        return (first.parent, BASE, state, "", "", "")
+        return (first.parent, first.variant, state, "", "", "")
     if first not in costs:
         return (first.parent, first.variant, state, "-", "-", _data(first))
     hours = _hours(orders, runs, costs, gpu)
@@ -112,7 +112,9 @@ def _totals(
         f"{len(chosen)} runs: {counted}; {len(pretrains)} of stage 1, shared by {shared} of stage 2"
     ]
     hours = _hours(orders, list(costs), costs, gpu)
-    if hours is None or not costs:
+    if not any(run.config for run in chosen):
+        lines.append("training: none; the models are scored as they are")
+    elif hours is None or not costs:
         lines.append("time: unknown until a run of each variant has ended (no GPU)")
     else:
         how = f"{gpu} at an assumed MFU of {MFU:.0%}; finished variants as measured"

@@ -95,6 +95,10 @@ def _parent(name: str, table: dict) -> Parent:
 def _variant(name: str, table: dict) -> Variant:
     where = f"[variants.{name}]"
     variant = _named(Variant, name, table, where)
+    trains = {"finetune": variant.finetune, "control": variant.control, **variant.settings}
+    trains |= {"samples": variant.samples, "supervised-tokens": variant.supervised_tokens}
+    if variant.model and any(given := [name for name, value in trains.items() if value]):
+        raise UserError(f"{where}: {given[0]} is for training, but model is scored as it is")
     if variant.control and variant.control not in CONTROLS:
         known = ", ".join(CONTROLS)
         raise UserError(f"{where}: control is {variant.control!r}; expected one of {known}")

@@ -19,6 +19,9 @@ def question(contrast: str, *metrics: str, **fields) -> Question:
     return Question("Q", "Is it so?", contrast, metrics or ("truthfulqa_mc2",), **fields)
 
 
+BOTH = ("published", "base")
+
+
 class Runs:
     """Scores of runs that share document noise and have seed noise and effects of their own."""
 
@@ -183,6 +186,17 @@ def test_missing_runs_leave_a_gap_and_unequal_seeds_are_not_paired():
     runs.num_seeds = 2
     runs.add("b", {})
     assert runs.answer(question("a - b"))[0].num_seeds == 2
+
+
+def test_models_that_are_not_trained_have_no_seed():
+    """Two of them are compared once; one of them counts for every seed of a trained variant."""
+    runs = Runs().add("base", {}).add("a", {}).add("b", {"truthfulqa_mc2": 0.1})
+    runs.scores["p", "published", BASE_SEED] = runs.scores["p", "b", 0]
+    alone, trained = runs.answer(question("published - base"), question("a ~ published", margin=1))
+    assert alone.num_seeds == 1 and not alone.seeded and alone.verdict == "supported"
+    means = [runs.scores["p", x, BASE_SEED]["truthfulqa_mc2"].values.mean() for x in BOTH]
+    assert alone.estimate.value == pytest.approx(means[0] - means[1])
+    assert trained.num_seeds == 3 and trained.verdict == "contradicted"
 
 
 def test_one_seed_speaks_for_its_checkpoints_only():

@@ -46,6 +46,14 @@ def test_the_paper_without_weights_and_data(monkeypatch, tmp_path):
     assert re.search(r"training: \d+\.\d GPU-hours", text) and re.search(r"disk: up to \d", text)
 
 
+def test_published_models_without_weights(tmp_path):
+    path = REPOSITORY / "scripts" / "studies" / "published.toml"
+    text = dry_run(path, study__output=str(tmp_path))
+    assert re.search(r"^mistral-7b-instruct +llava-1-6-mistral +1 new$", text, re.M)
+    assert "missing: llava-1.5-7b-hf (vicuna-7b/llava-1-5)" in text
+    assert "training: none" in text
+
+
 def test_flops_of_the_paper_s_row():
     """80k samples of 550 tokens, 242 of them with a target, as the memory plan assumes."""
     study = read_study(REPOSITORY / "scripts" / "studies" / "paper.toml")

@@ -15,6 +15,7 @@ import pytest
 from mmalign.command import Stopped
 from mmalign.study import schedule
 from mmalign.study.identity import Orders
+from mmalign.study.report import write_study
 from mmalign.study.schedule import run_study
 from mmalign.study.study_file import read_study
 from tests.conftest import REPOSITORY
@@ -100,6 +101,36 @@ def test_a_missing_input_is_named_and_stops_nothing_else(study_file):
     assert set(failed) == {"small/pretrain/seed_0", "small/visual/seed_0"}
     assert set(failed.values()) == {"missing: /nowhere"}
     assert states(orders)["small/base"] == "done"
+
+
+def test_a_published_model_is_scored_as_it_is(study_file, finished):
+    """Here a LLaVA folder that a run has exported, and so has the scores of that run."""
+    text = ONE_SEED[: ONE_SEED.index("[variants.visual]")]
+    visual = next(run for run in finished.study.runs if run.variant == "visual")
+    folder = finished[visual].train_dir / "export" / "llava"
+    published = f"""[variants.published]
+model = "{folder}"
+
+[[questions]]
+name = "Q"
+asks = "Is it better?"
+contrast = "published - base"
+metrics = ["truthfulqa_mc2"]
+"""
+    orders = open_study(study_file(text, published))
+    assert list(states(orders)) == ["small/base", "small/published"]
+    assert run_study(orders, orders.study.runs, jobs=1) == {}
+    items = [
+        (x[y].scores / "items.jsonl")
+        for x, y in ((finished, visual), (orders, orders.study.runs[1]))
+    ]
+    first, second = ([json.loads(line) for line in x.read_text().splitlines()] for x in items)
+    assert first == second
+    write_study(orders)
+    report = (orders.study.output / "report.md").read_text()
+    assert "points on truthfulqa_mc2 of small" in report
+    missing = open_study(study_file(text, published.replace(str(folder), "nowhere")))
+    assert missing.problem(missing.study.runs[1]) == "missing: nowhere"
 
 
 def test_keep_scores(study_file, finished):

@@ -73,6 +73,7 @@ def test_overrides_of_the_command_line(study_file):
             "control is 'mirror'; expected one of shuffle-images",
         ),
         ("samples = 16", 'control = "length-matched"', "control-data is missing: it is needed by"),
+        ("samples = 16", 'model = "folder"', "finetune is for training, but model is scored"),
         ("[pretrain]", "[pretraining]", r"unknown table \[pretraining\]"),
         ("[pretrain]", "[pretrain", "study.toml: "),
     ],
