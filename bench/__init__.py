@@ -8,3 +8,5 @@ session     runs comparisons; render: RESULTS.md and plots from --benchmark-json
 gpu         scripts/gpu_verify.sh: gpu_parts what runs, gpu_work in processes that append records;
             verdict: the table at its end, against what predict wrote down beforehand
 """
+
+import mmalign  # noqa: F401 (before PyTorch: it sets how OpenMP's threads wait, as in a run)

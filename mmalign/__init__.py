@@ -8,7 +8,11 @@
     study/         many runs with a verdict on each question that is asked of them
     chat.py, lm_eval.py: other uses of a trained model
 
-distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them.
+distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them. openmp.py has its
+effect here, before anything loads PyTorch.
 """
 
+from mmalign.openmp import let_waiting_threads_sleep
+
 __version__ = "0.1.0"
+let_waiting_threads_sleep()

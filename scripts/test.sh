@@ -8,6 +8,4 @@ source scripts/install.sh test
 .venv/bin/basedpyright --pythonpath .venv/bin/python
 # one torch thread a process: the tests are small, and pytest-xdist uses the cores
 export OMP_NUM_THREADS=1
-# threads that wait do not spin: beside another test process that takes its core
-export OMP_WAIT_POLICY=PASSIVE
 .venv/bin/python -m pytest -n "${MMALIGN_TEST_PROCESSES:-auto}" "$@"

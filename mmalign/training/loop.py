@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from mmalign import openmp
 from mmalign.command import Stopped, StopSignal, reason
 from mmalign.config import TrainConfig
 from mmalign.data.loader import StepLoader, num_steps_of
@@ -57,6 +58,8 @@ def train(config: TrainConfig) -> None:
     ):
         config = resolve(config)
         with owned(config.run_dir, "--run-dir", ranks):
+            if ranks.is_main:
+                log.info("%s", openmp.describe())
             config = plan_run(config, ranks)  # refuses what does not fit in memory
             tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
             with explain_out_of_memory(config, ranks), compiled_kernels(config, ranks, tokenizer):
