@@ -7,10 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from mmalign.data.images import load_image
+from mmalign.data.images import load_picture
 from mmalign.data.samples import Turn
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
@@ -20,6 +17,7 @@ from mmalign.evaluation.vision_model import CHAT_TEMPLATES, choose_template, run
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
 from mmalign.model.hf import is_llava, load_llava
+from mmalign.model.tiles import Pixels, join_pixels, num_image_tokens
 from mmalign.system import DTYPES, choose_device
 from mmalign.tokenizer import Tokenizer
 
@@ -65,7 +63,7 @@ class Conversation:
     def start(self) -> None:
         """Removes all turns and images."""
         self.turns: list[Turn] = []
-        self.images: list[Tensor] = []  # (3, crop_size, crop_size) uint8 each
+        self.images: list[Pixels] = []  # of one image each
 
     def show(self, image: Path) -> None:
         """The next question is about this image, beside others shown since the last question."""
@@ -74,7 +72,7 @@ class Conversation:
                 f"{self.weights} is a language model without a vision tower, so it takes no image. "
                 "Name a run that was finetuned on images, or ask without --image"
             )
-        self.images.append(load_image(image, self.vision.preprocessing))
+        self.images.append(load_picture(image, self.vision))
 
     def ask(
         self, question: str, options: GenerationOptions, write: Callable[[str], None]
@@ -94,11 +92,15 @@ class Conversation:
             stop=self.template.stop,
             end_ids=end_ids(self.template, self.tokenizer),
         )
-        pixels = torch.stack(self.images) if self.images else None
+        pixels = join_pixels(self.images, self._num_patches) if self.images else None
         prompt, on_text = Prompt(input_ids, pixels), _stripped(write)
         (answer,) = generate(self.llava, self.tokenizer, [prompt], options, on_text=on_text)
         self.turns = [*turns, Turn("gpt", answer.text.strip())]
         return answer
+
+    @property
+    def _num_patches(self) -> int:
+        return self.vision.num_patches if self.vision else 0
 
     def _turn(self, question: str) -> Turn:
         question = question.strip()
@@ -123,8 +125,10 @@ class Conversation:
         if tokenizer.image_token_id in ids:
             name = tokenizer.token(tokenizer.image_token_id)
             raise UserError(f"remove {name} from the question: it marks image positions")
-        patches = [tokenizer.image_token_id] * (self.vision.num_patches if self.vision else 0)
-        ids = [x for i in ids for x in (patches if i == IMAGE_SENTINEL else [i])]
+        patches = (
+            [tokenizer.image_token_id] * num_image_tokens(x, self._num_patches) for x in self.images
+        )
+        ids = [x for i in ids for x in (next(patches) if i == IMAGE_SENTINEL else [i])]
         if len(ids) >= self.max_length:
             num_patches = ids.count(tokenizer.image_token_id)
             image = f" ({num_patches} of them of images)" if num_patches else ""

@@ -55,6 +55,12 @@ class ConversationDataset:
     ):
         if vision is None and not data.text_only:
             raise ValueError("images need the VisionConfig of their tower")
+        if vision is not None and vision.grids:
+            raise UserError(
+                "the vision tower is that of a LLaVA 1.6, whose tiles are not trained here (chat "
+                "and evaluation take it). Give --model.vision-tower the folder of its CLIP, or "
+                "--data.text-only True"
+            )
         self.samples, self.tokenizer, self.data = samples, tokenizer, data
         pads = data.image_aspect_ratio == "pad"
         self.vision = vision.padding() if vision is not None and pads else vision

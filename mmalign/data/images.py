@@ -21,7 +21,9 @@ from torch.nn.functional import interpolate
 
 from mmalign.errors import UserError
 from mmalign.files import open_regular
+from mmalign.model.config import VisionConfig
 from mmalign.model.preprocessing import Preprocessing
+from mmalign.model.tiles import Pixels, Tiles, best_grid, size_in, token_rows
 
 # Pillow has readers for many more; that of EPS, for one, starts Ghostscript on the file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -62,6 +64,36 @@ def load_image(
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)  # (3, height, width)
     top, left = (height - crop_size) // 2, (width - crop_size) // 2
     return pixels[:, top : top + crop_size, left : left + crop_size].contiguous()
+
+
+def load_picture(
+    path: Path,
+    vision: VisionConfig,
+    change: Callable[[Image.Image], Image.Image] = lambda image: image,
+) -> Pixels:
+    """One image as the tower sees it: (1, 3, crop_size, crop_size), or the tiles of LLaVA 1.6.
+
+    Raises UserError as load_image.
+    """
+    if not vision.grids:
+        return load_image(path, vision.preprocessing, change)[None]
+    image, size = change(_open_rgb(path, vision.preprocessing)), vision.image_size
+    grid = best_grid(image.height, image.width, vision.grids)
+    height, width = size_in(grid, image.height, image.width)
+    resample = Image.Resampling[vision.preprocessing.resample.upper()]
+    filled = Image.new("RGB", (grid[1], grid[0]))  # black where nothing of the image is
+    place = (grid[1] - width) // 2, (grid[0] - height) // 2
+    filled.paste(image.resize((width, height), resample), place)
+    whole = _channels_first(image.resize((size, size), resample))
+    tiles = _channels_first(filled).unfold(1, size, size).unfold(2, size, size)
+    tiles = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)  # (num_tiles, 3, image_size, image_size)
+    side = size // vision.patch_size
+    rows = token_rows(image.height, image.width, grid, size, side)
+    return Tiles(torch.cat((whole[None], tiles)), torch.from_numpy(rows))
+
+
+def _channels_first(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def check_image(path: Path, preprocessing: Preprocessing) -> None:

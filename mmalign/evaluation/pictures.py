@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.images import load_image
+from mmalign.data.images import load_picture
 from mmalign.errors import UserError
 from mmalign.evaluation.corruptions import corrupt
-from mmalign.model.preprocessing import Preprocessing
+from mmalign.model.config import VisionConfig
+from mmalign.model.tiles import Pixels
 
 Control = Literal["blind", "mismatched"]
 
@@ -37,13 +37,13 @@ class Shown:
 def load_pictures(
     data_root: Path,
     images: list[str],
-    preprocessing: Preprocessing,
+    vision: VisionConfig,
     shown: Shown,
     seed: int,
     num_workers: int,
-) -> Iterator[Tensor]:
-    """(1, 3, image_size, image_size) uint8 of each, in order; UserError for a bad file."""
-    pictures = _Pictures(data_root, images, preprocessing, shown, seed)
+) -> Iterator[Pixels]:
+    """Each, in order; UserError for a bad file."""
+    pictures = _Pictures(data_root, images, vision, shown, seed)
     loader = DataLoader(
         pictures,
         batch_size=None,
@@ -54,7 +54,7 @@ def load_pictures(
     for pixels in loader:
         if isinstance(pixels, UserError):
             raise pixels
-        yield pixels[None]
+        yield pixels
 
 
 def _ignore_interrupts(worker_id: int) -> None:
@@ -78,22 +78,22 @@ class _Pictures(Dataset):
 
     data_root: Path
     images: list[str]
-    preprocessing: Preprocessing
+    vision: VisionConfig
     shown: Shown
     seed: int
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor | UserError:
+    def __getitem__(self, index: int) -> Pixels | UserError:
         path = self.data_root / self.images[index]
         try:
             if self.shown.corruption is None:
-                return load_image(path, self.preprocessing)
+                return load_picture(path, self.vision)
             name, severity = self.shown.corruption
             change = partial(
                 corrupt, name=name, severity=severity, picture=path.name, seed=self.seed
             )
-            return load_image(path, self.preprocessing, change)
+            return load_picture(path, self.vision, change)
         except UserError as error:
             return error

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
-from torch import Tensor
-
 from mmalign.command import progress_bar
 from mmalign.data.templates import end_ids
 from mmalign.errors import UserError
@@ -39,6 +37,7 @@ from mmalign.evaluation.tasks.vision_task import (
 from mmalign.evaluation.vision_model import VisionModel, find_llava, log_odds
 from mmalign.evaluation.weather import frost_folder
 from mmalign.model.generate import generate
+from mmalign.model.tiles import Pixels, num_image_tokens
 from mmalign.ownership import owned
 from mmalign.system import DTYPES, choose_device, choose_precision
 
@@ -210,20 +209,20 @@ class VisionEvaluation:
 
     def _chunks(
         self, missing: list[VisualDocument], documents: list[VisualDocument], shown: Shown
-    ) -> Iterator[list[tuple[VisualDocument, Tensor | None]]]:
+    ) -> Iterator[list[tuple[VisualDocument, Pixels | None]]]:
         """Questions with their pixels, those about one picture together."""
         by_image: dict[str, list[VisualDocument]] = {}
         for x in missing:
             by_image.setdefault(x.image, []).append(x)
         images = list(by_image)
         other = exchanged([x.image for x in documents]) if shown.control == "mismatched" else {}
-        pictures: Iterable[Tensor | None] = repeat(None)
+        pictures: Iterable[Pixels | None] = repeat(None)
         if shown.control != "blind":
             wanted = [other.get(x, x) for x in images]
             pictures = load_pictures(
                 self.data_root,
                 wanted,
-                self.model.vision.preprocessing,
+                self.model.vision,
                 shown,
                 self.seed,
                 self.num_workers,
@@ -231,7 +230,9 @@ class VisionEvaluation:
         chunk, num_tokens = [], 0
         for image, pixels in zip(images, pictures, strict=False):
             chunk += [(x, pixels) for x in by_image[image]]
-            num_tokens += self.model.vision.num_patches + 64 * len(by_image[image])
+            num_patches = self.model.vision.num_patches
+            num_tokens += num_image_tokens(pixels, num_patches) if pixels is not None else 0
+            num_tokens += 64 * len(by_image[image])
             if num_tokens > _CHUNK_TOKENS:
                 yield chunk
                 chunk, num_tokens = [], 0

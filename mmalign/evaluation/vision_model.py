@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mmalign.data.samples import Turn
 from mmalign.data.templates import (
@@ -24,6 +23,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Prompt
 from mmalign.model.hf import is_llava, load_llava
 from mmalign.model.llava import Llava
+from mmalign.model.tiles import Pixels, num_image_tokens
 from mmalign.tokenizer import Tokenizer
 
 CHAT_TEMPLATES = tuple(name for name, template in TEMPLATES.items() if not template.single_turn)
@@ -75,8 +75,8 @@ class VisionModel:
     def template(self) -> Template:
         return TEMPLATES[self.template_name]
 
-    def prompt(self, document: VisualDocument, pixels: Tensor | None, template: Template) -> Prompt:
-        """pixels: (1, 3, image_size, image_size) uint8; None: the question alone."""
+    def prompt(self, document: VisualDocument, pixels: Pixels | None, template: Template) -> Prompt:
+        """pixels: of one picture; None: the question alone."""
         image = "" if pixels is None else f"{IMAGE}\n"
         turns = [
             Turn(speaker, text)
@@ -85,7 +85,8 @@ class VisionModel:
         ]
         turns.append(Turn("human", image + document.question))
         ids = encode_prompt(turns, template, self.tokenizer, self.use_im_start_end)
-        patches = [self.tokenizer.image_token_id] * self.vision.num_patches
+        num_tokens = 0 if pixels is None else num_image_tokens(pixels, self.vision.num_patches)
+        patches = [self.tokenizer.image_token_id] * num_tokens
         ids = [x for i in ids for x in (patches if i == IMAGE_SENTINEL else [i])]
         return Prompt(ids, pixels, draws=document.doc_id)
 

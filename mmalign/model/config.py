@@ -11,6 +11,7 @@ from mmalign.model.hf_config import language_model, read_hf_config
 from mmalign.model.kinds import DECODERS, TOWERS, DecoderKind, TowerKind
 from mmalign.model.preprocessing import Preprocessing
 from mmalign.model.rope import RopeScaling, read_rope
+from mmalign.model.tiles import Grid
 
 # greatest values; what config.json leaves out is in kinds.py
 _LIMITS = {
@@ -21,6 +22,8 @@ _LIMITS = {
     "num_attention_heads": 2**14,
     "max_position_embeddings": 2**27,
 }
+_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # LLaVA 1.6's
+MOST_TILES = 16  # in one direction
 _TOWER_LIMITS = {
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
@@ -152,6 +155,7 @@ class VisionConfig:
     model_type: str = "clip_vision_model"  # a key of TOWERS
     hidden_act: str = "quick_gelu"
     vision_feature_layer: int = -2  # of hidden_states, which the projector reads
+    grids: tuple[Grid, ...] = ()  # of tiles, in LLaVA 1.6; empty: one square is all of an image
 
     def __post_init__(self):
         if self.preprocessing is None:
@@ -171,7 +175,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Tokens that one image takes in the decoder's sequence."""
+        """Tokens that one image, or one tile of it, takes in the decoder's sequence."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -228,14 +232,16 @@ class VisionConfig:
             hidden_act=hidden_act,
             vision_feature_layer=layer,
         )
-        if whole.get("model_type") == "llava":
+        if whole.get("model_type") in ("llava", "llava_next"):
             expected = ("default", None) if kind.is_clip else ("full",)
             whole.require("vision_feature_select_strategy", *expected)
+        if whole.get("model_type") == "llava_next":
+            config = _with_grids(config, whole)
         return config
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """config.json of a CLIPVisionModel or SiglipVisionModel."""
-        other = ("preprocessing", "vision_feature_layer")
+        other = ("preprocessing", "vision_feature_layer", "grids")
         return {
             "architectures": [self.kind.architecture],
             "torch_dtype": str(dtype).removeprefix("torch."),
@@ -248,7 +254,7 @@ class VisionConfig:
 def _tower_settings(hf: Settings) -> tuple[Settings, str]:
     """The tower's settings and its model_type: hf itself, or the vision part of a whole model."""
     wholes = {kind.of_model: name for name, kind in TOWERS.items()}
-    found = hf.require("model_type", *TOWERS, *wholes, "llava")
+    found = hf.require("model_type", *TOWERS, *wholes, "llava", "llava_next")
     if found in TOWERS:
         return hf, found
     if "vision_config" not in hf:
@@ -258,6 +264,23 @@ def _tower_settings(hf: Settings) -> tuple[Settings, str]:
     hf = Settings(first.values | second.values, first.path, first.within)
     expected = [wholes[found]] if found in wholes else TOWERS
     return hf, hf.require("model_type", None, *expected) or wholes.get(found, "clip_vision_model")
+
+
+def _with_grids(config: VisionConfig, hf: Settings) -> VisionConfig:
+    """Of LLaVA 1.6. Its processor pads batches, never images, so do_pad means nothing here."""
+    size, given = config.image_size, hf.values.get("image_grid_pinpoints") or _GRIDS
+    pairs = [tuple(x) if isinstance(x, list | tuple) else () for x in given]
+    sides = [side for pair in pairs for side in pair]
+    whole = all(type(x) is int and 0 < x <= MOST_TILES * size and x % size == 0 for x in sides)
+    if not whole or not all(len(pair) == 2 for pair in pairs) or len(pairs) > MOST_TILES**2:
+        raise hf.error(
+            "image_grid_pinpoints", f"pairs of height and width, multiples of image_size {size}"
+        )
+    preprocessing = config.preprocessing
+    if preprocessing.size != size or not preprocessing.do_center_crop:
+        raise UserError(f"{hf.path}: LLaVA 1.6 resizes images to {size}, the size of their tiles")
+    preprocessing = replace(preprocessing, do_pad=False)
+    return replace(config, preprocessing=preprocessing, grids=tuple(pairs))
 
 
 def _built(config_class: type, hf: Settings, **values):

@@ -23,6 +23,7 @@ from mmalign.model.generation_batches import Batch, PromptRows, cut_batches
 from mmalign.model.generation_cache import BatchCache
 from mmalign.model.llava import Llava
 from mmalign.model.sampling import TextStream, draw, sampling_probabilities
+from mmalign.model.tiles import Pixels, num_image_tokens
 from mmalign.tokenizer import Tokenizer
 
 Reason = Literal["end", "stop", "length"]  # end-of-text token, stop string, max_new_tokens
@@ -31,8 +32,7 @@ Reason = Literal["end", "stop", "length"]  # end-of-text token, stop string, max
 @dataclass(frozen=True)
 class Prompt:
     input_ids: Sequence[int]  # at least one; every patch of an image is an image_token_id
-    # (num_images, 3, image_size, image_size) uint8; computed once for prompts that hold one tensor
-    pixels: Tensor | None = None
+    pixels: Pixels | None = None  # computed once for prompts that hold one object
     draws: int | None = None  # with the seed decides its draws; None: its place in the list
 
 
@@ -137,7 +137,7 @@ class _Sequence:
 
 
 def _rows(prompts: Sequence[Prompt], image_token_id: int) -> list[PromptRows]:
-    rows, pictures = [], {}  # by the id of the tensor: prompts keep it alive
+    rows, pictures = [], {}  # by the id of the pixels: prompts keep them alive
     for index, prompt in enumerate(prompts):
         ids = np.asarray(prompt.input_ids, np.int64)
         places = np.flatnonzero(ids == image_token_id)
@@ -164,7 +164,7 @@ def _check(prompt: PromptRows, llava: Llava) -> None:
     if llava.vision_tower is None:
         raise UserError(f"{name} has an image, but this model has no vision tower")
     num_tokens = int((ids == llava.image_token_id).sum())
-    expected = len(prompt.pixels) * llava.vision_tower.config.num_patches
+    expected = num_image_tokens(prompt.pixels, llava.vision_tower.config.num_patches)
     if num_tokens != expected:
         raise UserError(f"{name}: its images need {expected} image tokens, it holds {num_tokens}")
 

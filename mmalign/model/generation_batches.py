@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from mmalign.model.generation_cache import Segment
+from mmalign.model.tiles import Pixels
 
 
 @dataclass
@@ -20,7 +20,7 @@ class PromptRows:
 
     index: int  # in the list of prompts
     ids: np.ndarray  # (num_tokens,) int64
-    pixels: Tensor | None  # (num_images, 3, image_size, image_size) uint8
+    pixels: Pixels | None
     picture: int  # equal numbers: the same pixels; -1: none
     before_images: int  # number of tokens before the first image
     through_images: int  # number of tokens up to the end of the last one

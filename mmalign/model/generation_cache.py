@@ -15,6 +15,7 @@ from torch import Tensor
 from mmalign.model.llava import Llava
 from mmalign.model.positions import CachedPositions, KeyValues, PackedPositions
 from mmalign.model.projector import ImageInputs
+from mmalign.model.tiles import Pixels
 
 _PROMPT_PASS = 8192  # most tokens in one forward pass over prompts, unless one is longer
 
@@ -25,7 +26,7 @@ class Segment:
 
     input_ids: np.ndarray
     spans: list[tuple[int, int]]  # cache rows that they see; the last one ends with their own
-    pixels: Tensor | None = None  # (num_images, 3, image_size, image_size) uint8, of these tokens
+    pixels: Pixels | None = None  # of these tokens
     is_read: bool = True  # whether the logits after its last token are wanted
 
     @property
@@ -90,9 +91,6 @@ class BatchCache:
         pixels = [x.pixels for x in segments if x.pixels is not None]
         if not pixels:
             return None
-        tower, projector = self.llava.vision_tower, self.llava.projector
-        assert tower is not None and projector is not None
         device = self.llava.decoder.embed_tokens.weight.device
         image_positions = torch.from_numpy(np.flatnonzero(ids == self.llava.image_token_id))
-        features = tower(torch.cat(pixels).to(device))
-        return ImageInputs(features, image_positions.to(device), projector)
+        return self.llava.image_inputs(pixels, image_positions.to(device))

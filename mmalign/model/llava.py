@@ -14,6 +14,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.lora import LoraLinear, add_lora, merge_lora
 from mmalign.model.positions import CachedPositions, KeyValues, PackedPositions
 from mmalign.model.projector import AnyProjector, ImageInputs, load_projector_tensors
+from mmalign.model.tiles import NEWLINE, Pixels, join_pixels
 from mmalign.model.vision_tower import VisionTower
 
 T = TypeVar("T")
@@ -33,7 +34,10 @@ class Llava(nn.Module):
 
     image_token_embeddings (2, hidden_size) exists while stage 1 trains the rows of <im_start> and
     <im_end>: it replaces these two rows of the frozen embed_tokens. The export merges it.
+    image_newline (hidden_size,) is that of LLaVA 1.6, which answers but is not trained here.
     """
+
+    image_newline: nn.Parameter | None
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Llava(nn.Module):
         self.prefix_ids = tuple(prefix_ids)
         self._prefix_cache: tuple[KeyValues, ...] = ()
         self.register_parameter("image_token_embeddings", None)
+        self.register_parameter("image_newline", None)
         if vision_tower is not None:
             self._check_vocabulary(self.image_token_id)
             vision_tower.requires_grad_(False)
@@ -97,6 +102,21 @@ class Llava(nn.Module):
         if self.image_token_embeddings is not None:
             embeddings = dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
         return ImageInputs(features, batch.image_positions, self.projector, embeddings)
+
+    def image_inputs(self, pictures: Sequence[Pixels], positions: Tensor) -> ImageInputs:
+        """Of pictures whose tokens stand, in order, at these positions of a row (num_tokens,)."""
+        tower, projector = self.vision_tower, self.projector
+        assert tower is not None and projector is not None
+        joined = join_pixels(pictures, tower.config.num_patches)
+        if isinstance(joined, Tensor):
+            return ImageInputs(tower(joined.to(positions.device)), positions, projector)
+        assert self.image_newline is not None, "tiles need image_newline"
+        rows = joined.rows.to(positions.device)
+        is_patch = rows != NEWLINE
+        features = tower(joined.pixels.to(positions.device)).index_select(0, rows[is_patch])
+        # all of the image's tokens, of which the projector then overwrites the patches
+        newlines: dict[int, Tensor] = {self.image_token_id: self.image_newline}
+        return ImageInputs(features, positions[is_patch], projector, newlines)
 
     def _prefix(self, length: int) -> tuple[KeyValues, ...]:
         if length == 0:

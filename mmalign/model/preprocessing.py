@@ -8,6 +8,7 @@ from mmalign.files import Settings, read_json
 
 PIL_BICUBIC = 3  # PIL.Image.Resampling
 _PADDING = ("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil")
+TILING = ("LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil")
 _PROCESSORS = {  # by whether the tower is a CLIP, else it is a SigLIP
     True: (
         "CLIPImageProcessor",
@@ -57,7 +58,7 @@ class Preprocessing:
             if not hf.flag(key, True):
                 raise hf.error(key, "true, as every vision tower has it")
         for key in ("image_processor_type", "feature_extractor_type"):
-            hf.require(key, None, *_PROCESSORS[is_clip], *_PADDING)
+            hf.require(key, None, *_PROCESSORS[is_clip], *_PADDING, *TILING)
         hf.require("resample", None, PIL_BICUBIC)
         hf.number("rescale_factor", 0.999 / 255, 1.001 / 255, 1 / 255)
         sides, crops = ("height", "width"), hf.flag("do_center_crop", is_clip)

@@ -19,6 +19,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.hf.names import Part, decoder_parts, vision_parts
 from mmalign.model.llava import Llava
 from mmalign.model.lora import LoraLinear
+from mmalign.model.preprocessing import TILING
 from mmalign.model.projector import AnyProjector, projector_tensors
 from mmalign.model.shards import fsdp_unit_of, unsharded
 from mmalign.model.vision_tower import VisionTower
@@ -62,15 +63,17 @@ def export_llava(
     tokenizer: Tokenizer | None = None,
     chat_template: str = "",
 ) -> None:
-    """A LlavaForConditionalGeneration folder. The arguments are those of export_llama."""
+    """A LlavaForConditionalGeneration folder, or with tiles a LlavaNextForConditionalGeneration's.
+
+    The arguments are those of export_llama.
+    """
     tower, projector = llava.vision_tower, llava.projector
     assert tower is not None and projector is not None, "a text-only model: use export_llama"
     if folder is None:
         return _read_all(_llava_tensors(llava, tower, projector))
     dtype = _dtype(llava.decoder)
     config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        **_class_of(tower.config),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "image_token_index": llava.image_token_id,
         "image_seq_length": tower.config.num_patches,
@@ -87,6 +90,16 @@ def export_llava(
         if tokenizer is not None:
             tokenizer.save(partial, llava.decoder.config.vocab_size, chat_template)
             _write_processor(partial, tokenizer, tower.config)
+
+
+def _class_of(vision: VisionConfig) -> dict:
+    if not vision.grids:
+        return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": vision.grids,
+    }
 
 
 def save_projector(llava: Llava, path: str | Path) -> None:
@@ -114,7 +127,11 @@ def _decoder_config(decoder: Decoder, tokenizer: Tokenizer | None) -> dict:
 
 
 def _preprocessor(tower: VisionTower) -> dict:
-    return tower.config.preprocessing.to_hf(tower.config.kind.is_clip)
+    settings = tower.config.preprocessing.to_hf(tower.config.kind.is_clip)
+    if not tower.config.grids:
+        return settings
+    tiles = {"do_pad": True, "image_grid_pinpoints": tower.config.grids}  # pads batches
+    return settings | {"image_processor_type": TILING[0]} | tiles
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -170,6 +187,8 @@ def _tower_tensors(tower: VisionTower, prefix: str) -> _Tensors:
 def _llava_tensors(llava: Llava, tower: VisionTower, projector: AnyProjector) -> _Tensors:
     yield from _tower_tensors(tower, "vision_tower.vision_model.")
     yield from projector.to_hf_tensors().items()
+    if llava.image_newline is not None:
+        yield "image_newline", llava.image_newline.detach()
     yield from _decoder_tensors(llava, "language_model.")
 
 
@@ -213,10 +232,10 @@ def _write_shard(folder: Path, i: int, shard: dict[str, Tensor]) -> list[str]:
 
 
 def _write_processor(folder: Path, tokenizer: Tokenizer, config: VisionConfig) -> None:
-    """What LlavaProcessor needs to write one image token for every patch."""
+    """What LlavaProcessor or LlavaNextProcessor needs to write the tokens of an image."""
     strategy = "vision_feature_select_strategy"
     settings = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if config.grids else "LlavaProcessor",
         "image_token": tokenizer.token(tokenizer.image_token_id),
         "patch_size": config.patch_size,
         strategy: config.llava_fields[strategy],

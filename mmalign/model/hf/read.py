@@ -63,7 +63,20 @@ def load_llava(
     tower = load_vision_tower(folder, dtype)
     sizes = tower.config.hidden_size, decoder.config.hidden_size
     projector = projector_of(load_projector(folder), *sizes).to(dtype)
-    return Llava(decoder, tower, projector, tokenizer)
+    llava = Llava(decoder, tower, projector, tokenizer)
+    if tower.config.grids:
+        llava.image_newline = nn.Parameter(_image_newline(Path(folder), decoder).to(dtype))
+    return llava
+
+
+def _image_newline(folder: Path, decoder: Decoder) -> Tensor:
+    files = WeightFiles.of_folder(folder)
+    found = [key for key in files.names() if key.removeprefix("model.") == "image_newline"]
+    expected = (decoder.config.hidden_size,)
+    shape = files.shape(found[0]) if found else "none"
+    if shape != expected:
+        raise UserError(f"{folder}: image_newline: expected shape {expected}, found {shape}")
+    return files.read(found[0]).clone()
 
 
 def load_decoder(
@@ -101,7 +114,7 @@ def load_vision_tower(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     keys = {}
     for key in files.names():
         name = key
-        if model_type == "llava":
+        if model_type in ("llava", "llava_next"):
             name = name.removeprefix("model.")
             if not name.startswith("vision_tower."):
                 continue
