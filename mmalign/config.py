@@ -53,8 +53,9 @@ class LoraConfig:
 class DataConfig:
     path: str = ""
     """JSON or JSON lines file in LLaVA's format."""
-    image_root: str = ""
-    """Folder that the samples' image paths are relative to."""
+    image_root: str | tuple[str, ...] = ""
+    """Folders, zip or tar files that the samples' image paths are relative to; PREFIX=ROOT: holds
+    the paths that begin with PREFIX/."""
     follow_links: Switch = False
     """Open images behind links that leave image_root; without it they are refused."""
     template: str = "v1"
@@ -82,6 +83,11 @@ class DataConfig:
     """Decode every image once before the first step; the result is remembered in run_dir."""
     num_workers: int = 2
     """Worker processes that decode images and pack samples; 0: in the main process."""
+
+    @property
+    def image_roots(self) -> tuple[str, ...]:
+        root = self.image_root
+        return tuple(x for x in ([root] if isinstance(root, str) else root) if x)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     json file           read_samples     samples.py      bytes in memory, parsed lazily
       Sample            encode           dataset.py      checked; text by templates.py, segments.py
+        |               Pictures.find    pictures.py     in folders, zip and tar (archives.py)
       EncodedSample     load_pixels      images.py       uint8, resized as CLIP does
         |               check_samples    check.py        all of this once, before training
         v

@@ -1,7 +1,6 @@
 """The samples of a LLaVA JSON file, encoded: ids, labels and pixels."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
+from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, check_exists
 from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import encode_conversation, find_template
@@ -22,7 +22,6 @@ from mmalign.model.config import VisionConfig
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_FIX_OR_SKIP = "Fix the file, or use --data.on-bad-sample skip"
 _MOST_CHARACTERS = 256  # of one token: no vocabulary has longer ones
 
 
@@ -33,7 +32,7 @@ class EncodedSample:
     id: str
     input_ids: np.ndarray  # (num_tokens,) int32; every patch of an image is an image_token_id
     labels: np.ndarray  # (num_tokens,) int32; unshifted, IGNORE_INDEX where there is no loss
-    images: tuple[Path, ...]  # in the order of their patches
+    images: tuple[Picture, ...]  # in the order of their patches
 
 
 class ConversationDataset:
@@ -65,11 +64,7 @@ class ConversationDataset:
         pads = data.image_aspect_ratio == "pad"
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
-        # links in a path are resolved and have to stay inside, unless the user follows them
-        self._resolve = os.path.abspath if data.follow_links else os.path.realpath
-        self._root = self._resolve(data.image_root or ".")
-        if not data.text_only and not os.path.isdir(self._root):
-            raise UserError(f"the image root {self._root} is not a folder (--data.image-root)")
+        self.pictures = None if data.text_only else Pictures(data.image_roots, data.follow_links)
 
     @classmethod
     def open(
@@ -94,7 +89,7 @@ class ConversationDataset:
                 data.check_images,
                 data.on_bad_sample,
                 data.follow_links,
-                self._root,
+                self.pictures and self.pictures.fingerprint,
                 images,
             ),
             self.tokenizer.fingerprint,
@@ -137,7 +132,7 @@ class ConversationDataset:
             problem = f"the text contains {name!r}, the tokenizer's padding token"
             raise SampleError(sample.id, problem, "Remove it from the text")
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        images = self._image_paths(sample)
+        images = self._pictures(sample)
         if images and self.vision:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
         if data.on_long_sample == "truncate" and len(ids) > data.max_length:
@@ -157,7 +152,7 @@ class ConversationDataset:
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's images, uint8 (num_images, 3, crop_size, crop_size); None without any."""
         sample = self.samples[index]
-        images = self._image_paths(sample)
+        images = self._pictures(sample)
         if not images or not self.vision:
             return None
         remedy = "Fix the file and rerun the same command to resume"
@@ -177,9 +172,9 @@ class ConversationDataset:
             if self.data.check_images:
                 assert self.vision is not None  # a sample has images only where there is a tower
                 preprocessing = self.vision.preprocessing
-                _naming_sample(sample.id, _FIX_OR_SKIP, check_image, image, preprocessing)
-            elif not os.path.isfile(image):
-                raise _image_error(sample.id, f"no file {image}")
+                _naming_sample(sample.id, FIX_OR_SKIP, check_image, image, preprocessing)
+            else:
+                _naming_sample(sample.id, FIX_OR_SKIP, check_exists, image)
 
     def _expand(
         self, ids: np.ndarray, labels: np.ndarray, num_patches: int
@@ -188,28 +183,10 @@ class ConversationDataset:
         ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
         return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
 
-    def _image_paths(self, sample: Sample) -> tuple[Path, ...]:
-        if self.data.text_only:
+    def _pictures(self, sample: Sample) -> tuple[Picture, ...]:
+        if self.pictures is None:
             return ()
-        return tuple(self._image_path(sample, image) for image in sample.images)
-
-    def _image_path(self, sample: Sample, image: str) -> Path:
-        if image.startswith(("data:", "http://", "https://")):
-            kind = "a picture's data" if image.startswith("data:") else "a URL"
-            raise _image_error(sample.id, f"its image {image!r} is {kind}, not a path")
-        try:
-            path = self._resolve(os.path.join(self._root, image))
-        except (OSError, ValueError) as error:  # ValueError: a null character
-            problem = f"its image {image!r} is not a path ({error})"
-            raise _image_error(sample.id, problem) from error
-        if os.path.commonpath([path, self._root]) != self._root:
-            raise SampleError(
-                sample.id,
-                f"its image {image!r} is outside the image root {self._root}",
-                "Use paths relative to --data.image-root without .. (--data.follow-links True "
-                "allows links that leave it)",
-            )
-        return Path(path)
+        return tuple(self.pictures.find(sample.id, image) for image in sample.images)
 
     def _checked_turns(self, sample: Sample) -> list[Turn]:
         turns = list(sample.conversations)
@@ -260,10 +237,6 @@ def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *argumen
         return read(*arguments)
     except UserError as error:
         raise SampleError(sample_id, str(error), remedy) from error
-
-
-def _image_error(sample_id: str, problem: str) -> SampleError:
-    return SampleError(sample_id, problem, _FIX_OR_SKIP)
 
 
 def speaker_problem(turns: Sequence[Turn]) -> str | None:

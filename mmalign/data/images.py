@@ -7,10 +7,8 @@ channel is dropped as in LLaVA's `Image.open(path).convert("RGB")` (transformers
 image on white if it were given the channel).
 """
 
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -19,15 +17,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mmalign.data.pictures import Picture, open_picture
 from mmalign.errors import UserError
-from mmalign.files import open_regular
 from mmalign.model.config import VisionConfig
 from mmalign.model.preprocessing import Preprocessing
 from mmalign.model.tiles import Pixels, Tiles, best_grid, size_in, token_rows
 
 # Pillow has readers for many more; that of EPS, for one, starts Ghostscript on the file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_FILE_BYTES = 2**28  # some readers take the whole file into memory before they know its size
 # PIL converts these to RGB by clipping at 255: a 16-bit image becomes white
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 # torch resizes 5 times faster than PIL, but differs by up to 2 levels where it enlarges or hardly
@@ -36,7 +33,7 @@ _TORCH_RESIZE_SCALE = 2
 
 
 def load_image(
-    path: Path,
+    picture: Picture,
     preprocessing: Preprocessing,
     change: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> Tensor:
@@ -49,7 +46,7 @@ def load_image(
             too large (as it is or resized) or deeper than 8 bits.
     """
     size, crop_size = preprocessing.size, preprocessing.crop_size
-    image = change(_open_rgb(path, preprocessing))
+    image = change(_open_rgb(picture, preprocessing))
     if preprocessing.do_pad:
         image = _padded(image, preprocessing.background)
     height, width = _resized(image.height, image.width, preprocessing)
@@ -67,7 +64,7 @@ def load_image(
 
 
 def load_picture(
-    path: Path,
+    picture: Picture,
     vision: VisionConfig,
     change: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> Pixels:
@@ -76,8 +73,8 @@ def load_picture(
     Raises UserError as load_image.
     """
     if not vision.grids:
-        return load_image(path, vision.preprocessing, change)[None]
-    image, size = change(_open_rgb(path, vision.preprocessing)), vision.image_size
+        return load_image(picture, vision.preprocessing, change)[None]
+    image, size = change(_open_rgb(picture, vision.preprocessing)), vision.image_size
     grid = best_grid(image.height, image.width, vision.grids)
     height, width = size_in(grid, image.height, image.width)
     resample = Image.Resampling[vision.preprocessing.resample.upper()]
@@ -96,13 +93,13 @@ def _channels_first(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def check_image(path: Path, preprocessing: Preprocessing) -> None:
+def check_image(picture: Picture, preprocessing: Preprocessing) -> None:
     """Read the whole file as load_image does, without resizing.
 
     Raises:
         UserError: as load_image.
     """
-    _open_rgb(path, preprocessing, draft=True)
+    _open_rgb(picture, preprocessing, draft=True)
 
 
 def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -132,43 +129,40 @@ def _open(file: BinaryIO) -> Image.Image:
         return Image.open(file, formats=FORMATS)
 
 
-def _open_rgb(path: Path, preprocessing: Preprocessing, draft: bool = False) -> Image.Image:
+def _open_rgb(picture: Picture, preprocessing: Preprocessing, draft: bool = False) -> Image.Image:
     """preprocessing: for the check that the resized image fits into memory."""
     try:
-        with open_regular(path) as file:
-            if (num_bytes := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
-                raise UserError(f"{path} is too large ({num_bytes:,} bytes). Scale the image down")
-            with _open(file) as image:
-                _check_kind(path, image, preprocessing)
-                if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
-                    image.draft(image.mode, (1, 1))
-                return image.convert("RGB")
+        with open_picture(picture) as file, _open(file) as image:
+            _check_kind(picture, image, preprocessing)
+            if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
+                image.draft(image.mode, (1, 1))
+            return image.convert("RGB")
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
+        raise UserError(f"no file {picture}") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path} cannot be decoded: it is not one of {', '.join(FORMATS)}"
+            f"{picture} cannot be decoded: it is not one of {', '.join(FORMATS)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path} is too large ({error}). Scale the image down") from error
+        raise UserError(f"{picture} is too large ({error}). Scale the image down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be decoded ({reason})") from error
+        raise UserError(f"{picture} cannot be decoded ({reason})") from error
 
 
-def _check_kind(path: Path, image: Image.Image, preprocessing: Preprocessing) -> None:
+def _check_kind(picture: Picture, image: Image.Image, preprocessing: Preprocessing) -> None:
     if image.mode in _DEEP_MODES:
         raise UserError(
-            f"{path} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
+            f"{picture} has mode {image.mode}, more than 8 bits per channel. Save it with 8"
         )
     height, width = _resized(image.height, image.width, preprocessing)
     if preprocessing.do_pad:
         height = width = max(image.size)
     if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
         raise UserError(
-            f"{path} is {image.width} x {image.height}: resized to a short side of "
+            f"{picture} is {image.width} x {image.height}: resized to a short side of "
             f"{preprocessing.size}, or padded, it would have {height * width} pixels. Crop the "
             "image"
         )

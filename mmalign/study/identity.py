@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmalign.config import TrainConfig
+from mmalign.data.pictures import split_root
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, write_json
@@ -229,15 +230,18 @@ class Orders:
         config, name = run.config, f"parents.{run.parent}"
         of_parent = run.variant == BASE or config
         wanted = {f"{name}.decoder" if of_parent else f"variants.{run.variant}.model": run.decoder}
+        roots = ()
         if config:
             stage = config.stage
             wanted |= {f"{stage}.data.path": config.data.path}
             if not config.data.text_only:
                 wanted |= {f"{name}.vision-tower": config.model.vision_tower}
-                wanted |= {f"{stage}.data.image-root": config.data.image_root}
+                roots = [split_root(root)[1] for root in config.data.image_roots]
+                wanted |= {f"{stage}.data.image-root": roots[0] if roots else ""}
         if run.transform and run.transform.second:
             wanted["control-data"] = run.transform.second
-        missing = (path or setting for setting, path in wanted.items() if not self._is_there(path))
+        needed = [*wanted.items(), *(("", root) for root in roots[1:])]
+        missing = (path or setting for setting, path in needed if not self._is_there(path))
         return list(dict.fromkeys(x.partition("/")[0] if _is_toy(x) else x for x in missing))
 
 

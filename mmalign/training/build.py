@@ -39,7 +39,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             )
         model = replace(model, vision_tower="", projector="")
         data = replace(data, image_root="")
-    paths = (model.decoder, model.vision_tower, data.path, data.image_root, evaluation.data_root)
+    paths = (model.decoder, model.vision_tower, data.path, evaluation.data_root, *data.image_roots)
     if any(path.split("/")[0] == TOY_WORLD for path in paths):
         world = toy_world()
         toy_json = world.pretrain_json if config.stage == "pretrain" else world.finetune_json
@@ -51,14 +51,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         data = replace(
             data,
             path=_fill(data.path, toy_json),
-            image_root=_fill(data.image_root, world.image_root),
+            image_root=_fill_all(data.image_roots, world.image_root),
         )
         data_root = _fill(evaluation.data_root, world.evaluation)
         evaluation = replace(evaluation, data_root=data_root)
     required = {"--model.decoder": model.decoder, "--data.path": data.path}
     if not data.text_only:
         required["--model.vision-tower"] = model.vision_tower
-        required["--data.image-root"] = data.image_root
+        required["--data.image-root"] = " ".join(data.image_roots)
     missing = [flag for flag, value in required.items() if not value]
     if missing:
         raise UserError(
@@ -74,6 +74,11 @@ def _fill(value: str, toy_path: Path) -> str:
     if first != TOY_WORLD:
         return value
     return str(toy_path.parent / name if name else toy_path)
+
+
+def _fill_all(values: tuple[str, ...], toy_path: Path) -> str | tuple[str, ...]:
+    filled = tuple(_fill(value, toy_path) for value in values)
+    return filled[0] if len(filled) == 1 else filled
 
 
 def _exported(decoder: str) -> str:

@@ -26,6 +26,7 @@ from mmalign.training.run_folder import FREE_FIELDS, flatten
 log = logging.getLogger("mmalign")
 Files = Iterable[tuple[str, Path]]  # name that counts as content, and where it lies now
 _WEIGHTS = ("*.safetensors", "*.bin")  # the second only where there is none of the first
+_ARCHIVES = "archives of images"
 _SETTINGS = ("config.json", "preprocessor_config.json", "*.index.json")
 
 
@@ -59,19 +60,25 @@ class RunInputs:
     def check_images(self, dataset: ConversationDataset, report: CheckReport) -> None:
         """As check, for the images of the samples that the data check keeps.
 
-        Sizes stand for contents with --data.check-images False, which asks to read none.
+        Sizes stand for contents with --data.check-images False, which asks to read none. Of an
+        archive the directory does: names, sizes, and checksums (zip) or times (tar).
         """
         if dataset.vision is None:
             return
-        root, samples = Path(dataset.data.image_root), dataset.samples
+        assert dataset.pictures is not None
+        roots, samples = " ".join(dataset.data.image_roots), dataset.samples
         shown = report.kept[report.num_images > 0]
         names = {image for index in shown for image in samples[int(index)].images}
-        files = [(name, root / name) for name in sorted(names)]
+        found = [(name, dataset.pictures.find(name, name)) for name in sorted(names)]
+        files = [(name, picture) for name, picture in found if isinstance(picture, Path)]
         if dataset.data.check_images:
-            self._compare_files("images", root, files)
+            self._compare_files("images", roots, files)
         else:
             sizes = [(name, path.stat().st_size) for name, path in files]
-            self._compare("sizes of the images", root, {"sha256": digest(sizes)})
+            self._compare("sizes of the images", roots, {"sha256": digest(sizes)})
+        archives = [archive.fingerprint for archive in dataset.pictures.archives]
+        if archives or _ARCHIVES in self.found:
+            self._compare(_ARCHIVES, roots, {"sha256": digest(archives)})
 
     def settle(self, config: TrainConfig, num_steps: int) -> str:
         """Fixes the number of steps, writes the file, and returns the run's identity.

@@ -69,7 +69,8 @@ class World:
     def dataset(self, **settings) -> ConversationDataset:
         path = self.root / "data.json"
         path.write_text(json.dumps(self.samples))
-        data = DataConfig(path=str(path), image_root=str(self.root / "images"), **settings)
+        settings = {"image_root": str(self.root / "images")} | settings
+        data = DataConfig(path=str(path), **settings)
         return ConversationDataset(read_samples(path, data), self.tokenizer, data, VISION)
 
 

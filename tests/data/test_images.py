@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from mmalign.data.images import MAX_FILE_BYTES, check_image, load_image
+from mmalign.data.archives import MAX_PICTURE_BYTES
+from mmalign.data.images import check_image, load_image
 from mmalign.errors import UserError
 from mmalign.model.preprocessing import Preprocessing
 
@@ -152,7 +153,7 @@ def test_a_thread_of_an_image_is_refused_before_it_fills_memory(tmp_path, read, 
 def test_a_file_too_large_to_read_is_refused_by_its_size(tmp_path, read):
     with open(tmp_path / "hole.webp", "wb") as file:
         file.write(b"RIFF\0\0\0\x7fWEBPVP8 ")
-        file.truncate(MAX_FILE_BYTES + 1)  # takes no space on the disk
+        file.truncate(MAX_PICTURE_BYTES + 1)  # takes no space on the disk
     with pytest.raises(UserError, match="hole.webp is too large .268,435,457 bytes"):
         read(tmp_path / "hole.webp")
 

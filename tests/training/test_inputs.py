@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_changed_content_is_refused_by_name(finished, tmp_path, name):
     CHANGES[name](copy)
     with pytest.raises(UserError, match=rf"the {name} .*copy.* has changed since .*run was"):
         train(replace(at(config, copy), run_dir=copy / "run"))
+
+
+def test_a_changed_picture_in_an_archive_is_refused(finished, tmp_path):
+    """Its directory tells, without reading the pictures."""
+    config, root = finished
+    path, changed = tmp_path / "images.zip", tmp_path / "changed.zip"
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(changed, "w") as other:
+        for picture in sorted((root / "images").iterdir()):
+            archive.write(picture, picture.name)
+            other.writestr(picture.name, picture.read_bytes() + b"?" * (picture.name == "1.png"))
+    config = replace(config, run_dir=tmp_path / "run")
+    train(replace(config, data=replace(config.data, image_root=str(path))))
+    assert losses(config.run_dir) == losses(root / "run")
+    with pytest.raises(UserError, match=r"the archives of images .*changed.zip has changed since"):
+        train(replace(config, data=replace(config.data, image_root=str(changed))))
+    with pytest.raises(UserError, match="the images .* has changed since"):  # loose ones again
+        train(config)
 
 
 def test_the_same_content_under_other_paths_continues(finished, tmp_path):

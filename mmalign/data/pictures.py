@@ -1,0 +1,183 @@
+"""Where the pictures of samples lie: folders and archives (--data.image-root), or the data file.
+
+A picture is looked up by its name in every root. A name that several roots have is an error: which
+one is meant cannot be guessed. PREFIX=ROOT keeps such roots apart; it holds the names that begin
+with PREFIX/, without that.
+"""
+
+import io
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from mmalign.data.archives import MAX_PICTURE_BYTES, Archive, open_archive
+from mmalign.errors import SampleError, UserError
+from mmalign.files import open_regular
+
+FIX_OR_SKIP = "Fix the file, or use --data.on-bad-sample skip"
+
+
+class Stored(Protocol):
+    """A picture inside another file; str() says which."""
+
+    def check(self) -> None:
+        """Raises UserError where it is known without reading that `read` would."""
+        ...
+
+    def read(self) -> bytes: ...
+
+
+class Table(Protocol):
+    """A data file with pictures in it."""
+
+    def find(self, name: str) -> Stored | None: ...
+
+
+Picture = Path | Stored
+
+
+@contextmanager
+def open_picture(picture: Picture) -> Iterator[BinaryIO]:
+    """Its file, or its bytes as a file; UserError for one that is too large or no regular file."""
+    if not isinstance(picture, Path):
+        yield io.BytesIO(picture.read())
+        return
+    with open_regular(picture) as file:
+        if (num_bytes := os.fstat(file.fileno()).st_size) > MAX_PICTURE_BYTES:
+            raise UserError(f"{picture} is too large ({num_bytes:,} bytes). Scale the image down")
+        yield file
+
+
+def check_exists(picture: Picture) -> None:
+    """UserError where there is no such picture, without reading it."""
+    if not isinstance(picture, Path):
+        picture.check()
+    elif not os.path.isfile(picture):
+        raise UserError(f"no file {picture}")
+
+
+class _OutsideError(Exception):
+    """A name leads out of the root."""
+
+
+@dataclass(frozen=True)
+class _Root:
+    prefix: str  # of the names that it holds, with / at its end; empty: of all
+    place: str | Archive  # a folder, resolved
+
+    def __str__(self) -> str:
+        return f"{self.prefix[:-1]}={self.place}" if self.prefix else str(self.place)
+
+    def find(self, name: str, resolve, may_be_absent: bool) -> Picture | None:
+        if not name.startswith(self.prefix):
+            return None
+        name = name[len(self.prefix) :]
+        if isinstance(self.place, Archive):
+            name = posixpath.normpath(name)
+            if name == ".." or name.startswith(("/", "../")):
+                raise _OutsideError
+            return self.place.find(name)
+        path = resolve(os.path.join(self.place, name))
+        if os.path.commonpath([path, self.place]) != self.place:
+            raise _OutsideError
+        return Path(path) if may_be_absent or os.path.exists(path) else None
+
+
+def split_root(root: str) -> tuple[str, str]:
+    """The prefix of the names, with / at its end, and the path; what exists as a path is one."""
+    prefix, is_split, path = root.partition("=")
+    if not is_split or os.path.exists(root):
+        return "", root
+    return prefix.strip("/") + "/", path
+
+
+class Pictures:
+    """Finds the pictures of samples by their names.
+
+    Raises UserError for a root that is neither a folder nor an archive that can be read in place.
+    """
+
+    def __init__(
+        self, roots: Sequence[str], follow_links: bool, tables: Mapping[str, Table] | None = None
+    ):
+        """tables: data files with pictures in them, by the names that theirs begin with."""
+        # links in a path are resolved and have to stay inside, unless the user follows them
+        self._resolve = os.path.abspath if follow_links else os.path.realpath
+        self.tables = tables or {}
+        if not roots and not self.tables:
+            roots = (".",)
+        self.roots = [self._open(root) for root in roots]
+
+    @property
+    def archives(self) -> list[Archive]:
+        return [root.place for root in self.roots if isinstance(root.place, Archive)]
+
+    @property
+    def fingerprint(self) -> list[tuple[str, str]]:
+        """Paths of folders, contents of archives."""
+        return [
+            (x.prefix, x.place.fingerprint if isinstance(x.place, Archive) else x.place)
+            for x in self.roots
+        ]
+
+    def find(self, sample_id: str, name: str) -> Picture:
+        """Raises SampleError for a name that no root has, that several have, or that leaves them.
+
+        With a folder as the only root, the file need not exist.
+        """
+        if name.startswith(("data:", "http://", "https://")):
+            kind = "a picture's data" if name.startswith("data:") else "a URL"
+            raise SampleError(sample_id, f"its image {name!r} is {kind}, not a path", FIX_OR_SKIP)
+        table = self.tables.get(name.partition("#")[0])
+        cell = table.find(name) if table else None
+        if cell is not None:
+            return cell
+        found, outside = [], False
+        for root in self.roots:
+            try:
+                picture = root.find(name, self._resolve, len(self.roots) == 1)
+            except _OutsideError:
+                outside = True
+            except UserError as error:
+                raise SampleError(sample_id, str(error), FIX_OR_SKIP) from error
+            except (OSError, ValueError) as error:  # ValueError: a null character
+                problem = f"its image {name!r} is not a path ({error})"
+                raise SampleError(sample_id, problem, FIX_OR_SKIP) from error
+            else:
+                found += [] if picture is None else [picture]
+        if len(found) != 1:
+            raise self._not_one(sample_id, name, found, outside)
+        return found[0]
+
+    def _not_one(
+        self, sample_id: str, name: str, found: list[Picture], outside: bool
+    ) -> SampleError:
+        where = ", ".join(map(str, self.roots))
+        if found:
+            problem = f"its image {name!r} is in several roots: {', '.join(map(str, found))}"
+            remedy = "Leave out one of --data.image-root, or give it as PREFIX=ROOT"
+            return SampleError(sample_id, problem, remedy)
+        if outside:
+            problem = f"its image {name!r} is outside the image root {where}"
+            remedy = "Use paths relative to --data.image-root without .. "
+            remedy += "(--data.follow-links True allows links that leave it)"
+            return SampleError(sample_id, problem, remedy)
+        archives = self.archives if len(self.roots) == 1 else ()
+        such = "".join(f", which has such as {x.example()!r}" for x in archives)
+        where = where or "the data file, and no --data.image-root is given"
+        return SampleError(sample_id, f"no file {name!r} in {where}{such}", FIX_OR_SKIP)
+
+    def _open(self, root: str) -> _Root:
+        prefix, path = split_root(root)
+        resolved = self._resolve(path)
+        if os.path.isdir(resolved):
+            return _Root(prefix, resolved)
+        if not os.path.exists(resolved):
+            raise UserError(
+                f"the image root {resolved} is not a folder or archive (--data.image-root)"
+            )
+        return _Root(prefix, open_archive(Path(resolved)))

@@ -1,0 +1,347 @@
+"""Pictures in zip and tar archives: the bytes that Python's own readers find, or what is wrong."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import stat
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmalign.data.archives import MAX_PICTURE_BYTES, open_archive
+from mmalign.data.check import check_samples
+from mmalign.data.pictures import Pictures
+from mmalign.errors import SampleError, UserError
+
+BAD = "5.png"  # the picture of sample-5, which a test damages
+
+
+def contents(world) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((world.root / "images").iterdir())}
+
+
+def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes = b"", **fields) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def write_tar(path: Path, files: dict[str, bytes], kind: int = tarfile.GNU_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as archive:
+        for name, content in files.items():
+            add_to_tar(archive, name, content)
+    return path
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_gives_the_bytes_that_zipfile_does(tmp_path, method):
+    rng = np.random.default_rng(0)
+    files = {f"a/{i}.bin": rng.bytes(i * i) + bytes(i) for i in range(200)}
+    files |= {"ü/ä ☃.bin": b"snow", "x" * 300 + ".bin": b"long", "a/": b""}
+    path = write_zip(tmp_path / "all.zip", files, method)
+    archive = open_archive(path)
+    with zipfile.ZipFile(path) as expected:
+        names = [info.filename for info in expected.infolist() if not info.is_dir()]
+        assert len(archive) == len(names) == len(files) - 1
+        assert all(archive.find(name).read() == expected.read(name) for name in names)
+    assert archive.find("a/") is archive.find("b/1.bin") is archive.find("1.bin") is None
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_gives_the_bytes_that_tarfile_does(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    files = {f"./a/{i}.bin": rng.bytes(i * i) for i in range(60)}
+    if kind != tarfile.USTAR_FORMAT:
+        files |= {"a/" + "x" * 300 + ".bin": b"long", "ü/☃.bin": b"snow"}
+    path = write_tar(tmp_path / "all.tar", files, kind)
+    archive = open_archive(path)
+    with tarfile.open(path) as expected:
+        for name in files:
+            member = archive.find(name.removeprefix("./"))
+            assert member.read() == expected.extractfile(name).read()
+    assert len(archive) == len(files)
+
+
+def test_offsets_beyond_4_gigabytes(tmp_path):
+    """zip64, in a file with a hole: it takes no space on the disk."""
+    path = tmp_path / "large.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("first.bin", b"first")
+        archive.start_dir = 5 << 30  # where the next member goes
+        archive.writestr("second.bin", b"second")
+        with archive.open("third.bin", "w", force_zip64=True) as file:
+            file.write(b"third")
+    assert path.stat().st_size > 5 << 30
+    archive = open_archive(path)
+    assert [archive.find(f"{x}.bin").read() for x in ("first", "second", "third")] == [
+        b"first",
+        b"second",
+        b"third",
+    ]
+
+
+def test_the_index_is_small(tmp_path):
+    files = {f"train2017/{i:012}.jpg": b"" for i in range(20_000)}
+    index = pickle.dumps(open_archive(write_zip(tmp_path / "many.zip", files)))
+    assert len(index) < 100 * len(files)
+
+
+def read_in_a_process(archive, names: list[str], connection) -> None:
+    connection.send([archive.find(name).read() for name in names])
+
+
+def test_processes_read_one_archive_at_once(tmp_path):
+    """After fork and after pickling; each reads in another order."""
+    files = {f"{i}.bin": bytes([i]) * 50_000 for i in range(64)}
+    archive = open_archive(write_zip(tmp_path / "all.zip", files))
+    assert archive.find("0.bin").read() == files["0.bin"]  # opened before the fork
+    started = []
+    for number, method in enumerate(["fork", "fork", "fork", "spawn"]):
+        names = [str(x) + ".bin" for x in np.random.default_rng(number).permutation(64)] * 3
+        context = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=read_in_a_process, args=(archive, names, theirs))
+        process.start()
+        started.append((process, names, ours))
+    for process, names, connection in started:
+        assert connection.recv() == [files[name] for name in names]
+        process.join()
+
+
+# ---- which member a name means ----
+
+
+def found(roots: list, name: str) -> str:
+    return str(Pictures([str(x) for x in roots], follow_links=False).find("s", name))
+
+
+def test_names_inside_the_only_folder_of_an_archive(tmp_path):
+    nested = {"train2017/1.jpg": b"1", "train2017/2/3.jpg": b"3", "__MACOSX/train2017/._1.jpg": b""}
+    for path in (write_zip(tmp_path / "a.zip", nested), write_tar(tmp_path / "a.tar", nested)):
+        for name in ("train2017/1.jpg", "1.jpg", "./1.jpg", "x/../1.jpg"):
+            assert found([path], name) == f"{path}/train2017/1.jpg"
+        assert found([path], "2/3.jpg") == f"{path}/train2017/2/3.jpg"
+        with pytest.raises(SampleError, match="no file '3.jpg' in .*has such as 'train2017/1.jpg'"):
+            found([path], "3.jpg")
+    mixed = write_zip(tmp_path / "b.zip", nested | {"other.jpg": b""})
+    with pytest.raises(SampleError, match=r"sample 's': no file '1.jpg' in .*b\.zip"):
+        found([mixed], "1.jpg")
+    both = write_zip(tmp_path / "c.zip", {"a/1.jpg": b"", "a/a/1.jpg": b""})
+    assert found([both], "a/1.jpg") == f"{both}/a/1.jpg"  # as it stands comes first
+
+
+def test_several_roots(tmp_path):
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for name in ("1.jpg", "both.jpg"):
+        (folder / name).touch()
+    first = write_zip(tmp_path / "b.zip", {"images/2.jpg": b"", "images/both.jpg": b""})
+    second = write_tar(tmp_path / "c.tar", {"images/2.jpg": b"", "3.jpg": b""})
+    roots = [folder, first, second]
+    assert found(roots, "1.jpg") == str(folder / "1.jpg")
+    assert found(roots, "3.jpg") == f"{second}/3.jpg"
+    for name, where in (("both.jpg", "loose/both.jpg, .*b.zip"), ("images/2.jpg", "b.zip.*c.tar")):
+        with pytest.raises(SampleError, match=f"sample 's': .*in several roots: .*{where}"):
+            found(roots, name)
+    apart = [folder, f"gqa={first}", f"vg/={second}"]
+    assert found(apart, "gqa/both.jpg") == f"{first}/images/both.jpg"
+    assert found(apart, "gqa/images/2.jpg") == f"{first}/images/2.jpg"
+    assert found(apart, "vg/images/2.jpg") == f"{second}/images/2.jpg"
+    assert found(apart, "both.jpg") == str(folder / "both.jpg")
+    with pytest.raises(SampleError, match="no file '4.jpg' in .*loose, gqa=.*b.zip, vg=.*c.tar"):
+        found(apart, "4.jpg")
+
+
+@pytest.mark.parametrize("name", ["../5.png", "/etc/passwd", "a/../../5.png", ".."])
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_names_that_leave_the_archive(tmp_path, write, name):
+    path = write(tmp_path / "archive", {"../5.png": b"x", "/etc/passwd": b"x", "5.png": b"x"})
+    with pytest.raises(SampleError, match="sample 's': .*outside the image root .*archive"):
+        found([path], name)
+
+
+# ---- damaged archives: the sample by its id, and what to do ----
+
+
+def without(write):
+    """The archive lacks the picture."""
+    return lambda path, files: write(path, {x: files[x] for x in files if x != BAD})
+
+
+def with_entry(offset: int, value: bytes):
+    """Other bytes in the picture's entry of the zip's directory."""
+
+    def damage(path: Path, files: dict[str, bytes]) -> None:
+        content = bytearray(write_zip(path, files, zipfile.ZIP_DEFLATED).read_bytes())
+        entry = content.rindex(b"PK\1\2", 0, content.rindex(BAD.encode()))
+        content[entry + offset : entry + offset + len(value)] = value
+        path.write_bytes(content)
+
+    return damage
+
+
+def with_bytes(change):
+    return lambda path, files: write_zip(path, files | {BAD: change(files[BAD])})
+
+
+def overwrite(path: Path, files: dict[str, bytes]) -> None:
+    content = bytearray(write_zip(path, files).read_bytes())
+    begin = content.index(files[BAD])
+    content[begin - 35 : begin + 20] = bytes(55)
+    path.write_bytes(content)
+
+
+def bomb(path: Path, files: dict[str, bytes]) -> None:
+    """50 MB, of which it declares 10."""
+    write_zip(path, files | {BAD: bytes(50_000_000)}, zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    for place in (content.index(b"\0\0" + BAD.encode()) - 6, content.rindex(BAD.encode()) - 22):
+        content[place : place + 4] = struct.pack("<I", 10_000_000)
+    path.write_bytes(content)
+
+
+def link_in_zip(path: Path, files: dict[str, bytes]) -> None:
+    without(write_zip)(path, files)
+    info = zipfile.ZipInfo(BAD)
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(info, "/etc/passwd")
+
+
+def in_tar(**fields):
+    """The picture's entry is something else, as its fields say."""
+
+    def damage(path: Path, files: dict[str, bytes]) -> None:
+        without(write_tar)(path, files)
+        with tarfile.open(path, "a") as archive:
+            add_to_tar(archive, BAD, **fields)
+
+    return damage
+
+
+def twice(path: Path, files: dict[str, bytes]) -> None:
+    write_tar(path, files)
+    with tarfile.open(path, "a") as archive:
+        add_to_tar(archive, BAD, b"another")
+
+
+LARGE, SMALL = (struct.pack("<I", size) for size in (MAX_PICTURE_BYTES + 1, 10))
+LINK = "is a link, and none is followed"
+DAMAGED = {
+    "missing": (without(write_zip), "no file '5.png' in .*, which has such as '1.png'"),
+    "missing in a tar": (without(write_tar), "no file '5.png' in"),
+    "encrypted": (with_entry(8, b"\1"), "is encrypted. Pack it again without"),
+    "another method": (with_entry(10, b"\x0e"), "another way than deflate"),
+    "checksum": (with_entry(16, bytes(4)), "its checksum is not"),
+    "too large": (with_entry(24, LARGE), r"is too large \(268,435,457 bytes\)"),
+    "too small": (with_entry(24, SMALL), "holds more than the 10 bytes"),
+    "another place": (with_entry(42, bytes(4)), "is damaged"),
+    "bomb": (bomb, "holds more than the 10,000,000 bytes that it declares"),
+    "overwritten": (overwrite, "its header is not where the directory says"),
+    "link": (link_in_zip, LINK),
+    "symbolic link in a tar": (in_tar(type=tarfile.SYMTYPE, linkname="1.png"), LINK),
+    "hard link": (in_tar(type=tarfile.LNKTYPE, linkname="1.png"), LINK),
+    "device": (in_tar(type=tarfile.CHRTYPE), "is no regular file"),
+    "FIFO": (in_tar(type=tarfile.FIFOTYPE), "is no regular file"),
+    "two of one name": (twice, "has 2 files of the name '5.png'"),
+    "no picture": (with_bytes(lambda x: b"text"), "archive/5.png cannot be decoded"),
+    "broken picture": (with_bytes(lambda x: x[:-200]), "archive/5.png cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("damage, problem", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_member_names_the_sample(world, damage, problem):
+    path = world.root / "archive"
+    damage(path, contents(world))
+    dataset = world.dataset(image_root=str(path), on_bad_sample="skip")
+    report = check_samples(dataset, num_workers=0, progress=False)
+    [error] = report.skipped
+    assert error.sample_id == "sample-5" and len(report.kept) == 19
+    with pytest.raises(SampleError, match=f"sample 'sample-5': .*{problem}"):
+        check_samples(world.dataset(image_root=str(path)), num_workers=0, progress=False)
+
+
+def test_a_bomb_takes_no_memory(world):
+    """What is beyond the declared size is not unpacked."""
+    import tracemalloc
+
+    path = world.root / "archive"
+    bomb(path, contents(world))
+    member = open_archive(path).find(BAD)
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        member.read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25_000_000
+
+
+@pytest.mark.parametrize("cut", [1, 100, 1000])
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_a_truncated_archive_is_named(world, write, cut):
+    path = write(world.root / "archive", contents(world))
+    content = path.read_bytes()
+    if write is write_tar:
+        content = content.rstrip(b"\0")  # tars end with up to 10 kB of zeros
+    path.write_bytes(content[:-cut])
+    with pytest.raises(UserError, match="is no whole (zip|tar) archive .*cut short, repeat"):
+        world.dataset(image_root=str(path))
+
+
+def test_a_tar_that_ends_between_two_members(world):
+    path = write_tar(world.root / "archive", contents(world))
+    with tarfile.open(path) as archive:
+        end = archive.getmembers()[3].offset
+    os.truncate(path, end)
+    with pytest.raises(UserError, match=f"no header at byte {end:,}, and no end mark"):
+        world.dataset(image_root=str(path))
+
+
+def test_archives_that_cannot_be_read_in_place(world):
+    path = world.root / "images.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        add_to_tar(archive, "1.png", b"")
+    with pytest.raises(UserError, match="compressed with gzip, so .* unpacking all before it"):
+        world.dataset(image_root=str(path))
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="neither a folder nor a zip or tar archive"):
+        world.dataset(image_root=str(path))
+    for write in (write_zip, write_tar):
+        with pytest.raises(UserError, match="(has no files in it|neither a folder)"):
+            world.dataset(image_root=str(write(path, {})))
+    with pytest.raises(UserError, match="is not a folder or archive"):
+        world.dataset(image_root=str(world.root / "absent.zip"))
+
+
+def test_an_archive_that_changes_while_it_is_used(world):
+    path = write_zip(world.root / "archive", contents(world))
+    dataset = world.dataset(image_root=str(path))
+    write_zip(path, contents(world) | {"more.png": b"x"})
+    with pytest.raises(SampleError, match="sample 'sample-1': .*has changed while it was read"):
+        dataset.load_pixels(1)
+
+
+def test_the_directory_says_whether_a_picture_has_changed(world):
+    files = contents(world)
+    changed = files | {BAD: files[BAD][:-1] + b"?"}  # of the same size
+    first = open_archive(write_zip(world.root / "a", files)).fingerprint
+    assert open_archive(write_zip(world.root / "b", files)).fingerprint == first
+    assert open_archive(write_zip(world.root / "b", changed)).fingerprint != first
+    for name in ("a", "b"):
+        with tarfile.open(world.root / name, "w") as archive:
+            add_to_tar(archive, BAD, b"12", mtime=5 if name == "a" else 6)
+    assert len({open_archive(world.root / name).fingerprint for name in "ab"}) == 2
