@@ -122,16 +122,16 @@ class Archive:
         return self.__dict__ | {"_descriptor": None}  # a process that gets it pickled opens its own
 
     def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the directory: names, sizes and what changes with the content."""
-        facts = (self._names, self._ends, self._numbers[:, 2:], self._kinds)
-        digest = hashlib.sha256()
-        for fact in facts:
-            digest.update(np.ascontiguousarray(fact) if isinstance(fact, np.ndarray) else fact)
+        digest = hashlib.sha256(self._names)
+        for fact in (self._ends, self._numbers[:, 2:], self._kinds):
+            digest.update(fact.tobytes())
         return digest.hexdigest()
 
     def find(self, name: str) -> Member | None:
@@ -265,7 +265,8 @@ class TarArchive(Archive):
         try:
             with tarfile.open(self.path, "r:") as file:
                 while (info := file.next()) is not None:
-                    file.members.clear()  # it would keep a kilobyte per member
+                    # it would keep a kilobyte per member
+                    file.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                     if info.size < 0 or info.offset_data + info.size > num_bytes:
                         problem = f"the archive ends within {info.name!r}"
                         break

@@ -19,9 +19,10 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.captions import image_key, read_captions
 from mmalign.data.dataset import ConversationDataset, speaker_problem
-from mmalign.data.json_records import read_text, records
+from mmalign.data.forms import FormError, as_llava
 from mmalign.data.lengths import draw_lengths, kolmogorov_smirnov, wasserstein
 from mmalign.data.samples import Sample, id_of, parse_sample, type_of
+from mmalign.data.sources import open_source
 from mmalign.data.templates import IMAGE
 from mmalign.errors import SampleError, UserError
 from mmalign.tokenizer import Tokenizer
@@ -82,14 +83,16 @@ class Control:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The objects of a JSON list or of JSON lines; Alpaca's become conversations of one turn."""
-    text, _ = read_text(Path(path))
-    return [_as_conversation(record) for _, _, record in records(Path(path), text)]
+    """The objects of a data file in LLaVA's form; Alpaca's become conversations of one turn."""
+    return [_as_conversation(record) for _, record in open_source(Path(path)).rows]
 
 
 def _as_conversation(record: dict) -> dict:
-    if "conversations" in record or not {"instruction", "output"} <= record.keys():
-        return record
+    if not {"instruction", "output"} <= record.keys() or "conversations" in record:
+        try:
+            return as_llava(record)
+        except FormError:  # parse_samples names the sample
+            return record
     parts = (record["instruction"], record.get("input"))
     question = "\n".join(str(part) for part in parts if part)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["output"]}]
@@ -262,7 +265,10 @@ def _images_first(pairs: list[tuple[dict, dict]], num_images: int) -> list[tuple
 
 
 def _require_pairs(sample: Sample) -> None:
-    if problem := speaker_problem(sample.conversations):
+    problem = speaker_problem(sample.conversations)
+    if not problem and sample.conversations[0].speaker == "system":
+        problem = "it has a system prompt, which this control would not keep in its place"
+    if problem:
         raise SampleError(sample.id, problem, _FIX)
 
 

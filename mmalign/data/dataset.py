@@ -64,7 +64,10 @@ class ConversationDataset:
         pads = data.image_aspect_ratio == "pad"
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
-        self.pictures = None if data.text_only else Pictures(data.image_roots, data.follow_links)
+        tables = samples.tables if isinstance(samples, SampleFile) else {}
+        self.pictures = None
+        if not data.text_only:
+            self.pictures = Pictures(data.image_roots, data.follow_links, tables)
 
     @classmethod
     def open(
@@ -191,6 +194,12 @@ class ConversationDataset:
     def _checked_turns(self, sample: Sample) -> list[Turn]:
         turns = list(sample.conversations)
         problem = speaker_problem(turns) or self._image_count_problem(sample)
+        if not problem and turns[0].speaker == "system" and not self.template.writes_system:
+            raise SampleError(
+                sample.id,
+                f"it has a system prompt, which template {self.data.template} does not write",
+                "Remove it, or choose another --data.template, such as v1 or chat",
+            )
         if not problem and self.template.single_turn and len(turns) != 2:
             problem = (
                 f"template {self.data.template} takes one question and one answer, "
@@ -215,8 +224,10 @@ class ConversationDataset:
         return turns
 
     def _image_count_problem(self, sample: Sample) -> str | None:
-        if any(IMAGE in turn.text for turn in sample.conversations if turn.speaker == "gpt"):
-            return f"{IMAGE} is in an answer; it belongs in a question"
+        for turn in sample.conversations:
+            if IMAGE in turn.text and turn.speaker != "human":
+                where = "an answer" if turn.speaker == "gpt" else "the system prompt"
+                return f"{IMAGE} is in {where}; it belongs in a question"
         count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
         if self.data.text_only:
             return None
@@ -240,11 +251,16 @@ def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *argumen
 
 
 def speaker_problem(turns: Sequence[Turn]) -> str | None:
-    """Speakers must alternate, human first. (The reference drops a leading answer silently.)"""
-    expected = ("human", "gpt")
+    """Speakers must alternate, human first, after a system turn or none.
+
+    (The reference drops a leading answer silently.)
+    """
+    has_system = bool(turns) and turns[0].speaker == "system"
+    turns, expected = turns[has_system:], ("human", "gpt")
     for i, turn in enumerate(turns):
         if turn.speaker != expected[i % 2]:
-            return f"turn {i + 1} is from {turn.speaker!r}, expected {expected[i % 2]!r}"
+            where = f"turn {i + 1 + has_system} is from {turn.speaker!r}"
+            return f"{where}, expected {expected[i % 2]!r}"
     if not turns:
         return "nothing to train on: no turns"
     if len(turns) % 2:

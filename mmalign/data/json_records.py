@@ -3,10 +3,13 @@
 Whatever else is in the file is named: another format, other JSON, the line of a mistake.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +18,18 @@ from mmalign.errors import UserError, readable
 from mmalign.files import open_regular
 
 MAX_FILE_BYTES = 2**32  # text and its samples take up to 6 times that in memory
+GZIP = b"\x1f\x8b"
 MAX_DEPTH = 32  # objects and lists in each other; published samples have 3
 REPEATED = "\0repeated"  # the entry of an object that names a key which it has more than once
 _MOST_DIGITS = 300  # an integer with more (Python refuses 4300) stays text
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _OTHER_FORMATS = (  # first bytes -> what it is, what to do
-    (b"\x1f\x8b", "gzip-compressed", "Unpack it first (gunzip)"),
     (b"PK\x03\x04", "a zip archive", "Unpack it first (unzip)"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Unpack it first (unzstd)"),
     (b"\xfd7zXZ", "compressed with xz", "Unpack it first (unxz)"),
     (b"BZh", "compressed with bzip2", "Unpack it first (bunzip2)"),
-    (b"PAR1", "a Parquet file", "Save its rows as JSON lines in LLaVA's format"),
-    (b"ARROW1", "an Arrow file", "Save its rows as JSON lines in LLaVA's format"),
+    (b"PAR1", "a Parquet file", "Save its rows as JSON lines"),
+    (b"ARROW1", "an Arrow file", "Name the folder that save_to_disk has written, or Parquet files"),
     (b"GGUF", "GGUF weights", "Name the file of the samples"),
     (b"version https://git-lfs", "a Git LFS pointer", "Download the file itself (git lfs pull)"),
     (b"\x80\x02", "a pickle", "Name the file of the samples"),
@@ -40,7 +43,7 @@ _OTHER_FORMATS = (  # first bytes -> what it is, what to do
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """The file's text and the SHA-256 of its bytes."""
+    """The file's text, unpacked where gzip has packed it, and the SHA-256 of its bytes."""
     try:
         with open_regular(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
@@ -55,6 +58,9 @@ def read_text(path: Path) -> tuple[str, str]:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the data file {path} ({reason})") from error
+    file_hash = hashlib.sha256(content).hexdigest()
+    if content.startswith(GZIP):
+        content = _unpacked(path, content)
     for start, kind, remedy in _OTHER_FORMATS:
         if content.startswith(start):
             raise UserError(f"the data file {path} is {kind}, expected JSON. {remedy}")
@@ -63,10 +69,29 @@ def read_text(path: Path) -> tuple[str, str]:
             f"the data file {path} is a safetensors file, expected JSON. Name the samples' file"
         )
     try:
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+        return content.decode("utf-8-sig"), file_hash
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    """What gzip has packed; measured before it takes memory."""
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            num_bytes = 0
+            while piece := file.read(2**20):
+                num_bytes += len(piece)
+                if num_bytes > MAX_FILE_BYTES:
+                    raise UserError(
+                        f"the data file {path} unpacks to more than {MAX_FILE_BYTES:,} bytes, the "
+                        "most that are read into memory. Take a part of its samples"
+                    )
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"the data file {path} is no whole gzip file ({error}). Download or pack it again"
+        ) from error
 
 
 def records(path: Path, text: str) -> Iterator[tuple[int, int, dict]]:

@@ -132,7 +132,7 @@ class Pictures:
         if name.startswith(("data:", "http://", "https://")):
             kind = "a picture's data" if name.startswith("data:") else "a URL"
             raise SampleError(sample_id, f"its image {name!r} is {kind}, not a path", FIX_OR_SKIP)
-        table = self.tables.get(name.partition("#")[0])
+        table = self.tables.get(name.rpartition("#")[0])
         cell = table.find(name) if table else None
         if cell is not None:
             return cell

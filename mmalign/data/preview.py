@@ -20,6 +20,7 @@ from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.figure import plot_batch
 from mmalign.data.packing import micro_batches, pack_samples
+from mmalign.data.samples import SampleFile
 from mmalign.errors import SampleError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
@@ -36,15 +37,24 @@ class PreviewModel:
 
 
 def open_dataset(data: DataConfig, model: PreviewModel) -> tuple[ConversationDataset, str]:
-    """The dataset, and a line that says what its images become."""
+    """The dataset, and lines that say how its file is written and what its images become."""
     if data.text_only:
-        return ConversationDataset.open(data, model.tokenizer, None), "images: none (text only)"
+        dataset = ConversationDataset.open(data, model.tokenizer, None)
+        return dataset, f"{_described(dataset)}\nimages: none (text only)"
     folder = model.vision_tower
     vision = VisionConfig.from_hf(folder) if folder else CLIP_VIT_L_14
     size = f"{vision.image_size} px, {vision.num_patches} patches"
     line = f"images: {folder or 'CLIP ViT-L/14'} {size}"
     line += "" if folder else " (--model.vision-tower for another)"
-    return ConversationDataset.open(data, model.tokenizer, vision), line
+    dataset = ConversationDataset.open(data, model.tokenizer, vision)
+    return dataset, f"{_described(dataset)}\n{line}"
+
+
+def _described(dataset: ConversationDataset) -> str:
+    samples = dataset.samples
+    assert isinstance(samples, SampleFile)
+    forms = ", ".join(f"{count:,} in {name} form" for name, count in samples.forms.items())
+    return f"data: {samples.container}; {forms}"
 
 
 def write_json(dataset: ConversationDataset) -> None:

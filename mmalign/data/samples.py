@@ -1,20 +1,21 @@
-"""The samples of a file in LLaVA's JSON format, kept as bytes and parsed lazily.
+"""The samples of a data file, kept as JSON and parsed lazily.
 
-The format, as published: a list (or one object per line) of
+Other forms are turned into LLaVA's (forms.py), as published:
     {"id": str or int, "image": path, list of paths or absent, "type": optional,
      "conversations": [{"from": "human" or "gpt", "value": text with "<image>"}, ...]}
-A list, as LLaVA-NeXT-Interleave has it, names the pictures in the order of their `<image>`.
-`type` is conversation, detail or reasoning; the spellings of the published files and questions
-(conv, conversation_58k, detail_23k, detail_description, complex, complex_reasoning,
-complex_reasoning_77k) are mapped to these. Other fields are not used, which the data check says; a
-sample with a picture or a system prompt in one of them is refused, because it would not be trained
-as it is meant.
+A list, as LLaVA-NeXT-Interleave has it, names the pictures in the order of their `<image>`. A first
+turn from "system" replaces the template's system prompt. `type` is conversation, detail or
+reasoning; the spellings of the published files and questions (conv, conversation_58k, detail_23k,
+detail_description, complex, complex_reasoning, complex_reasoning_77k) are mapped to these. Other
+fields are not used, which the data check says; a sample with a picture in one of them is refused,
+because it would not be trained as it is meant.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -22,7 +23,9 @@ from typing import Literal, overload
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.data.json_records import REPEATED, parse, read_text, records
+from mmalign.data.forms import FormError, as_llava, form_of
+from mmalign.data.json_records import REPEATED, parse
+from mmalign.data.sources import Source, open_source
 from mmalign.errors import SampleError, UserError, readable
 
 _TYPES = {
@@ -37,17 +40,18 @@ _TYPES = {
 _FIELDS = {"id", "image", "type", "conversations", REPEATED}
 _TURN_FIELDS = {"from", "value", REPEATED}
 _MOST_ID_CHARACTERS = 100  # of an id that is a sample's name as it is
-_SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 # a field that holds a picture, by its name or by what is in it
 _IMAGE_FIELD = re.compile(
     r"(?i)(.*_)?(image|img|picture|photo|video)s?(_?(path|file|name|url|base64|bytes|data)s?)?"
 )
-_IMAGE_VALUE = re.compile(r"(?is)data:image/.*|\S+\.(jpe?g|png|webp|gif|bmp|tiff?)")
+_IMAGE_VALUE = re.compile(
+    r"(?is)data:image/.*|\S+\.(jpe?g|png|webp|gif|bmp|tiff?)|.+\.(parquet|arrow)#\d+/.+"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    speaker: Literal["human", "gpt"]
+    speaker: Literal["human", "gpt", "system"]  # the first one alone may be the system's
     text: str
 
 
@@ -73,7 +77,9 @@ class SampleFile(Sequence[Sample]):
         ends: np.ndarray,
         numbers: np.ndarray,
         fingerprint: str,
-        unused: dict[str, int],
+        unused: Mapping[str, int],
+        forms: Mapping[str, int],
+        source: Source,
     ):
         self._content = content  # the samples' JSON, one after the other, UTF-8
         self._ends = ends  # (num_samples,) int64; end of each in content
@@ -81,6 +87,8 @@ class SampleFile(Sequence[Sample]):
         self._numbers = numbers
         self.fingerprint = fingerprint
         self.unused = unused  # fields that nothing reads, and in how many samples they are
+        self.forms = forms  # LLaVA, ShareGPT, messages, and how many samples follow each
+        self.container, self.tables = source.container, source.tables
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -102,7 +110,7 @@ class SampleFile(Sequence[Sample]):
 
 
 def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
-    """Read a JSON list or JSON lines; keep the samples selected by data.types and num_samples.
+    """Read a data file; keep the samples selected by data.types and num_samples.
 
     A sample's name is its id; " #" and its position in the file are added to a missing, repeated,
     long or unprintable one, so that no two samples have the same name.
@@ -110,13 +118,12 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
     Raises:
         UserError: no such file, malformed JSON (with line and column), nothing selected.
     """
-    path = Path(path)
-    text, file_hash = read_text(path)
+    path, source = Path(path), open_source(Path(path))
     wanted = {_TYPES.get(name, name) for name in data.types}
     limit = math.inf if data.num_samples is None else data.num_samples
     content, ends, numbers, seen_ids = bytearray(), [], [], set()
-    seen_types, unused = Counter(), Counter()
-    for number, (begin, end, record) in enumerate(records(path, text)):
+    seen_types, unused, forms = Counter(), Counter(), Counter()
+    for number, (text, record) in enumerate(source.rows):
         kind = type_of(record)
         seen_types[kind] += 1
         sample_id = id_of(record)
@@ -125,15 +132,17 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
         if wanted and kind not in wanted:
             continue
         unused.update(_unused(record))
-        content += text[begin:end].encode()
+        forms[form_of(record)] += 1
+        content += text
         ends.append(len(content))
         numbers.append(number if usable_id else -1 - number)
         if len(ends) == limit:
             break
     if not ends or wanted - set(seen_types) and len(ends) < limit:
         raise UserError(_nothing_selected(path, wanted, seen_types))
-    fingerprint = f"{file_hash} {sorted(wanted)} {data.num_samples}"
-    return SampleFile(bytes(content), np.array(ends), np.array(numbers), fingerprint, dict(unused))
+    fingerprint = f"{source.fingerprint} {sorted(wanted)} {data.num_samples}"
+    arrays = np.array(ends), np.array(numbers)
+    return SampleFile(bytes(content), *arrays, fingerprint, unused, forms, source)
 
 
 def id_of(record: dict) -> str | None:
@@ -174,7 +183,11 @@ def _nothing_selected(path: Path, wanted: set[str], seen: Counter) -> str:
 
 
 def parse_sample(record: dict, sample_id: str) -> Sample:
-    """Raises SampleError for a record that does not follow the format."""
+    """Raises SampleError for a record that follows none of the forms."""
+    try:
+        record = as_llava(record)
+    except FormError as error:
+        raise SampleError(sample_id, str(error), "Fix or remove the sample") from error
     turns, images = record.get("conversations"), _images(record)
     problem = None
     if not isinstance(turns, list):
@@ -190,11 +203,11 @@ def parse_sample(record: dict, sample_id: str) -> Sample:
         problem = f"its image is {record['image']!r}, expected a path or a list of paths"
     elif not all(map(_is_text, (*(turn["value"] for turn in turns), *images))):
         problem = "its text is not Unicode: half of a surrogate pair, such as \\ud83d, stands alone"
-    elif system := [name for name in _SYSTEM_FIELDS if record.get(name)]:
-        problem = f"its field {system[0]!r} is not used: the template writes the system prompt"
     if problem:
         raise SampleError(sample_id, problem, "Fix the sample or remove it from the file")
     conversations = tuple(Turn(turn["from"], turn["value"]) for turn in record["conversations"])
+    if conversations and conversations[0].speaker == "system" and not conversations[0].text.strip():
+        conversations = conversations[1:]  # as an empty field is no system prompt
     return Sample(sample_id, conversations, images, type_of(record), _other_image(record))
 
 
@@ -215,6 +228,8 @@ def _is_text(text: str) -> bool:
 
 def _unused(record: dict) -> Iterator[str]:
     """The fields of a sample and of its turns that nothing reads."""
+    with suppress(FormError):  # the sample is refused when it is used
+        record = as_llava(record)
     yield from record.keys() - _FIELDS
     turns = record.get("conversations")
     for turn in turns if isinstance(turns, list) else ():

@@ -50,6 +50,7 @@ class Template:
     stop: tuple[str, ...] = ()  # generation ends at one of these, or at end-of-sequence
     single_turn: bool = False  # takes one question and one answer
     drops_question: bool = False  # of the question only the image is rendered
+    writes_system: bool = True  # a system turn, in place of its own prompt where it has one
     writes_image_tokens: bool = True  # <im_start> and <im_end>, unless data.use_im_start_end is off
     end_of_turn: str = ""  # special token that ends an answer, where it is not end-of-sequence
     is_own: bool = False  # the tokenizer's chat template
@@ -71,7 +72,7 @@ def trains_image_tokens(config: TrainConfig) -> bool:
 def encode_conversation(
     turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, use_im_start_end: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels (unshifted) of question, answer, question, answer ...
+    """Ids and labels (unshifted) of question, answer, question ..., after a system turn or none.
 
     An image is one id, IMAGE_SENTINEL. The only one of a turn stands at its front, as LLaVA trains;
     several stand where "<image>" does, as in LLaVA-NeXT-Interleave.
@@ -127,6 +128,12 @@ def with_image_in_front(text: str) -> str:
     return f"{IMAGE}\n{text}" if text else IMAGE
 
 
+def _system(turns: Sequence[Turn], own: str) -> tuple[str, Sequence[Turn]]:
+    """The system prompt, and the turns after it."""
+    has_one = bool(turns) and turns[0].speaker == "system"
+    return (turns[0].text, turns[1:]) if has_one else (own, turns)
+
+
 def _bos(special: SpecialIds) -> Iterator[Segment]:
     if special.bos is not None:
         yield special.bos, False
@@ -140,6 +147,7 @@ def _plain(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
 
 
 def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    system, turns = _system(turns, system)
     yield from _bos(special)
     yield f"{system}\n\n###", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
@@ -151,6 +159,7 @@ def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 
 
 def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    system, turns = _system(turns, system)
     yield from _bos(special)
     yield f"{system} ", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
@@ -162,6 +171,7 @@ def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
 
 
 def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    system, turns = _system(turns, system)
     opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield from _bos(special)
@@ -177,16 +187,17 @@ def _llama_3(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     yield from _bos(special)
     header, end, eot = (special.named(f"<|{x}|>") for x in _LLAMA_3_TOKENS)
     for turn in turns:
-        asks = turn.speaker == "human"
         yield header, False
-        yield "user" if asks else "assistant", False
+        yield _ROLES[turn.speaker], False
         yield end, False
         yield "\n\n", False
-        yield from _question(turn.text, special) if asks else [(turn.text, True)]
-        yield eot, not asks
+        asks, learns = turn.speaker == "human", turn.speaker == "gpt"
+        yield from _question(turn.text, special) if asks else [(turn.text, learns)]
+        yield eot, learns
 
 
 def _chatml(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Segment]:
+    system, turns = _system(turns, system)
     start, end = special.named("<|im_start|>"), special.named("<|im_end|>")
     yield start, False
     yield f"system\n{system}", False
@@ -223,9 +234,10 @@ def _chat(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     """As apply_chat_template of the questions that _question writes."""
     assert special.tokenizer is not None
     template = own_template(special.tokenizer)
+    system, turns = _system(turns, "")
     contents = [with_image_in_front(turn.text) for turn in turns]
     asks = turns[-1].speaker == "human"
-    for span in template.spans(contents, add_generation_prompt=asks):
+    for span in template.spans(contents, add_generation_prompt=asks, system=system):
         yield from _segments_of(span, template, special)
 
 
@@ -241,6 +253,7 @@ def _segments_of(span: Span, template: ChatTemplate, special: SpecialIds) -> Ite
         yield span.text, span.supervised
 
 
+_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _LLAMA_3_TOKENS = ("start_header_id", "end_header_id", "eot_id")
 _V0_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -268,13 +281,19 @@ _LLAVA_LLAMA_2_SYSTEM = (
 _CHATML_SYSTEM = "You are a helpful assistant."  # Qwen's
 
 TEMPLATES: dict[str, Template] = {
-    "plain": Template(_plain, single_turn=True, drops_question=True, writes_image_tokens=False),
+    "plain": Template(
+        _plain,
+        single_turn=True,
+        drops_question=True,
+        writes_system=False,
+        writes_image_tokens=False,
+    ),
     "v0": Template(partial(_v0, system=_V0_SYSTEM), stop=("###",)),
     "v1": Template(partial(_v1, system=_V1_SYSTEM)),
     "llama_2": Template(partial(_llama_2, system=_LLAMA_2_SYSTEM)),
     "llava_llama_2": Template(partial(_llama_2, system=_LLAVA_LLAMA_2_SYSTEM)),
     "llama_3": Template(_llama_3, end_of_turn="<|eot_id|>"),
     "chatml": Template(partial(_chatml, system=_CHATML_SYSTEM), end_of_turn="<|im_end|>"),
-    "mistral": Template(_mistral),
+    "mistral": Template(_mistral, writes_system=False),
     "chat": Template(_chat, is_own=True),
 }

@@ -10,10 +10,12 @@ from pathlib import Path
 from mmalign.config import TrainConfig
 from mmalign.data.controls import CONTROLS, read_records, supervised_tokens
 from mmalign.data.samples import type_of
+from mmalign.data.sources import data_files
 from mmalign.data.subsets import take_samples, take_tokens
 from mmalign.files import replacing, sha256, write_json, write_text
 from mmalign.study.identity import Order
 from mmalign.tokenizer import Tokenizer
+from mmalign.training.inputs import fingerprint
 
 DATA, MANIFEST = "data.json", "manifest.json"
 
@@ -37,7 +39,9 @@ def with_data(order: Order) -> TrainConfig | None:
     write_text(order.folder / DATA, json.dumps(rows))
     source = Path(config.data.path)
     about |= asdict(transform) | {"seed": config.seed, "source": str(source)}
-    about |= {"source_sha256": sha256(source), "sha256": sha256(order.folder / DATA)}
+    files = data_files(source)
+    content = sha256(source) if source.is_file() else fingerprint(files, {})["sha256"]
+    about |= {"source_sha256": content, "sha256": sha256(order.folder / DATA)}
     if order.second:
         about["second_sha256"] = sha256(order.second)
     write_json(order.folder / MANIFEST, about)

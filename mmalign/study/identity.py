@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mmalign.config import TrainConfig
 from mmalign.data.pictures import split_root
+from mmalign.data.sources import data_files
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, write_json
@@ -22,7 +23,7 @@ from mmalign.study.plan import PRETRAIN, Run, Settings, Study
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import toy_world, toy_world_folder
 from mmalign.training.build import TOY_WORLD, resolve
-from mmalign.training.inputs import digest, fingerprint, of_folder
+from mmalign.training.inputs import Files, digest, fingerprint, of_folder
 from mmalign.training.run_folder import FREE_FIELDS, flatten
 
 _EVALUATION = "the evaluation"
@@ -108,9 +109,16 @@ class Contents:
     def of(self, location: str | Path) -> str:
         """Of a file, or of the settings and weights of a Hugging Face folder."""
         path = Path(location).resolve()
+        return self._of(path, of_folder(path) if path.is_dir() else [("", path)])
+
+    def of_data(self, location: str | Path) -> str:
+        """Of a data file or folder."""
+        path = Path(location).resolve()
+        return self._of(path, data_files(path))
+
+    def _of(self, path: Path, files: Files) -> str:
         name = str(path)
         if name not in self.found:
-            files = of_folder(path) if path.is_dir() else [("", path)]
             self.found[name] = fingerprint(list(files), self.known.get(name, {}))
         return self.found[name]["sha256"]
 
@@ -213,7 +221,7 @@ class Orders:
             and (value != default[name] or name == "stage")
         }
         inputs = [of(config.model.decoder), _tokenizer(config.model.tokenizer)]
-        inputs.append(of(config.data.path))
+        inputs.append(self._contents.of_data(config.data.path))
         if not config.data.text_only:
             inputs.append(of(config.model.vision_tower))
             inputs.append(of(config.model.projector) if config.model.projector else "")

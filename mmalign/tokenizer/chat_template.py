@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, cycle
 from pathlib import Path
 
 from jinja2 import TemplateError, nodes
@@ -76,15 +77,19 @@ class ChatTemplate:
             text = text[: text.rindex(last) + len(last)]
         return text
 
-    def spans(self, contents: Sequence[str], add_generation_prompt: bool = False) -> Iterator[Span]:
+    def spans(
+        self, contents: Sequence[str], add_generation_prompt: bool = False, system: str = ""
+    ) -> Iterator[Span]:
         """Of question, answer, question ...: all of it, in order, as apply_chat_template writes it.
 
+        system: the message before them; empty: none, and the template's own prompt if it has one.
         Supervised is what {% generation %} marks; without such marks every answer and the special
         token that ends it. Raises UserError for a template that changes what the turns say.
         """
-        shape, contents = self._shape(len(contents), add_generation_prompt), list(contents)
+        contents, first = [*([system] if system else []), *contents], bool(system)
+        shape = self._shape(len(contents), add_generation_prompt, first)
         plain = [_without_marks(piece) for piece in shape]
-        text = _without_marks(self._write(_messages(contents), add_generation_prompt))
+        text = _without_marks(self._write(_messages(contents, first), add_generation_prompt))
         stripped = [content.strip() for content in contents]
         written = next((x for x in (contents, stripped) if _joined(plain, x) == text), None)
         if written is None:
@@ -98,11 +103,13 @@ class ChatTemplate:
                 if part in (_BEGIN, _END):
                     inside = part == _BEGIN
                     continue
-                end = 0 if has_marks or i % 2 or not i else self._end_of_turn(part)
+                is_after_answer = i > first and (i - first) % 2 == 0
+                end = self._end_of_turn(part) if is_after_answer and not has_marks else 0
                 yield Span(part[:end], True, False)
                 yield Span(part[end:], inside, False)
             if i < len(written):
-                yield Span(written[i], inside if has_marks else i % 2 == 1, True)
+                is_answer = i > first and (i - first) % 2 == 1
+                yield Span(written[i], inside if has_marks else is_answer, True)
 
     def split(self, text: str) -> list[str]:
         """The template's own text, with special tokens apart: each is one of special_names."""
@@ -119,10 +126,12 @@ class ChatTemplate:
         found = re.match(rf"\s*(?:{self._special.pattern})", piece)
         return found.end() if found else 0
 
-    def _shape(self, num_turns: int, add_generation_prompt: bool) -> list[str]:
+    def _shape(
+        self, num_turns: int, add_generation_prompt: bool, has_system: bool = False
+    ) -> list[str]:
         """The template's own text before, between and after the turns."""
         marks = [chr(_FIRST_MARK + i) for i in range(num_turns)]
-        rest, pieces = self._write(_messages(marks), add_generation_prompt), []
+        rest, pieces = self._write(_messages(marks, has_system), add_generation_prompt), []
         for mark in marks:
             piece, found, rest = rest.partition(mark)
             if not found:
@@ -151,9 +160,9 @@ class ChatTemplate:
         return environment.from_string(self.text)
 
 
-def _messages(contents: Sequence[str]) -> list[dict]:
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+def _messages(contents: Sequence[str], has_system: bool) -> list[dict]:
+    roles = chain(("system",) if has_system else (), cycle(("user", "assistant")))
+    return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
 def _joined(pieces: Sequence[str], contents: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader
 from mmalign.data.samples import read_samples
+from mmalign.data.tables import is_tables
 from mmalign.data.templates import trains_image_tokens
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
@@ -58,7 +59,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     required = {"--model.decoder": model.decoder, "--data.path": data.path}
     if not data.text_only:
         required["--model.vision-tower"] = model.vision_tower
-        required["--data.image-root"] = " ".join(data.image_roots)
+        if not is_tables(Path(data.path)):  # those have pictures inside
+            required["--data.image-root"] = " ".join(data.image_roots)
     missing = [flag for flag, value in required.items() if not value]
     if missing:
         raise UserError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from mmalign.config import EvaluationConfig, TrainConfig
 from mmalign.data.check import CheckReport
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.sources import data_files
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, sha256, write_json
@@ -42,7 +43,7 @@ class RunInputs:
         """Raises UserError that names an input whose content is not that of the first start."""
         model, data = config.model, config.data
         self._compare("tokenizer", model.tokenizer, {"sha256": tokenizer.fingerprint})
-        self._compare_files("data file", data.path, [("", Path(data.path))])
+        self._compare_files("data file", data.path, data_files(Path(data.path)))
         self._compare_files("decoder", model.decoder, of_folder(Path(model.decoder)))
         if not data.text_only:
             tower = of_folder(Path(model.vision_tower))

@@ -74,7 +74,9 @@ def test_text_only_equals_the_same_conversation_without_image(world):
         (talk(" ", "a boat"), None, "a question is empty"),
         (talk("what", "a", "what")[1:], None, "turn 1 is from 'gpt', expected 'human'"),
         (talk("what") + talk("is", "it"), None, "turn 2 is from 'human', expected 'gpt'"),
-        ([{"from": "system", "value": "x"}], None, "turn 1 is from 'system'"),
+        ([{"from": "system", "value": "x"}], None, "nothing to train on: no turns"),
+        (talk("a", "b")[1:] + [{"from": "system", "value": "x"}], None, "turn 1 is from 'gpt'"),
+        (talk("a", "b") + [{"from": "system", "value": "x"}], None, "turn 3 is from 'system'"),
         (talk("what is <im_patch>", "a boat"), None, None),  # no such token in the vocabulary: text
     ],
 )
@@ -203,8 +205,8 @@ def test_image_paths_that_are_none(world, image, problem, check_images):
 
 
 def test_a_picture_in_another_field_counts_unless_pictures_are_left_out(world):
-    world.samples[0]["images"] = ["1.png"]
-    with pytest.raises(SampleError, match="its field 'images' holds a picture; only 'image'"):
+    world.samples[0]["picture"] = ["1.png"]
+    with pytest.raises(SampleError, match="its field 'picture' holds a picture; only 'image'"):
         world.dataset().encode(0)
     assert world.dataset(text_only=True).encode(0).images == ()
 

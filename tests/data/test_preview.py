@@ -61,7 +61,7 @@ def write_tower(folder: Path) -> Path:
 
 
 def test_images_are_those_of_the_vision_tower(world):
-    """Four samples by default; the first line names the tower and its patches."""
+    """Four samples by default; the first lines name the form of the data, and the tower."""
     world.dataset()
     common = ["--data.path", world.root / "data.json", "--data.image-root", world.root / "images"]
     common += ["--model.tokenizer", world.tokenizer.path]
@@ -71,12 +71,13 @@ def test_images_are_those_of_the_vision_tower(world):
         ([], "images: CLIP ViT-L/14 224 px, 256 patches (--model.vision-tower for another)", 256),
     ]:
         done = run("preview_batch.py", *common, *options)
-        assert done.stdout.splitlines()[0] == line, done.stderr
+        described = "data: a JSON list; 4 in LLaVA form"
+        assert done.stdout.splitlines()[:2] == [described, line], done.stderr
         unwrapped = " ".join(done.stdout.split())
         assert unwrapped.count(f"<image x {patches}>") == 3
         assert done.stdout.count("sample sample-") == 4
     done = run("preview_batch.py", *common, "--data.text-only", "True", "--data.num-samples", "7")
-    assert done.stdout.splitlines()[0] == "images: none (text only)", done.stderr
+    assert done.stdout.splitlines()[1] == "images: none (text only)", done.stderr
     assert done.stdout.count("sample sample-") == 7 and done.stdout.count("<image x") == 1  # legend
 
 

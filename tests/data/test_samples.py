@@ -123,9 +123,9 @@ def test_other_json_is_called_by_its_name(tmp_path, text, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (gzip.compress(b"[]"), "is gzip-compressed, expected JSON. Unpack"),
+        (gzip.compress(SAMPLE.encode())[:-9], "is no whole gzip file"),
+        (gzip.compress(b"PAR1....PAR1"), "is a Parquet file"),
         (b"PK\3\4....", "is a zip archive"),
-        (b"PAR1....PAR1", "is a Parquet file"),
         (b"GGUF\3\0\0\0", "is GGUF weights"),
         (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
@@ -144,7 +144,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
     os.mkfifo(tmp_path / "fifo")  # nobody writes to it
     with pytest.raises(UserError, match="fifo is a FIFO, expected a regular file"):
         read_samples(tmp_path / "fifo", DataConfig())
-    with pytest.raises(UserError, match="is a folder, expected a regular file"):
+    with pytest.raises(UserError, match="is a folder, expected a JSON file, or a folder with Parq"):
         read_samples(tmp_path, DataConfig())
     with open(tmp_path / "hole.json", "wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # takes no space on the disk
@@ -194,10 +194,10 @@ def test_unreadable_files(tmp_path):
         ({"conversations": ["hello"]}, "a turn is not an object"),
         ({"conversations": [{"from": "human"}]}, "a turn lacks the text"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "a turn lacks the text"),
-        ({"image": {"path": "a.jpg"}}, "expected a path or a list of paths"),
+        ({"image": {"bytes": "aGVsbG8="}}, "expected a path or a list of paths"),
         ({"image": ["a.jpg", ""]}, "expected a path or a list of paths"),
-        ({"system": "Answer in French."}, "its field 'system' is not used"),
-        ({"system_prompt": "Answer in French."}, "its field 'system_prompt' is not used"),
+        ({"system": ["Answer in French."]}, "its field 'system' is list, expected text"),
+        ({"system": "Be brief.", "system_prompt": "Be kind."}, "several system prompts"),
         ({"image": "\ud83d.jpg"}, "not Unicode: half of a surrogate pair"),
         ({"conversations": [{"from": "human", "value": "\ude00"}]}, "not Unicode: half of a"),
     ],
@@ -212,7 +212,7 @@ def test_malformed_samples_name_their_id_when_they_are_used(tmp_path, fields, pr
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"images": ["a.jpg"]}, "images"),
+        ({"images": ["a.jpg"]}, None),  # in place of `image`
         ({"image_path": "a.jpg"}, "image_path"),
         ({"image": "a.jpg", "images": ["a.jpg", "b.jpg"]}, "images"),
         ({"image": "a.jpg", "video": "b.mp4"}, "video"),

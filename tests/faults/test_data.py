@@ -66,8 +66,10 @@ def test_30_data_wrapped_in_an_object(case):
 
 
 def test_32_a_system_prompt_of_a_sample(case):
-    ended = case.check(data__path=case.folder / "data.json")
-    ended.refused("sample 'french'", "'system'")
+    path = case.folder / "data.json"
+    case.check(data__path=path).succeeded("1")
+    ended = case.check(data__path=path, data__template="mistral")
+    ended.refused("sample 'french'", "system prompt", "template mistral")
 
 
 def test_35_two_samples_of_one_name(case):
