@@ -52,8 +52,8 @@ class LoraConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""
-    """JSON, JSON lines (or gzip of them), Parquet, or a folder of Hugging Face datasets; in LLaVA,
-    ShareGPT or messages form."""
+    """JSON, JSON lines (or gzip of them), Parquet or a folder of Hugging Face datasets, in LLaVA,
+    ShareGPT or messages form; or mix.toml, which names several."""
     image_root: str | tuple[str, ...] = ""
     """Folders, zip or tar files that the samples' image paths are relative to; PREFIX=ROOT: holds
     the paths that begin with PREFIX/."""

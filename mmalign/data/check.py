@@ -18,7 +18,7 @@ import numpy as np
 from mmalign.batch import IGNORE_INDEX
 from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
-from mmalign.data.samples import SampleFile
+from mmalign.data.samples import Samples
 from mmalign.errors import LongSampleError, SampleError, UserError, readable
 from mmalign.files import replacing
 
@@ -105,7 +105,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
 
 
 def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
-    unused = dataset.samples.unused if isinstance(dataset.samples, SampleFile) else {}
+    unused = dataset.samples.unused if isinstance(dataset.samples, Samples) else {}
     if unused:
         most = sorted(unused, key=lambda name: unused[name], reverse=True)[:NUM_LISTED]
         fields = ", ".join(f"{readable(name, 50)} ({unused[name]:,})" for name in most)

@@ -21,6 +21,7 @@ from mmalign.data.captions import image_key, read_captions
 from mmalign.data.dataset import ConversationDataset, speaker_problem
 from mmalign.data.forms import FormError, as_llava
 from mmalign.data.lengths import draw_lengths, kolmogorov_smirnov, wasserstein
+from mmalign.data.mix import SUFFIX
 from mmalign.data.samples import Sample, id_of, parse_sample, type_of
 from mmalign.data.sources import open_source
 from mmalign.data.templates import IMAGE
@@ -84,6 +85,8 @@ class Control:
 
 def read_records(path: str | Path) -> list[dict]:
     """The objects of a data file in LLaVA's form; Alpaca's become conversations of one turn."""
+    if Path(path).suffix == SUFFIX:
+        raise UserError(f"{path} is a mix: controls and parts of the data take a single data file")
     return [_as_conversation(record) for _, record in open_source(Path(path)).rows]
 
 

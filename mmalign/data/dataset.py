@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
+from mmalign.data.mix import open_samples
 from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, check_exists
-from mmalign.data.samples import Sample, SampleFile, Turn, read_samples
+from mmalign.data.samples import Sample, Samples, Turn
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import encode_conversation, find_template
 from mmalign.errors import LongSampleError, SampleError, UserError
@@ -64,7 +65,7 @@ class ConversationDataset:
         pads = data.image_aspect_ratio == "pad"
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
-        tables = samples.tables if isinstance(samples, SampleFile) else {}
+        tables = samples.tables if isinstance(samples, Samples) else {}
         self.pictures = None
         if not data.text_only:
             self.pictures = Pictures(data.image_roots, data.follow_links, tables)
@@ -74,7 +75,7 @@ class ConversationDataset:
         cls, data: DataConfig, tokenizer: str | Path, vision: VisionConfig | None
     ) -> "ConversationDataset":
         """Read data.path and the tokenizer's folder or file."""
-        samples = read_samples(data.path, data)
+        samples = open_samples(data.path, data)
         return cls(samples, Tokenizer.from_pretrained(tokenizer), data, vision)
 
     def __len__(self) -> int:
@@ -98,7 +99,7 @@ class ConversationDataset:
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
-        if isinstance(self.samples, SampleFile):
+        if isinstance(self.samples, Samples):
             digest.update(self.samples.fingerprint.encode())
         else:
             for sample in self.samples:

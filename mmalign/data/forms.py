@@ -55,7 +55,7 @@ def as_llava(record: dict) -> dict:
     record = {key: x for key, x in record.items() if key != "messages"} | {"conversations": named}
     if parts and record.get("image"):
         raise FormError("it has pictures both in its messages and in a field of its own")
-    return record | {"image": parts[0] if len(parts) == 1 else parts} if parts else record
+    return record | {"image": parts} if parts else record
 
 
 def _turns(record: dict) -> list:
@@ -69,9 +69,8 @@ def _with_image(record: dict) -> dict:
     found = record.get(name)
     if not isinstance(found, (list, dict)) or not found:
         return record
-    paths = [_path(x) for x in (found if isinstance(found, list) else [found])]
     rest = {key: x for key, x in record.items() if key != name}
-    return rest | {"image": paths[0] if len(paths) == 1 else paths}
+    return rest | {"image": [_path(x) for x in found] if isinstance(found, list) else _path(found)}
 
 
 def _path(picture: object) -> object:

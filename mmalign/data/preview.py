@@ -20,7 +20,7 @@ from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.figure import plot_batch
 from mmalign.data.packing import micro_batches, pack_samples
-from mmalign.data.samples import SampleFile
+from mmalign.data.samples import Samples
 from mmalign.errors import SampleError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def open_dataset(data: DataConfig, model: PreviewModel) -> tuple[ConversationDat
 
 def _described(dataset: ConversationDataset) -> str:
     samples = dataset.samples
-    assert isinstance(samples, SampleFile)
+    assert isinstance(samples, Samples)
     forms = ", ".join(f"{count:,} in {name} form" for name, count in samples.forms.items())
     return f"data: {samples.container}; {forms}"
 

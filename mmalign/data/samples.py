@@ -25,6 +25,7 @@ import numpy as np
 from mmalign.config import DataConfig
 from mmalign.data.forms import FormError, as_llava, form_of
 from mmalign.data.json_records import REPEATED, parse
+from mmalign.data.pictures import Table
 from mmalign.data.sources import Source, open_source
 from mmalign.errors import SampleError, UserError, readable
 
@@ -64,11 +65,40 @@ class Sample:
     other_image: str | None = None  # a field beside `image` that holds a picture too
 
 
-class SampleFile(Sequence[Sample]):
+class Samples(Sequence[Sample]):
+    """The samples of a data file or of a mix, each parsed when it is used.
+
+    Indexing raises SampleError for a sample that follows none of the forms.
+    """
+
+    fingerprint: str  # of everything that decides which samples these are
+    unused: Mapping[str, int]  # fields that nothing reads, and in how many samples they are
+    forms: Mapping[str, int]  # LLaVA, ShareGPT, messages, and how many samples follow each
+    container: str  # how they are written, for people
+    tables: Mapping[str, Table]  # files with pictures inside, by their names
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._sample(range(len(self))[index])
+
+    def epoch(self, kept: np.ndarray) -> np.ndarray:
+        """Rows of `kept`, the indices of the usable samples, as often as an epoch has each."""
+        return np.arange(len(kept))
+
+    def _sample(self, index: int) -> Sample:
+        raise NotImplementedError
+
+
+class SampleFile(Samples):
     """The selected samples of one file as a single block of bytes and offsets into it.
 
     A list of 595k parsed samples would take gigabytes, and a copy in every worker process.
-    Indexing parses one sample and raises SampleError if it does not follow the format.
     """
 
     def __init__(
@@ -85,23 +115,13 @@ class SampleFile(Sequence[Sample]):
         self._ends = ends  # (num_samples,) int64; end of each in content
         # (num_samples,) int64; position in the file, or -1 - position if it is part of the name
         self._numbers = numbers
-        self.fingerprint = fingerprint
-        self.unused = unused  # fields that nothing reads, and in how many samples they are
-        self.forms = forms  # LLaVA, ShareGPT, messages, and how many samples follow each
+        self.fingerprint, self.unused, self.forms = fingerprint, unused, forms
         self.container, self.tables = source.container, source.tables
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _sample(self, index: int) -> Sample:
         begin = self._ends[index - 1] if index else 0
         record, number = parse(self._content[begin : self._ends[index]]), int(self._numbers[index])
         return parse_sample(

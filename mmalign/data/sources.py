@@ -31,6 +31,6 @@ def open_source(path: Path) -> Source:
     return Source(container, file_hash, rows, {})
 
 
-def data_files(path: Path) -> list[tuple[str, Path]]:
+def source_files(path: Path) -> list[tuple[str, Path]]:
     """Every file that open_source reads, and its name in the folder; empty: the path itself."""
     return [(file.name, file) for file in table_files(path)] if path.is_dir() else [("", path)]

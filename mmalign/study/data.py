@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mmalign.config import TrainConfig
 from mmalign.data.controls import CONTROLS, read_records, supervised_tokens
+from mmalign.data.mix import data_files
 from mmalign.data.samples import type_of
-from mmalign.data.sources import data_files
 from mmalign.data.subsets import take_samples, take_tokens
 from mmalign.files import replacing, sha256, write_json, write_text
 from mmalign.study.identity import Order

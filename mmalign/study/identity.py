@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmalign.config import TrainConfig
+from mmalign.data.mix import data_files
 from mmalign.data.pictures import split_root
-from mmalign.data.sources import data_files
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, write_json

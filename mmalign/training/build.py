@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run: paths, dataset, loader and model."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader
-from mmalign.data.samples import read_samples
+from mmalign.data.mix import open_samples
+from mmalign.data.samples import Sample, Samples
 from mmalign.data.tables import is_tables
 from mmalign.data.templates import trains_image_tokens
 from mmalign.distributed import DistributedContext
@@ -94,7 +95,7 @@ def _exported(decoder: str) -> str:
 
 def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationDataset:
     check_vocabulary(config, tokenizer)
-    samples, text_only = read_samples(config.data.path, config.data), config.data.text_only
+    samples, text_only = open_samples(config.data.path, config.data), config.data.text_only
     vision = None if text_only else VisionConfig.from_hf(config.model.vision_tower)
     return ConversationDataset(samples, tokenizer, config.data, vision)
 
@@ -102,7 +103,10 @@ def build_dataset(config: TrainConfig, tokenizer: Tokenizer) -> ConversationData
 def check_data(
     config: TrainConfig, dataset: ConversationDataset, ranks: DistributedContext
 ) -> CheckReport:
-    """The main process checks, and lists skipped samples; the others read what it remembered."""
+    """Of what an epoch consists of.
+
+    The main process checks, and lists skipped samples; the others read what it remembered.
+    """
     with ranks.main_first():
         cache = config.run_dir / "data_check.npz"
         report = check_samples(dataset, cache, progress=ranks.is_main)
@@ -114,7 +118,16 @@ def check_data(
     _refuse_long_samples(report, decoder)
     if ranks.is_main:
         _warn_of_context(dataset, report, decoder)
-    return report
+    return _of_epoch(report, dataset.samples)
+
+
+def _of_epoch(report: CheckReport, samples: Sequence[Sample]) -> CheckReport:
+    """A mix has samples several times, or not at all."""
+    if not isinstance(samples, Samples):
+        return report
+    rows = samples.epoch(report.kept)
+    names = ("kept", "lengths", "num_loss_tokens", "num_images")
+    return replace(report, **{name: getattr(report, name)[rows] for name in names})
 
 
 def _warn_of_context(

@@ -17,7 +17,7 @@ from pathlib import Path
 from mmalign.config import EvaluationConfig, TrainConfig
 from mmalign.data.check import CheckReport
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.sources import data_files
+from mmalign.data.mix import data_files
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import describe_data, resolve_tasks
 from mmalign.files import read_json, sha256, write_json

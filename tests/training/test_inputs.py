@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mmalign.config import CheckpointConfig
 from mmalign.errors import UserError
 from mmalign.training.loop import train
 from tests.training.helpers import exported_weights, losses, small_config
@@ -120,6 +121,27 @@ def test_the_same_content_under_other_paths_continues(finished, tmp_path):
     assert losses(moved.run_dir) == losses(config.run_dir)
     ours, theirs = exported_weights(config.run_dir), exported_weights(moved.run_dir)
     assert all((weight == theirs[name]).all() for name, weight in ours.items())
+
+
+def test_a_mix_resumes_to_the_same_bits_and_may_not_change(small_world, tmp_path):
+    mix = tmp_path / "mix.toml"
+    tables = f'[files.all]\npath = "{small_world.finetune_json}"\nweight = {{}}\nsamples = {{}}'
+    mix.write_text(tables.format(1.5, 6))
+    checkpoints = CheckpointConfig(every=2, keep=3)
+    config = small_config(small_world, tmp_path / "run", num_steps=4, checkpoint=checkpoints)
+    config = replace(config, data=replace(config.data, path=str(mix), shuffle=True))
+    train(config)
+    before, weights = losses(config.run_dir), exported_weights(config.run_dir)
+    shutil.rmtree(config.run_dir / "checkpoints" / "step_4")
+    shutil.rmtree(config.run_dir / "export")
+    train(config)
+    assert losses(config.run_dir) == before
+    after = exported_weights(config.run_dir)
+    assert all((weight == after[name]).all() for name, weight in weights.items())
+    for numbers in ((2, 6), (1.5, 5)):
+        mix.write_text(tables.format(*numbers))
+        with pytest.raises(UserError, match=r"the data file .*mix.toml has changed since"):
+            train(config)
 
 
 def test_a_run_from_before_an_option_has_its_default(finished, tmp_path):

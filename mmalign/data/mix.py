@@ -1,0 +1,170 @@
+"""A mix of data files: --data.path mix.toml.
+
+    seed = 0                              # of what is drawn; 0 where it is left out
+
+    [files.instruct]                      # a name, with which the names of its samples begin
+    path = "llava_instruct_80k.json"      # beside mix.toml, or absolute; any data file
+    weight = 2                            # how often an epoch has each sample; 1 if left out
+
+    [files.captions]
+    path = "chat.json"
+    samples = 50_000                      # at most so many, drawn once
+    weight = 0.5                          # and of these the half
+
+Of a weight that is not whole, the rest gives one more to as many samples, drawn once. What is drawn
+of a file does not depend on the others. The files share --data.image-root.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from mmalign.config import DataConfig
+from mmalign.data.samples import Sample, SampleFile, Samples, read_samples
+from mmalign.data.sources import source_files
+from mmalign.errors import SampleError, UserError
+from mmalign.files import Settings, read_text
+
+SUFFIX = ".toml"
+_MOST_WEIGHT, _MOST_SAMPLES = 1000, 10**9
+_KEYS = {"path", "weight", "samples"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a mix."""
+
+    name: str
+    path: Path
+    weight: float
+    num_samples: int | None  # at most
+    seed: int
+
+
+class Mix(Samples):
+    """The samples of several files, one after the other; each once, whatever its weight."""
+
+    def __init__(self, parts: list[Part], files: list[SampleFile], about: str):
+        self.parts, self.files = parts, files
+        self._chosen = [_chosen(part, len(file)) for part, file in zip(parts, files, strict=True)]
+        self._ends = np.cumsum([len(x) for x in self._chosen])  # (num_parts,)
+        facts = [about, *(file.fingerprint for file in files)]
+        self.fingerprint = json.dumps(facts)
+        self.unused = sum((Counter(file.unused) for file in files), Counter())
+        self.forms = sum((Counter(file.forms) for file in files), Counter())
+        self.container = f"a mix of {len(files)} files"
+        self.tables = {}
+        for part, file in zip(parts, files, strict=True):
+            if twice := self.tables.keys() & file.tables.keys():
+                raise UserError(
+                    f"{part.path}: another file of the mix has pictures in a {min(twice)}, too. "
+                    "Rename one of them"
+                )
+            self.tables |= file.tables
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _sample(self, index: int) -> Sample:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number - 1]) if number else 0
+        name = self.parts[number].name
+        try:
+            sample = self.files[number][int(self._chosen[number][index - first])]
+        except SampleError as error:
+            named = f"{name}/{error.sample_id}"
+            raise SampleError(named, error.problem, error.remedy) from error
+        return replace(sample, id=f"{name}/{sample.id}")
+
+    def epoch(self, kept: np.ndarray) -> np.ndarray:
+        numbers = np.searchsorted(self._ends, kept, side="right")
+        times = np.zeros(len(kept), np.int64)
+        for number, part in enumerate(self.parts):
+            places = np.flatnonzero(numbers == number)
+            whole = math.floor(part.weight)
+            times[places] = whole
+            drawn = _random(part, "weight").permutation(len(places))
+            times[places[drawn[: round((part.weight - whole) * len(places))]]] += 1
+        if not times.any():
+            raise UserError("the weights of the mix leave no sample. Raise one of them")
+        return np.repeat(np.arange(len(times)), times)
+
+
+def open_samples(path: str | Path, data: DataConfig) -> Samples:
+    """The samples of a data file, or of a mix.
+
+    Raises UserError as read_samples, and for what is wrong with the mix.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        return read_samples(path, data)
+    if data.num_samples is not None:
+        raise UserError(
+            f"--data.num-samples does not say of which file of {path}. Write samples into its table"
+        )
+    parts = read_mix(path)
+    return Mix(parts, [read_samples(part.path, data) for part in parts], repr(_identity(parts)))
+
+
+def data_files(path: Path) -> list[tuple[str, Path]]:
+    """Every file that open_samples reads, and its name in the folder or mix; empty: the path."""
+    if path.suffix != SUFFIX:
+        return source_files(path)
+    parts = read_mix(path)
+    inside = [(f"{x.name}/{name}", file) for x in parts for name, file in source_files(x.path)]
+    return [("", path), *inside]
+
+
+def read_mix(path: Path) -> list[Part]:
+    """Raises UserError for a table, key or value that is not one of a mix."""
+    try:
+        tables = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not TOML ({error})") from error
+    top = Settings(tables, path)
+    if unknown := sorted(tables.keys() - {"seed", "files"}):
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; known are seed and files")
+    seed = top.integer("seed", 0, 2**32 - 1, 0)
+    files = top.section("files")
+    if not files.values:
+        raise UserError(f"{path}: no files. Write a table [files.NAME] with a path for each")
+    return [_part(name, files.section(name), path, seed) for name in files.values]
+
+
+def _part(name: str, table: Settings, path: Path, seed: int) -> Part:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"{path}: files.{name!r}: expected a name of letters, digits, _ and -")
+    if unknown := sorted(table.values.keys() - _KEYS):
+        known = ", ".join(sorted(_KEYS))
+        raise UserError(f"{path}: unknown key {table.within}{unknown[0]}; known are {known}")
+    if not isinstance(table.get("path"), str) or not table.get("path"):
+        raise table.error("path", "the path of a data file")
+    location = path.parent / table.get("path")
+    if location.suffix == SUFFIX:
+        raise table.error("path", "a data file, not another mix")
+    weight = table.number("weight", 0, _MOST_WEIGHT, 1.0)
+    wanted = table.integer("samples", 1, _MOST_SAMPLES, _MOST_SAMPLES)
+    return Part(name, location, weight, wanted if "samples" in table else None, seed)
+
+
+def _identity(parts: list[Part]) -> list[tuple]:
+    return [(x.name, x.weight, x.num_samples, x.seed) for x in parts]
+
+
+def _chosen(part: Part, num_samples: int) -> np.ndarray:
+    """Indices of the file's samples, in its order: (num_chosen,)."""
+    if part.num_samples is None or part.num_samples >= num_samples:
+        return np.arange(num_samples)
+    return np.sort(_random(part, "samples").permutation(num_samples)[: part.num_samples])
+
+
+def _random(part: Part, what: str) -> np.random.RandomState:
+    """Of its own for each file and purpose; numpy promises that these streams never change."""
+    return np.random.RandomState([part.seed, crc32(f"{part.name} {what}".encode())])
