@@ -55,8 +55,7 @@ class DataConfig:
     """JSON, JSON lines (or gzip of them), Parquet or a folder of Hugging Face datasets, in LLaVA,
     ShareGPT or messages form; or mix.toml, which names several."""
     image_root: str | tuple[str, ...] = ""
-    """Folders, zip or tar files that the samples' image paths are relative to; PREFIX=ROOT: holds
-    the paths that begin with PREFIX/."""
+    """Folders, zip or tar files that image paths are relative to; PREFIX=ROOT for PREFIX/ alone."""
     follow_links: Switch = False
     """Open images behind links that leave image_root; without it they are refused."""
     template: str = "v1"
@@ -80,8 +79,9 @@ class DataConfig:
     """The vision tower's own preprocessing, or before it, as in LLaVA 1.5, padding to a square."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be used stops the run (error) or is left out and listed (skip)."""
-    check_images: Switch = True
-    """Decode every image once before the first step; the result is remembered in run_dir."""
+    check_images: Annotated[bool | Literal["sample"], tyro.conf.FlagConversionOff] = True
+    """Decode every image (True), one in a hundred (sample) or none (False) before the first step;
+    the others only have to be there. The result is remembered in run_dir."""
     num_workers: int = 2
     """Worker processes that decode images and pack samples; 0: in the main process."""
 

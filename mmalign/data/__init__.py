@@ -2,7 +2,7 @@
 
     data file           open_source      sources.py      JSON (json_records.py), tables (tables.py)
       records           as_llava         forms.py        of ShareGPT or messages, in LLaVA's form
-        |               read_samples     samples.py      bytes in memory, parsed lazily; mix.py: several
+        |               read_samples     samples.py      bytes in memory, parsed lazily (mix.py)
       Sample            encode           dataset.py      checked; text by templates.py, segments.py
         |               Pictures.find    pictures.py     in folders, zip and tar (archives.py)
       EncodedSample     load_pixels      images.py       uint8, resized as CLIP does

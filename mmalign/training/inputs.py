@@ -61,8 +61,8 @@ class RunInputs:
     def check_images(self, dataset: ConversationDataset, report: CheckReport) -> None:
         """As check, for the images of the samples that the data check keeps.
 
-        Sizes stand for contents with --data.check-images False, which asks to read none. Of an
-        archive the directory does: names, sizes, and checksums (zip) or times (tar).
+        Sizes stand for contents unless --data.check-images asks to read all of them. Of an archive
+        the directory does: names, sizes, and checksums (zip) or times (tar).
         """
         if dataset.vision is None:
             return
@@ -72,7 +72,7 @@ class RunInputs:
         names = {image for index in shown for image in samples[int(index)].images}
         found = [(name, dataset.pictures.find(name, name)) for name in sorted(names)]
         files = [(name, picture) for name, picture in found if isinstance(picture, Path)]
-        if dataset.data.check_images:
+        if dataset.data.check_images is True:
             self._compare_files("images", roots, files)
         else:
             sizes = [(name, path.stat().st_size) for name, path in files]

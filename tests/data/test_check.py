@@ -127,6 +127,25 @@ def test_without_check_images_a_file_only_has_to_be_there(world):
         check_samples(world.dataset(check_images=False), progress=False)
 
 
+def test_of_many_pictures_a_drawn_share_is_decoded(world, monkeypatch):
+    """The others have to be there; the same ones are drawn every time."""
+    for path in (world.root / "images").iterdir():
+        path.write_bytes(b"no picture")
+    settings = {"check_images": "sample", "on_bad_sample": "skip"}
+    with pytest.raises(UserError, match="no usable sample"):  # of few, all are decoded
+        dataset = world.dataset(**settings)
+        world.samples = [sample for sample in world.samples if "image" in sample]
+        check_samples(world.dataset(**settings), progress=False)
+    monkeypatch.setattr("mmalign.data.dataset._LEAST_CHECKED", 0)
+    monkeypatch.setattr("mmalign.data.dataset._SHARE_CHECKED", 0.4)
+    dataset = world.dataset(**settings)
+    drawn = [error.sample_id for error in check_samples(dataset, progress=False).skipped]
+    assert 3 <= len(drawn) <= 9
+    (world.root / "images" / "5.png").unlink()
+    report = check_samples(world.dataset(**settings), num_workers=2, progress=False)
+    assert {error.sample_id for error in report.skipped} == {*drawn, "sample-5"}
+
+
 def test_text_only_needs_no_images(world):
     dataset = world.dataset(text_only=True)
     for path in (world.root / "images").iterdir():
