@@ -1,7 +1,7 @@
 """LLaVA 1.6's tiles against transformers' LLaVA-NeXT: tokens, pixels, logits, answers, export."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,11 @@ from mmalign.data.dataset import ConversationDataset
 from mmalign.data.images import load_picture
 from mmalign.data.templates import TEMPLATES
 from mmalign.errors import UserError
+from mmalign.evaluation.pictures import Shown, load_pictures
+from mmalign.evaluation.tasks.vision_task import VisualDocument
+from mmalign.evaluation.vision_model import VisionModel
 from mmalign.model.config import VisionConfig
-from mmalign.model.generate import GenerationOptions
+from mmalign.model.generate import GenerationOptions, generate
 from mmalign.model.hf import export_llava, load_llava
 from mmalign.model.tiles import best_grid, join_pixels, num_image_tokens, token_rows
 from mmalign.tokenizer import Tokenizer
@@ -141,6 +144,34 @@ def test_greedy_answers(published):
         assert answer.token_ids == theirs[: len(answer.token_ids)]
         answers.append(tuple(answer.token_ids))
     assert len(set(answers)) > 1  # they depend on the picture
+
+
+def test_questions_about_pictures(published):
+    """As evaluate.py asks them: decoded in worker processes, two about one picture together."""
+    model = VisionModel.load(published.folder, "v1", torch.float32, torch.device("cpu"))
+    model = replace(model, use_im_start_end=False)
+    names = ["wide", "odd"]
+    files = [f"{name}.png" for name in names]
+    sight = (published.pictures, files, model.vision)
+    pictures = list(load_pictures(*sight, Shown(), seed=0, num_workers=1))
+    prompts, expected = [], []
+    for name, pixels in zip(names, pictures, strict=True):
+        for question in ("What is it?", "Is it red?"):
+            about = dict(task="pope", doc_id=len(prompts), image=f"{name}.png", gold="yes")
+            document = VisualDocument(question=question, **about)
+            prompts.append(model.prompt(document, pixels, model.template))
+            inputs = published.inputs(name, question)
+            with torch.no_grad():
+                found = published.theirs.generate(**inputs, do_sample=False, max_new_tokens=4)
+            expected.append(found[0, inputs["input_ids"].shape[1] :].tolist())
+    answers = generate(model.llava, model.tokenizer, prompts, GenerationOptions(4))
+    for answer, theirs in zip(answers, expected, strict=True):
+        assert answer.token_ids == theirs[: len(answer.token_ids)]
+    [changed] = load_pictures(
+        published.pictures, files[:1], model.vision, Shown(None, ("brightness", 3)), 0, 0
+    )
+    assert torch.equal(changed.rows, pictures[0].rows)
+    assert not torch.equal(changed.pixels, pictures[0].pixels)
 
 
 def test_two_pictures_of_a_prompt(published):
