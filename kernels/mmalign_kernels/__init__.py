@@ -13,7 +13,7 @@ from .packing import pack_rows, unpack_rows
 from .prefix_attention import prefix_attention
 from .projector import project_image_features
 from .quick_gelu import quick_gelu
-from .reference.linear import linear
+from .reference.linear import adding_to_gradients, linear
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary_attention import rotary_attention
 from .shared_prefix_attention import shared_prefix_attention
@@ -23,6 +23,7 @@ from .target_logprobs import target_logprobs
 __all__ = [
     "adamw_step",
     "add_rms_norm",
+    "adding_to_gradients",
     "full_attention",
     "layer_norm",
     "linear",

@@ -5,8 +5,11 @@ micro-batches -> forward -> loss / num_loss_tokens -> backward -> gradient norm 
 The host never waits for a step that it has just launched: its numbers are read one step later.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
+from mmalign_kernels import adding_to_gradients
 from torch import Tensor
 
 from mmalign.config import TrainConfig
@@ -36,6 +39,10 @@ class Trainer:
         )
         self.guard = NonFiniteGuard(config.on_non_finite, ranks.device)
         self.updating = False  # the weights are between two steps
+        # on a CPU oneDNN's products are faster, and have no sum
+        watched = ranks.world_size > 1 or config.optimizer.update_in_backward
+        adds = ranks.device.type == "cuda" and not watched
+        self.gradient_sums = adding_to_gradients if adds else nullcontext
 
     def train_step(self, step: Step, stop: bool = False, save_failed: bool = False) -> StepResult:
         """Launches one optimizer step on exactly the samples of `step`.
@@ -57,8 +64,9 @@ class Trainer:
                 self.updating = True
                 self.optimizer.arm(learning_rate, self.guard.open)
             batch = batch.to(self.ranks.device)
-            loss = self.parallel.model(batch) / step.num_loss_tokens  # share of the token mean
-            (loss * self.ranks.world_size).backward()  # DDP and FSDP2 average over the ranks
+            with self.gradient_sums():
+                loss = self.parallel.model(batch) / step.num_loss_tokens  # share of the token mean
+                (loss * self.ranks.world_size).backward()  # DDP and FSDP2 average over the ranks
             sums[0] += loss.detach()
         self.parallel.finish_gradients()
         sums = self.ranks.sum(sums)

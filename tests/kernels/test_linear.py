@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmalign_kernels import linear
+from mmalign_kernels import adding_to_gradients, linear
 from mmalign_kernels.reference.linear import _SMALL, product
 
 from .accuracy import assert_same_bits, compare, results
@@ -59,6 +59,40 @@ def test_strided_operands():
 
 def test_inputs_are_left_alone():
     assert_same_bits(linear, inputs(199, 100, 130))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_added_by_their_product(shape, dtype):
+    """Of three micro-batches, against the sum in fp64; in 16 bits rounded less often."""
+    batches = [inputs(*shape) for _ in range(3)]
+    weight, exact = batches[0][1].detach(), torch.zeros(shape[:0:-1], dtype=torch.float64)
+    added, separate = (weight.to(dtype).requires_grad_() for _ in range(2))
+    for x, _, bias in batches:
+        x, bias = (a.detach().to(dtype).requires_grad_() for a in (x, bias))
+        grad = torch.randn(shape[0], shape[2]).to(dtype)
+        exact += grad.double().t() @ x.detach().double()
+        linear(x, separate, bias).backward(grad)
+        by_autograd = x.grad, bias.grad
+        x.grad = bias.grad = None
+        with adding_to_gradients():
+            linear(x, added, bias).backward(grad)
+        torch.testing.assert_close((x.grad, bias.grad), by_autograd)
+    errors = [(w.grad.double() - exact).norm() for w in (added, separate)]
+    assert errors[0] <= 1.1 * errors[1] + torch.finfo(dtype).eps * exact.norm()
+
+
+def test_gradients_are_added_in_place_where_a_weight_is_a_parameter():
+    x, weight, _ = inputs(20, 8, 6)
+    with adding_to_gradients():
+        linear(x, weight).sum().backward()
+        first = weight.grad
+        expected = 2 * first
+        linear(x, weight).sum().backward()
+        assert weight.grad is first
+        torch.testing.assert_close(first, expected)
+        linear(x, weight[:4]).sum().backward()  # a part, whose gradient autograd puts together
+    torch.testing.assert_close(first[:4], 3 * expected[:4] / 2)
 
 
 def test_compiles():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmalign_kernels import adding_to_gradients
 
 from mmalign.config import LoraConfig, OptimizerConfig
 from mmalign.data.loader import Step
@@ -32,12 +33,15 @@ def trainer_of(config, num_steps: int = 4) -> Trainer:
     return Trainer(config, CPU, small_model(decoder_config(), config), num_steps=num_steps)
 
 
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_equals_torchs_loop(tmp_path, stage, monkeypatch):
+def test_equals_torchs_loop(tmp_path, stage, as_on_a_gpu, monkeypatch):
     """Token mean over the micro-batches, clipping by the global norm, AdamW, warm-up and cosine."""
     monkeypatch.chdir(tmp_path)
     config = replace(train_config(stage), optimizer=OPTIMIZER)
     trainer = trainer_of(config)
+    if as_on_a_gpu:
+        trainer.gradient_sums = adding_to_gradients
     model = copy.deepcopy(trainer.model)
     theirs = model.trainable_parameters()
     reference = torch.optim.AdamW(theirs.values(), weight_decay=OPTIMIZER.weight_decay)

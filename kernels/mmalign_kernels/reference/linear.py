@@ -6,6 +6,8 @@ core of an EPYC 9005, 3000 x 768 by 768 x 2048. It accumulates in fp32, too. Sma
 with MKL, whose calls have less overhead. It is the same in every backend, so nothing declares it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,24 @@ _SMALL = 1 << 20  # multiplications below which the overhead of the call outweig
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
+
+_adding = False
+
+
+@contextmanager
+def adding_to_gradients() -> Iterator[None]:
+    """Inside, a backward pass adds to the .grad that a weight already has within the product.
+
+    cuBLAS reads .grad as it writes the sum, rounded once; autograd would write the gradient, and
+    add it in a pass over three tensors. For forward and backward passes together, of weights that
+    nobody watches: autograd and what hangs on it (DDP, FSDP2) see no gradient of them.
+    """
+    global _adding
+    before, _adding = _adding, True
+    try:
+        yield
+    finally:
+        _adding = before
 
 
 def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -43,6 +63,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.weight = weight if needs_weight and weight.is_leaf else None
         # a frozen weight saves no activation, as in F.linear
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         return product(x, weight, bias)
@@ -53,6 +74,9 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grad.contiguous()
+        if _adding and ctx.weight is not None and ctx.weight.grad is not None:
+            ctx.weight.grad.addmm_(grad.t(), x)
+            needs_weight = False
         return (
             product(grad, weight.t()) if needs_x else None,
             product(grad.t(), x.t()) if needs_weight else None,
@@ -71,7 +95,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not share in_features"
         )
-    if is_traced(x) or not _prefers_onednn(x, weight):
+    if is_traced(x) or not (_adding or _prefers_onednn(x, weight)):
         return F.linear(x, weight, bias)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], -1)
+    y = _Linear.apply(x.reshape(-1, weight.shape[1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
