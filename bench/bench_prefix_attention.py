@@ -129,10 +129,9 @@ def prefix_case(config: DecoderConfig, tokens: int) -> Case:
     def make() -> Inputs:
         inputs = drawn(config, rows, capacity)
         depths = plan.tree.depths[batch.begin : batch.end]
-        numbers = dict(cu_seqlens=batch.cu_seqlens, cu_spans=batch.cu_spans, position_ids=depths)
-        numbers |= dict(span_begins=batch.span_begins, span_ends=batch.span_ends)
-        for name, x in numbers.items():
-            setattr(inputs, name, torch.from_numpy(x).int().to(DEVICE))
+        inputs.position_ids = torch.from_numpy(depths).int().to(DEVICE)
+        for name in ("cu_seqlens", "span_begins", "span_ends", "cu_spans"):
+            setattr(inputs, name, torch.from_numpy(getattr(batch, name)).int())
         inputs.max_seqlen = max(end - begin for begin, end in pairwise(segments))
         inputs.mask = spans_mask(batch, capacity)
         return inputs

@@ -48,14 +48,14 @@ SHARES = {  # of the copy or of the product, by operation: forward, backward
     "rotary_attention": (0.26, 0.16),
     "full_attention": (0.35, 0.22),
     "shared_prefix_attention": (0.22, 0.14),
-    "prefix_attention": (0.03, 0.03),  # segments of 9 tokens in tiles of 64
+    "prefix_attention": (0.11, 0.11),  # 0.20 of the pairs that tiles form, 1.4 times the needed
     "linear_cross_entropy": (0.75, 0.75),
     "target_logprobs": (0.78, 0.78),
     "adamw fp32": (0.88, 0.88),
     "adamw split": (0.85, 0.85),
     "adamw stochastic": (0.85, 0.85),
 }
-PRODUCT, TOWER, GRADIENT_SUM = 0.93, 0.75, 0.85  # of products in a step; of additions to .grad
+PRODUCT, TOWER, GRADIENT_SUM = 0.93, 0.75, 0.85  # of products in a step; of sums of gradients
 TREES = {  # tokens, rows that predict a target, and seconds of a CPU: tokenising and the tree
     "truthfulqa": (58_983, 44_000, 0.6),
     "ethics": (123_000, 8_100, 0.4),  # a tenth
@@ -101,8 +101,10 @@ def _memory_seconds(config: TrainConfig, tokens: int, num_batches: int, card: st
             seconds += count * cost.bytes / (share * copy)
     if trained:
         vocab_size = decoder.vocab_size + NUM_IMAGE_TOKENS
-        numel = layers * sum(_layer_numels()) + 2 * vocab_size * decoder.hidden_size
-        seconds += (num_batches - 1) * 3 * 2 * numel / (GRADIENT_SUM * copy)
+        products = layers * sum(_layer_numels())  # whose gradients the products add, reading them
+        others = 2 * vocab_size * decoder.hidden_size  # head and embeddings: autograd adds theirs
+        seconds += (num_batches - 1) * 2 * (products + 3 * others) / (GRADIENT_SUM * copy)
+        numel = products + others
         update = costs.adamw_step(numel, "stochastic", moments="bf16")
         seconds += (update.bytes + 2 * numel) / (SHARES["adamw stochastic"][0] * copy)  # and norm
     return seconds
@@ -122,8 +124,8 @@ def scoring_seconds(task: str, card: str) -> float:
     norms = costs.add_rms_norm(num_tokens, decoder.hidden_size, 2).forward.bytes
     swiglu = costs.swiglu(num_tokens, decoder.intermediate_size, 2).forward.bytes
     memory = decoder.num_hidden_layers * (2 * norms / 0.9 + swiglu / 0.9) / copy
-    # of a tile's products and of its latency, per layer and 16,384 tokens
-    attention = decoder.num_hidden_layers * 2.5e-3 * num_tokens / 16384
+    # products of tiles, latency, and the rows that go to the cache, per layer and 16,384 tokens
+    attention = decoder.num_hidden_layers * 0.65e-3 * num_tokens / 16384
     products = work.projections / (PRODUCT * product)
     products += work.lm_head / (SHARES["target_logprobs"][0] * product)
     return products + memory + attention + planning

@@ -176,7 +176,7 @@ def _read(family: str, name: str, gpu: launch.Gpu, kernel: triton.compiler.Compi
         hgmma=count["HGMMA"],
         hmma=count["HMMA"],
         tma=count["UTMALDG"] + count["UTMASTG"],
-        local_loads=kernel.asm["ttgir"].count("ttg.local_load"),
+        local_loads=len(re.findall(r"ttg\.local_load.*-> tensor<\d+x\d+x", kernel.asm["ttgir"])),
         copies_ahead=max(
             map(int, re.findall(r"async_wait.*num = (\d+)", kernel.asm["ttgir"])), default=0
         ),

@@ -35,21 +35,23 @@ def prefix_attention(
 
     qkv (total_tokens, (heads + 2 * key_value_heads) * head_dim): q, then k, then v, unrotated; cos
     and sin (max_positions, head_dim / 2) fp32; position_ids (total_tokens,) along each token's
-    path; cu_seqlens (num_segments + 1,) from 0 to total_tokens; max_seqlen at least the longest
-    segment. Segment i attends to the cache rows span_begins[j] to span_ends[j] - 1 for j from
-    cu_spans[i] to cu_spans[i + 1] - 1: at least one span, without overlap; the last one is at
-    least as long as the segment and ends with its own rows, which no other segment of the call
-    owns. keys and values (capacity, key_value_heads, head_dim), keys rotated: the own rows are
-    written, all others are read -> (total_tokens, heads * head_dim). Raises ValueError if shapes,
-    dtypes or devices do not match.
+    path; cu_seqlens (num_segments + 1,) from 0 to total_tokens, on the CPU, as the spans are;
+    max_seqlen at least the longest segment. Segment i attends to the cache rows span_begins[j] to
+    span_ends[j] - 1 for j from cu_spans[i] to cu_spans[i + 1] - 1: at least one span, without
+    overlap; the last one is at least as long as the segment and ends with its own rows, which no
+    other segment of the call owns. keys and values (capacity, key_value_heads, head_dim), keys
+    rotated: the own rows are written, all others are read -> (total_tokens, heads * head_dim).
+    Raises ValueError if shapes, dtypes or devices do not match, or spans do not fit the segments
+    and the cache.
     """
     name = "prefix_attention"
     check_rank(name, 2, qkv=qkv, cos=cos)
     check_rank(name, 3, keys=keys)
     check_floats(name, qkv=qkv, keys=keys, values=values)
     check_floats(name, cos=cos, sin=sin)
-    check_integers(name, qkv, position_ids=position_ids, cu_seqlens=cu_seqlens)
-    check_integers(name, qkv, span_begins=span_begins, span_ends=span_ends, cu_spans=cu_spans)
+    check_integers(name, qkv, position_ids=position_ids)
+    spans = dict(span_begins=span_begins, span_ends=span_ends, cu_spans=cu_spans)
+    check_integers(name, torch.empty(0, device="cpu"), cu_seqlens=cu_seqlens, **spans)
     capacity, num_key_value_heads, head_dim = keys.shape
     context = f"keys {tuple(keys.shape)} and {num_attention_heads} heads"
     columns = (num_attention_heads + 2 * num_key_value_heads) * head_dim

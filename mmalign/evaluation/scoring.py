@@ -253,11 +253,9 @@ def _positions(
     decoder: Decoder, tree: PrefixTree, batch: TreeBatch, cache: PathCache, device: torch.device
 ) -> list[PathPositions]:
     """What every layer's attention reads."""
-    position_ids = tree.depths[batch.begin : batch.end]
-    numbers = (position_ids, batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
-    position_ids, cu_seqlens, begins, ends, cu_spans = (
-        torch.from_numpy(x).int().to(device) for x in numbers
-    )
+    position_ids = torch.from_numpy(tree.depths[batch.begin : batch.end]).int().to(device)
+    numbers = (batch.cu_seqlens, batch.span_begins, batch.span_ends, batch.cu_spans)
+    cu_seqlens, begins, ends, cu_spans = (torch.from_numpy(x).int() for x in numbers)
     tokens = PackedPositions(
         *decoder.rotary.up_to(int(tree.depths[batch.begin : batch.end].max()) + 1),
         position_ids,

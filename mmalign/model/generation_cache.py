@@ -63,16 +63,10 @@ class BatchCache:
         firsts = [x.first_position for x in segments]
         position_ids = [np.arange(n) + at for at, n in zip(firsts, lengths, strict=True)]
         cu_seqlens = np.cumsum([0, *lengths])
-        numbers = (
-            np.concatenate(position_ids),
-            cu_seqlens,
-            spans[:, 0],
-            spans[:, 1],
-            np.cumsum([0, *(len(x.spans) for x in segments)]),
-        )
-        position_ids, bounds, begins, ends, cu_spans = (
-            torch.from_numpy(x).int().to(device) for x in numbers
-        )
+        position_ids = torch.from_numpy(np.concatenate(position_ids)).int().to(device)
+        cu_spans = np.cumsum([0, *(len(x.spans) for x in segments)])
+        numbers = (cu_seqlens, spans[:, 0], spans[:, 1], cu_spans)
+        bounds, begins, ends, cu_spans = (torch.from_numpy(x).int() for x in numbers)
         tables = decoder.rotary.up_to(max(map(sum, zip(firsts, lengths, strict=True))))
         tokens = PackedPositions(*tables, position_ids, bounds, max(lengths))
         span = begins, ends, cu_spans

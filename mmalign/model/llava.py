@@ -223,10 +223,10 @@ def prefix_key_values(decoder: Decoder, token_ids: Sequence[int]) -> tuple[KeyVa
     weight, length = decoder.embed_tokens.weight, len(token_ids)
     input_ids = torch.tensor(token_ids, device=weight.device)
     position_ids = torch.arange(length, dtype=torch.int32, device=weight.device)
-    bounds = torch.tensor([0, length], dtype=torch.int32, device=weight.device)
-    span = bounds[:1], bounds[1:], torch.tensor([0, 1], dtype=torch.int32, device=weight.device)
+    bounds, one = (torch.tensor([0, n], dtype=torch.int32, device="cpu") for n in (length, 1))
     tables = decoder.rotary.up_to(length)
     tokens = PackedPositions(*tables, position_ids, cu_seqlens=bounds, max_seqlen=length)
     layers = tuple(KeyValues(decoder.config, length, like=weight) for _ in decoder.layers)
-    decoder(input_ids, [CachedPositions(tokens, *span, cache) for cache in layers])
+    spans = bounds[:1], bounds[1:], one
+    decoder(input_ids, [CachedPositions(tokens, *spans, cache) for cache in layers])
     return layers

@@ -86,7 +86,10 @@ class PrefixedPositions:
 
 @dataclass(frozen=True)
 class CachedPositions:
-    """Segments of new tokens, and the cache rows that each segment sees, its own at the end."""
+    """Segments of new tokens, and the cache rows that each segment sees, its own at the end.
+
+    Spans and cu_seqlens are on the CPU: what is computed depends on them.
+    """
 
     samples: PackedPositions  # a segment is a sample
     span_begins: Tensor  # (num_spans,) int32; spans as prefix_attention takes them

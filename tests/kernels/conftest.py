@@ -30,6 +30,7 @@ FAMILIES = {  # of test files that are not named after one family
     "test_adamw_moments": ("adamw",),
     "test_attention": ("full_attention", "rotary_attention"),
     "test_dispatch": (),
+    "test_prefix_tiles": (),
     "test_registration": tuple(
         file.stem for file in Path(reference.__path__[0]).glob("[!_]*.py") if file.stem != "linear"
     ),

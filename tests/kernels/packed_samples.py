@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def offsets(lengths: list[int], device: str | None = None) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
 def positions(lengths: list[int]) -> Tensor:

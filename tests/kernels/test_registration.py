@@ -32,8 +32,9 @@ def arguments() -> dict[str, list[tuple]]:
     ids, rows = torch.tensor([1, -100, 4, 0]), torch.tensor([2, 0, 2])
     packed = (offsets(LENGTHS), max(LENGTHS))
     rotary = (*rotary_table(16, 4), positions(LENGTHS), *packed, 4, 2, True)
-    ends = torch.tensor(LENGTHS).cumsum(0)  # every segment sees itself alone
-    spans = (ends - torch.tensor(LENGTHS), ends, torch.arange(len(LENGTHS) + 1))
+    bounds = offsets(LENGTHS, "cpu")  # every segment sees itself alone
+    segments = (*rotary[:3], bounds, max(LENGTHS), bounds[:-1], bounds[1:])
+    spans = torch.arange(len(LENGTHS) + 1, device="cpu")
     caches = (torch.rand(TOKENS, 2, 4), torch.rand(TOKENS, 2, 4))
     prefix = (torch.rand(3, 2, 4), torch.rand(3, 2, 4))
     projected = (rand(3, 5), rand(8, 5), rand(8), rand(6, 8), torch.tensor([1, 2, 5]), rand(8))
@@ -67,7 +68,7 @@ def arguments() -> dict[str, list[tuple]]:
             (rand(TOKENS, 8), rand(TOKENS, 24), rand(TOKENS, 8), rand(TOKENS, 2), *packed, 2)
         ],
         "prefix_attention_update": [
-            (torch.rand(TOKENS, 32), *rotary[:5], *spans, *caches, 4),
+            (torch.rand(TOKENS, 32), *segments, spans, *caches, 4),
         ],
         "shared_prefix_attention_fwd": [(rand(TOKENS, 32), *rotary[:5], *prefix, 4)],
         "shared_prefix_attention_bwd": [

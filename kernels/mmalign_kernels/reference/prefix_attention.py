@@ -46,7 +46,7 @@ def prefix_attention_update(
     if not len(qkv):
         return out.flatten(1)
     numbers = (cu_seqlens, span_begins, span_ends, cu_spans)
-    plan = _plan(tuple(x.cpu().numpy().astype(np.int64).tobytes() for x in numbers), capacity)
+    plan = _plan(tuple(x.numpy().astype(np.int64).tobytes() for x in numbers), capacity)
     tensors = {name: x for name, x in plan._asdict().items() if isinstance(x, Tensor)}
     plan = plan._replace(**{name: x.to(qkv.device) for name, x in tensors.items()})
     cos, sin = angles(cos, position_ids, qkv), angles(sin, position_ids, qkv)
@@ -105,7 +105,7 @@ def _plan(numbers: tuple[bytes, ...], capacity: int) -> Plan:
     own_end = ends[firsts[1:] - 1]
     slots = own_end[segment] - bounds[1:][segment] + rows
     # what each row attends to: (row, begin, end), segments split at the ends of blocks
-    span = _ranges(firsts[:-1][segment], num_spans[segment])
+    span = ranges(firsts[:-1][segment], num_spans[segment])
     row = np.repeat(rows, num_spans[segment])
     begin, end = begins[span], ends[span].copy()
     is_last = span == firsts[1:][segment][row] - 1
@@ -144,7 +144,7 @@ def check_spans(
         raise ValueError("a segment's last span must end with the segment's own rows")
 
 
-def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """begins[0], begins[0] + 1, ... (lengths[0] numbers), begins[1], ..."""
     offsets = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(begins - offsets, lengths)
@@ -171,7 +171,7 @@ def _blocks(
     block = row // _ROWS
     wanted = np.unique(np.stack((block, begin, end)), axis=1)
     # block and cache row in one number, so that one sort and search serve all blocks
-    seen = np.unique(_ranges(wanted[0] * capacity + wanted[1], wanted[2] - wanted[1]))
+    seen = np.unique(ranges(wanted[0] * capacity + wanted[1], wanted[2] - wanted[1]))
     first = np.searchsorted(seen, np.arange(num_blocks + 1) * capacity)
     num_keys = int(np.diff(first).max())
     column = np.minimum(np.arange(num_keys), np.diff(first)[:, None] - 1)

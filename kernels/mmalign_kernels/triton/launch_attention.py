@@ -18,7 +18,6 @@ Settings = dict[str, int]
 # on sm_90, 16-bit; where a program owns keys, QUERY_TILE keys by KEY_TILE queries
 QUERY_TILE, KEY_TILE = 128, 64
 MAX_COLUMNS = 128  # of a tile of a head: with 256, tiles spill registers or exceed shared memory
-SHORT_QUERY_TILE = 16
 
 
 def block_columns(head_dim: int) -> int:
@@ -42,21 +41,20 @@ def forward(qkv: Tensor, head_dim: int) -> Settings:
     return _settings(head_dim, 128, 32, 3)
 
 
-def prefix(qkv: Tensor, head_dim: int, num_segments: int) -> Settings:
-    """Few queries: the segments of a tree are short, and rows beyond them are wasted.
+def prefix(qkv: Tensor, head_dim: int) -> tuple[Settings, Settings]:
+    """For few rows in each tile, and for many.
 
-    16 rows where segments have fewer on average (7 in TruthfulQA's tree, 1 in generation): the
-    least that a matrix unit takes. Then keys, which warps share, keep two copies in flight.
+    Few: those of one token of each sample, or of short ones, in 16 rows, the least that a matrix
+    unit takes. A key's place is copied a step before the key itself, so two steps of keys in flight
+    take five stages.
     """
     if qkv.element_size() > 2:
-        return _wide(qkv, head_dim)
-    whole = block_columns(head_dim) == head_dim  # or copied in pieces, whose addresses are many
-    if len(qkv) < SHORT_QUERY_TILE * num_segments:
-        keys, warps = (64, 8) if whole else (32, 4)
-        return _settings(head_dim, SHORT_QUERY_TILE, keys, 3) | {"num_warps": warps}
-    if whole:  # four warps: two programs share a multiprocessor
-        return _settings(head_dim, 64, 32, 2) | {"num_warps": 4}
-    return _settings(head_dim, 64, 64 if launch.gpu(qkv).is_large else 32, 2)
+        return (_wide(qkv, head_dim),) * 2
+    if block_columns(head_dim) > head_dim:  # copied in pieces, whose addresses are many
+        few = _settings(head_dim, 16, 32, 3) | {"num_warps": 4}
+        return few, _settings(head_dim, 64, 64 if launch.gpu(qkv).is_large else 32, 3)
+    few = _settings(head_dim, 16, 64, 5)
+    return few, _settings(head_dim, 64, 32, 5) | {"num_warps": 4}  # 3 programs a multiprocessor
 
 
 def shared_prefix(qkv: Tensor, head_dim: int) -> Settings:
