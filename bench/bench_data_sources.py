@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -39,13 +40,13 @@ from mmalign.toy_world.corpus import corpus_pages
 
 NUM_DIFFERENT, SMALL, QUALITY = 3000, (96, 72), 75  # of the large zip's pictures
 LOOSE, ZIP, TAR = "mmalign loose files", "mmalign zip", "mmalign tar"
-SEQUENTIAL = "tar read in sequence, as webdataset does, PIL decode"
-TORCH = "torch DataLoader, PIL decode, loose files"
+SEQUENTIAL = "tar read in sequence, as webdataset does, PIL"
+TORCH = "torch DataLoader, PIL, loose files"
 
 
 @dataclass
 class Sources(Comparison):
-    """Decode the same pictures, from loose files and from archives, in random order."""
+    """Decode, resize and crop the same pictures; ours and torch's in random order."""
 
     folder: tempfile.TemporaryDirectory = field(init=False, repr=False)  # from `calls` on
     files: JpegFiles = field(init=False, repr=False)
@@ -73,7 +74,7 @@ class Sources(Comparison):
         compare_sources(found, names)
         calls = {name: _loading(found[name], names) for name in places}
         calls[SEQUENTIAL] = lambda: in_sequence(root / "all.tar")
-        calls[TORCH] = lambda: list(DataLoader(_Loose(paths), batch_size=None))
+        calls[TORCH] = lambda: list(DataLoader(_Loose([root / x for x in names]), batch_size=None))
         return Calls({name: one_thread(calls[name]) for name in variants})
 
     def figures(self, variant: str, seconds: float) -> dict:
@@ -96,12 +97,23 @@ def compare_sources(found: dict[str, Pictures], names: list[str]) -> None:
 
 
 def in_sequence(path: Path) -> None:
-    """webdataset's reader: members one after the other, from a stream that cannot seek."""
+    """webdataset's way: members one after the other, from a stream that cannot seek."""
     with tarfile.open(path, "r|") as archive:
         for member in archive:
             file = archive.extractfile(member)
             assert file is not None
-            Image.open(io.BytesIO(file.read())).convert("RGB")
+            resize(Image.open(io.BytesIO(file.read())))
+
+
+def resize(image: Image.Image) -> torch.Tensor:
+    """As CLIPImageProcessor, in PIL: (3, image_size, image_size) uint8."""
+    image, size = image.convert("RGB"), CLIP_VIT_L_14.image_size
+    scale = size / min(image.size)
+    width, height = (int(x * scale) for x in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    cropped = resized.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
 
 
 class _Loose(Dataset):
@@ -111,8 +123,8 @@ class _Loose(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index]).convert("RGB")
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return resize(Image.open(self.paths[index]))
 
 
 test_data_sources = each([Sources()])

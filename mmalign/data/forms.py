@@ -32,9 +32,9 @@ def form_of(record: dict) -> str:
     turns = _turns(record)
     if any(isinstance(turn, dict) and "role" in turn for turn in turns):
         return MESSAGES
-    names = {turn.get("from") for turn in turns if isinstance(turn, dict)} - {"system"}
+    names = [turn.get("from") for turn in turns if isinstance(turn, dict)]
     known = all(isinstance(name, str) and name in _SPEAKERS for name in names)
-    return SHAREGPT if known and names - {"human", "gpt"} else LLAVA
+    return SHAREGPT if known and set(names) - {"human", "gpt", "system"} else LLAVA
 
 
 def as_llava(record: dict) -> dict:

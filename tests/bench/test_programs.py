@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor
 
 from bench import (
     bench_data_loading,
+    bench_data_sources,
     bench_pictures,
     bench_scaling,
     bench_scoring,
@@ -22,6 +23,10 @@ from bench.comparison import WrongResult
 from bench.documents import NumberTokenizer, spread, synthetic_ethics, synthetic_truthfulqa
 from bench.models import CPU_SMALL, Size, hugging_face_llama, random_decoder
 from bench.train_step import HuggingFaceModel, hugging_face_model
+from mmalign.config import DataConfig
+from mmalign.data.archives import TarArchive
+from mmalign.data.pictures import Pictures
+from mmalign.data.samples import read_samples
 from mmalign.evaluation.scoring import plan_scoring
 from mmalign.evaluation.tasks.multiple_choice import Document
 
@@ -224,6 +229,27 @@ def test_images_of_the_loading_benchmark(tmp_path, monkeypatch):
     )
     with pytest.raises(WrongResult, match="levels"):
         bench_data_loading.compare_pixels(files.paths[0], processor)
+
+
+def test_places_of_pictures_in_the_benchmark_of_sources(monkeypatch):
+    monkeypatch.setattr(bench_data_sources, "SAMPLES", 4)
+    compared = bench_data_sources.Sources()
+    made = compared.calls(compared.variants)
+    assert len(made.calls) == 5
+    for call in made.calls.values():
+        call()
+    monkeypatch.setattr(TarArchive, "read", lambda *_: compared.files.paths[0].read_bytes())
+    with pytest.raises(WrongResult, match="mmalign tar: the pixels of .* differ"):
+        compared.calls(compared.variants)
+
+
+def test_the_large_data_of_the_benchmark_of_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_data_sources, "NUM_DIFFERENT", 3)
+    bench_data_sources.make(tmp_path, 7)
+    lines = read_samples(tmp_path / "samples.jsonl", DataConfig())
+    pictures = Pictures([str(tmp_path / "images.zip")], follow_links=False)
+    read = [pictures.find(x.id, x.images[0]).read() for x in lines]
+    assert len(read) == 7 and len(set(read)) == 3
 
 
 def test_cost_per_unit_counted_by_hand():

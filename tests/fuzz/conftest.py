@@ -7,7 +7,8 @@ from tests.data.conftest import tokenizer, tokenizer_folder  # noqa: F401  fixtu
 from tests.training.conftest import small_world  # noqa: F401
 
 INPUTS = {
-    "data files and images": 500,
+    "data files and images": 400,
+    "containers and archives": 100,
     "model and tokenizer folders": 500,
     "weight files": 150,
     "run folders": 250,

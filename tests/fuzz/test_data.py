@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from random import Random
@@ -21,6 +22,8 @@ from mmalign.data.preview import show, write_json
 from mmalign.data.samples import read_samples
 from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
+from tests.data.test_archives import write_tar, write_zip
+from tests.data.test_forms import json_lines, packed, parquet, saved
 from tests.fuzz.damage import damaged_bytes, ends_well
 
 pytestmark = pytest.mark.fuzz
@@ -32,6 +35,8 @@ VALUES = [None, True, 0, -1, 10**400, 1e308, float("nan"), "", " ", "\0", "\ud83
 VALUES += ["<image>", "</s>", "<im_patch>", "a boat", "x" * 5000, "../a.png", "/", ".", "human"]
 VALUES += ["data:image/png;base64,AAAA", "\x1b[2J", "\u0627\u0301", [], {}, ["a.png"], {"a": 1}]
 KEYS = ["id", "image", "type", "conversations", "from", "value", "system", "images", "img_path"]
+KEYS += ["messages", "role", "content", "text", "image_url"]
+FORMS = ["llava", "llava", "text", "parts"]
 TOKENS = [b'"', b"[", b"]", b"{", b"}", b",", b":", b"\\ud800", b"\\", b"\n", b"\0", b"\xff", b"1"]
 TOKENS += [b"null", b"NaN", b"[" * 3000, b"9" * 5000, b"\xef\xbb\xbf", b"<image>"]
 
@@ -54,17 +59,54 @@ def damage_an_image(random: Random, folder: Path) -> None:
     (folder / "damaged.png").write_bytes(damaged_bytes(whole, random, end))
 
 
-def sample(random: Random, folder: Path) -> dict:
+def sample(random: Random, folder: Path, form: str) -> dict:
     turns = []
     for _ in range(random.choice((1, 1, 1, 3))):
         turns += [("human", "what is it"), ("gpt", "a small boat")]
     turns = [{"from": speaker, "value": text} for speaker, text in turns]
-    record = {"id": random.choice(["a", 7, "b"]), "conversations": turns}
+    record: dict = {"id": random.choice(["a", 7, "b"]), "conversations": turns}
     if random.random() < 0.7:
         pattern = "whole.*" if random.random() < 0.8 else "*"
         record["image"] = random.choice(sorted(folder.glob(pattern))).name
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    return record
+    return record if form == "llava" else as_messages(random, record, form)
+
+
+def as_messages(random: Random, record: dict, form: str) -> dict:
+    """Of text, or of parts; sometimes after a system turn."""
+    system = "look" if form == "text" else [{"type": "text", "text": "look"}]
+    messages: list = [{"role": "system", "content": system}] if random.random() < 0.3 else []
+    for turn in record.pop("conversations"):
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        content = turn["value"]
+        if form == "parts":
+            texts = content.removeprefix("<image>\n")
+            content = [{"type": "image"}] * (texts != content) + [{"type": "text", "text": texts}]
+        messages.append({"role": role, "content": content})
+    return record | {"messages": messages}
+
+
+def in_a_container(random: Random, folder: Path, records: list[dict]) -> Path:
+    """Damaged or not: gzip, Parquet or a saved dataset."""
+    kind = random.choice((packed(json_lines), parquet, saved))
+    rows = [record | {"id": str(record["id"])} for record in records]
+    for path in (folder / "saved", folder / "rows.parquet"):
+        shutil.rmtree(path, ignore_errors=True)
+    path = kind(folder, rows)
+    file = sorted(path.iterdir())[random.randrange(4)] if path.is_dir() else path
+    if random.random() < 0.5:
+        file.write_bytes(damaged_bytes(file.read_bytes(), random))
+    return path
+
+
+def in_an_archive(random: Random, folder: Path, target: Path) -> None:
+    """The folder's images; damaged mostly in the directory, which a zip has at its end."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    write = random.choice((write_zip, write_tar))
+    content = write(target, files).read_bytes()
+    if random.random() < 0.7:
+        content = damaged_bytes(content[::-1], random, len(content) // 8)[::-1]
+    target.write_bytes(content)
 
 
 def mutate(random: Random, tree: list | dict) -> None:
@@ -94,7 +136,7 @@ def mutate(random: Random, tree: list | dict) -> None:
 
 
 def data_file(random: Random, folder: Path) -> bytes:
-    records = [sample(random, folder) for _ in range(4)]
+    records = [sample(random, folder, random.choice(FORMS)) for _ in range(4)]
     for _ in range(random.choice((0, 1, 1, 2, 5))):
         mutate(random, records)
     try:
@@ -160,3 +202,21 @@ def test_damaged_data_files(folder, tokenizer, tmp_path, seeds):
         accepted += ends_well(seed, names, check, path, folder, tokenizer, random)
     share = accepted / len(seeds("data files and images"))
     assert 0.25 < share < 0.75  # both ways are tried
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_containers_and_archives(folder, tokenizer, tmp_path, seeds):
+    accepted = 0
+    for seed in seeds("containers and archives"):
+        random = Random(seed)
+        damage_an_image(random, folder)
+        form = random.choice(FORMS)
+        samples = [sample(random, folder, form) for _ in range(14)]
+        path = in_a_container(random, tmp_path, samples)
+        root = folder
+        if random.random() < 0.5:
+            root = tmp_path / "archive"
+            in_an_archive(random, folder, root)
+        names = (str(tmp_path), "sample ")
+        accepted += ends_well(seed, names, check, path, root, tokenizer, random)
+    assert 0.2 < accepted / len(seeds("containers and archives")) < 0.8
