@@ -117,6 +117,10 @@ class Pictures:
         return [root.place for root in self.roots if isinstance(root.place, Archive)]
 
     @property
+    def has_folders(self) -> bool:
+        return any(isinstance(root.place, str) for root in self.roots)
+
+    @property
     def fingerprint(self) -> list[tuple[str, str]]:
         """Paths of folders, contents of archives."""
         return [

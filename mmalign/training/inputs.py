@@ -67,11 +67,12 @@ class RunInputs:
         if dataset.vision is None:
             return
         assert dataset.pictures is not None
-        roots, samples = " ".join(dataset.data.image_roots), dataset.samples
-        shown = report.kept[report.num_images > 0]
-        names = {image for index in shown for image in samples[int(index)].images}
-        found = [(name, dataset.pictures.find(name, name)) for name in sorted(names)]
-        files = [(name, picture) for name, picture in found if isinstance(picture, Path)]
+        roots, files = " ".join(dataset.data.image_roots), []
+        if dataset.pictures.has_folders:
+            shown, samples = report.kept[report.num_images > 0], dataset.samples
+            names = {image for index in shown for image in samples[int(index)].images}
+            found = [(name, dataset.pictures.find(name, name)) for name in sorted(names)]
+            files = [(name, picture) for name, picture in found if isinstance(picture, Path)]
         if dataset.data.check_images is True:
             self._compare_files("images", roots, files)
         else:

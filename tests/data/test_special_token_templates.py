@@ -40,10 +40,13 @@ SPECIAL = {
     "marked": (None, "<|im_end|>", "<|im_start|>"),
     "summary": (None, "<|im_end|>", "<|im_start|>"),
     "mistral": ("<s>", "</s>"),
+    "silent": ("<s>", "</s>"),
     "mistral-v3": ("<s>", "</s>", "[INST]", "[/INST]"),
 }
 TEXTS = {"llama_3": LLAMA_3, "chatml": QWEN_2, "mistral": MISTRAL, "mistral-v3": MISTRAL}
-OWN = TEXTS | {"marked": MARKED, "summary": SUMMARY}
+# leaves out what is neither question nor answer
+SILENT = MISTRAL.replace("{% else %}", "{% elif message['role'] == 'assistant' %}")
+OWN = TEXTS | {"marked": MARKED, "summary": SUMMARY, "silent": SILENT}
 CONVERSATIONS = {
     "one turn": [("What is  this?", "A boat.")],
     "three turns": [("Hi", "Hello\nthere"), ("And so", "so"), ("why?\n\nWhy?", "assistant")],
@@ -109,6 +112,31 @@ def test_own_template_equals_apply_chat_template(folder_of, name, case):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     # the template's blank before an answer counts where the tokenizer joins it to the answer
     assert theirs.decode(supervised).replace(" ", "") == answers.replace(" ", "")
+
+
+@pytest.mark.parametrize("case", ("one turn", "three turns"))
+@pytest.mark.parametrize("name", ("llama_3", "chatml", "marked"))
+def test_a_system_turn_is_written_as_by_apply_chat_template(folder_of, name, case):
+    """And changes nothing of what is supervised."""
+    folder, turns = folder_of(name), turns_of(CONVERSATIONS[case])
+    tokenizer = Tokenizer.from_pretrained(folder)
+    system = Turn("system", "You are  a boat.\nBe brief.")
+    messages = [{"role": "system", "content": system.text}, *messages_of(turns)]
+    expected = their_ids(folder, messages, False)
+    end = tokenizer.encode("\n") if name == "chatml" else []
+    for template in ("chat", name) if name in TEMPLATES else ("chat",):
+        ids, labels = encode_conversation([system, *turns], TEMPLATES[template], tokenizer, False)
+        assert ids + (end if template == "chatml" else []) == expected
+        _, plain = encode_conversation(turns, TEMPLATES[template], tokenizer, False)
+        kept, before = ([i for i in x if i != IGNORE_INDEX] for x in (labels, plain))
+        assert kept == before
+
+
+def test_a_template_that_leaves_out_a_system_turn_is_refused(folder_of):
+    tokenizer = Tokenizer.from_pretrained(folder_of("silent"))
+    turns = [Turn("system", "Be brief."), *turns_of(CONVERSATIONS["one turn"])]
+    with pytest.raises(UserError, match="(leaves out|writes more or less)"):
+        encode_conversation(turns, TEMPLATES["chat"], tokenizer, False)
 
 
 @pytest.mark.parametrize("case", ("one turn", "three turns"))
