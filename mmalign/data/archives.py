@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -224,7 +225,7 @@ class ZipArchive(Archive):
             kind = _ENCRYPTED if info.flag_bits & 1 else _LINK if stat.S_ISLNK(mode) else kind
             if not info.is_dir():
                 sizes = info.compress_size, info.file_size
-                yield Entry(info.orig_filename, info.header_offset, *sizes, info.CRC, kind)
+                yield Entry(_name_of(info), info.header_offset, *sizes, info.CRC, kind)
 
     def read(self, member: Member) -> bytes:
         self.check(member)
@@ -311,6 +312,15 @@ def open_archive(path: Path) -> Archive:
                 "place"
             )
     raise UserError(f"{path} is neither a folder nor a zip or tar archive (--data.image-root)")
+
+
+def _name_of(info: zipfile.ZipInfo) -> str:
+    """Many programs write UTF-8 without the flag that says so, which Python then reads as cp437."""
+    name = info.orig_filename
+    if not info.flag_bits & 0x800 and not name.isascii():
+        with suppress(UnicodeError):
+            return name.encode("cp437").decode("utf-8")
+    return name
 
 
 def _facts(of: os.stat_result) -> tuple[int, int]:

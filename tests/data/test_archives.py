@@ -61,6 +61,17 @@ def test_a_zip_gives_the_bytes_that_zipfile_does(tmp_path, method):
     assert archive.find("a/") is archive.find("b/1.bin") is archive.find("1.bin") is None
 
 
+def test_names_in_utf_8_without_the_flag(tmp_path):
+    path = write_zip(tmp_path / "all.zip", {"ü/☃.bin": b"snow", "a.bin": b"a"})
+    content = bytearray(path.read_bytes())
+    content[7] &= ~8
+    content[content.index(b"PK\1\2") + 9] &= ~8
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist()[0] != "ü/☃.bin"
+    assert open_archive(path).find("ü/☃.bin").read() == b"snow"
+
+
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_gives_the_bytes_that_tarfile_does(tmp_path, kind):
     rng = np.random.default_rng(0)
