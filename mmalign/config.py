@@ -207,6 +207,8 @@ class TrainConfig:
     """auto: the GPU if there is one."""
     tensorboard: Switch = False
     """Also write the metrics for TensorBoard under run_dir/tensorboard."""
+    wandb: str = ""
+    """Also log the metrics to this project of Weights & Biases; empty: not."""
     peak_tflops: float | None = None
     """Dense peak of one device in TFLOP/s, for mfu; unset: the published bf16 peak of the GPU."""
     on_non_finite: Literal["error", "skip"] = "error"

@@ -128,7 +128,7 @@ def test_a_circle_is_found(edges, expected):
 
 
 def test_commands_start_without_what_only_tests_and_gpus_need():
-    absent = ("triton", "transformers", "lm_eval", "pandas", "peft", "pytest")
+    absent = ("triton", "transformers", "lm_eval", "pandas", "peft", "pytest", "wandb")
     scripts = sorted(path.stem for path in (REPOSITORY / "scripts").glob("*.py"))
     code = "\n".join(
         [

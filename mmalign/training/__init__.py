@@ -8,7 +8,8 @@
       optimizer.py     the Optimizer protocol and AdamW; schedule.py: the learning rate
       step_result.py   a step's numbers, copied to the host while the next step runs
       guards.py        non-finite steps, loss spikes
-    metrics.py         metrics.jsonl, progress bar, TensorBoard; telemetry.py: rates, MFU, NVML
+    metrics.py         metrics.jsonl, progress bar, TensorBoard; telemetry.py: rates, MFU, NVML;
+                       weights_and_biases.py: the same on that service
     run_folder.py      config.json, and whether a command matches it
     inputs.py          inputs.json: what the run is made from, by content, and its identity
     checkpoint/        atomic, checksummed, written in the background; for any number of ranks;

@@ -42,6 +42,7 @@ from mmalign.training.step_result import StepNumbers, StepResult
 from mmalign.training.telemetry import Telemetry
 from mmalign.training.trainer import Trainer
 from mmalign.training.warm_up import compiled_kernels
+from mmalign.training.weights_and_biases import require_wandb
 from mmalign.validation import validate
 
 log = logging.getLogger("mmalign")
@@ -50,6 +51,7 @@ log = logging.getLogger("mmalign")
 def train(config: TrainConfig) -> None:
     """Runs the stage that `config` describes, or resumes it from its latest checkpoint."""
     validate(config)
+    require_wandb(config)
     timeout = config.parallel.timeout_minutes
     with (
         StopSignal() as stop,
@@ -144,8 +146,7 @@ class TrainingLoop:
         self.stop = stop
         self.metrics: Metrics | None = None
         if ranks.is_main:
-            name, num_steps = config.stage, trainer.num_steps
-            self.metrics = Metrics(config.run_dir, name, first_step, num_steps, config.tensorboard)
+            self.metrics = Metrics(config, first_step, trainer.num_steps)
         earlier = self.metrics.earlier_losses if self.metrics else ()
         self.spikes = LossSpikeDetector(config.loss_spike_factor, earlier)
         self.done = first_step  # the last step whose result the host has read

@@ -1,4 +1,4 @@
-"""metrics.jsonl (one object per step), the progress bar, and TensorBoard on request."""
+"""metrics.jsonl (one object per step) and the progress bar; on request TensorBoard, wandb."""
 
 import errno
 import json
@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 from mmalign.command import progress_bar
+from mmalign.config import TrainConfig
 from mmalign.files import read_steps, write_json_lines
+from mmalign.training.weights_and_biases import WandbRun
 
 log = logging.getLogger("mmalign")
 
@@ -18,42 +20,44 @@ class Metrics:
     A resumed run drops the lines after its checkpoint, since it runs these steps again.
     """
 
-    def __init__(
-        self, run_dir: Path, name: str, first_step: int, num_steps: int, tensorboard: bool
-    ):
-        """name: of the progress bar; first_step: optimizer steps before this process's first."""
-        path = run_dir / "metrics.jsonl"
+    def __init__(self, config: TrainConfig, first_step: int, num_steps: int):
+        """first_step: optimizer steps before this process's first."""
+        path = config.run_dir / "metrics.jsonl"
         kept = _keep_lines(path, first_step)
         self.earlier_losses = [record["loss"] for record in kept]
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self.last: dict = {}  # the record that was written last, from this byte of the file on
         self.begin = 0
         self.bar = progress_bar(
-            total=num_steps, initial=first_step, desc=name, unit="step", mininterval=0.5
+            total=num_steps, initial=first_step, desc=config.stage, unit="step", mininterval=0.5
         )
         self.tensorboard = None
-        if tensorboard:
+        if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
+            folder = config.run_dir / "tensorboard"
+            self.tensorboard = SummaryWriter(folder, purge_step=first_step + 1)
+        self.wandb = WandbRun(config) if config.wandb else None
+        if self.wandb:
+            for record in kept:  # a process that was killed may not have sent its last ones
+                self.wandb.log(record["step"], _numbers(record))
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
+        if self.wandb:
+            self.wandb.close(failed=kind is not None)
 
     def log(self, record: dict) -> None:
         self.begin, self.last = self.file.tell(), record
         self._write(record)
         self.bar.set_postfix_str(progress(record), refresh=False)
         self.bar.update(record["step"] - self.bar.n)
-        if self.tensorboard:
-            for key, value in record.items():
-                if key != "step" and not isinstance(value, list):
-                    self.tensorboard.add_scalar(key, value, record["step"])
+        self._show(record["step"], _numbers(record))
 
     def amend(self, fields: dict[str, float]) -> None:
         """Adds fields to the line that was written last."""
@@ -64,14 +68,23 @@ class Metrics:
             self.file.truncate(self.begin)
             self._write(self.last)
             raise
+        self._show(self.last["step"], fields)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
         if self.tensorboard:
-            for key, value in fields.items():
-                self.tensorboard.add_scalar(key, value, self.last["step"])
+            for key, value in values.items():
+                self.tensorboard.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(step, values)
 
     def _write(self, record: dict) -> None:
         line = (json.dumps(record) + "\n").encode()
         if self.file.write(line) < len(line):  # the disk took a part of it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+
+
+def _numbers(record: dict) -> dict[str, float]:
+    return {key: x for key, x in record.items() if key != "step" and not isinstance(x, list)}
 
 
 def _keep_lines(path: Path, last_step: int) -> list[dict]:

@@ -19,6 +19,7 @@ FREE_FIELDS = (
     "run_dir",
     "device",
     "tensorboard",
+    "wandb",
     "peak_tflops",
     "profile",
     "micro_batch_tokens",  # changes rounding only, and helps when memory runs out

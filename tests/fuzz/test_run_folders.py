@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmalign.config import TrainConfig
 from mmalign.data.check import check_samples
 from mmalign.evaluation.report import read_run
 from mmalign.evaluation.report.sections import settings, training
@@ -74,7 +75,8 @@ class Readers:
         found = path.read_bytes().decode(errors="replace").split("\n")[:-1]
         as_it_was = set(self.lines) & set(found)
         ends_well("read_run", (str(path),), lambda: training({"run": read_run(self.run_dir)}, "x"))
-        with Metrics(self.run_dir, "run", NUM_STEPS, NUM_STEPS, False) as metrics:
+        config = TrainConfig(stage="finetune", run_dir=self.run_dir)
+        with Metrics(config, NUM_STEPS, NUM_STEPS) as metrics:
             LossSpikeDetector(3.0, metrics.earlier_losses).update(5, 1.0, ["x"])
         kept = set(map(json.dumps, map(json.loads, path.read_text().splitlines())))
         assert len(as_it_was - kept) <= 1  # a false step may fit where a true one does not

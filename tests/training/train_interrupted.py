@@ -1,6 +1,6 @@
 """A run that meets its fate after a given step, in a process of its own.
 
-python -m tests.training.train_interrupted CONFIG.pickle {kill,fill-disk} STEP
+python -m tests.training.train_interrupted CONFIG.pickle {kill,stop,fill-disk} STEP
 """
 
 import os
@@ -24,6 +24,8 @@ def main() -> None:
         log(metrics, record)
         if record["step"] == step and fate == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if record["step"] == step and fate == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
         if record["step"] == step and fate == "fill-disk":  # a limit on file sizes stands in
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
