@@ -13,6 +13,7 @@
       Step              StepLoader       loader.py       exactly one global batch, loaded ahead
 
 For studies, controls.py makes other files from a file (with captions.py and lengths.py), subsets.py
-takes parts of it. preview.py and figure.py show people the result; chat_template.py writes a
-template as Jinja.
+takes parts of it. preview.py and figure.py show people the result, and report.py what is in the
+file: survey.py gathers it during the check, overlap.py finds evaluation questions. chat_template.py
+writes a template as Jinja.
 """

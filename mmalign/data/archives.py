@@ -248,6 +248,11 @@ class ZipArchive(Archive):
             raise self._damaged(member, "its checksum is not that of the directory")
         return content
 
+    def checksum(self, member: Member) -> tuple[int, int]:
+        """CRC-32 and size of the file, as the directory has them."""
+        _, _, size, crc = self._numbers[member.row].tolist()
+        return crc, size
+
     def _inflated(self, member: Member, packed: bytes, size: int) -> bytes:
         """Not more than the directory declares."""
         try:

@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +46,21 @@ class _CheckedChunk:
     counts: np.ndarray  # (num_samples, 3) int32; length, loss tokens, images; zeros: unusable
     skipped: list[SampleError]
     prefix: np.ndarray | None  # None: no sample is usable
+    seen: object = None  # what the observer has found
+
+
+class Observer(Protocol):
+    """Sees the usable samples: `observe` runs in worker processes, `collect` in the main one."""
+
+    def observe(
+        self, dataset: ConversationDataset, checked: Sequence[tuple[int, EncodedSample]]
+    ) -> object:
+        """checked: usable samples with their indices."""
+        ...
+
+    def collect(self, seen: Any) -> None:
+        """What `observe` has returned, in the order of the file."""
+        ...
 
 
 def check_samples(
@@ -52,6 +68,7 @@ def check_samples(
     cache_path: str | Path | None = None,
     num_workers: int | None = None,
     progress: bool = True,
+    observer: Observer | None = None,
 ) -> CheckReport:
     """Encode every sample and decode every image (data.check_images) in worker processes.
 
@@ -59,18 +76,21 @@ def check_samples(
         cache_path: .npz that stores the report. It is reused, without reading an image again, while
             data file, data settings, tokenizer, vision tower and image root stay the same.
         num_workers: processes; None: one per CPU core, none if data.num_workers is 0.
+        observer: also sees every usable sample; not with cache_path, which remembers nothing of it.
     Raises:
         SampleError: the first unusable sample, and how many there are, if data.on_bad_sample is
             "error". With "skip" they are in the report's `skipped`, as are long ones with
             data.on_long_sample "skip".
         UserError: no usable sample is left.
     """
+    if observer is not None and cache_path is not None:
+        raise ValueError("an observer would see nothing of what is remembered")
     cache = None if cache_path is None else Path(cache_path)
     report = None if cache is None else load_report(dataset, cache)
     if report is not None:
         return report
     _warn_of_unused_fields(dataset)
-    report = _check_all(dataset, num_workers, progress)
+    report = _check_all(dataset, num_workers, progress, observer)
     skips_long = dataset.data.on_long_sample == "skip"
     bad = [x for x in report.skipped if not (skips_long and isinstance(x, LongSampleError))]
     if bad and dataset.data.on_bad_sample == "error":
@@ -114,7 +134,7 @@ def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
 
 
 def _check_all(
-    dataset: ConversationDataset, num_workers: int | None, progress: bool
+    dataset: ConversationDataset, num_workers: int | None, progress: bool, observer: Observer | None
 ) -> CheckReport:
     chunks = [
         range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)
@@ -124,7 +144,9 @@ def _check_all(
     )
     counts, skipped, prefix = [], [], None
     with bar:
-        for chunk in _run(dataset, chunks, num_workers):
+        for chunk in _run(dataset, chunks, num_workers, observer):
+            if observer is not None:
+                observer.collect(chunk.seen)
             counts.append(chunk.counts)
             skipped += chunk.skipped
             prefix = _common_prefix(prefix, chunk.prefix)
@@ -137,15 +159,18 @@ def _check_all(
 
 
 def _run(
-    dataset: ConversationDataset, chunks: list[range], num_workers: int | None
+    dataset: ConversationDataset,
+    chunks: list[range],
+    num_workers: int | None,
+    observer: Observer | None,
 ) -> Iterator[_CheckedChunk]:
     if num_workers is None:
         num_workers = _num_cores() if dataset.data.num_workers else 0
     if num_workers == 0 or len(chunks) == 1:
-        yield from (_check_chunk(dataset, chunk) for chunk in chunks)
+        yield from (_check_chunk(dataset, chunk, observer) for chunk in chunks)
         return
     with ProcessPoolExecutor(
-        min(num_workers, len(chunks)), initializer=_start_worker, initargs=(dataset,)
+        min(num_workers, len(chunks)), initializer=_start_worker, initargs=(dataset, observer)
     ) as pool:
         try:
             yield from pool.map(_check_chunk_in_worker, chunks)
@@ -162,12 +187,12 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-_worker_dataset: ConversationDataset  # of this worker process
+_worker_state: tuple[ConversationDataset, Observer | None]  # of this worker process
 
 
-def _start_worker(dataset: ConversationDataset) -> None:
-    global _worker_dataset
-    _worker_dataset = dataset
+def _start_worker(dataset: ConversationDataset, observer: Observer | None) -> None:
+    global _worker_state
+    _worker_state = dataset, observer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends these
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -180,12 +205,15 @@ def _exit_with_parent() -> None:
 
 
 def _check_chunk_in_worker(chunk: range) -> _CheckedChunk:
-    return _check_chunk(_worker_dataset, chunk)
+    dataset, observer = _worker_state
+    return _check_chunk(dataset, chunk, observer)
 
 
-def _check_chunk(dataset: ConversationDataset, chunk: range) -> _CheckedChunk:
+def _check_chunk(
+    dataset: ConversationDataset, chunk: range, observer: Observer | None
+) -> _CheckedChunk:
     counts = np.zeros((len(chunk), 3), np.int32)
-    skipped, prefix = [], None
+    skipped, checked, prefix = [], [], None
     for row, index in enumerate(chunk):
         try:
             sample = dataset.encode(index)
@@ -195,9 +223,11 @@ def _check_chunk(dataset: ConversationDataset, chunk: range) -> _CheckedChunk:
             dataset.check_images(sample)
             counts[row] = len(sample.input_ids), num_loss_tokens, len(sample.images)
             prefix = _common_prefix(prefix, _prompt_header(dataset, sample))
+            checked.append((index, sample))
         except SampleError as error:
             skipped.append(error)
-    return _CheckedChunk(counts, skipped, prefix)
+    seen = None if observer is None else observer.observe(dataset, checked)
+    return _CheckedChunk(counts, skipped, prefix, seen)
 
 
 def _prompt_header(dataset: ConversationDataset, sample: EncodedSample) -> np.ndarray:

@@ -1,15 +1,22 @@
-"""A packed batch as a picture: what each row of tokens holds, and which sample it belongs to."""
+"""Figures of the data: a packed batch, lengths, and pictures as the model sees them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image, ImageDraw
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
+from mmalign.data.dataset import ConversationDataset
+from mmalign.data.lengths import bin_edges
+from mmalign.errors import UserError
 
 KINDS = {"prompt": "#d5d8dc", "image patch": "#5b9bd5", "supervised": "#58a55c"}
+
+_COLUMNS, _LABEL_HEIGHT = 6, 14  # of the contact sheet; pixels
 
 
 def token_kinds(batch: PackedBatch) -> np.ndarray:
@@ -51,3 +58,43 @@ def plot_batch(batch: PackedBatch, path: Path) -> None:
         frameon=False,
     )
     figure.savefig(path, dpi=150)
+
+
+def plot_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:
+    """Histograms of tokens per sample over bins that double, one upon the other."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    edges = bin_edges(list(lengths.values()))
+    for name, values in lengths.items():
+        axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(edges, [f"{edge:,}" for edge in edges], fontsize=8)
+    axes.set_xlabel("tokens per sample")
+    axes.set_ylabel("samples")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(lengths), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def contact_sheet(dataset: ConversationDataset, indices: Sequence[int], path: Path) -> None:
+    """Writes the first picture of each sample, resized and cropped for the model, under its id."""
+    assert dataset.vision is not None
+    side = dataset.vision.image_size
+    height, num_rows = side + _LABEL_HEIGHT, -(-len(indices) // _COLUMNS)
+    sheet = Image.new("RGB", (side * min(_COLUMNS, len(indices)), height * num_rows), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, index in enumerate(indices):
+        left, top = number % _COLUMNS * side, number // _COLUMNS * height
+        label = dataset.samples[index].id.encode("ascii", "replace").decode()  # Pillow's font
+        while draw.textlength(label) > side:
+            label = label[:-1]
+        draw.text((left, top), label, fill="black")
+        try:
+            pixels = dataset.load_pixels(index)
+        except UserError:  # --data.check-images False keeps samples whose pictures are broken
+            draw.text((left, top + side // 2), "cannot be read", fill="red")
+            continue
+        assert pixels is not None
+        picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+        sheet.paste(picture, (left, top + _LABEL_HEIGHT))
+    sheet.save(path)

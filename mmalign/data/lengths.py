@@ -1,7 +1,8 @@
-"""Supervised tokens per sample of two files: how far they lie apart, and draws that match them."""
+"""Tokens per sample: their distribution, how far two files lie apart, and draws that match."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from rich.table import Table
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
@@ -44,24 +45,29 @@ def draw_lengths(
     return drawn
 
 
-def histogram_table(names: tuple[str, str], lengths: tuple[np.ndarray, np.ndarray]) -> Table:
-    """Share of samples by supervised tokens, in bins that double, and the two distances."""
-    table = Table("supervised tokens per sample")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    edges = [2**i for i in range(int(max(x.max() for x in lengths)).bit_length() + 1)]
+def histogram_rows(lengths: Sequence[np.ndarray]) -> list[tuple[str, ...]]:
+    """Share of samples by tokens, in bins that double: the bin, and a share for each array."""
+    edges = bin_edges(lengths)
+    rows = []
     for low, high in zip(edges, edges[1:], strict=False):
         shares = [np.mean((x >= low) & (x < high)) for x in lengths]
         if any(shares):
             label = f"{low:,} to {high - 1:,}" if high > low + 1 else f"{low:,}"
-            table.add_row(label, *(f"{share:.1%}" for share in shares))
-    table.add_section()
-    table.add_row("samples", *(f"{len(x):,}" for x in lengths))
-    table.add_row("mean", *(f"{x.mean():,.1f}" for x in lengths))
-    table.add_row("median", *(f"{np.median(x):,.0f}" for x in lengths))
-    table.add_row("together", *(f"{x.sum(dtype=np.int64):,}" for x in lengths))
-    table.caption = (
-        f"Wasserstein distance {wasserstein(*lengths):.2f} tokens, Kolmogorov-Smirnov "
-        f"{kolmogorov_smirnov(*lengths):.3f}"
-    )
-    return table
+            rows.append((label, *(f"{share:.1%}" for share in shares)))
+    return rows
+
+
+def bin_edges(lengths: Sequence[np.ndarray]) -> list[int]:
+    """1, 2, 4, ... beyond the longest."""
+    return [2**i for i in range(int(max(x.max() for x in lengths)).bit_length() + 1)]
+
+
+def summary(lengths: np.ndarray) -> dict[str, float]:
+    """Of a file's samples: mean, median, 95th percentile, longest, and all together."""
+    return {
+        "mean": float(lengths.mean()),
+        "median": float(np.median(lengths)),
+        "percentile_95": float(np.percentile(lengths, 95)),
+        "longest": int(lengths.max()),
+        "together": int(lengths.sum(dtype=np.int64)),
+    }

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.rule import Rule
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.config import DataConfig
-from mmalign.data.check import NUM_LISTED, CheckReport, check_samples
+from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.figure import plot_batch
 from mmalign.data.packing import micro_batches, pack_samples
@@ -187,25 +186,3 @@ def _add_row(table: Table, number: int, batch: PackedBatch, micro_batch_tokens: 
         f"{batch.num_loss_tokens / num_tokens:.0%}",
         str(num_samples * batch.max_seqlen),
     )
-
-
-def show_report(report: CheckReport, dataset: ConversationDataset, console: Console) -> None:
-    """Print the counts of check_samples and the first unusable samples."""
-    table = Table(show_header=False)
-    lengths, num_samples = report.lengths, len(report.kept)
-    rows = [
-        ("samples", f"{len(dataset):,}"),
-        ("usable", f"{num_samples:,}"),
-        ("with an image", f"{(report.num_images > 0).sum():,}"),
-        ("images", f"{report.num_images.sum():,}"),
-        ("tokens, images expanded", f"{lengths.sum(dtype=np.int64):,}"),
-        ("tokens per sample: mean, longest", f"{lengths.mean():.0f}, {lengths.max():,}"),
-        ("tokens supervised", f"{report.num_loss_tokens.sum() / lengths.sum():.1%}"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for error in report.skipped[:NUM_LISTED]:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-    if len(report.skipped) > NUM_LISTED:
-        console.print(f"and {len(report.skipped) - NUM_LISTED:,} more")

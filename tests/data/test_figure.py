@@ -1,7 +1,10 @@
+import numpy as np
 import torch
+from PIL import Image
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
-from mmalign.data.figure import KINDS, plot_batch, token_kinds
+from mmalign.data.figure import KINDS, contact_sheet, plot_batch, token_kinds
+from tests.data.conftest import IMAGE_SIZE
 
 
 def batch() -> PackedBatch:
@@ -28,3 +31,21 @@ def test_kinds_of_tokens():
 def test_a_picture_is_written(tmp_path):
     plot_batch(batch(), tmp_path / "batch.png")
     assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_contact_sheet_shows_what_the_model_sees(world, tmp_path):
+    dataset = world.dataset()
+    shown = [i for i, sample in enumerate(world.samples) if "image" in sample][:8]
+    contact_sheet(dataset, shown, tmp_path / "sheet.png")
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * (IMAGE_SIZE + 14), 6 * IMAGE_SIZE, 3)
+    for number, index in enumerate(shown):
+        top, left = number // 6 * (IMAGE_SIZE + 14) + 14, number % 6 * IMAGE_SIZE
+        cell = sheet[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+        np.testing.assert_array_equal(cell, dataset.load_pixels(index)[0].permute(1, 2, 0))
+
+
+def test_contact_sheet_leaves_out_what_cannot_be_read(world, tmp_path):
+    (world.root / "images" / "1.png").write_bytes(b"no picture")
+    contact_sheet(world.dataset(check_images=False), [1, 2], tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (2 * IMAGE_SIZE, IMAGE_SIZE + 14)

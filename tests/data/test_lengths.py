@@ -1,13 +1,10 @@
 """Distances against SciPy, draws against an optimal assignment."""
 
-import io
-
 import numpy as np
 import pytest
-from rich.console import Console
 from scipy import optimize, stats
 
-from mmalign.data.lengths import draw_lengths, histogram_table, kolmogorov_smirnov, wasserstein
+from mmalign.data.lengths import draw_lengths, histogram_rows, kolmogorov_smirnov, wasserstein
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -36,9 +33,10 @@ def test_draws_repeat_no_more_than_necessary():
 
 
 def test_histogram_counts_every_sample_once():
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(histogram_table(("a", "b"), (np.array([1, 2, 3, 900]), np.array([4, 7, 900]))))
-    text = console.export_text()
-    for cells in ("1 │ 25.0% │  0.0%", "2 to 3 │ 50.0%", "4 to 7 │  0.0% │ 66.7%", "512 to 1,023"):
-        assert cells.replace(" ", "") in text.replace(" ", "")
-    assert "Wasserstein distance" in text and "Kolmogorov-Smirnov" in text
+    rows = histogram_rows((np.array([1, 2, 3, 900]), np.array([4, 7, 900])))
+    assert rows == [
+        ("1", "25.0%", "0.0%"),
+        ("2 to 3", "50.0%", "0.0%"),
+        ("4 to 7", "0.0%", "66.7%"),
+        ("512 to 1,023", "25.0%", "33.3%"),
+    ]

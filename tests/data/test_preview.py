@@ -153,9 +153,28 @@ def test_check_data_against_another_file(world):
         "--model.vision-tower", tower, "--against", world.root / "shorter.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(r"supervised tokens per sample\W+data.json\W+shorter.json", done.stdout)
+    assert re.search(r"Supervised tokens per sample\W+data.json\W+shorter.json", done.stdout)
     assert re.search(r"samples\W+20\W+5\b", done.stdout)
     assert re.search(r"Wasserstein distance [1-9]\d*\.\d\d tokens, Kolmogorov-Smirnov", done.stdout)
+
+
+def test_check_data_writes_its_report(world, tmp_path, shared_data):
+    world.dataset()
+    arguments = ["--data.path", world.root / "data.json", "--data.image-root"]
+    arguments += [world.root / "images", "--model.tokenizer", world.tokenizer.path]
+    arguments += ["--model.vision-tower", write_tower(world.root / "tower"), "--json"]
+    output = tmp_path / "out"
+    done = run("check_data.py", *arguments, "--output", output, "--data-root", shared_data)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts == json.loads((output / "report.json").read_text())
+    assert facts["usable"] == 20 and facts["overlap"]["tasks"]["truthfulqa_mc1"]["whole"] == 0
+    assert {path.name for path in output.iterdir()} == {
+        *("report.md", "report.json", "lengths.png", "pictures.png")
+    }
+    assert "![pictures.png](pictures.png)" in (output / "report.md").read_text()
+    done = run("check_data.py", *arguments)
+    assert json.loads(done.stdout)["not_looked_for"] and not json.loads(done.stdout)["overlap"]
 
 
 @pytest.mark.parametrize("script", ["check_data.py", "preview_batch.py"])

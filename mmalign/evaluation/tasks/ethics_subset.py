@@ -86,6 +86,15 @@ class EthicsSubset(MultipleChoice):
         self._check_groups(path, rows)
         return documents
 
+    def questions(self, data_root: Path) -> list[str]:
+        """The scenarios; where there is no such thing, every text of a row."""
+        self.load(data_root)  # for its errors
+        texts = [x for x in self.columns if x != "label"]
+        rows = [row for _, row in _read_rows(self.file(data_root), self)]
+        if self.scenario:
+            return list(dict.fromkeys(map(self.scenario, rows)))
+        return list(dict.fromkeys(row[text] for row in rows for text in texts))
+
     def _check_groups(self, path: Path, rows: list[tuple[int, dict[str, str]]]) -> None:
         """A row that is missing or doubled shifts all groups behind it."""
         size = self.group_size

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -86,6 +87,11 @@ class MultipleChoice(Task):
             "baselines": {"always the shortest": float(np.mean(right))},
             "choice_tokens": choice_tokens(items, [[item["gold"]] for item in items]),
         }
+
+    def questions(self, data_root: Path) -> list[str]:
+        """The different texts that are asked about, without the prompt where a subclass does so."""
+        contexts = (context for x in self.load(data_root) for context, _ in x.requests)
+        return list(dict.fromkeys(contexts))
 
     # ---- the rest is the same for all ----
 

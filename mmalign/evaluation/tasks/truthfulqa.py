@@ -170,6 +170,10 @@ class TruthfulQA(MultipleChoice):
             files[CATEGORIES] = {"sha256": sha256(data_root / CATEGORIES)}
         return files
 
+    def questions(self, data_root: Path) -> list[str]:
+        contexts = super().questions(data_root)
+        return [x.removeprefix(f"{PROMPT}Q: ").removesuffix("\nA:") for x in contexts]
+
     def share(self, gold: int | Sequence[int], scores: np.ndarray) -> float:
         """The document's score where its choices have these scores."""
         return float(int(np.argmax(scores)) == gold)
