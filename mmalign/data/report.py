@@ -142,8 +142,8 @@ def sections_of(facts: Mapping[str, Any], report: CheckReport, images: str) -> l
             ("", "samples"),
             [
                 ("samples", f"{facts['samples']:,}"),
-                ("usable", f"{facts['usable']:,}"),
                 *((f"in {name} form", f"{n:,}") for name, n in facts["forms"].items()),
+                ("usable", f"{facts['usable']:,}"),
                 *((f"of type {name}", f"{n:,}") for name, n in facts["types"].items()),
                 *_numbered(facts["questions_per_sample"], "question"),
                 *_numbered(facts["pictures_per_sample"], "picture"),
