@@ -5,17 +5,14 @@
 #include <optional>
 #include <tuple>
 
-#include "../arguments.h"
 #include "prefix_attention.h"
 #include "rotary_attention.h"
+#include "tensors.h"
 
 namespace mmalign {
 
 namespace {
 
-const float* floats(const Tensor& tensor) {
-  return static_cast<const float*>(tensor.data_ptr());
-}
 const int32_t* integers(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.data_ptr());
 }

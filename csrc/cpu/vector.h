@@ -106,23 +106,45 @@ inline float dot(const float* a, const float* b, int count) {
   return sum(total) + rest;
 }
 
-// 2^x for x <= 0, to one unit in the last place; 0 below 2^-127. A minimax polynomial of 2^f.
-inline Vector exp2_of_negative(Vector x) {
-  const Vector lowest = broadcast(-127.0f);
-  x = x > lowest ? x : lowest;
-  const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector shifted = x + magic;
-  const Vector f = x - (shifted - magic);  // -0.5 to 0.5
+// 2^f for f from -0.5 to 0.5: a minimax polynomial.
+inline Vector exp2_fraction(Vector f) {
   Vector y = broadcast(1.535335857e-04f);
   y = y * f + 1.339887432e-03f;
   y = y * f + 9.618437371e-03f;
   y = y * f + 5.550332471e-02f;
   y = y * f + 2.402264791e-01f;
   y = y * f + 6.931472029e-01f;
-  y = y * f + 1.0f;
+  return y * f + 1.0f;
+}
+
+// 2^x for x <= 0, to one unit in the last place; 0 below 2^-127.
+inline Vector exp2_of_negative(Vector x) {
+  const Vector lowest = broadcast(-127.0f);
+  x = x > lowest ? x : lowest;
+  const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector shifted = x + magic;
+  const Vector f = x - (shifted - magic);  // -0.5 to 0.5
   const IntVector exponent = (reinterpret_cast<IntVector>(shifted) + 127) << 23;
   const Vector scale = reinterpret_cast<Vector>(exponent);
-  return x > lowest ? y * scale : Vector{};
+  return x > lowest ? exp2_fraction(f) * scale : Vector{};
+}
+
+// e^x for x <= 0, to one unit in the last place; 0 below 2^-127, NaN stays NaN.
+inline Vector exp_of_negative(Vector x) {
+  constexpr float kLog2ELow = 1.92596303e-08f;  // log2(e) - kLog2E
+  const Vector magic = broadcast(12582912.0f);
+  const Vector lowest = broadcast(-127.0f * kLn2);
+  x = x < lowest ? lowest : x;
+  const Vector shifted = x * kLog2E + magic;
+  const Vector f = (x * kLog2E - (shifted - magic)) + x * kLog2ELow;  // products fused with sums
+  const IntVector exponent = (reinterpret_cast<IntVector>(shifted) + 127) << 23;
+  return exp2_fraction(f) * reinterpret_cast<Vector>(exponent);
+}
+
+// 1 / (1 + e^-x).
+inline Vector sigmoid(Vector x) {
+  const Vector e = exp_of_negative(x > Vector{} ? -x : x);
+  return (x > Vector{} ? broadcast(1.0f) : e) / (1.0f + e);
 }
 
 }  // namespace mmalign

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmalign_kernels import adding_to_gradients, linear
-from mmalign_kernels.reference.linear import _SMALL, product
+from mmalign_kernels.cpu import library as cpu_library
+from mmalign_kernels.reference import linear as products
+from mmalign_kernels.reference.linear import product, weight_gradient
 
 from .accuracy import assert_same_bits, compare, results
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # rows, in_features, out_features: below and above the size at which a library is chosen
-SHAPES = ((0, 8, 6), (1, 8, 6), (199, 100, 130), (1, 1200, 900))
+SHAPES = ((0, 8, 6), (1, 8, 6), (199, 100, 130), (1, 1200, 900), (199, 130, 100))
 
 
 def inputs(rows, in_features, out_features, bias=True):
@@ -19,9 +21,36 @@ def inputs(rows, in_features, out_features, bias=True):
     return (*tensors[:2], tensors[2] if bias else None)
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Large begins where the tests are quick."""
+    monkeypatch.setattr(products, "_SMALL", 1 << 20)
+
+
 def test_shapes_are_on_both_sides():
     sizes = [rows * columns * out for rows, columns, out in SHAPES]
-    assert min(sizes) < _SMALL < max(sizes)
+    assert min(sizes) < products._SMALL < max(sizes)
+
+
+@pytest.mark.parametrize("built", (True, False))
+@pytest.mark.parametrize("shape", SHAPES[2:])
+def test_gradient_of_a_weight(shape, built, monkeypatch):
+    """Also without csrc/cpu, and from matrices that are not contiguous."""
+    if not built:
+        monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
+    rows, in_features, out_features = shape
+    grad, x = torch.randn(out_features, rows).t(), torch.randn(rows, in_features + 3)[:, 3:]
+    found = weight_gradient(grad, x)
+    assert found.shape == (out_features, in_features)
+    torch.testing.assert_close(found, grad.t() @ x, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(cpu_library.missing() is not None, reason="csrc/cpu is not built")
+@pytest.mark.parametrize("shape", ((0, 5), (5, 0), (1, 900), (16, 16), (33, 17), (199, 100)))
+def test_transpose(shape):
+    x = torch.randn(shape)
+    found = cpu_library.operation("transpose")(x)
+    assert found.is_contiguous() and torch.equal(found, x.t())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

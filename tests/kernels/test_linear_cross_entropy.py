@@ -41,7 +41,7 @@ def test_equals_whole_logits(shape, dtype):
 @pytest.mark.parametrize("num_logits", (1, 5 * 203))
 def test_chunks(num_logits, dtype, backend, monkeypatch):
     """A few rows at a time, down to one (or one tile), and a partial or empty last chunk."""
-    module = {"reference": "reference.linear_cross_entropy", "triton": "triton.launch"}[backend]
+    module = "triton.launch" if backend == "triton" else "reference.linear_cross_entropy"
     monkeypatch.setattr(f"mmalign_kernels.{module}.LOGITS_PER_CHUNK", num_logits)
     compare(linear_cross_entropy, whole_logits, inputs(199), dtype, RATIOS)
     compare(linear_cross_entropy, whole_logits, inputs(130, ignored=0.8), dtype, RATIOS)

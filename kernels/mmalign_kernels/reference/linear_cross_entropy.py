@@ -1,12 +1,12 @@
 """Cross entropy of the language-model head in plain PyTorch: a few rows of logits at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..operation import compute_dtype
-from .linear import product
+from .linear import product, weight_gradient
 
 IGNORE_INDEX = -100
 LOGITS_PER_CHUNK = 1 << 22  # 16 MB, which the allocator keeps for the next chunk
@@ -23,34 +23,43 @@ def logits_of(hidden_states: Tensor, lm_head_weight: Tensor) -> Tensor:
     return product(hidden_states, lm_head_weight).to(compute_dtype(hidden_states))
 
 
+def cross_entropy(logits: Tensor, target_ids: Tensor, needs_gradient: bool) -> Tensor:
+    """Sum of the losses, (); their gradient overwrites the logits (num_rows, vocab_size)."""
+    targets = target_ids.unsqueeze(1)
+    highest, chosen = logits.amax(1), logits.gather(1, targets)
+    probs = torch.softmax(logits, 1, out=logits)
+    # the largest probability is 1 / sum(exp(logits - highest))
+    loss = (highest - probs.amax(1).log_()).sum() - chosen.sum()
+    if needs_gradient:
+        probs.scatter_add_(1, targets, -torch.ones_like(chosen))
+    return loss
+
+
 def linear_cross_entropy_fwd(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     target_ids: Tensor,
     needs_hidden: bool,
     needs_weight: bool,
+    cross_entropy: Callable[[Tensor, Tensor, bool], Tensor] = cross_entropy,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = (target_ids != IGNORE_INDEX).nonzero().squeeze(1)
-    hidden, targets = hidden_states.index_select(0, rows), target_ids[rows].long().unsqueeze(1)
+    hidden, targets = hidden_states.index_select(0, rows), target_ids[rows].long()
     dtype = compute_dtype(hidden)
     loss = hidden.new_zeros((), dtype=dtype)
     grad_rows = hidden.new_empty(hidden.shape if needs_hidden else 0)
     grad_weight = lm_head_weight.new_zeros(lm_head_weight.shape if needs_weight else 0, dtype=dtype)
+    needs_gradient = needs_hidden or needs_weight
     # each chunk ends with a sum over dweight: hold at least as many logits as dweight has elements
     at_least = hidden.shape[1] if needs_weight else 1
     for part in chunks(len(rows), len(lm_head_weight), at_least):
         logits = logits_of(hidden[part], lm_head_weight)
-        highest, chosen = logits.amax(1), logits.gather(1, targets[part])
-        probs = torch.softmax(logits, 1, out=logits)
-        # the largest probability is 1 / sum(exp(logits - highest))
-        loss += (highest - probs.amax(1).log_()).sum() - chosen.sum()
-        if not needs_hidden and not needs_weight:
-            continue
-        grad = probs.scatter_add_(1, targets[part], -torch.ones_like(chosen)).to(hidden.dtype)
+        loss += cross_entropy(logits, targets[part], needs_gradient)
+        grad = logits.to(hidden.dtype)
         if needs_hidden:
             grad_rows[part] = product(grad, lm_head_weight.t())
         if needs_weight:
-            grad_weight += product(grad.t(), hidden[part].t())
+            grad_weight += weight_gradient(grad, hidden[part])
     if not needs_hidden:
         return loss, grad_rows, grad_weight
     grad_hidden = hidden.new_zeros(hidden_states.shape)

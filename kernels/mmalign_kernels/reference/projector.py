@@ -1,15 +1,18 @@
 """Projector and first RMSNorm in plain PyTorch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .linear import product
+from .linear import product, weight_gradient
 from .rms_norm import rms_norm_bwd, rms_norm_fwd
 
 
 def project_image_features_fwd(
     image_features: Tensor, weight: Tensor, bias: Tensor, hidden_states: Tensor,
     image_positions: Tensor, norm_weight: Tensor, eps: float,
+    rms_norm_fwd: Callable = rms_norm_fwd,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     projected = product(image_features, weight, bias)
     new_hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
@@ -20,7 +23,7 @@ def project_image_features_fwd(
 def project_image_features_bwd(
     image_features: Tensor, weight: Tensor, hidden_states: Tensor, image_positions: Tensor,
     norm_weight: Tensor, rstd: Tensor, grad_hidden: Tensor | None, grad_normed: Tensor | None,
-    needs: list[bool],
+    needs: list[bool], rms_norm_bwd: Callable = rms_norm_bwd,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needs_features, needs_weight, needs_bias, needs_hidden, needs_norm = needs
     rows = image_positions.long()
@@ -39,7 +42,7 @@ def project_image_features_bwd(
     grad_image = grad.index_select(0, rows) if everywhere else grad
     return (
         product(grad_image, weight.t()) if needs_features else weight.new_empty(0),
-        product(grad_image.t(), image_features.t()) if needs_weight else weight.new_empty(0),
+        weight_gradient(grad_image, image_features) if needs_weight else weight.new_empty(0),
         grad_image.sum(0) if needs_bias else weight.new_empty(0),
         grad.index_fill(0, rows, 0) if needs_hidden else weight.new_empty(0),
         dnorm,
