@@ -108,7 +108,7 @@ class Pictures(Comparison):
             for row, x in enumerate(batch):
                 ids[row, longest - len(x.input_ids) :] = torch.tensor(x.input_ids)
                 mask[row, longest - len(x.input_ids) :] = 1
-            pixels = torch.cat([x.pixels for x in batch if x.pixels is not None])
+            pixels = torch.cat([x.pixels for x in batch if isinstance(x.pixels, Tensor)])
             preprocessing = self.size.vision.preprocessing
             mean, std = (
                 torch.tensor(x).view(3, 1, 1)
