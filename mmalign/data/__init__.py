@@ -12,6 +12,8 @@
       PackedBatch       pack_samples     packing.py      one row of tokens, no padding
       Step              StepLoader       loader.py       exactly one global batch, loaded ahead
 
+Without worker processes, memo.py keeps samples and pixels for the next epoch.
+
 For studies, controls.py makes other files from a file (with captions.py and lengths.py), subsets.py
 takes parts of it. preview.py and figure.py show people the result, and report.py what is in the
 file: survey.py gathers it during the check, overlap.py finds evaluation questions. chat_template.py

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
+from mmalign.data.memo import Memo
 from mmalign.data.mix import open_samples
 from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, check_exists
 from mmalign.data.samples import Sample, Samples, Turn
@@ -26,6 +27,8 @@ from mmalign.tokenizer import Tokenizer
 T = TypeVar("T")
 _SHARE_CHECKED, _LEAST_CHECKED = 0.01, 1000  # of the samples with data.check_images "sample"
 _MOST_CHARACTERS = 256  # of one token: no vocabulary has longer ones
+_MEMO_BYTES = 2**26  # of encoded samples, and as many of pixels
+_SAMPLE_BYTES = 1024  # of an encoded sample besides its arrays, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class EncodedSample:
 class ConversationDataset:
     """Encodes samples lazily, one by one.
 
+    Without worker processes it keeps some results, so small data is encoded and decoded once.
     vision: the tower that the images are for; None: text only (data.text_only).
 
     Raises SampleError for an unusable sample: wrong order of speakers, a number of `<image>` that
@@ -68,6 +72,9 @@ class ConversationDataset:
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
         tables = samples.tables if isinstance(samples, Samples) else {}
+        memo_bytes = 0 if data.num_workers else _MEMO_BYTES  # each worker would have its own
+        self._encoded: Memo[EncodedSample] = Memo(memo_bytes)  # by index
+        self._pixels: Memo[Tensor] = Memo(memo_bytes)  # by path
         self.pictures = None
         if not data.text_only:
             self.pictures = Pictures(data.image_roots, data.follow_links, tables)
@@ -108,9 +115,19 @@ class ConversationDataset:
                 digest.update(repr(sample).encode())
         return digest.hexdigest()
 
+    def id_of(self, index: int) -> str:
+        known = self._encoded.get(index)
+        return known.id if known else self.samples[index].id
+
     def encode(self, index: int) -> EncodedSample:
         """Ids and labels with images expanded to their patches. The images are not opened."""
-        sample = self.samples[index]
+        if known := self._encoded.get(index):
+            return known
+        encoded = self._encode(self.samples[index])
+        num_bytes = encoded.input_ids.nbytes + encoded.labels.nbytes + _SAMPLE_BYTES
+        return self._encoded.keep(index, encoded, num_bytes)
+
+    def _encode(self, sample: Sample) -> EncodedSample:
         turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
         num_characters = sum(len(turn.text) for turn in turns)
@@ -157,17 +174,26 @@ class ConversationDataset:
 
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's images, uint8 (num_images, 3, crop_size, crop_size); None without any."""
-        sample = self.samples[index]
-        images = self._pictures(sample)
+        if known := self._encoded.get(index):
+            sample_id, images = known.id, known.images
+        else:
+            sample = self.samples[index]
+            sample_id, images = sample.id, self._pictures(sample)
         if not images or not self.vision:
             return None
+        return torch.stack([self._load(sample_id, image) for image in images])
+
+    def _load(self, sample_id: str, image: Picture) -> Tensor:
+        if (known := self._pixels.get(image) if isinstance(image, Path) else None) is not None:
+            return known
+        assert self.vision is not None  # a sample has images only where there is a tower
         remedy = "Fix the file and rerun the same command to resume"
         if self.data.check_images is not True:
             remedy += " (--data.check-images True finds such files before the first step)"
-        preprocessing = self.vision.preprocessing
-        return torch.stack(
-            [_naming_sample(sample.id, remedy, load_image, x, preprocessing) for x in images]
-        )
+        pixels = _naming_sample(sample_id, remedy, load_image, image, self.vision.preprocessing)
+        if isinstance(image, Path):
+            self._pixels.keep(image, pixels, pixels.nbytes)
+        return pixels
 
     def check_images(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.

@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,8 +75,9 @@ class Step:
 class StepLoader:
     """Iterates the steps start_step, start_step + 1, ... num_steps - 1 of a run.
 
-    Worker processes (data.num_workers) decode, tokenise and pack ahead, across step boundaries. The
-    output is independent of their number; it is in pinned memory when CUDA is available.
+    Worker processes (data.num_workers) decode, tokenise and pack ahead, across step boundaries;
+    without them a thread makes the next step. The output is independent of their number; it is in
+    pinned memory when CUDA is available.
 
     Raises:
         UserError: before the first step, if the batch is far larger than the data, a sample or step
@@ -123,6 +125,9 @@ class StepLoader:
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[Step]:
+        return self._steps() if self.dataset.data.num_workers else _ahead(self._steps())
+
+    def _steps(self) -> Iterator[Step]:
         planned = deque()  # (step, positions, number of micro-batches); the sampler fills it ahead
         num_workers = self.dataset.data.num_workers
         loader = DataLoader(
@@ -147,10 +152,10 @@ class StepLoader:
                 batches = []
 
     def _step(self, step: int, positions: np.ndarray, batches: list[PackedBatch]) -> Step:
-        samples, report = self.dataset.samples, self.report
+        dataset, report = self.dataset, self.report
         return Step(
             index=step,
-            sample_ids=[samples[int(i)].id for i in report.kept[positions]],
+            sample_ids=[dataset.id_of(int(i)) for i in report.kept[positions]],
             batches=batches,
             num_loss_tokens=int(report.num_loss_tokens[positions].sum()),
             num_tokens=int(report.lengths[positions].sum()),
@@ -197,6 +202,16 @@ def _check_batch_size(global_batch_size: int, num_samples: int, rank: int) -> No
         raise UserError(f"{what}. Use {num_samples} or fewer, so that a step has each sample once")
     if rank == 0:
         log.warning("%s, so a step has samples more than once", what)
+
+
+def _ahead(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps and errors; a thread makes the next step while the caller uses this one."""
+    # one thread of PyTorch's: all others belong to the step
+    with ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,)) as thread:
+        coming = thread.submit(next, steps, None)
+        while (step := coming.result()) is not None:
+            coming = thread.submit(next, steps, None)
+            yield step
 
 
 class _Sampler:

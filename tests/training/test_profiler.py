@@ -104,7 +104,7 @@ def test_a_slow_category_shows_up(small_world, tmp_path, monkeypatch):
         update(optimizer, *args)
 
     def slow_load(dataset, index):
-        time.sleep(0.02)
+        time.sleep(0.05)  # longer than the step beside which the next one is loaded
         return load_pixels(dataset, index)
 
     monkeypatch.setattr(AdamW, "step", slow_update)
