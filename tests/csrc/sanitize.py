@@ -13,8 +13,9 @@ import torch
 from mmalign_kernels.cuda import adamw as adamw_cuda
 from mmalign_kernels.cuda import projector as projector_cuda
 from mmalign_kernels.cuda import rms_norm as rms_norm_cuda
-from mmalign_kernels.cuda import rotary_attention as rotary_cuda
+from mmalign_kernels.cuda import rotary_attention as rotary_attention_cuda
 
+DEVICE = "cuda"  # test_sanitize.py runs the cases elsewhere
 Case = tuple[str, Callable[[], object]]
 ROWS = 37
 COLUMNS = (8, 1024, 3200, 17)  # several rows a block; idle lanes; one row a block; any width
@@ -25,8 +26,8 @@ SETTINGS = (1, 1e-2, 0.9, 0.95, 1e-8, 0.1)
 def rms_norm_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for columns in COLUMNS:
-            x, grad = (torch.randn(ROWS, columns, dtype=dtype, device="cuda") for _ in range(2))
-            weight = torch.randn(columns, dtype=dtype, device="cuda")
+            x, grad = (torch.randn(ROWS, columns, dtype=dtype, device=DEVICE) for _ in range(2))
+            weight = torch.randn(columns, dtype=dtype, device=DEVICE)
             _, rstd = rms_norm_cuda.rms_norm_fwd(x, weight, 1e-5)
             name = f"{dtype} {columns}"
             yield (
@@ -48,12 +49,12 @@ def rms_norm_cases() -> Iterator[Case]:
 
 def _state(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A moment of zeros and, for 8-bit codes, its scales."""
-    scales = [torch.zeros(-(-size // 128), device="cuda")] if dtype == torch.uint8 else []
-    return torch.zeros(size, dtype=dtype, device="cuda"), scales
+    scales = [torch.zeros(-(-size // 128), device=DEVICE)] if dtype == torch.uint8 else []
+    return torch.zeros(size, dtype=dtype, device=DEVICE), scales
 
 
 def adamw_cases() -> Iterator[Case]:
-    update, scale = adamw_cuda.operation("adamw_update"), torch.tensor(0.5, device="cuda")
+    update, scale = adamw_cuda.operation("adamw_update"), torch.tensor(0.5, device=DEVICE)
     for kind, dtype in (
         ("fp32", torch.float32),
         ("split", torch.bfloat16),
@@ -61,8 +62,8 @@ def adamw_cases() -> Iterator[Case]:
     ):
         for grad_dtype in {dtype, torch.float32}:
             for moment in (torch.float32, torch.bfloat16, torch.uint8):
-                params = [torch.randn(n, device="cuda").to(dtype) for n in SIZES]
-                grads = [torch.randn(n, device="cuda").to(grad_dtype) for n in SIZES]
+                params = [torch.randn(n, device=DEVICE).to(dtype) for n in SIZES]
+                grads = [torch.randn(n, device=DEVICE).to(grad_dtype) for n in SIZES]
                 remainders = [torch.zeros_like(p, dtype=torch.int16) for p in params]
                 remainders = remainders if kind == "split" else []
                 firsts, seconds = ([_state(n, moment) for n in SIZES] for _ in range(2))
@@ -85,9 +86,9 @@ def projector_cases() -> Iterator[Case]:
             (256, 64, 0, 40),  # text alone
         ):
             shapes = ((images, features), (columns, features), (columns,), (tokens, columns))
-            tensors = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
-            positions = torch.randperm(tokens, device="cuda")[:images].sort().values
-            norm_weight = torch.ones(columns, dtype=dtype, device="cuda")
+            tensors = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+            positions = torch.randperm(tokens, device=DEVICE)[:images].sort().values
+            norm_weight = torch.ones(columns, dtype=dtype, device=DEVICE)
             arguments = (*tensors, positions, norm_weight, 1e-5)
             yield (
                 f"project_image_features_fwd {dtype} {columns} {features} {images} {tokens}",
@@ -99,41 +100,45 @@ def rotary_cases() -> Iterator[Case]:
     if not _is_hopper():
         return
     lengths = (1, 300, 0, 129, 128)  # ragged tiles, more tiles of keys than stages
-    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    position_ids = torch.cat([torch.arange(n, device="cuda") for n in lengths]).int()
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    position_ids = torch.cat([torch.arange(n, device=DEVICE) for n in lengths]).int()
     for dtype in (torch.bfloat16, torch.float16):
         for num_heads, num_kv, head_dim in ((4, 2, 64), (2, 2, 128)):
             columns = (num_heads + 2 * num_kv) * head_dim
-            qkv = torch.randn(sum(lengths), columns, device="cuda").to(dtype)
-            tables = [torch.rand(max(lengths), head_dim // 2, device="cuda") for _ in range(2)]
+            qkv = torch.randn(sum(lengths), columns, device=DEVICE).to(dtype)
+            tables = [torch.rand(max(lengths), head_dim // 2, device=DEVICE) for _ in range(2)]
             for causal in (True, False):
                 heads = (max(lengths), num_heads, num_kv, causal)
                 arguments = (qkv, *tables, position_ids, bounds, *heads)
-                results = rotary_cuda.rotary_attention_fwd(*arguments)
+                results = rotary_attention_cuda.rotary_attention_fwd(*arguments)
                 backward = (torch.randn_like(results[0]), qkv, *results, *arguments[1:])
                 name = f"{dtype} {head_dim} {causal}"
                 yield (
                     f"rotary_attention_fwd {name}",
-                    lambda a=arguments: rotary_cuda.rotary_attention_fwd(*a),
+                    lambda a=arguments: rotary_attention_cuda.rotary_attention_fwd(*a),
                 )
                 yield (
                     f"rotary_attention_bwd {name}",
-                    lambda a=backward: rotary_cuda.rotary_attention_bwd(*a),
+                    lambda a=backward: rotary_attention_cuda.rotary_attention_bwd(*a),
                 )
+
+
+def cases() -> Iterator[Case]:
+    for family in (rms_norm_cases, adamw_cases, projector_cases, rotary_cases):
+        yield from family()
 
 
 def main() -> None:
     torch.manual_seed(0)
     number, failed = 0, []
-    for family in (rms_norm_cases, adamw_cases, projector_cases, rotary_cases):
-        for name, run in family():
-            number += 1
-            print(name, flush=True)
-            try:
-                run()
-                torch.cuda.synchronize()
-            except RuntimeError as error:  # the other cases still run
-                failed.append(f"{name}: {error}")
+    for name, run in cases():
+        number += 1
+        print(name, flush=True)
+        try:
+            run()
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # the other cases still run
+            failed.append(f"{name}: {error}")
     print(f"{number} calls, {len(failed)} failed")
     if failed:
         sys.exit("\n".join(failed))
