@@ -119,7 +119,7 @@ def test_one_segment_equals_rotary_attention():
     case = Case(lengths=[300], parents=[None], kept_rows=[0])
     case.cos, case.sin = rotary_table(300, case.head_dim)
     expected = rotary_attention(
-        case.qkv, case.cos, case.sin, case.position_ids, case.bounds, 300, 2, 1
+        case.qkv, case.cos, case.sin, case.position_ids, offsets([300]), 300, 2, 1
     )
     torch.testing.assert_close(case.ours(*case.inputs)[0], expected)
 
