@@ -6,7 +6,7 @@ from mmalign_kernels import prefix_attention, rotary_attention
 from torch import Tensor
 
 from .accuracy import compare
-from .packed_samples import offsets, plain_attention, positions, rotary_table
+from .packed_samples import offsets, plain_attention, rotary_table
 
 KEPT, SPARE = 70, 3  # cache rows before the new ones, and after them
 LENGTHS = [40, 1, 17, 2, 33, 5, 130, 3]
@@ -26,9 +26,9 @@ class Case:
         self.qkv = torch.randn(num_tokens, columns * self.head_dim) * 2
         cache = (KEPT + num_tokens + SPARE, self.num_kv_heads, self.head_dim)
         self.keys, self.values = torch.randn(cache) * 2, torch.randn(cache)
-        self.position_ids = positions(lengths) + torch.tensor(kept_rows).int().repeat_interleave(
-            torch.tensor(lengths)
-        )
+        pairs = zip(lengths, kept_rows, strict=True)
+        position_ids = [i + kept for length, kept in pairs for i in range(length)]
+        self.position_ids = torch.tensor(position_ids, dtype=torch.int32)
         self.cos, self.sin = rotary_table(256, self.head_dim)
         self.spans: list[list[tuple[int, int]]] = []
         starts = [KEPT + bound for bound in self.bounds.tolist()]
