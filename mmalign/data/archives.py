@@ -150,7 +150,7 @@ class Archive:
 
     def example(self) -> str:
         """The name of its first member, for messages."""
-        return self._name(0)
+        return self._encoded_name(0).decode("utf-8", "surrogateescape")
 
     def check(self, member: Member) -> None:
         kind = int(self._kinds[member.row])
@@ -181,9 +181,6 @@ class Archive:
 
     def _encoded_name(self, row: int) -> bytes:
         return self._names[self._ends[row - 1] if row else 0 : self._ends[row]]
-
-    def _name(self, row: int) -> str:
-        return self._encoded_name(row).decode("utf-8", "surrogateescape")
 
     def _pread(self, num_bytes: int, offset: int) -> bytes:
         """Fewer bytes where the file ends before."""
