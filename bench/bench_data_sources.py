@@ -169,8 +169,11 @@ def measured(name: str, command: list[str], log: Path) -> None:
             most = max(most, _memory_of(process.pid))
             time.sleep(0.2)
     seconds = time.perf_counter() - started
-    print(f"{name}: {seconds:.1f} s, {most / 1e9:.2f} GB, exit {process.returncode}", flush=True)
-    print("".join(f"    {line}\n" for line in log.read_text().splitlines()[-14:]), flush=True)
+    lines = log.read_text().splitlines()
+    print(f"{name}: {seconds:.1f} s, {most / 1e9:.2f} GB, all of its output in {log}", flush=True)
+    if process.returncode:
+        sys.exit("\n".join([f"{name} ended with {process.returncode}:", *lines[-10:]]))
+    print(*[line for line in lines if "data wait" in line][-1:], flush=True)
 
 
 def _memory_of(pid: int) -> int:
