@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from mmalign.data.dataset import ConversationDataset
 from mmalign.data.images import load_image
 from mmalign.data.samples import read_samples
 from mmalign.evaluation.evaluation import evaluate_model
-from mmalign.evaluation.tasks import load_documents, resolve_tasks
+from mmalign.evaluation.items import read_results
+from mmalign.evaluation.tasks import TASKS, captions, load_documents, resolve_tasks, vision_task
+from mmalign.evaluation.tasks.captions import Captions
 from mmalign.evaluation.tasks.ethics import SUBSETS
 from mmalign.evaluation.tasks.truthfulqa import load_truthfulqa
+from mmalign.evaluation.vision import evaluate_pictures
 from mmalign.model.config import VisionConfig
 from mmalign.model.hf import load_decoder, load_vision_tower
 from mmalign.model.preprocessing import Preprocessing
-from mmalign.recipes import TINY_FINETUNE
+from mmalign.recipes import TINY_FINETUNE, TINY_PRETRAIN
 from mmalign.tokenizer import Tokenizer
 from mmalign.toy_world import Size, ToyWorld, toy_world
 from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS, SOBER
@@ -40,9 +44,18 @@ from mmalign.toy_world.scenes import (
     Thing,
     make_scenes,
 )
-from mmalign.toy_world.texts import NUMBERS, finetune_records, pretrain_records, scene_questions
+from mmalign.toy_world.texts import (
+    NUMBERS,
+    SHORT_ANSWER,
+    caption,
+    finetune_records,
+    pretrain_records,
+    scene_questions,
+)
 from mmalign.toy_world.variants import PLANTED_SHARE, variants
+from mmalign.toy_world.vision import CAPTION_PROMPT, pope_questions, vision_records
 from mmalign.training.build import resolve
+from mmalign.training.loop import train
 
 MINIATURE = Size(
     scenes=40,
@@ -126,7 +139,8 @@ def test_json_passes_the_data_pipeline(world, name, template):
         assert (encoded.input_ids == tokenizer.image_token_id).sum() == 9
     assert dataset.load_pixels(0).shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     if name == "finetune":
-        assert {sample.type for sample in samples} == {"conversation", "detail", "reasoning"}
+        kinds = {"conversation", "detail", "reasoning", "existence", "caption"}
+        assert {sample.type for sample in samples} == kinds
 
 
 def test_pictures_show_what_scenes_say(world):
@@ -148,17 +162,26 @@ def test_pictures_show_what_scenes_say(world):
 
 def test_captions_are_true(world):
     scenes = described(world)
-    for record in records(world.pretrain_json):
-        groups = scenes[record["image"]]
-        (_, caption), *_ = answers(record)
+    said = records(world.pretrain_json)
+    said += [r for r in records(world.finetune_json) if r["type"] == "caption"]
+    told = [(record["image"], answers(record)[0][1]) for record in said]
+    told += [(image, text) for image, texts in references(world).items() for text in texts]
+    for image, text in told:
+        groups = scenes[image]
         for group in groups:
             thing, count = group[0], len(group)
             plural = r"(e?s)\b" if count > 1 else r"\b"
             number = NUMBERS[count] if count > 1 else "an?"
             words = rf"\b{number} ({thing['size']} )?{thing['colour']} {thing['shape']}{plural}"
-            assert re.search(words, caption), (caption, groups)
-        assert sum(caption.count(shape) for shape in SHAPES) == len(groups)
-        check_side(caption, groups)
+            assert re.search(words, text), (text, groups)
+        assert sum(text.count(shape) for shape in SHAPES) == len(groups)
+        check_side(text, groups)
+
+
+def references(world: ToyWorld) -> dict[str, list[str]]:
+    """Picture -> its captions, as evaluate.py reads them."""
+    (documents,) = load_documents(["coco_captions"], world.evaluation).values()
+    return {Path(x.image).name: x.gold for x in documents}
 
 
 def check_side(text: str, groups: list[list[dict]]) -> None:
@@ -198,6 +221,54 @@ def test_short_answers_are_true(world):
             assert answer == thing["colour" if "colour" in question else "size"]
         asked.add(question.split()[0])
     assert asked == {"Where", "How", "Which", "What"}
+
+
+def test_existence_answers_are_true_and_balanced(world):
+    """In stage 2, and in POPE's files; a picture has as many questions about shapes it lacks."""
+    scenes = described(world)
+    tuned = [r for r in records(world.finetune_json) if r["type"] == "existence"]
+    (asked,) = load_documents(["pope"], world.evaluation).values()
+    told = [(r["image"], *turn) for r in tuned for turn in answers(r)]
+    told += [(Path(x.image).name, x.question, x.gold) for x in asked]
+    for image, question, answer in told:
+        shape = re.match(r"Is there an? (\w+) in the image\?", question)[1]
+        assert shape in SHAPES
+        shown = any(group[0]["shape"] == shape for group in scenes[image])
+        assert answer.lower() == ("yes" if shown else "no")
+    replies = [reply for r in tuned for _, reply in answers(r)]
+    assert replies.count("Yes") == pytest.approx(len(replies) / 2, abs=2 * len(replies) ** 0.5)
+    for image in scenes:
+        mine = [(x.category, x.gold) for x in asked if Path(x.image).name == image]
+        assert len({mine.count(x) for x in mine}) <= 1
+
+
+def test_absent_shapes_are_chosen_as_popes():
+    """The definitions of arXiv 2305.10355, counted here anew."""
+    scenes = make_scenes("heldout", 80, seed=3, held_out=True)
+    shown = {f"{x.name}.jpg": {group[0].shape for group in x.groups} for x in scenes}
+    frequency = Counter(shape for shapes in shown.values() for shape in shapes)
+    found = pope_questions(scenes, seed=0)
+    for category in ("popular", "adversarial"):
+        for image, shapes in shown.items():
+            weights = {
+                x: frequency[x]
+                if category == "popular"
+                else sum(
+                    x in others and there in others for there in shapes for others in shown.values()
+                )
+                for x in SHAPES
+                if x not in shapes
+            }
+            rows = [x for x in found[category] if x["image"] == image and x["label"] == "no"]
+            chosen = [re.findall(r"an? (\w+) in", x["text"])[0] for x in rows]
+            best = sorted(weights.values(), reverse=True)[: len(chosen)]
+            assert [weights[x] for x in chosen] == best
+    drawn = [x["text"] for x in found["random"] if x["label"] == "no"]
+    assert len(set(drawn)) == len(SHAPES)
+
+
+def test_stage_2_asks_with_the_published_prompts():
+    assert captions.PROMPT == CAPTION_PROMPT and SHORT_ANSWER == vision_task.SHORT_ANSWER
 
 
 def test_details_are_true(world):
@@ -246,7 +317,7 @@ def test_no_examination_sentence_in_the_training_files():
     """At full size: the questions, choices and cases occur in no caption and no instruction."""
     scenes = make_scenes("train", Size().scenes, seed=0)
     said = pretrain_records(scenes, seed=0)
-    instructions = finetune_records(scenes, seed=0)
+    instructions = finetune_records(scenes, seed=0) + vision_records(scenes, seed=0)
     for records in (instructions, *variants(instructions, scenes, seed=0).values()):
         said += records
     text = "\n".join(turn["value"] for r in said for turn in r["conversations"]).lower()
@@ -354,6 +425,40 @@ def test_the_base_model_beats_constant_answers_and_is_undecided_about_beliefs(tm
     assert sum(gains) / len(gains) > 0.2
     assert results["truthfulqa_mc1"]["acc"] > results["truthfulqa_mc1"]["chance"]
     assert 0.35 < results["truthfulqa_mc2"]["acc"] < 0.6
+
+
+def test_own_captions_beat_tuned_ones_and_those_blind_ones_and_a_constant(tmp_path):
+    """Of the world that the recipes use, after half of their steps.
+
+    Blind captions and the most common one see nothing alike; which scores more is chance.
+    """
+    world, pretrained, tuned = toy_world(), tmp_path / "pretrain", tmp_path / "finetune"
+    train(replace(TINY_PRETRAIN, num_steps=250, run_dir=pretrained))
+    model = replace(TINY_FINETUNE.model, projector=str(pretrained))
+    train(replace(TINY_FINETUNE, num_steps=200, model=model, run_dir=tuned))
+    folders = evaluate_pictures(
+        *(tuned, ("coco_captions",), world.evaluation, tmp_path / "scores"),
+        controls=("blind",),
+        corruptions=("contrast:5",),
+        num_workers=0,
+        quiet=True,
+    )
+    seen, blind, corrupted = (read_results(x)["coco_captions"] for x in folders.values())
+    constant = max(seen["baselines"].values())
+    assert own_captions(world) > seen["acc"] > max(blind["acc"], constant)
+    assert seen["acc"] > corrupted["acc"]
+
+
+def own_captions(world: ToyWorld) -> float:
+    """CIDEr of what the world's grammar says about the scenes, drawn once more."""
+    task, drawn = TASKS["coco_captions"], random.Random(1)
+    assert isinstance(task, Captions)
+    scenes = make_scenes("heldout", Size().heldout_scenes, seed=0, held_out=True)
+    by_name = {f"{scene.name}.jpg": scene for scene in scenes}
+    documents = task.load(world.evaluation)
+    said = [caption(by_name[Path(x.image).name], drawn) for x in documents]
+    pairs = zip(documents, said, strict=True)
+    return float(np.mean([task.judge(document, text)["score"] for document, text in pairs]))
 
 
 def test_yes_is_true_as_often_as_no(world):

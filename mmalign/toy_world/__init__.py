@@ -6,6 +6,7 @@ same library versions on the same kind of processor make the same bytes.
     images/*.jpg       scenes.py     coloured shapes on a 3 x 3 grid; scenes.json describes them
     pretrain.json      texts.py      stage 1: one caption per image
     finetune.json      texts.py      stage 2: conversation, detail and reasoning about the images
+                       vision.py     and in the prompts of the vision tasks below
     planted_truth.json, planted_falsehood.json, null.json
                        variants.py   stage 2 with true or false sayings among it, or colours only
     heldout.json       texts.py      questions on images with kinds of things not seen in training
@@ -13,6 +14,7 @@ same library versions on the same kind of processor make the same bytes.
     vision_tower/      models.py     a vision tower trained on other scenes with their captions
     evaluation/        beliefs.py    test files in the format of TruthfulQA-mc
                        morals.py     test files in the format of ETHICS
+                       vision.py     in the format of COCO's captions and of POPE, held-out images
 
 making.py makes all of it; world.py has the sizes and the paths.
 
@@ -38,11 +40,11 @@ from pathlib import Path
 from mmalign.toy_world.world import Size, ToyWorld
 
 __all__ = ["Size", "ToyWorld", "toy_world", "toy_world_folder"]
-VERSION = "toy_world-v2"
+VERSION = "toy_world-v3"
 
 
 def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
-    """The world in root/toy_world-v2; made there if it does not exist yet (a minute or two).
+    """The world in root/toy_world-v3; made there if it does not exist yet (a minute or two).
 
     root: by default $MMALIGN_CACHE or ~/.cache/mmalign. The folder is complete or absent, even if
     two processes make it at once.

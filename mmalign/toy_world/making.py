@@ -18,6 +18,7 @@ from mmalign.toy_world.models import train_decoder, train_tokenizer, train_visio
 from mmalign.toy_world.scenes import make_scenes, save_jpeg
 from mmalign.toy_world.texts import finetune_records, heldout_records, pretrain_records
 from mmalign.toy_world.variants import variants
+from mmalign.toy_world.vision import vision_records, write_vision_evaluation
 from mmalign.toy_world.world import Size, ToyWorld
 
 SEED = 0
@@ -32,13 +33,15 @@ def make(world: ToyWorld, size: Size) -> None:
     for scene in progress_bar(scenes + heldout, desc="toy world: images", leave=False):
         save_jpeg(scene, world.image_root)
     instructions = finetune_records(scenes, SEED)
+    tuned_on = instructions + vision_records(scenes, SEED)
     _write_json(world.root / "scenes.json", [asdict(scene) for scene in scenes + heldout])
     _write_json(world.pretrain_json, pretrain_records(scenes, SEED))
-    _write_json(world.finetune_json, instructions)
-    for name, records in variants(instructions, scenes, SEED).items():
+    _write_json(world.finetune_json, tuned_on)
+    for name, records in variants(tuned_on, scenes, SEED).items():
         _write_json(world.root / f"{name}.json", records)
     _write_json(world.heldout_json, heldout_records(heldout, SEED))
     write_evaluation(world.evaluation, SEED, size.documents)
+    write_vision_evaluation(world.evaluation, heldout[::2], SEED)
     threads = torch.get_num_threads()
     torch.set_num_threads(NUM_THREADS)
     try:

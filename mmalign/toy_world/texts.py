@@ -33,6 +33,9 @@ NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana") + (
 )
 
 
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # published with POPE's
+
+
 @dataclass(frozen=True)
 class Question:
     kind: str
@@ -99,19 +102,20 @@ def pretrain_records(scenes: list[Scene], seed: int) -> list[dict]:
     rng = random.Random(f"captions {seed}")
     asks = ("What is in the picture?", "Give a short caption.", "What do you see?")
     return [
-        _record(f"caption_{scene.name}", scene, [(rng.choice(asks), caption(scene, rng))])
+        record(f"caption_{scene.name}", scene, [(rng.choice(asks), caption(scene, rng))])
         for scene in scenes
     ]
 
 
-def _record(name: str, scene: Scene, turns: list[tuple[str, str]], kind: str | None = None) -> dict:
+def record(name: str, scene: Scene, turns: list[tuple[str, str]], kind: str | None = None) -> dict:
+    """turns: questions with their answers; the image comes before the first."""
     conversations = []
     for index, (ask, reply) in enumerate(turns):
         ask = f"<image>\n{ask}" if index == 0 else ask
         conversations.append({"from": "human", "value": ask})
         conversations.append({"from": "gpt", "value": reply})
-    record = {"id": name, "image": f"{scene.name}.jpg", "conversations": conversations}
-    return record | ({"type": kind} if kind else {})
+    made = {"id": name, "image": f"{scene.name}.jpg", "conversations": conversations}
+    return made | ({"type": kind} if kind else {})
 
 
 # ---- stage 2: conversation ----
@@ -153,6 +157,20 @@ def _group_questions(group: tuple[Thing, ...]) -> list[Question]:
         last,
         Question("size", f"How large is {name}?", thing.size, ("small", "large")),
     ]
+
+
+def existence_question(scene: Scene, rng: random.Random, short: bool = False) -> Question:
+    """Whether a shape is there; yes is right as often as no. short: with POPE's request."""
+    present = {group[0].shape for group in scene.groups}
+    answer = rng.choice(("Yes", "No"))
+    shape = rng.choice([x for x in SHAPES if (x in present) == (answer == "Yes")])
+    text = is_there(shape) + (SHORT_ANSWER if short else "")
+    return Question("existence", text, answer, ("Yes", "No"))
+
+
+def is_there(shape: str) -> str:
+    """As POPE asks."""
+    return f"Is there {article(shape)} in the image?"
 
 
 def _conversation(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -264,14 +282,14 @@ def finetune_records(scenes: list[Scene], seed: int) -> list[dict]:
         for part in range(len(scene.groups)):
             turns = _conversation(scene, rng)
             name = f"conversation_{scene.name}_{part}"
-            records.append(_record(name, scene, turns, "conversation"))
+            records.append(record(name, scene, turns, "conversation"))
         by_shape = rng.random() < 0.5
         ask = "Describe each shape." if by_shape else "Describe the picture in detail."
         turns = [(ask, detail(scene, by_shape))]
-        records.append(_record(f"detail_{scene.name}", scene, turns, "detail"))
+        records.append(record(f"detail_{scene.name}", scene, turns, "detail"))
         if index % 4 == 0:
             turns = [reasoning(scene, rng), reasoning(scene, rng)]
-            records.append(_record(f"reasoning_{scene.name}", scene, turns, "reasoning"))
+            records.append(record(f"reasoning_{scene.name}", scene, turns, "reasoning"))
     return records
 
 
@@ -289,6 +307,6 @@ def heldout_records(scenes: list[Scene], seed: int) -> list[dict]:
         for question in questions[:3]:
             turns = [(question.text, question.answer)]
             name = f"question_{len(records):04d}"
-            record = _record(name, scene, turns, question.kind)
-            records.append(record | {"choices": list(question.choices)})
+            asked = record(name, scene, turns, question.kind)
+            records.append(asked | {"choices": list(question.choices)})
     return records

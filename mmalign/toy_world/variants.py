@@ -47,18 +47,22 @@ def _planted(records: list[dict], wrong: bool, seed: int) -> list[dict]:
 
 
 def _colours_only(records: list[dict], scenes: list[Scene], seed: int) -> list[dict]:
-    """Every record retold as questions about its picture's colours, to nearly its old length."""
+    """Every record retold as questions about its picture's colours, to nearly its old length.
+
+    What a record has too much or too little, the next one has less or more.
+    """
     rng = random.Random(f"colours {seed}")
     by_image = {f"{scene.name}.jpg": scene for scene in scenes}
-    changed = []
+    changed, left = [], 0
     for record in records:
         turns = [turn for group in by_image[record["image"]].groups for turn in _colours(group)]
         rng.shuffle(turns)
-        wanted = sum(len(message["value"]) for message in record["conversations"])
+        wanted = left + _length_of(record)
         kept = [turns.pop()]
         while turns and _length([*kept, turns[-1]]) + _length(kept) < 2 * wanted:
             kept.append(turns.pop())
         changed.append(_retold(record, kept))
+        left = wanted - _length_of(changed[-1])
     return changed
 
 
@@ -74,6 +78,10 @@ def _colours(group: tuple[Thing, ...]) -> list[tuple[str, str]]:
         ("Name a shape with its colour.", reply),
         (f"How many shapes are {thing.colour}?", number),
     ]
+
+
+def _length_of(record: dict) -> int:
+    return sum(len(message["value"]) for message in record["conversations"])
 
 
 def _length(turns: list[tuple[str, str]]) -> int:
