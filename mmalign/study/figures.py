@@ -76,6 +76,37 @@ def plot_amounts(answers: Sequence[Answer], scores: Scores, path: Path) -> bool:
     return True
 
 
+def plot_severities(
+    curves: Mapping[str, Mapping[str, Mapping[int, float]]],
+    constants: Mapping[str, float],
+    path: Path,
+) -> None:
+    """curves: task -> name of the model -> severity -> score; a panel for each task."""
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            *(1, len(curves)),
+            figsize=(3.4 * len(curves) + 2, 3.2),
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, (task, models) in zip(panels[0], curves.items(), strict=True):
+            for index, (name, scores) in enumerate(models.items()):
+                values = [100 * x for x in scores.values()]
+                style = {"marker": "osD^v"[index // len(COLORS) % 5], "markersize": 4}
+                color = COLORS[index % len(COLORS)]
+                axes.plot(list(scores), values, color=color, label=name, **style)
+            constant = 100 * constants[task]
+            axes.axhline(constant, color="black", linestyle=":", label="best constant answer")
+            axes.set_title(task.replace("_", " "))
+            axes.set_xlabel("severity")
+            axes.set_xticks(range(6))
+        panels[0, 0].set_ylabel("score (%)")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def plot_categories(
     gains: Mapping[str, Mapping[str, tuple[float, int]]], metric: str, path: Path
 ) -> None:

@@ -15,7 +15,8 @@ from mmalign.config import TrainConfig
 from mmalign.data.mix import data_files
 from mmalign.data.pictures import split_root
 from mmalign.errors import UserError
-from mmalign.evaluation.tasks import describe_data, resolve_tasks
+from mmalign.evaluation.pictures import Control
+from mmalign.evaluation.tasks import describe_data, picture_tasks, resolve_tasks
 from mmalign.files import read_json, write_json
 from mmalign.ownership import is_owned
 from mmalign.study.contrasts import BASE
@@ -34,6 +35,8 @@ class Evaluation:
     """What every model is asked."""
 
     tasks: tuple[str, ...]
+    controls: tuple[Control, ...]  # of those about pictures, as corruptions
+    corruptions: tuple[str, ...]
     data_root: str
     limit: int | None
     visual_questions: str
@@ -66,6 +69,11 @@ class Order:
     def scores(self) -> Path:
         """The output of its evaluation."""
         return self.folder / "scores"
+
+    @property
+    def pictures(self) -> Path:
+        """The same of tasks about pictures; absent where the model sees none."""
+        return self.folder / "pictures"
 
     def outcome(self) -> dict:
         """outcome.json: how its last process ended; {} where it did not, or was killed."""
@@ -173,7 +181,8 @@ class Orders:
         if questions == TOY_WORLD and not self._lacks_toy_world:
             questions, images = str(toy_world().heldout_json), str(toy_world().image_root)
         asked = Evaluation(
-            *(settings.tasks, root, settings.limit, questions, images, settings.forgetting)
+            *(settings.tasks, settings.controls, settings.corruptions, root, settings.limit),
+            *(questions, images, settings.forgetting),
         )
         try:
             files = describe_data(resolve_tasks(settings.tasks), root)
@@ -181,7 +190,9 @@ class Orders:
         except (UserError, OSError):
             self.missing[root or "study.evaluation-data"] = [_EVALUATION]
             return asked
-        facts = [settings.tasks, settings.limit, settings.forgetting, files, contents]
+        facts: list = [settings.tasks, settings.limit, settings.forgetting, files, contents]
+        if picture_tasks(settings.tasks):
+            facts += [settings.controls, settings.corruptions]
         return replace(asked, key=digest(facts))
 
     def _order(self, run: Run) -> Order:

@@ -18,6 +18,7 @@ from pathlib import Path
 from mmalign.config import TrainConfig
 from mmalign.data.controls import CONTROLS
 from mmalign.errors import UserError
+from mmalign.evaluation.pictures import Control
 from mmalign.evaluation.tasks import TASKS, resolve_tasks
 from mmalign.recipes import RECIPES
 from mmalign.study.contrasts import BASE, BASE_SEED, Question
@@ -38,6 +39,11 @@ class Settings:
     """Folder of the runs; studies that share one share equal runs. Unset: OUTPUT/runs."""
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[str, ...] = ("truthfulqa", "ethics")
+    """As evaluate.py takes them; those about pictures are for models that see."""
+    controls: tuple[Control, ...] = ("blind",)
+    """Ask about pictures again without them (blind), or with exchanged ones (mismatched)."""
+    corruptions: tuple[str, ...] = ()
+    """Ask again about corrupted pictures: NAME:SEVERITIES, as evaluate.py takes them."""
     evaluation_data: str = ""
     limit: int | None = None
     """Only the first N documents of each task."""

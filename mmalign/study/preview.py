@@ -17,6 +17,7 @@ from mmalign.training.build import TOY_WORLD
 # documents of the published files, where they are missing
 NUM_DOCUMENTS = {"truthfulqa": 817, "ethics_commonsense": 3885, "ethics_deontology": 3596}
 NUM_DOCUMENTS |= {"ethics_justice": 2704, "ethics_utilitarianism": 4808, "ethics_virtue": 4975}
+NUM_DOCUMENTS |= {"vqav2": 214_354, "pope": 9000, "mme": 2374}
 DISCORDANT = (0.1, 0.2, 0.3)
 _STATES = ("done", "running", "stopped", "failed", "new")
 

@@ -25,6 +25,7 @@ from mmalign.study.identity import Orders
 from mmalign.study.plan import Variant
 from mmalign.study.provenance import provenance
 from mmalign.study.scores import VISUAL, collect, write_parquet
+from mmalign.study.sight import sight
 from mmalign.study.tables import (
     GAP,
     Scores,
@@ -54,6 +55,7 @@ def write_study(orders: Orders) -> str:
         blocks = [
             *_verdicts(orders, answers),
             *_score_sections(orders, scores),
+            *sight(folder, orders, scores),
             *_visual(orders, scores),
             *_forgetting(orders, scores),
             *_contrasts(folder, answers, scores, noise),

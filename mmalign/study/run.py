@@ -3,7 +3,7 @@
 FOLDER/run.json      what the run is: names, identity, settings, versions
 FOLDER/log.txt       what its processes have printed
 FOLDER/train/        the run folder of train.py
-FOLDER/scores/       the output of evaluate.py;  visual.json, forgetting/: where asked for
+FOLDER/scores/       the output of evaluate.py; pictures/, visual.json, forgetting/: if asked for
 FOLDER/outcome.json  how its last process ended: done, or failed and why
 """
 
@@ -24,12 +24,14 @@ from mmalign.command import Stopped, StopSignal, reason
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
+from mmalign.evaluation.tasks import picture_tasks, resolve_tasks
 from mmalign.evaluation.visual_questions import right_answers
 from mmalign.files import write_json, write_text
 from mmalign.ownership import owned
 from mmalign.study.data import with_data
 from mmalign.study.forgetting import score_forgetting
 from mmalign.study.identity import Order
+from mmalign.study.pictures import ask_about_pictures
 from mmalign.system import versions
 from mmalign.training.loop import train
 
@@ -90,12 +92,15 @@ def _run(order: Order) -> None:
 def _evaluate(order: Order, model: Path, config: TrainConfig | None) -> None:
     asked = order.evaluation
     assert asked is not None
-    evaluate_model(
-        *(model, asked.tasks, asked.data_root, order.scores, asked.limit), overwrite=True
-    )
+    texts = [x for x in resolve_tasks(asked.tasks) if x not in picture_tasks(asked.tasks)]
+    evaluate_model(*(model, texts, asked.data_root, order.scores, asked.limit), overwrite=True)
     if asked.forgetting:
         score_forgetting(model, asked.forgetting, order.folder / "forgetting")
-    if asked.visual_questions and config and not config.data.text_only:
+    if config is None or config.data.text_only:
+        return
+    if picture_tasks(asked.tasks):
+        ask_about_pictures(model, asked, order.pictures, config.data.num_workers)
+    if asked.visual_questions:
         right = right_answers(config, asked.visual_questions, asked.visual_questions_images)
         rows = {image: [int(x) for x in values] for image, values in right.items()}
         write_text(order.folder / "visual.json", json.dumps(rows) + "\n")

@@ -19,9 +19,9 @@ from mmalign.files import read_json, read_text, replacing
 from mmalign.study.contrasts import BASE, RunKey
 from mmalign.study.forgetting import parse_task, path_of
 from mmalign.study.identity import Order, Orders
+from mmalign.study.pictures import RunScores, add_zeros, picture_scores
 from mmalign.study.plan import PRETRAIN, Run
 
-RunScores = dict[str, DocumentScores]  # by metric
 VISUAL = "visual_questions"  # right with the own image; the others are named after it
 VISUAL_KINDS = ("another", "none", "over_another", "over_none")
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -52,7 +52,9 @@ def collect(orders: Orders) -> dict[RunKey, RunScores]:
         base = bases.get(run.parent)
         items = base if run.variant == BASE else read_items(order.scores)
         assert items is not None
-        found[key_of(run)] = document_scores(items, base) | _visual(order) | _forgetting(order)
+        of_texts = document_scores(items, base) | _forgetting(order)
+        found[key_of(run)] = of_texts | _visual(order) | picture_scores(order)
+    add_zeros(found)
     return found
 
 

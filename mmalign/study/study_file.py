@@ -11,12 +11,14 @@ from typing import Any
 
 from mmalign.data.controls import CONTROLS
 from mmalign.errors import UserError
+from mmalign.evaluation.corruptions import parse_corruptions
 from mmalign.evaluation.document_scores import MEANS
 from mmalign.evaluation.report.beside import DEFINITIONS
-from mmalign.evaluation.tasks import TASKS, resolve_tasks
+from mmalign.evaluation.tasks import TASKS, picture_tasks, resolve_tasks
 from mmalign.files import read_text
 from mmalign.study.contrasts import BASE, Question, parse_contrast
 from mmalign.study.forgetting import parse_task
+from mmalign.study.pictures import metric_names
 from mmalign.study.plan import PRETRAIN, Parent, Settings, Study, Variant
 from mmalign.study.scores import VISUAL, VISUAL_KINDS
 from mmalign.study.settings import with_settings
@@ -143,6 +145,7 @@ def _check_metrics(study: Study) -> None:
     known = {metric.row for task in tasks for metric in task.metrics}
     known |= {f"{task.name}_{kind}" for task in tasks for kind in (*DEFINITIONS, "yes_rate")}
     known |= {mean for mean, members in MEANS.items() if set(members) <= known}
+    known |= metric_names(settings.tasks, settings.controls, settings.corruptions)
     if settings.visual_questions:
         known |= {VISUAL, *(f"{VISUAL}_{x}" for x in VISUAL_KINDS)}
     forgotten = tuple(f"{parse_task(name)[0]}_" for name in settings.forgetting)
@@ -158,7 +161,9 @@ def _check_metrics(study: Study) -> None:
 
 def _check(study: Study) -> None:
     settings, where = study.settings, study.path
-    resolve_tasks(settings.tasks)
+    if set(resolve_tasks(settings.tasks)) == set(picture_tasks(settings.tasks)):
+        raise UserError(f"{where}, [study]: expected at least one task without pictures")
+    parse_corruptions(settings.corruptions)
     for task in settings.forgetting:
         parse_task(task)
     if settings.keep not in ("all", "scores"):

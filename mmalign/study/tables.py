@@ -24,7 +24,8 @@ GAP = "-"
 def own_metrics(scores: Scores) -> list[str]:
     """The tasks' own metrics and their means, in the order of tables."""
     found = {metric for run in scores.values() for metric in run}
-    own = [x.row for task in TASKS.values() for x in task.metrics if x.row in found]
+    tasks = [task for task in TASKS.values() if task.kind != "vision"]  # pictures.py shows those
+    own = [x.row for task in tasks for x in task.metrics if x.row in found]
     means = [x for x, members in MEANS.items() if set(members) <= set(own)]
     return own + means
 
@@ -32,7 +33,8 @@ def own_metrics(scores: Scores) -> list[str]:
 def metrics_beside(scores: Scores) -> list[str]:
     """Those that resist artefacts: of ETHICS the means of its subsets, of mc1 the binary one."""
     own = {*own_metrics(scores), VISUAL}
-    found = [x.metric for run in scores.values() for x in run.values() if x.task in TASKS]
+    tasks = {name for name, task in TASKS.items() if task.kind != "vision"}
+    found = [x.metric for run in scores.values() for x in run.values() if x.task in tasks]
     beside = [x for x in dict.fromkeys(found) if x not in own]
     means = {x: m for x, m in MEANS.items() if x not in own and set(m) <= {*beside, *own}}
     members = {metric for group in means.values() for metric in group}

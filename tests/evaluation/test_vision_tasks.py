@@ -221,6 +221,22 @@ def test_log_odds_are_ours(root):
     assert summary["ours"] == {"auroc": 1.0, "acc_by_log_odds": 0.5}
 
 
+def test_auroc_and_share_of_yes_by_question(root):
+    """Their means are the summary's; an answer that is not parsed has no part in the latter."""
+    write_pope(root)
+    task = TASKS["pope"]
+    documents = task.load(root)
+    texts = ["Yes", "no", "perhaps"] * 8
+    answers = [answer(x, log_odds=float(i % 5)) for i, x in enumerate(texts)]
+    items = task.make_items(documents, answers)
+    summary, found = task.summarize(items), task.beside(items, None)
+    assert np.mean(found["auroc"]) == pytest.approx(summary["ours"]["auroc"])
+    assert np.nanmean(found["yes_rate"]) == summary["yes_rate"] == 0.5
+    assert np.isnan(found["yes_rate"]).sum() == 8
+    unclear = task.make_items(documents, [answer("perhaps")] * 24)
+    assert task.beside(unclear, None) == {}
+
+
 @pytest.mark.parametrize(
     "line", ['{"image": "a.jpg"}', '{"image": "a", "text": "b", "label": "maybe"}', "[]", "{"]
 )

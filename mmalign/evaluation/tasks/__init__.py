@@ -91,6 +91,11 @@ def summarize(items: Mapping[str, list[dict]]) -> dict[str, dict]:
     return {name: results[name] for name in ENTRIES if name in results}
 
 
+def picture_tasks(names: Iterable[str]) -> list[str]:
+    """Those of resolve_tasks(names) that are about pictures."""
+    return [name for name in resolve_tasks(names) if TASKS[name].kind == "vision"]
+
+
 def score_rows(results: Mapping[str, dict]) -> dict[str, dict]:
     """Rows of tables and figures, from what results.json holds; a task can have several."""
     rows = {}

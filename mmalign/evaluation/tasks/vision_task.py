@@ -10,13 +10,14 @@ Intervals count the questions about one picture as one draw.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mmalign.errors import UserError
 from mmalign.evaluation.metrics import caveats
@@ -27,6 +28,7 @@ from mmalign.evaluation.statistics import (
     wilson_interval,
 )
 from mmalign.evaluation.tasks.task import Metric, Task, digest, is_number
+from mmalign.evaluation.yes_no_scores import auroc_values
 from mmalign.model.generate import Generation, GenerationOptions
 
 Protocol = Literal["standard", "as-released"]
@@ -111,6 +113,21 @@ class VisionTask(Task):
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (Metric(self.name, itemgetter("score"), self.right_or_wrong),)
+
+    def beside(
+        self, items: Sequence[dict], base_items: Sequence[dict] | None
+    ) -> Mapping[str, ArrayLike]:
+        """Of yes/no questions: auroc (ours), and the share of yes among parsed answers."""
+        if not self.asks_yes_no:
+            return {}
+        says_yes = {"yes": 1.0, "no": 0.0, None: np.nan}
+        answers = [says_yes[item["prediction"]] for item in items]
+        found: dict[str, ArrayLike] = {} if np.isnan(answers).all() else {"yes_rate": answers}
+        if all("log_odds" in item for item in items):
+            odds = np.array([item["log_odds"] for item in items])
+            area = auroc_values(odds, np.array([item["gold"] == "yes" for item in items]))
+            found |= {} if area is None else {"auroc": area}
+        return found
 
     def make_items(
         self, documents: Sequence[VisualDocument], answers: Sequence[VisualAnswer]
