@@ -62,6 +62,7 @@ def machine() -> dict[str, Any]:
     else:
         device, driver = _cpu_model(), None
         name = f"cpu {device} {len(os.sched_getaffinity(0))} cores"
+        found |= _cpu_settings()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     own = {"name": slug, "device": device, "driver": driver, "system": platform.system()}
     return found | own
@@ -110,7 +111,23 @@ def _nvidia_smi(query: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    """The name does not tell: every generation of one is an "AMD EPYC" to a virtual machine."""
+    found = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _cpu_settings() -> dict[str, str | int]:
+    """Vector width, threads, and the libraries inside PyTorch that multiply matrices."""
+    text = torch.__config__.show()
+    libraries = {"mkl": r"Math Kernel Library Version (\S+)", "onednn": r"MKL-DNN v(\S+)"}
+    matches = {name: re.search(pattern, text) for name, pattern in libraries.items()}
+    return {
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        **{name: match[1] for name, match in matches.items() if match},
+    }

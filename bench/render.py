@@ -119,7 +119,7 @@ def tables(content: Mapping) -> Iterator[str]:
     changed = " with changes" if commit.get("dirty") else ""
     date, number = content["datetime"][:10], commit["id"][:10]
     yield f"`{content['command']}`, {date}, commit {number}{changed}."
-    names = ("driver", "python", "torch", "triton", "system")
+    names = ("driver", "vectors", "threads", "python", "torch", "mkl", "onednn", "triton", "system")
     yield ", ".join(f"{name} {machine[name]}" for name in names if machine.get(name)) + "."
     if content.get("gpu"):
         gpu = content["gpu"]
