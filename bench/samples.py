@@ -53,7 +53,7 @@ STAGES = {
 @dataclass(frozen=True)
 class Samples:
     encoded: list[EncodedSample]
-    pixels: list[Tensor]  # of each sample uint8 (3, image_size, image_size)
+    pixels: list[Tensor]  # of each sample uint8 (1, 3, image_size, image_size)
 
     @property
     def lengths(self) -> list[int]:

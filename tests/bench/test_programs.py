@@ -95,7 +95,7 @@ def test_a_sample_has_the_tokens_that_were_asked_for():
     for sample, text, pixels in zip(drawn.encoded, (10, 40), drawn.pixels, strict=True):
         assert (sample.input_ids == TINY.image_token_id).sum() == 16
         assert (sample.labels >= 0).sum() == text // 2
-        assert pixels.shape == (3, 56, 56) and pixels.dtype == torch.uint8
+        assert pixels.shape == (1, 3, 56, 56) and pixels.dtype == torch.uint8
 
 
 # ---- a training step ----
