@@ -16,6 +16,8 @@ from mmalign.study.identity import Orders
 from mmalign.study.pictures import BESIDE, OVER_CORRUPTED
 from mmalign.study.tables import GAP, Scores, mean_score
 
+_LEAST_SKILL = 0.05  # above the best constant answer: of less, no share is worth a number
+
 
 def sight(folder: Path, orders: Orders, scores: Scores) -> Iterator[str]:
     """A table of all tasks, and a figure of scores by severity."""
@@ -30,8 +32,8 @@ def sight(folder: Path, orders: Orders, scores: Scores) -> Iterator[str]:
     yield (
         "Percent, mean over seeds; CIDEr as papers print it. corrupted: mean over "
         f"{', '.join(orders.evaluation.corruptions) or 'none'}; kept: what that leaves of the "
-        "distance to the best constant answer. AUROC: of the log-odds of yes in the first word "
-        "(ours); yes: share of yes among the answers."
+        "distance to the best constant answer, from 5 points on. AUROC: of the log-odds of yes in "
+        "the first word (ours); yes: share of yes among the answers."
     )
     if orders.evaluation.corruptions:
         curves = {task: _curves(orders, scores, task) for task in tasks}
@@ -69,7 +71,7 @@ def _rows(orders: Orders, scores: Scores, task: str, constant: float) -> list[li
 
 
 def _kept(own: float | None, corrupted: float | None, constant: float) -> float | None:
-    if own is None or corrupted is None or own <= constant:
+    if own is None or corrupted is None or own < constant + _LEAST_SKILL:
         return None
     return (corrupted - constant) / (own - constant)
 
