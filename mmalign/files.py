@@ -65,7 +65,7 @@ def write_json_lines(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def require_file(path: str | Path, hint: str = "") -> None:
-    """UserError where there is no regular file: a FIFO would be waited for without end."""
+    """UserError where there is not a regular file: a FIFO would be waited for without end."""
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist. {hint}".rstrip())
     if not os.path.isfile(path):

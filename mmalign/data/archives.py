@@ -32,7 +32,7 @@ _EXTRA_BYTES = 256  # read beyond a member, so that its extra field does not cos
 _STORED, _DEFLATED, _LINK, _SPECIAL, _ENCRYPTED, _METHOD = range(6)
 _PROBLEMS = {  # why a member cannot be read, what to do
     _LINK: "is a link, and none is followed. Pack the file itself (tar --dereference)",
-    _SPECIAL: "is no regular file. Pack the file itself",
+    _SPECIAL: "is not a regular file. Pack the file itself",
     _ENCRYPTED: "is encrypted. Pack it again without a password",
     _METHOD: "is compressed in another way than deflate. Pack it again (zip -0 is best for JPEG)",
 }
@@ -211,8 +211,8 @@ class ZipArchive(Archive):
                 entries = file.infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
             raise UserError(
-                f"{self.path} is no whole zip archive ({error}). Where a download or a copy was "
-                "cut short, repeat it; of an archive in several parts, join them (zip -s 0)"
+                f"{self.path} is not a complete zip archive ({error}). Where a download or a copy "
+                "was cut short, repeat it; of an archive in several parts, join them (zip -s 0)"
             ) from error
         for info in entries:
             mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: Unix
@@ -285,8 +285,8 @@ class TarArchive(Archive):
             problem = str(error)
         if problem:
             raise UserError(
-                f"{self.path} is no whole tar archive ({problem}). Where a download or a copy was "
-                "cut short, repeat it"
+                f"{self.path} is not a complete tar archive ({problem}). Where a download or a "
+                "copy was cut short, repeat it"
             )
 
     def read(self, member: Member) -> bytes:

@@ -90,7 +90,7 @@ def _unpacked(path: Path, content: bytes) -> bytes:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"the data file {path} is no whole gzip file ({error}). Download or pack it again"
+            f"the data file {path} is not a complete gzip file ({error}). Download or pack it again"
         ) from error
 
 

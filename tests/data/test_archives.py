@@ -266,8 +266,8 @@ DAMAGED = {
     "link": (link_in_zip, LINK),
     "symbolic link in a tar": (in_tar(type=tarfile.SYMTYPE, linkname="1.png"), LINK),
     "hard link": (in_tar(type=tarfile.LNKTYPE, linkname="1.png"), LINK),
-    "device": (in_tar(type=tarfile.CHRTYPE), "is no regular file"),
-    "FIFO": (in_tar(type=tarfile.FIFOTYPE), "is no regular file"),
+    "device": (in_tar(type=tarfile.CHRTYPE), "is not a regular file"),
+    "FIFO": (in_tar(type=tarfile.FIFOTYPE), "is not a regular file"),
     "two of one name": (twice, "has 2 files of the name '5.png'"),
     "no picture": (with_bytes(lambda x: b"text"), "archive/5.png cannot be decoded"),
     "broken picture": (with_bytes(lambda x: x[:-200]), "archive/5.png cannot be decoded"),
@@ -309,7 +309,7 @@ def test_a_truncated_archive_is_named(world, write, cut):
     if write is write_tar:
         content = content.rstrip(b"\0")  # tars end with up to 10 kB of zeros
     path.write_bytes(content[:-cut])
-    with pytest.raises(UserError, match="is no whole (zip|tar) archive .*cut short, repeat"):
+    with pytest.raises(UserError, match="is not a complete (zip|tar) archive .*cut short, repeat"):
         world.dataset(image_root=str(path))
 
 
