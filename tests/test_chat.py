@@ -101,9 +101,11 @@ def _random_llava() -> LlavaForConditionalGeneration:
 
 
 def _train_tokenizer(folder: Path) -> None:
-    random = Random(0)
+    random = Random(3)
+    answers = ("Yes", "yes", "No", "no")  # a piece each, so that a first token tells them apart
+    sentences = [" ".join([*random.sample(WORDS, 9), *answers]) for _ in range(200)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(random.sample(WORDS, 9)) for _ in range(200)]),
+        sentence_iterator=iter(sentences),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=VOCAB,
         user_defined_symbols=["###"],
