@@ -20,11 +20,14 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def owned(folder: str | Path, flag: str, ranks: DistributedContext | None = None) -> Iterator[None]:
+def owned(
+    folder: str | Path, flag: str, ranks: DistributedContext | None = None, wait: bool = False
+) -> Iterator[None]:
     """Creates the folder; inside, no other run or evaluation can own it. Called by all ranks.
 
     The lock is the kernel's, so it ends with the process, however that ends. Rank r holds byte r of
     folder/.lock, and who comes first needs all bytes: ranks that outlive a killed one still count.
+    wait: until another process that owns it is done, instead of refusing.
 
     Raises:
         UserError: on all ranks; another process owns the folder, or it cannot be made.
@@ -33,7 +36,7 @@ def owned(folder: str | Path, flag: str, ranks: DistributedContext | None = None
     try:
         if rank == 0:
             try:
-                file = _take_all(folder)
+                file = _take_all(folder, wait)
             except UserError as error:
                 problem = str(error)
             except OSError as error:
@@ -65,12 +68,12 @@ def is_owned(folder: str | Path) -> bool:
     return False
 
 
-def _take_all(folder: Path):
+def _take_all(folder: Path, wait: bool):
     """The open lock file, of which this process holds byte 0."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / NAME, "a+")  # noqa: SIM115 (the lock lives as long as it)
     try:
-        _lock(file, 0, 0)
+        _lock(file, 0, 0, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise UserError(

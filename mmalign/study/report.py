@@ -46,7 +46,7 @@ def write_study(orders: Orders) -> str:
     """
     study = orders.study
     folder = study.output
-    with owned(folder, "study.output"):
+    with owned(folder, "study.output", wait=True):  # another shell on this study may be here, too
         scores = collect(orders)
         answers = _planned(orders, answer(study.questions, scores, list(study.parents)))
         write_parquet(folder / "documents.parquet", scores)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmalign.command import Stopped
+from mmalign.ownership import owned
 from mmalign.study import schedule
 from mmalign.study.identity import Orders
 from mmalign.study.report import write_study
@@ -184,6 +185,16 @@ def test_a_signal_saves_and_stops(study_file):
     assert said.splitlines()[-1].startswith("stopped by a signal with 2 of 5 runs done; everything")
     assert orders.state(order.run) == "stopped"
     assert list((order.train_dir / "checkpoints").glob("step_*"))
+
+
+def test_a_shell_waits_while_another_writes_the_report(study_file):
+    path = study_file(ONE_SEED)
+    with owned(open_study(path).study.output, "study.output"):
+        shell = command(path, "--report")
+        with pytest.raises(subprocess.TimeoutExpired):
+            shell.communicate(timeout=8)
+    _, said = shell.communicate(timeout=60)
+    assert shell.returncode == 0, said
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
