@@ -9,4 +9,9 @@ gpu         scripts/gpu_verify.sh: gpu_parts what runs, gpu_work in processes th
             verdict: the table at its end, against what predict wrote down beforehand
 """
 
+import sys
+from pathlib import Path
+
 import mmalign  # noqa: F401 (before PyTorch: it sets how OpenMP's threads wait, as in a run)
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))  # codegen is not installed
