@@ -123,8 +123,8 @@ def test_other_json_is_called_by_its_name(tmp_path, text, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (gzip.compress(SAMPLE.encode())[:-9], "is not a complete gzip file"),
-        (gzip.compress(b"PAR1....PAR1"), "is a Parquet file"),
+        (gzip.compress(SAMPLE.encode(), mtime=0)[:-9], "is not a complete gzip file"),
+        (gzip.compress(b"PAR1....PAR1", mtime=0), "is a Parquet file"),
         (b"PK\3\4....", "is a zip archive"),
         (b"GGUF\3\0\0\0", "is GGUF weights"),
         (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
