@@ -135,16 +135,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_y,
   share_rows(blocks, kBlockRows * columns, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) gradient.block(block);
   });
-  if (needs_weight) {
-    float* total = floats(grad_weight);
-    std::fill_n(total, columns, 0.0f);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const float* partial = gradient.partials + block * columns;
-      for_vectors(columns, [&](int64_t i, auto part) {
-        part.store(total + i, part.load(total + i) + part.load(partial + i));
-      });
-    }
-  }
+  if (needs_weight) add_rows(gradient.partials, blocks, columns, floats(grad_weight));
   return {grad_x, grad_weight};
 }
 

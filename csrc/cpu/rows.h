@@ -13,6 +13,7 @@ namespace mmalign {
 struct Whole {
   Vector load(const float* at) const { return mmalign::load(at); }
   void store(float* at, Vector x) const { mmalign::store(at, x); }
+  Vector keep(Vector x) const { return x; }
 };
 
 struct Part {
@@ -23,6 +24,9 @@ struct Part {
     return x;
   }
   void store(float* at, Vector x) const { std::memcpy(at, &x, count * sizeof(float)); }
+  Vector keep(Vector x) const {  // 0 in the lanes that do not exist
+    return kIota < static_cast<int32_t>(count) ? x : Vector{};
+  }
 };
 
 // function(column, Whole or Part) for all vectors of a row.
@@ -45,6 +49,16 @@ inline float sum_over(int64_t columns, const Function& function) {
   for (; i + kLanes <= columns; i += kLanes) sums[0] += function(i, Whole{});
   if (i < columns) sums[1] += function(i, Part{columns - i});
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// total (columns,): the sum of the rows of from (rows, columns).
+inline void add_rows(const float* from, int64_t rows, int64_t columns, float* total) {
+  std::fill_n(total, columns, 0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    for_vectors(columns, [&](int64_t i, auto part) {
+      part.store(total + i, part.load(total + i) + part.load(from + row * columns + i));
+    });
+  }
 }
 
 constexpr int64_t kNumbersPerThread = 1 << 14;  // fewer are not worth waking a thread

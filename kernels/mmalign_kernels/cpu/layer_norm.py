@@ -1,13 +1,16 @@
-"""LayerNorm by PyTorch's own kernels, which are not in its plain form for the gradient."""
+"""LayerNorm by csrc/cpu/layer_norm.cpp."""
 
 import torch
 from torch import Tensor
 
 from ..reference import layer_norm as reference
-from ..reference.layer_norm import layer_norm_fwd
+from .library import operation
 
-__all__ = ["layer_norm_bwd", "layer_norm_fwd"]
-aten = torch.ops.aten
+
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if x.dtype != torch.float32:
+        return reference.layer_norm_fwd(x, weight, bias, eps)
+    return operation("layer_norm_fwd")(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
 
 
 def layer_norm_bwd(
@@ -15,8 +18,6 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype != torch.float32:
         return reference.layer_norm_bwd(grad_y, x, weight, eps)
-    x, shape = x.contiguous(), list(x.shape[1:])
-    _, mean, rstd = aten.native_layer_norm(x, shape, None, None, eps)
-    return aten.native_layer_norm_backward(
-        grad_y.contiguous(), x, shape, mean, rstd, weight, weight, [True] * 3
-    )
+    inputs = grad_y.contiguous(), x.contiguous(), weight.contiguous()
+    grad_x, sums = operation("layer_norm_bwd")(*inputs, eps)
+    return grad_x, *sums.unbind()
