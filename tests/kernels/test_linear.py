@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmalign_kernels import adding_to_gradients, linear
 from mmalign_kernels.cpu import library as cpu_library
 from mmalign_kernels.reference import linear as products
-from mmalign_kernels.reference.linear import product, weight_gradient
+from mmalign_kernels.reference.linear import WeightGradient, product, weight_gradient
 
 from .accuracy import assert_same_bits, compare, results
 
@@ -43,6 +43,21 @@ def test_gradient_of_a_weight(shape, built, monkeypatch):
     found = weight_gradient(grad, x)
     assert found.shape == (out_features, in_features)
     torch.testing.assert_close(found, grad.t() @ x, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("built", (True, False))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_a_weight_over_chunks(shape, built, monkeypatch):
+    if not built:
+        monkeypatch.setattr(cpu_library, "missing", lambda: "not built")
+    rows, in_features, out_features = shape
+    grad, x = torch.randn(rows, out_features), torch.randn(rows, in_features)
+    total = WeightGradient(torch.empty(out_features, in_features), torch.float32)
+    for part in (slice(0, rows - 3), slice(rows - 3, rows)) if rows > 3 else ():
+        total.add(grad[part], x[part])
+    expected = grad.t() @ x if rows > 3 else torch.zeros(out_features, in_features)
+    assert total.total().is_contiguous()
+    torch.testing.assert_close(total.total(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(cpu_library.missing() is not None, reason="csrc/cpu is not built")

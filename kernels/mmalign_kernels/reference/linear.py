@@ -77,6 +77,35 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return transpose(product(transpose(x.contiguous()), transposed))
 
 
+class WeightGradient:
+    """The sum of grad.T @ x over chunks of rows, as weight_gradient gives that of one.
+
+    Where weight_gradient would end with a transposed copy, the sum is transposed, once.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.shape, self.options = weight.shape, {"dtype": dtype, "device": weight.device}
+        self.sum: Tensor | None = None
+        self.is_transposed = False
+
+    def add(self, grad: Tensor, x: Tensor) -> None:
+        """grad (num_rows, out_features), x (num_rows, in_features)."""
+        if self.sum is None:
+            narrow = x.shape[1] < grad.shape[1] and _prefers_onednn(grad.t(), x.t())
+            self.is_transposed = narrow and not cpu_library.missing()
+            self.sum = torch.zeros(self.shape[:: -1 if self.is_transposed else 1], **self.options)
+        if self.is_transposed:
+            self.sum += product(cpu_library.operation("transpose")(x.contiguous()), grad.t())
+        else:
+            self.sum += weight_gradient(grad, x)
+
+    def total(self) -> Tensor:
+        """(out_features, in_features)."""
+        if self.sum is None:
+            return torch.zeros(self.shape, **self.options)
+        return cpu_library.operation("transpose")(self.sum) if self.is_transposed else self.sum
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operation import compute_dtype
-from .linear import product, weight_gradient
+from .linear import WeightGradient, product
 
 IGNORE_INDEX = -100
 LOGITS_PER_CHUNK = 1 << 22  # 16 MB, which the allocator keeps for the next chunk
@@ -48,7 +48,7 @@ def linear_cross_entropy_fwd(
     dtype = compute_dtype(hidden)
     loss = hidden.new_zeros((), dtype=dtype)
     grad_rows = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    grad_weight = lm_head_weight.new_zeros(lm_head_weight.shape if needs_weight else 0, dtype=dtype)
+    grad_weight = WeightGradient(lm_head_weight if needs_weight else hidden.new_empty(0), dtype)
     needs_gradient = needs_hidden or needs_weight
     # each chunk ends with a sum over dweight: hold at least as many logits as dweight has elements
     at_least = hidden.shape[1] if needs_weight else 1
@@ -59,11 +59,11 @@ def linear_cross_entropy_fwd(
         if needs_hidden:
             grad_rows[part] = product(grad, lm_head_weight.t())
         if needs_weight:
-            grad_weight += weight_gradient(grad, hidden[part])
+            grad_weight.add(grad, hidden[part])
     if not needs_hidden:
-        return loss, grad_rows, grad_weight
+        return loss, grad_rows, grad_weight.total()
     grad_hidden = hidden.new_zeros(hidden_states.shape)
-    return loss, grad_hidden.index_copy_(0, rows, grad_rows), grad_weight
+    return loss, grad_hidden.index_copy_(0, rows, grad_rows), grad_weight.total()
 
 
 def linear_cross_entropy_bwd(
