@@ -15,6 +15,7 @@ import pytest
 from bench.comparison import Comparison
 from bench.measured_peaks import machine
 from bench.session import Session
+from mmalign.system import choose_device
 
 SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MMALIGN_BENCH_DOCUMENTS")
 SESSION = pytest.StashKey[Session]()
@@ -30,6 +31,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    choose_device("auto")  # on a CPU sets up malloc, which peers profit from as much
     option = config.option
     config.stash[SESSION] = Session(
         option.variants, float(option.benchmark_max_time), option.benchmark_min_rounds

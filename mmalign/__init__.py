@@ -8,8 +8,8 @@
     study/         many runs with a verdict on each question that is asked of them
     chat.py, lm_eval.py: other uses of a trained model
 
-distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them. openmp.py has its
-effect here, before anything loads PyTorch.
+distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them. malloc.py and
+openmp.py set up the libraries under PyTorch; openmp.py has its effect here, before it is loaded.
 """
 
 from mmalign.openmp import let_waiting_threads_sleep

@@ -11,6 +11,7 @@ import torch
 
 import mmalign
 from mmalign.errors import UserError
+from mmalign.malloc import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by --precision
 
@@ -46,13 +47,17 @@ GPUS = (
 
 
 def choose_device(device: str) -> torch.device:
-    """auto: a GPU where there is one; under torchrun each process has its own."""
+    """auto: a GPU where there is one; under torchrun each process has its own.
+
+    On a CPU the process keeps the memory that it frees from here on (malloc.py).
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    keep_freed_memory()
     return torch.device(device)
 
 

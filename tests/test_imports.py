@@ -22,7 +22,7 @@ ORDER = (
     ("mmalign.model",),
     ("mmalign.tokenizer", "mmalign.distributed", "mmalign.ownership"),
     ("mmalign.config", "mmalign.system", "mmalign.files", "mmalign.command"),
-    ("mmalign.batch", "mmalign.errors", "mmalign.openmp", "mmalign"),
+    ("mmalign.batch", "mmalign.errors", "mmalign.malloc", "mmalign.openmp", "mmalign"),
     ("mmalign_kernels", "codegen"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
