@@ -1,6 +1,7 @@
 """AdamW in plain PyTorch: torch's fused kernel between reading and writing of compressed state."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,26 @@ from ..adamw import (
 )
 
 _CACHED_ELEMENTS = 1 << 18  # elements whose fp32 copies stay in the cache between passes
-_Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
+Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
+
+
+@dataclass(frozen=True)
+class Bf16State:
+    """How a flat fp32 tensor is read from bf16 state and written to it, in place."""
+
+    join: Callable[[Tensor, Tensor], Tensor]  # weight, remainder -> master
+    split: Callable[[Tensor, Tensor, Tensor], object]  # master, weight, remainder
+    round: Callable[[Tensor, Tensor, Draw], object]  # number, its rounded form, random numbers
+
+
+def _split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    high, low = split_master(master)
+    weight.copy_(high)
+    remainder.copy_(low)
+
+
+def _round(x: Tensor, rounded: Tensor, draw: Draw) -> None:
+    rounded.copy_(upper_half(x, draw(len(x))))
 
 
 def adamw_update(
@@ -28,6 +48,7 @@ def adamw_update(
     remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
     eps: float, weight_decay: float, seed: int | None,
+    bf16: Bf16State = Bf16State(join_master, _split, _round),
 ) -> None:  # fmt: skip
     if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
         return
@@ -54,18 +75,24 @@ def adamw_update(
                 x[i].view(-1)[blocks] if x else None for x in (exp_avg_scales, exp_avg_sq_scales)
             ]
             # the parameter itself, an upcast copy, or the exact master
-            p32 = param.float() if remainder is None else join_master(param, remainder)
+            p32 = param.float() if remainder is None else bf16.join(param, remainder)
             m32, v32 = (
                 x.float() if scale is None else decode(x, scale, code)
                 for x, scale, code in zip((m, v), scales, (FIRST, SECOND), strict=True)
             )
             update([p32], [grad.to(torch.float32, copy=True)], [m32], [v32])
-            _write_moment(m32, m, scales[0], FIRST, draw)
-            _write_moment(v32, v, scales[1], SECOND, draw)
-            _write_param(p32, param, remainder, draw)
+            for x32, x, scale, code in ((m32, m, scales[0], FIRST), (v32, v, scales[1], SECOND)):
+                if scale is not None:
+                    _write_codes(x32, x, scale, code, draw)
+                elif x.dtype != torch.float32:  # updated in place
+                    bf16.round(x32, x, draw)
+            if remainder is not None:
+                bf16.split(p32, param, remainder)
+            elif param.dtype != torch.float32:
+                bf16.round(p32, param, draw)
 
 
-def _draws(seed: int, device: torch.device) -> _Draw:
+def _draws(seed: int, device: torch.device) -> Draw:
     generator = torch.Generator(device).manual_seed(seed)
     options = {"generator": generator, "dtype": torch.int32, "device": device}
     return lambda num: torch.randint(1 << 16, (num,), **options)
@@ -78,27 +105,9 @@ def _parts(numel: int) -> Iterator[tuple[slice, slice]]:
         yield slice(begin, end), slice(begin // BLOCK, end // BLOCK)
 
 
-def _write_param(p32: Tensor, param: Tensor, remainder: Tensor | None, draw: _Draw) -> None:
-    if param.dtype == torch.float32:
-        return  # updated in place
-    if remainder is None:
-        param.copy_(upper_half(p32, draw(len(p32))))
-        return
-    weight, low = split_master(p32)
-    param.copy_(weight)
-    remainder.copy_(low)
-
-
-def _write_moment(
-    x32: Tensor, moment: Tensor, scales: Tensor | None, code: MomentCode, draw: _Draw
-) -> None:
-    if moment.dtype == torch.float32:
-        return  # updated in place
-    if scales is None:
-        moment.copy_(upper_half(x32, draw(len(x32))))
-        return
+def _write_codes(x32: Tensor, codes: Tensor, scales: Tensor, code: MomentCode, draw: Draw) -> None:
     new_codes, new_scales = encode(x32, draw(len(x32)), code)
-    moment.copy_(new_codes)
+    codes.copy_(new_codes)
     scales.copy_(new_scales)
 
 
