@@ -1,34 +1,41 @@
-"""Attention after a shared prefix in plain PyTorch: one product of all rows with the prefix."""
+"""Attention after a shared prefix in plain PyTorch: one product of all rows with the prefix.
+
+backend: a module whose rotary_attention_fwd and _bwd compute attention to a sample's own keys.
+"""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import rotary_attention
 from .full_attention import attention, attention_bwd
-from .rotary_attention import angles, rotary_attention_bwd, rotary_attention_fwd, rotate
+from .rotary_attention import angles, rotate
 
 
 def shared_prefix_attention_fwd(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
     max_seqlen: int, prefix_keys: Tensor, prefix_values: Tensor, num_attention_heads: int,
+    backend: ModuleType = rotary_attention,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads = num_attention_heads, prefix_keys.shape[1]
     tables = cos, sin, position_ids
-    own = rotary_attention_fwd(qkv, *tables, cu_seqlens, max_seqlen, *heads, True)
-    return add_prefix(*own, qkv, *tables, prefix_keys, prefix_values)
+    own = backend.rotary_attention_fwd(qkv, *tables, cu_seqlens, max_seqlen, *heads, True)
+    return _add_prefix(*own, qkv, *tables, prefix_keys, prefix_values)
 
 
 def shared_prefix_attention_bwd(
     grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor, sin: Tensor,
     position_ids: Tensor, cu_seqlens: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
-    max_seqlen: int, num_attention_heads: int,
+    max_seqlen: int, num_attention_heads: int, backend: ModuleType = rotary_attention,
 ) -> Tensor:  # fmt: skip
     heads = num_attention_heads, prefix_keys.shape[1]
     saved, tables = (grad_out, qkv, out, logsumexp), (cos, sin, position_ids)
-    grad_qkv = rotary_attention_bwd(*saved, *tables, cu_seqlens, max_seqlen, *heads, True)
-    return add_prefix_gradient(grad_qkv, *saved, *tables, prefix_keys, prefix_values)
+    grad_qkv = backend.rotary_attention_bwd(*saved, *tables, cu_seqlens, max_seqlen, *heads, True)
+    return _add_prefix_gradient(grad_qkv, *saved, *tables, prefix_keys, prefix_values)
 
 
-def add_prefix(
+def _add_prefix(
     out: Tensor, logsumexp: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor,
     prefix_keys: Tensor, prefix_values: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -44,7 +51,7 @@ def add_prefix(
     return out, total
 
 
-def add_prefix_gradient(
+def _add_prefix_gradient(
     grad_qkv: Tensor, grad_out: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, cos: Tensor,
     sin: Tensor, position_ids: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
 ) -> Tensor:  # fmt: skip
