@@ -10,10 +10,10 @@
 
 namespace mmalign {
 
-constexpr int kBlock = 48;  // queries or keys of a tile: a multiple of rows and lanes of products
+constexpr int kBlock = 144;  // queries or keys of a tile: a multiple of rows and lanes of products
 constexpr int kBlockVectors = kBlock / kLanes;
 
-constexpr int kChunk = 8 * kBlock;  // queries of a work item
+constexpr int kChunk = 4 * kBlock;  // queries of a work item
 constexpr int kRowsAhead = 8;
 
 inline int ceil_div(int64_t a, int b) { return static_cast<int>((a + b - 1) / b); }

@@ -2,7 +2,7 @@
 //
 // A work item is one key head of one sample and up to kChunk of its queries, for all query heads
 // that share the key head. Per block of keys: k is rotated as it is read and transposed once, and
-// the scores of a block of queries stay in the L1 cache.
+// the scores of a block of queries stay in the cache.
 #include "online_softmax.h"
 #include "rotary_attention.h"
 #include "work.h"

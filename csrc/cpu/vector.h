@@ -117,16 +117,15 @@ inline Vector exp2_fraction(Vector f) {
   return y * f + 1.0f;
 }
 
-// 2^x for x <= 0, to one unit in the last place; 0 below 2^-127.
+// 2^x for x <= 0, to one unit in the last place; 0 below 2^-127, NaN stays NaN.
 inline Vector exp2_of_negative(Vector x) {
   const Vector lowest = broadcast(-127.0f);
-  x = x > lowest ? x : lowest;
+  x = x < lowest ? lowest : x;
   const Vector magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vector shifted = x + magic;
   const Vector f = x - (shifted - magic);  // -0.5 to 0.5
   const IntVector exponent = (reinterpret_cast<IntVector>(shifted) + 127) << 23;
-  const Vector scale = reinterpret_cast<Vector>(exponent);
-  return x > lowest ? exp2_fraction(f) * scale : Vector{};
+  return exp2_fraction(f) * reinterpret_cast<Vector>(exponent);  // of -127: the bits of 0
 }
 
 // e^x for x <= 0, to one unit in the last place; 0 below 2^-127, NaN stays NaN.
