@@ -4,7 +4,7 @@
       records           as_llava         forms.py        of ShareGPT or messages, in LLaVA's form
         |               read_samples     samples.py      bytes in memory, parsed lazily (mix.py)
       Sample            encode           dataset.py      checked; text by templates.py, segments.py
-        |               Pictures.find    pictures.py     in folders, zip and tar (archives.py)
+        |               Pictures.find    pictures.py     in folders, and archives.py (archive.py)
       EncodedSample     load_pixels      images.py       uint8, resized as CLIP does
         |               check_samples    check.py        all of this once, before training
         v

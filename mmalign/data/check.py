@@ -90,6 +90,7 @@ def check_samples(
     if report is not None:
         return report
     _warn_of_unused_fields(dataset)
+    _warn_of_cut_archives(dataset)
     report = _check_all(dataset, num_workers, progress, observer)
     skips_long = dataset.data.on_long_sample == "skip"
     bad = [x for x in report.skipped if not (skips_long and isinstance(x, LongSampleError))]
@@ -131,6 +132,16 @@ def _warn_of_unused_fields(dataset: ConversationDataset) -> None:
         fields = ", ".join(f"{readable(name, 50)} ({unused[name]:,})" for name in most)
         rest = f" and {len(unused) - len(most)} more" if len(unused) > len(most) else ""
         log.warning("fields of the data file that are not used (samples): %s%s", fields, rest)
+
+
+def _warn_of_cut_archives(dataset: ConversationDataset) -> None:
+    for archive in dataset.pictures.archives if dataset.pictures else ():
+        if archive.problem:
+            log.warning(
+                "%s is not complete (%s): samples whose pictures it lacks are unusable. Where a "
+                "download or a copy was cut short, repeat it",
+                *(archive, archive.problem),
+            )
 
 
 def _check_all(

@@ -18,11 +18,11 @@ from PIL import Image
 from mmalign.batch import IGNORE_INDEX
 from mmalign.config import DataConfig
 from mmalign.data.captions import image_key, read_captions
-from mmalign.data.dataset import ConversationDataset, speaker_problem
+from mmalign.data.dataset import ConversationDataset
 from mmalign.data.forms import FormError, as_llava
 from mmalign.data.lengths import draw_lengths, kolmogorov_smirnov, wasserstein
 from mmalign.data.mix import SUFFIX
-from mmalign.data.samples import Sample, id_of, parse_sample, type_of
+from mmalign.data.samples import Sample, id_of, parse_sample, speaker_problem, type_of
 from mmalign.data.sources import open_source
 from mmalign.data.templates import IMAGE
 from mmalign.errors import SampleError, UserError

@@ -16,8 +16,8 @@ from mmalign.config import DataConfig
 from mmalign.data.images import check_image, load_image
 from mmalign.data.memo import Memo
 from mmalign.data.mix import open_samples
-from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, check_exists
-from mmalign.data.samples import Sample, Samples, Turn
+from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, UnreadableRootError, check_exists
+from mmalign.data.samples import Sample, Samples, Turn, speaker_problem
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import encode_conversation, find_template
 from mmalign.errors import LongSampleError, SampleError, UserError
@@ -78,6 +78,7 @@ class ConversationDataset:
         self.pictures = None
         if not data.text_only:
             self.pictures = Pictures(data.image_roots, data.follow_links, tables)
+            _refuse_unreadable(self.pictures, samples)
 
     @classmethod
     def open(
@@ -276,26 +277,22 @@ class ConversationDataset:
         return f"{found}, expected {len(sample.images)}, one for each of its images"
 
 
+def _refuse_unreadable(pictures: Pictures, samples: Sequence[Sample]) -> None:
+    """Where nothing of a root can be read: UserError that names the first sample it is for."""
+    for index in range(len(samples)) if pictures.unreadable else ():
+        try:
+            for image in samples[index].images:
+                pictures.find(samples[index].id, image)
+        except UnreadableRootError:
+            raise
+        except SampleError:  # the check names it
+            continue
+    if pictures.unreadable:
+        raise pictures.unreadable
+
+
 def _naming_sample(sample_id: str, remedy: str, read: Callable[..., T], *arguments) -> T:
     try:
         return read(*arguments)
     except UserError as error:
         raise SampleError(sample_id, str(error), remedy) from error
-
-
-def speaker_problem(turns: Sequence[Turn]) -> str | None:
-    """Speakers must alternate, human first, after a system turn or none.
-
-    (The reference drops a leading answer silently.)
-    """
-    has_system = bool(turns) and turns[0].speaker == "system"
-    turns, expected = turns[has_system:], ("human", "gpt")
-    for i, turn in enumerate(turns):
-        if turn.speaker != expected[i % 2]:
-            where = f"turn {i + 1 + has_system} is from {turn.speaker!r}"
-            return f"{where}, expected {expected[i % 2]!r}"
-    if not turns:
-        return "nothing to train on: no turns"
-    if len(turns) % 2:
-        return f"nothing to train on after its last turn ({len(turns)}), a question without answer"
-    return None

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from mmalign.data.archives import MAX_PICTURE_BYTES, Archive, open_archive
+from mmalign.data.archive import MAX_PICTURE_BYTES, Archive
+from mmalign.data.archives import open_archive
 from mmalign.errors import SampleError, UserError
 from mmalign.files import open_regular
 
@@ -60,20 +61,35 @@ def check_exists(picture: Picture) -> None:
         raise UserError(f"no file {picture}")
 
 
+class UnreadableRootError(SampleError):
+    """The sample's picture may lie in a root of which nothing can be read."""
+
+
 class _OutsideError(Exception):
     """A name leads out of the root."""
 
 
 @dataclass(frozen=True)
+class _Unreadable:
+    """A file that is no archive, or a damaged one."""
+
+    path: str
+    error: UserError
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
 class _Root:
     prefix: str  # of the names that it holds, with / at its end; empty: of all
-    place: str | Archive  # a folder, resolved
+    place: str | Archive | _Unreadable  # a folder, resolved
 
     def __str__(self) -> str:
         return f"{self.prefix[:-1]}={self.place}" if self.prefix else str(self.place)
 
     def find(self, name: str, resolve, may_be_absent: bool) -> Picture | None:
-        if not name.startswith(self.prefix):
+        if not name.startswith(self.prefix) or isinstance(self.place, _Unreadable):
             return None
         name = name[len(self.prefix) :]
         if isinstance(self.place, Archive):
@@ -96,10 +112,7 @@ def split_root(root: str) -> tuple[str, str]:
 
 
 class Pictures:
-    """Finds the pictures of samples by their names.
-
-    Raises UserError for a root that is neither a folder nor an archive that can be read in place.
-    """
+    """Finds the pictures of samples by their names; UserError for a root that does not exist."""
 
     def __init__(
         self, roots: Sequence[str], follow_links: bool, tables: Mapping[str, Table] | None = None
@@ -117,6 +130,12 @@ class Pictures:
         return [root.place for root in self.roots if isinstance(root.place, Archive)]
 
     @property
+    def unreadable(self) -> UserError | None:
+        """Of the first root that is neither a folder nor an archive that can be read in place."""
+        places = (root.place for root in self.roots)
+        return next((place.error for place in places if isinstance(place, _Unreadable)), None)
+
+    @property
     def has_folders(self) -> bool:
         return any(isinstance(root.place, str) for root in self.roots)
 
@@ -124,7 +143,7 @@ class Pictures:
     def fingerprint(self) -> list[tuple[str, str]]:
         """Paths of folders, contents of archives."""
         return [
-            (x.prefix, x.place.fingerprint if isinstance(x.place, Archive) else x.place)
+            (x.prefix, x.place.fingerprint if isinstance(x.place, Archive) else str(x.place))
             for x in self.roots
         ]
 
@@ -170,10 +189,19 @@ class Pictures:
             remedy = "Use paths relative to --data.image-root without .. "
             remedy += "(--data.follow-links True allows links that leave it)"
             return SampleError(sample_id, problem, remedy)
+        for root in self.roots:
+            if isinstance(root.place, _Unreadable) and name.startswith(root.prefix):
+                problem = f"its image {name!r} cannot be read"
+                return UnreadableRootError(sample_id, problem, str(root.place.error))
+        cut = "".join(
+            f" ({x.path.name} is not complete: {x.problem})" for x in self.archives if x.problem
+        )
         archives = self.archives if len(self.roots) == 1 else ()
         such = "".join(f", which has such as {x.example()!r}" for x in archives)
         where = where or "the data file, and no --data.image-root is given"
-        return SampleError(sample_id, f"no file {name!r} in {where}{such}", FIX_OR_SKIP)
+        remedy = "Download or copy the archive again, or use --data.on-bad-sample skip"
+        problem = f"no file {name!r} in {where}{cut or such}"
+        return SampleError(sample_id, problem, remedy if cut else FIX_OR_SKIP)
 
     def _open(self, root: str) -> _Root:
         prefix, path = split_root(root)
@@ -184,4 +212,7 @@ class Pictures:
             raise UserError(
                 f"the image root {resolved} is not a folder or archive (--data.image-root)"
             )
-        return _Root(prefix, open_archive(Path(resolved)))
+        try:
+            return _Root(prefix, open_archive(Path(resolved)))
+        except UserError as error:
+            return _Root(prefix, _Unreadable(resolved, error))

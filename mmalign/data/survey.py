@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmalign.data.archives import Member, ZipArchive
+from mmalign.data.archive import Member
+from mmalign.data.archives import ZipArchive
 from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.overlap import QuestionIndex
 from mmalign.data.pictures import Picture, open_picture

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmalign.data.archives import MAX_PICTURE_BYTES
+from mmalign.data.archive import MAX_PICTURE_BYTES
 from mmalign.errors import UserError
 from mmalign.files import open_regular, read_json
 

@@ -1,9 +1,10 @@
 """Pictures in zip and tar archives: the bytes that Python's own readers find, or what is wrong."""
 
+import gzip
 import io
 import multiprocessing
-import os
 import pickle
+import re
 import stat
 import struct
 import tarfile
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmalign.data.archives import MAX_PICTURE_BYTES, open_archive
+from mmalign.data.archive import MAX_PICTURE_BYTES
+from mmalign.data.archives import open_archive
 from mmalign.data.check import check_samples
 from mmalign.data.pictures import Pictures
 from mmalign.errors import SampleError, UserError
@@ -301,39 +303,85 @@ def test_a_bomb_takes_no_memory(world):
     assert peak < 25_000_000
 
 
-@pytest.mark.parametrize("cut", [1, 100, 1000])
-@pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_a_truncated_archive_is_named(world, write, cut):
-    path = write(world.root / "archive", contents(world))
-    content = path.read_bytes()
-    if write is write_tar:
-        content = content.rstrip(b"\0")  # tars end with up to 10 kB of zeros
-    path.write_bytes(content[:-cut])
-    with pytest.raises(UserError, match="is not a complete (zip|tar) archive .*cut short, repeat"):
+def cut(write, place):
+    """The archive ends at place(its bytes, the picture's bytes)."""
+
+    def damage(path: Path, files: dict[str, bytes]) -> None:
+        content = write(path, files).read_bytes()
+        path.write_bytes(content[: place(content, files[BAD])])
+
+    return damage
+
+
+def gzipped(path: Path, files: dict[str, bytes]) -> None:
+    path.write_bytes(gzip.compress(write_tar(path, files).read_bytes()))
+
+
+UNREADABLE = {
+    "end of a zip": (cut(write_zip, lambda x, _: len(x) - 1), "not a complete zip archive .* repe"),
+    "directory of a zip": (cut(write_zip, lambda x, _: len(x) - 700), "not a complete zip archive"),
+    "within a zip": (cut(write_zip, lambda x, bad: x.index(bad) + 9), "not a complete zip archive"),
+    "start of a zip": (cut(write_zip, lambda x, _: 3), "neither a folder nor a zip or tar archive"),
+    "start of a tar": (
+        cut(write_tar, lambda x, _: 300),
+        r"has no files in it \(truncated header\)",
+    ),
+    "nothing": (cut(write_tar, lambda x, _: 0), "neither a folder nor a zip or tar archive"),
+    "gzip": (gzipped, "compressed with gzip, so .* unpacking all before it"),
+    "empty zip": (lambda path, _: write_zip(path, {}), "has no files in it"),
+    "empty tar": (lambda path, _: write_tar(path, {}), "neither a folder nor a zip or tar archive"),
+}
+
+
+@pytest.mark.parametrize("damage, problem", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_archive_names_the_first_sample_that_it_is_for(world, damage, problem):
+    path = world.root / "archive"
+    damage(path, contents(world))
+    expected = f"sample 'sample-1': its image '1.png' cannot be read. .*archive .*{problem}"
+    for bad in ("error", "skip"):
+        with pytest.raises(SampleError, match=expected):
+            world.dataset(image_root=str(path), on_bad_sample=bad)
+    for sample in world.samples[:10]:
+        if "image" in sample:
+            sample["image"] = "other/1.png"
+    with pytest.raises(SampleError, match="sample 'sample-10': its image '10.png' cannot be read"):
+        world.dataset(image_root=(f"other={world.root / 'images'}", str(path)))
+    for sample in world.samples:
+        sample.pop("image", None)
+    with pytest.raises(UserError, match=problem):
         world.dataset(image_root=str(path))
 
 
-def test_a_tar_that_ends_between_two_members(world):
-    path = write_tar(world.root / "archive", contents(world))
-    with tarfile.open(path) as archive:
-        end = archive.getmembers()[3].offset
-    os.truncate(path, end)
-    with pytest.raises(UserError, match=f"no header at byte {end:,}, and no end mark"):
-        world.dataset(image_root=str(path))
+CUT_TARS = {
+    "within the picture": (lambda x, bad: x.index(bad) + 9, "5.png is cut short: the archive ends"),
+    "before it": (
+        lambda x, bad: x.index(bad) - 512,
+        "no file '5.png'.*archive is not complete: no header at byte 63,488, and no",
+    ),
+    "within its header": (
+        lambda x, bad: x.index(bad) - 9,
+        "no file '5.png'.*archive is not complete: ",
+    ),
+    "end mark": (lambda x, _: len(x.rstrip(b"\0")) + 100, None),
+}
 
 
-def test_archives_that_cannot_be_read_in_place(world):
-    path = world.root / "images.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        add_to_tar(archive, "1.png", b"")
-    with pytest.raises(UserError, match="compressed with gzip, so .* unpacking all before it"):
-        world.dataset(image_root=str(path))
-    path.write_bytes(b"something else")
-    with pytest.raises(UserError, match="neither a folder nor a zip or tar archive"):
-        world.dataset(image_root=str(path))
-    for write in (write_zip, write_tar):
-        with pytest.raises(UserError, match="(has no files in it|neither a folder)"):
-            world.dataset(image_root=str(write(path, {})))
+@pytest.mark.parametrize("place, problem", CUT_TARS.values(), ids=CUT_TARS)
+def test_a_cut_tar_lacks_the_pictures_behind_the_cut(world, caplog, place, problem):
+    path, files = world.root / "archive", contents(world)
+    cut(write_tar, place)(path, files)
+    lacking = [f"sample-{i}" for i in (5, 6, 7, 9)] if problem else []  # in the order of names
+    dataset = world.dataset(image_root=str(path), on_bad_sample="skip")
+    report = check_samples(dataset, num_workers=0, progress=False)
+    assert [error.sample_id for error in report.skipped] == lacking
+    assert re.search(r"archive is not complete \(.+\): samples whose pictures", caplog.text)
+    if problem:
+        assert "Download or copy the archive again" in str(report.skipped[0])
+        with pytest.raises(SampleError, match=f"sample 'sample-5': .*{problem}"):
+            check_samples(world.dataset(image_root=str(path)), num_workers=0, progress=False)
+
+
+def test_a_root_that_does_not_exist(world):
     with pytest.raises(UserError, match="is not a folder or archive"):
         world.dataset(image_root=str(world.root / "absent.zip"))
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from mmalign.data.archives import MAX_PICTURE_BYTES
+from mmalign.data.archive import MAX_PICTURE_BYTES
 from mmalign.data.images import check_image, load_image
 from mmalign.errors import UserError
 from mmalign.model.preprocessing import Preprocessing
