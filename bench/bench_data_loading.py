@@ -5,7 +5,7 @@ One process and one thread where it is not the loader: a worker's share of the w
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -67,12 +67,6 @@ class Loading(Comparison):
         return Calls({name: one_thread(calls[name]) for name in variants})
 
     def _loader(self, dataset: ConversationDataset) -> Callable[[], object]:
-        dataset = ConversationDataset(
-            dataset.samples,
-            dataset.tokenizer,
-            replace(dataset.data, num_workers=WORKERS),
-            dataset.vision,
-        )
         report = check_samples(dataset, Path(self.folder.name) / "check.npz", progress=False)
         loader = StepLoader(
             dataset,
@@ -81,6 +75,7 @@ class Loading(Comparison):
             micro_batch_tokens=16384,
             seed=0,
             num_steps=EPOCHS * SAMPLES // BATCH_SIZE,
+            num_workers=WORKERS,
         )
         return lambda: list(loader)
 

@@ -177,5 +177,7 @@ def write_jpeg_files(folder: Path, stage: str, count: int) -> JpegFiles:
     path = folder / "samples.json"
     path.write_text(json.dumps(records))
     template = {"pretrain": "plain", "finetune": "v1"}[stage]
-    data = DataConfig(path=str(path), image_root=str(folder), template=template)
+    data = DataConfig(  # worker processes: nothing is kept for the next round
+        path=str(path), image_root=str(folder), template=template, num_workers=2
+    )
     return JpegFiles(data, paths)

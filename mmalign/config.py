@@ -82,8 +82,9 @@ class DataConfig:
     check_images: Annotated[bool | Literal["sample"], tyro.conf.FlagConversionOff] = True
     """Decode every image (True), one in a hundred (sample) or none (False) before the first step;
     the others only have to be there. The result is remembered in run_dir."""
-    num_workers: int = 2
-    """Worker processes that decode images and pack samples; 0: in the main process."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Worker processes that decode images and pack samples; 0: a thread does; auto: none for text
+    or on a CPU, else up to 8 of the cores that the model leaves. Batches do not depend on it."""
 
     @property
     def image_roots(self) -> tuple[str, ...]:

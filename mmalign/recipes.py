@@ -13,7 +13,7 @@ from mmalign.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig,
 
 PRETRAIN_7B = TrainConfig(
     stage="pretrain",
-    data=DataConfig(template="v0", num_workers=8),
+    data=DataConfig(template="v0"),
     optimizer=OptimizerConfig(learning_rate=2e-3),
     global_batch_size=128,
     micro_batch_tokens=16384,
@@ -27,7 +27,7 @@ PRETRAIN_7B = TrainConfig(
 # the same memory: --optimizer.master split --optimizer.moments 8bit.
 FINETUNE_7B = TrainConfig(
     stage="finetune",
-    data=DataConfig(template="llava_llama_2", num_workers=8),
+    data=DataConfig(template="llava_llama_2"),
     optimizer=OptimizerConfig(learning_rate=2e-5, master="stochastic", moments="bf16"),
     global_batch_size=32,
     micro_batch_tokens=8192,
@@ -38,7 +38,7 @@ FINETUNE_7B = TrainConfig(
 
 _LLAVA_15_MODEL = ModelConfig(projector_type="mlp2x_gelu")
 _LLAVA_15_DATA = DataConfig(
-    use_im_start_end=False, image_aspect_ratio="pad", on_long_sample="truncate", num_workers=8
+    use_im_start_end=False, image_aspect_ratio="pad", on_long_sample="truncate"
 )
 PRETRAIN_LLAVA_15 = replace(
     PRETRAIN_7B,

@@ -20,6 +20,7 @@ from mmalign.batch import IGNORE_INDEX
 from mmalign.command import progress_bar
 from mmalign.data.dataset import ConversationDataset, EncodedSample
 from mmalign.data.samples import Samples
+from mmalign.data.workers import usable_cores
 from mmalign.errors import LongSampleError, SampleError, UserError, readable
 from mmalign.files import replacing
 
@@ -176,7 +177,7 @@ def _run(
     observer: Observer | None,
 ) -> Iterator[_CheckedChunk]:
     if num_workers is None:
-        num_workers = _num_cores() if dataset.data.num_workers else 0
+        num_workers = 0 if dataset.data.num_workers == 0 else len(usable_cores())
     if num_workers == 0 or len(chunks) == 1:
         yield from (_check_chunk(dataset, chunk, observer) for chunk in chunks)
         return
@@ -190,12 +191,6 @@ def _run(
                 "a process of the data check was killed, which happens when memory runs out. "
                 "Rerun with --data.num-workers 0, which checks in one process"
             ) from error
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 _worker_state: tuple[ConversationDataset, Observer | None]  # of this worker process

@@ -44,7 +44,7 @@ class EncodedSample:
 class ConversationDataset:
     """Encodes samples lazily, one by one.
 
-    Without worker processes it keeps some results, so small data is encoded and decoded once.
+    Outside of worker processes it keeps some results: small data is encoded and decoded once.
     vision: the tower that the images are for; None: text only (data.text_only).
 
     Raises SampleError for an unusable sample: wrong order of speakers, a number of `<image>` that
@@ -72,7 +72,7 @@ class ConversationDataset:
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
         tables = samples.tables if isinstance(samples, Samples) else {}
-        memo_bytes = 0 if data.num_workers else _MEMO_BYTES  # each worker would have its own
+        memo_bytes = _MEMO_BYTES if data.num_workers in ("auto", 0) else 0
         self._encoded: Memo[EncodedSample] = Memo(memo_bytes)  # by index
         self._pixels: Memo[Tensor] = Memo(memo_bytes)  # by path
         self.pictures = None

@@ -75,7 +75,7 @@ class Step:
 class StepLoader:
     """Iterates the steps start_step, start_step + 1, ... num_steps - 1 of a run.
 
-    Worker processes (data.num_workers) decode, tokenise and pack ahead, across step boundaries;
+    Worker processes (num_workers) decode, tokenise and pack ahead, across step boundaries;
     without them a thread makes the next step. The output is independent of their number; it is in
     pinned memory when CUDA is available.
 
@@ -96,6 +96,7 @@ class StepLoader:
         seed: int,
         num_steps: int,
         start_step: int = 0,
+        num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         require_images: bool = False,
@@ -111,7 +112,7 @@ class StepLoader:
         _check_batch_size(global_batch_size, len(report.kept), rank)
         self.plan = StepPlan(len(report.kept), global_batch_size, seed, dataset.data.shuffle)
         self.micro_batch_tokens = micro_batch_tokens
-        self.start_step, self.num_steps = start_step, num_steps
+        self.start_step, self.num_steps, self.num_workers = start_step, num_steps, num_workers
         self.rank, self.world_size = rank, world_size
         self.cost, self.prefix_length = cost, prefix_length
         self._check_lengths()
@@ -125,17 +126,16 @@ class StepLoader:
         return max(0, self.num_steps - self.start_step)
 
     def __iter__(self) -> Iterator[Step]:
-        return self._steps() if self.dataset.data.num_workers else _ahead(self._steps())
+        return self._steps() if self.num_workers else _ahead(self._steps())
 
     def _steps(self) -> Iterator[Step]:
         planned = deque()  # (step, positions, number of micro-batches); the sampler fills it ahead
-        num_workers = self.dataset.data.num_workers
         loader = DataLoader(
             _MicroBatches(self.dataset, self.prefix_length),
             batch_size=None,
             sampler=_Sampler(self, planned),
-            num_workers=num_workers,
-            prefetch_factor=2 if num_workers else None,
+            num_workers=self.num_workers,
+            prefetch_factor=2 if self.num_workers else None,
             worker_init_fn=_ignore_signals_to_the_launcher,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # the default would draw from the global generator

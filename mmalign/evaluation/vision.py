@@ -16,6 +16,8 @@ from pathlib import Path
 
 from mmalign.command import progress_bar
 from mmalign.data.templates import end_ids
+from mmalign.data.workers import NumWorkers, choose_workers
+from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.evaluation.answer_log import AnswerLog
 from mmalign.evaluation.corruptions import parse_corruptions
@@ -57,7 +59,7 @@ def evaluate_pictures(
     corruptions: Sequence[str] = (),
     controls: Sequence[Control] = (),
     seed: int = 0,
-    num_workers: int = 2,
+    num_workers: NumWorkers = "auto",
     batch_tokens: int = 8192,
     precision: str = "auto",
     device: str = "auto",
@@ -77,6 +79,7 @@ def evaluate_pictures(
     shown = [Shown(), *(Shown(control=x) for x in controls), *(Shown(None, x) for x in wanted)]
     weights, target = find_llava(model), choose_device(device)
     precision = choose_precision(precision, target)
+    num_workers, _ = choose_workers(num_workers, True, DistributedContext(0, 1, target))
     with owned(output, "--output"):
         if not overwrite:
             require_same_model(Path(output), weights)

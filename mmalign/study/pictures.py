@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmalign.data.workers import NumWorkers
 from mmalign.evaluation.corruptions import parse_corruptions
 from mmalign.evaluation.document_scores import DocumentScores, document_scores
 from mmalign.evaluation.items import read_items
@@ -56,7 +57,9 @@ def _corrupted(corruptions: Sequence[str]) -> list[str]:
     return [f"{name}-{severity}" for name, severity in parse_corruptions(corruptions)]
 
 
-def ask_about_pictures(model: Path, asked: Evaluation, output: Path, num_workers: int) -> None:
+def ask_about_pictures(
+    model: Path, asked: Evaluation, output: Path, num_workers: NumWorkers
+) -> None:
     """An interrupted call continues."""
     for protocol, names in _by_protocol(asked.tasks).items():
         evaluate_pictures(

@@ -13,6 +13,7 @@ from mmalign.data.mix import open_samples
 from mmalign.data.samples import Sample, Samples
 from mmalign.data.tables import is_tables
 from mmalign.data.templates import trains_image_tokens
+from mmalign.data.workers import choose_workers
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.files import write_text
@@ -172,6 +173,10 @@ def build_loader(
     prefix_length: int,
 ) -> StepLoader:
     """Raises UserError for what does not fit; prefix_length: as in PackedBatch."""
+    pictures = bool(report.num_images.any())
+    num_workers, why = choose_workers(config.data.num_workers, pictures, ranks)
+    if ranks.is_main:
+        log.info("worker processes that load data: %d (%s)", num_workers, why)
     return StepLoader(
         dataset,
         report,
@@ -180,6 +185,7 @@ def build_loader(
         seed=config.seed,
         num_steps=num_steps,
         start_step=first_step,
+        num_workers=num_workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
         require_images=config.stage == "pretrain",

@@ -12,10 +12,10 @@ from mmalign.errors import SampleError, UserError
 
 
 def load(world, start_step=0, num_steps=7, **options) -> list[Step]:
-    names = ("global_batch_size", "micro_batch_tokens", "seed", "rank", "world_size")
+    names = ("global_batch_size", "micro_batch_tokens", "seed", "rank", "world_size", "num_workers")
     settings = {name: options.pop(name) for name in names if name in options}
     require_images = options.pop("require_images", False)
-    dataset = world.dataset(**{"num_workers": 0, **options})
+    dataset = world.dataset(**options)
     report = check_samples(dataset, num_workers=0, progress=False)
     loader = StepLoader(
         dataset,
@@ -104,11 +104,10 @@ def test_a_run_continues_at_any_step_with_the_same_batches(world, num_workers):
 
 
 def test_leaving_in_the_middle_and_starting_again(world):
-    dataset = world.dataset(num_workers=2)
+    dataset = world.dataset()
     report = check_samples(dataset, num_workers=0, progress=False)
-    loader = StepLoader(
-        dataset, report, global_batch_size=6, micro_batch_tokens=400, seed=3, num_steps=7
-    )
+    sizes = {"global_batch_size": 6, "micro_batch_tokens": 400, "seed": 3, "num_steps": 7}
+    loader = StepLoader(dataset, report, **sizes, num_workers=2)
     assert_same(list(islice(loader, 2)), load(world)[:2])
     assert_same(list(loader), load(world))
 
@@ -189,12 +188,13 @@ def test_a_step_without_images_is_refused_where_only_images_train(world):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_image_that_vanishes_during_the_run_names_its_sample(world, num_workers):
-    dataset = world.dataset(num_workers=num_workers, shuffle=False)
+    dataset = world.dataset(shuffle=False)
     report: CheckReport = check_samples(dataset, num_workers=0, progress=False)
     (world.root / "images/9.png").unlink()
     loader = StepLoader(
-        dataset, report, global_batch_size=4, micro_batch_tokens=2000, seed=0, num_steps=5
-    )
+        dataset, report, global_batch_size=4, micro_batch_tokens=2000, seed=0, num_steps=5,
+        num_workers=num_workers,
+    )  # fmt: skip
     seen = []
     with pytest.raises(SampleError, match="sample 'sample-9': no file .*9.png") as caught:
         for step in loader:
