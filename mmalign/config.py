@@ -53,7 +53,7 @@ class LoraConfig:
 class DataConfig:
     path: str = ""
     """JSON, JSON lines (or gzip of them), Parquet or a folder of Hugging Face datasets, in LLaVA,
-    ShareGPT or messages form; or mix.toml, which names several."""
+    ShareGPT, messages or Alpaca form; or mix.toml, which names several."""
     image_root: str | tuple[str, ...] = ""
     """Folders, zip or tar files that image paths are relative to; PREFIX=ROOT for PREFIX/ alone."""
     follow_links: Switch = False
@@ -83,8 +83,8 @@ class DataConfig:
     """Decode every image (True), one in a hundred (sample) or none (False) before the first step;
     the others only have to be there. The result is remembered in run_dir."""
     num_workers: int | Literal["auto"] = "auto"
-    """Worker processes that decode images and pack samples; 0: a thread does; auto: none for text
-    or on a CPU, else up to 8 of the cores that the model leaves. Batches do not depend on it."""
+    """Worker processes that decode images and pack samples; 0: a thread does it; auto: 0 for text
+    or on a CPU, on a GPU up to 8 of the cores that the model leaves."""
 
     @property
     def image_roots(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """From files to packed batches.
 
-    data file           open_source      sources.py      JSON (json_records.py), tables (tables.py)
-      records           as_llava         forms.py        of ShareGPT or messages, in LLaVA's form
+    data file           open_source      sources.py      json_records.py, tables.py (table.py)
+      records           as_llava         forms.py        of other forms, in LLaVA's form
         |               read_samples     samples.py      bytes in memory, parsed lazily (mix.py)
       Sample            encode           dataset.py      checked; text by templates.py, segments.py
         |               Pictures.find    pictures.py     in folders, and archives.py (archive.py)
@@ -10,12 +10,12 @@
         v
       micro-batches     micro_batches    packing.py      which samples share a row
       PackedBatch       pack_samples     packing.py      one row of tokens, no padding
-      Step              StepLoader       loader.py       exactly one global batch, loaded ahead
+      Step              StepLoader       loader.py       one global batch, loaded ahead (workers.py)
 
 Without worker processes, memo.py keeps samples and pixels for the next epoch.
 
-For studies, controls.py makes other files from a file (with captions.py and lengths.py), subsets.py
-takes parts of it. preview.py and figure.py show people the result, and report.py what is in the
+For studies, controls/ makes other records of a file's (with captions.py and lengths.py), subsets.py
+takes parts of them. preview.py and figure.py show people the result, and report.py what is in the
 file: survey.py gathers it during the check, overlap.py finds evaluation questions. chat_template.py
 writes a template as Jinja.
 """

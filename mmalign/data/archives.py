@@ -144,7 +144,9 @@ def open_archive(path: Path) -> Archive:
                 f"unpacking all before it. Unpack it to a plain .tar ({unpack}), which is read in "
                 "place"
             )
-    raise UserError(f"{path} is neither a folder nor a zip or tar archive (--data.image-root)")
+    raise UserError(
+        f"{path} is neither a folder nor a zip, tar, Parquet or Arrow file (--data.image-root)"
+    )
 
 
 def _name_of(info: zipfile.ZipInfo) -> str:

@@ -2,6 +2,7 @@
 
     LLaVA       "conversations": [{"from": "human" or "gpt", "value": text}, ...]
     ShareGPT    the same with other names of the speakers, such as user and assistant
+    Alpaca      "instruction", "input" (may be empty) and "output": text, a conversation of one turn
     messages    "messages" or "conversations": [{"role": "user" or "assistant", "content": x}, ...]
                 where x is text, or a list of {"type": "text", "text": ...} and {"type": "image"}
 
@@ -13,13 +14,14 @@ from collections.abc import Iterator
 
 from mmalign.data.segments import IMAGE
 
-LLAVA, SHAREGPT, MESSAGES = "LLaVA", "ShareGPT", "messages"
+LLAVA, SHAREGPT, MESSAGES, ALPACA = "LLaVA", "ShareGPT", "messages", "Alpaca"
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "human"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "gpt"),
     "system": "system",
 }
+_TURNS = {"conversations", "messages"}
 _IMAGE_KEYS = ("image", "image_url", "path", "url")  # of a part: where its picture is
 
 
@@ -28,7 +30,9 @@ class FormError(ValueError):
 
 
 def form_of(record: dict) -> str:
-    """LLaVA, ShareGPT or messages, by structure; LLaVA's where it cannot be told."""
+    """LLaVA, ShareGPT, messages or Alpaca, by structure; LLaVA's where it cannot be told."""
+    if record.keys() >= {"instruction", "output"} and not record.keys() & _TURNS:
+        return ALPACA
     turns = _turns(record)
     if any(isinstance(turn, dict) and "role" in turn for turn in turns):
         return MESSAGES
@@ -42,6 +46,8 @@ def as_llava(record: dict) -> dict:
 
     Fields that no form knows stay. Raises FormError.
     """
+    if form_of(record) == ALPACA:
+        record = _from_alpaca(record)
     record = _with_system_turn(_with_image(record))
     form = form_of(record)
     if form == LLAVA:
@@ -56,6 +62,13 @@ def as_llava(record: dict) -> dict:
     if parts and record.get("image"):
         raise FormError("it has pictures both in its messages and in a field of its own")
     return record | {"image": parts} if parts else record
+
+
+def _from_alpaca(record: dict) -> dict:
+    question = "\n".join(str(x) for x in (record["instruction"], record.get("input")) if x)
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["output"]}]
+    rest = {key: x for key, x in record.items() if key not in ("instruction", "input", "output")}
+    return rest | {"conversations": turns}
 
 
 def _turns(record: dict) -> list:

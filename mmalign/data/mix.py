@@ -29,8 +29,9 @@ import numpy as np
 from mmalign.config import DataConfig
 from mmalign.data.samples import Sample, SampleFile, Samples, read_samples
 from mmalign.data.sources import source_files
+from mmalign.data.tables import is_tables, read_tables
 from mmalign.errors import SampleError, UserError
-from mmalign.files import Settings, read_text
+from mmalign.files import Settings, read_text, write_text
 
 SUFFIX = ".toml"
 _MOST_WEIGHT, _MOST_SAMPLES = 1000, 10**9
@@ -60,28 +61,35 @@ class Mix(Samples):
         self.unused = sum((Counter(file.unused) for file in files), Counter())
         self.forms = sum((Counter(file.forms) for file in files), Counter())
         self.container = f"a mix of {len(files)} files"
-        self.tables = {}
-        for part, file in zip(parts, files, strict=True):
-            if twice := self.tables.keys() & file.tables.keys():
-                raise UserError(
-                    f"{part.path}: another file of the mix has pictures in a {min(twice)}, too. "
-                    "Rename one of them"
-                )
-            self.tables |= file.tables
+        named = zip(parts, files, strict=True)
+        self.tables = {
+            f"{x.name}/{name}": table for x, y in named for name, table in y.tables.items()
+        }
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _sample(self, index: int) -> Sample:
+    def record(self, index: int) -> dict:
+        number, row = self.place(index)
+        return self.files[number].record(row)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which file, and which of its samples."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[number - 1]) if number else 0
-        name = self.parts[number].name
+        return number, int(self._chosen[number][index - first])
+
+    def _sample(self, index: int) -> Sample:
+        number, row = self.place(index)
+        file, name = self.files[number], self.parts[number].name
         try:
-            sample = self.files[number][int(self._chosen[number][index - first])]
+            sample = file[row]
         except SampleError as error:
             named = f"{name}/{error.sample_id}"
             raise SampleError(named, error.problem, error.remedy) from error
-        return replace(sample, id=f"{name}/{sample.id}")
+        inside = [x.rpartition("#")[0] in file.tables for x in sample.images]
+        images = (f"{name}/{x}" if y else x for x, y in zip(sample.images, inside, strict=True))
+        return replace(sample, id=f"{name}/{sample.id}", images=tuple(images))
 
     def epoch(self, kept: np.ndarray) -> np.ndarray:
         numbers = np.searchsorted(self._ends, kept, side="right")
@@ -111,6 +119,26 @@ def open_samples(path: str | Path, data: DataConfig) -> Samples:
         )
     parts = read_mix(path)
     return Mix(parts, [read_samples(part.path, data) for part in parts], repr(_identity(parts)))
+
+
+def has_tables(path: Path) -> bool:
+    """Whether a data file, or one of a mix, may have pictures inside."""
+    is_mix = path.suffix == SUFFIX and path.is_file()
+    return any(is_tables(x.path) for x in read_mix(path)) if is_mix else is_tables(path)
+
+
+def picture_tables(path: Path) -> dict[str, Path]:
+    """The tables of a data file or mix that have pictures inside, by the names of open_samples."""
+    is_mix = path.suffix == SUFFIX
+    named = [(f"{x.name}/", x.path) for x in read_mix(path)] if is_mix else [("", path)]
+    files = [(name, read_tables(x)[3]) for name, x in named if is_tables(x)]
+    return {f"{name}{x}": table.path for name, tables in files for x, table in tables.items()}
+
+
+def write_mix(path: Path, parts: list[Part]) -> None:
+    """Of files beside it, all of whose samples are used."""
+    tables = [f'[files.{x.name}]\npath = "{x.path.name}"\nweight = {x.weight}\n' for x in parts]
+    write_text(path, f"seed = {parts[0].seed}\n\n" + "\n".join(tables))
 
 
 def data_files(path: Path) -> list[tuple[str, Path]]:

@@ -1,8 +1,9 @@
-"""Where the pictures of samples lie: folders and archives (--data.image-root), or the data file.
+"""Where the pictures of samples lie: folders, archives and tables (--data.image-root).
 
 A picture is looked up by its name in every root. A name that several roots have is an error: which
 one is meant cannot be guessed. PREFIX=ROOT keeps such roots apart; it holds the names that begin
-with PREFIX/, without that.
+with PREFIX/, without that. FILE#ROW/COLUMN is the picture in a row of a table, which is the data
+file itself or a root.
 """
 
 import io
@@ -16,6 +17,8 @@ from typing import BinaryIO, Protocol
 
 from mmalign.data.archive import MAX_PICTURE_BYTES, Archive
 from mmalign.data.archives import open_archive
+from mmalign.data.table import Table
+from mmalign.data.tables import open_table
 from mmalign.errors import SampleError, UserError
 from mmalign.files import open_regular
 
@@ -30,12 +33,6 @@ class Stored(Protocol):
         ...
 
     def read(self) -> bytes: ...
-
-
-class Table(Protocol):
-    """A data file with pictures in it."""
-
-    def find(self, name: str) -> Stored | None: ...
 
 
 Picture = Path | Stored
@@ -120,10 +117,13 @@ class Pictures:
         """tables: data files with pictures in them, by the names that theirs begin with."""
         # links in a path are resolved and have to stay inside, unless the user follows them
         self._resolve = os.path.abspath if follow_links else os.path.realpath
-        self.tables = tables or {}
-        if not roots and not self.tables:
-            roots = (".",)
-        self.roots = [self._open(root) for root in roots]
+        self.tables, self.roots = dict(tables or {}), []
+        self.table_files: list[tuple[str, Path]] = []  # those among the roots
+        for prefix, path in map(split_root, roots if roots or tables else (".",)):
+            if table := open_table(Path(path)):
+                self._add(f"{prefix}{table.path.name}", table)
+            else:
+                self.roots.append(self._open(prefix, path))
 
     @property
     def archives(self) -> list[Archive]:
@@ -141,11 +141,13 @@ class Pictures:
 
     @property
     def fingerprint(self) -> list[tuple[str, str]]:
-        """Paths of folders, contents of archives."""
-        return [
+        """Paths of folders, contents of archives, sizes and times of tables."""
+        found = [
             (x.prefix, x.place.fingerprint if isinstance(x.place, Archive) else str(x.place))
             for x in self.roots
         ]
+        stats = [(name, path.stat()) for name, path in self.table_files]
+        return found + [(name, f"{x.st_size} {x.st_mtime_ns}") for name, x in stats]
 
     def find(self, sample_id: str, name: str) -> Picture:
         """Raises SampleError for a name that no root has, that several have, or that leaves them.
@@ -155,8 +157,8 @@ class Pictures:
         if name.startswith(("data:", "http://", "https://")):
             kind = "a picture's data" if name.startswith("data:") else "a URL"
             raise SampleError(sample_id, f"its image {name!r} is {kind}, not a path", FIX_OR_SKIP)
-        table = self.tables.get(name.rpartition("#")[0])
-        cell = table.find(name) if table else None
+        file, _, place = name.rpartition("#")
+        cell = self.tables[file].find(place) if file in self.tables else None
         if cell is not None:
             return cell
         found, outside = [], False
@@ -179,7 +181,7 @@ class Pictures:
     def _not_one(
         self, sample_id: str, name: str, found: list[Picture], outside: bool
     ) -> SampleError:
-        where = ", ".join(map(str, self.roots))
+        where = ", ".join([*map(str, self.roots), *(str(path) for _, path in self.table_files)])
         if found:
             problem = f"its image {name!r} is in several roots: {', '.join(map(str, found))}"
             remedy = "Leave out one of --data.image-root, or give it as PREFIX=ROOT"
@@ -203,8 +205,18 @@ class Pictures:
         problem = f"no file {name!r} in {where}{cut or such}"
         return SampleError(sample_id, problem, remedy if cut else FIX_OR_SKIP)
 
-    def _open(self, root: str) -> _Root:
-        prefix, path = split_root(root)
+    def _add(self, name: str, table: Table) -> None:
+        known = self.tables.get(name)
+        if known and not known.path.samefile(table.path):
+            raise UserError(
+                f"{known.path} and {table.path} both have pictures that are called {name}#ROW/..., "
+                "so one hides the other. Give one of --data.image-root as PREFIX=ROOT"
+            )
+        if not known:
+            self.tables[name] = table
+            self.table_files.append((name, table.path))
+
+    def _open(self, prefix: str, path: str) -> _Root:
         resolved = self._resolve(path)
         if os.path.isdir(resolved):
             return _Root(prefix, resolved)

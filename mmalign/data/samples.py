@@ -25,8 +25,8 @@ import numpy as np
 from mmalign.config import DataConfig
 from mmalign.data.forms import FormError, as_llava, form_of
 from mmalign.data.json_records import REPEATED, parse
-from mmalign.data.pictures import Table
 from mmalign.data.sources import Source, open_source
+from mmalign.data.table import Table
 from mmalign.errors import SampleError, UserError, readable
 
 _TYPES = {
@@ -87,6 +87,10 @@ class Samples(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self._sample(range(len(self))[index])
 
+    def record(self, index: int) -> dict:
+        """The sample's JSON, as the file has it."""
+        raise NotImplementedError
+
     def epoch(self, kept: np.ndarray) -> np.ndarray:
         """Rows of `kept`, the indices of the usable samples, as often as an epoch has each."""
         return np.arange(len(kept))
@@ -121,9 +125,12 @@ class SampleFile(Samples):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def _sample(self, index: int) -> Sample:
+    def record(self, index: int) -> dict:
         begin = self._ends[index - 1] if index else 0
-        record, number = parse(self._content[begin : self._ends[index]]), int(self._numbers[index])
+        return parse(self._content[begin : self._ends[index]])
+
+    def _sample(self, index: int) -> Sample:
+        record, number = self.record(index), int(self._numbers[index])
         return parse_sample(
             record, str(record["id"]) if number >= 0 else _name(record, -1 - number)
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmalign.data.json_records import GZIP, read_text, records
-from mmalign.data.pictures import Table
+from mmalign.data.table import Table
 from mmalign.data.tables import is_tables, read_tables, table_files
 
 

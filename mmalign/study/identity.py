@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mmalign.config import TrainConfig
-from mmalign.data.mix import data_files
+from mmalign.data.mix import data_files, has_tables
 from mmalign.data.pictures import split_root
 from mmalign.errors import UserError
 from mmalign.evaluation.pictures import Control
@@ -256,7 +256,8 @@ class Orders:
             if not config.data.text_only:
                 wanted |= {f"{name}.vision-tower": config.model.vision_tower}
                 roots = [split_root(root)[1] for root in config.data.image_roots]
-                wanted |= {f"{stage}.data.image-root": roots[0] if roots else ""}
+                if roots or not has_tables(Path(config.data.path)):
+                    wanted |= {f"{stage}.data.image-root": roots[0] if roots else ""}
         if run.transform and run.transform.second:
             wanted["control-data"] = run.transform.second
         needed = [*wanted.items(), *(("", root) for root in roots[1:])]

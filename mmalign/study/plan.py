@@ -75,7 +75,7 @@ class Variant:
     model: str = ""
     """Instead of a recipe: the folder of a published model, which is scored as it is."""
     control: str = ""
-    """A transform of the data, by its name in mmalign/data/controls.py."""
+    """A transform of the data, by its name in mmalign/data/controls."""
     control_data: str = ""
     """The second file of a control that needs one."""
     samples: int | None = None

@@ -125,3 +125,4 @@ def delete_weights(order: Order) -> None:
     for name in ("export", "checkpoints"):
         shutil.rmtree(order.train_dir / name, ignore_errors=True)
     (order.folder / "data.json").unlink(missing_ok=True)
+    shutil.rmtree(order.folder / "data", ignore_errors=True)

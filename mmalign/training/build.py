@@ -9,9 +9,8 @@ from mmalign.config import TrainConfig
 from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader
-from mmalign.data.mix import open_samples
+from mmalign.data.mix import has_tables, open_samples
 from mmalign.data.samples import Sample, Samples
-from mmalign.data.tables import is_tables
 from mmalign.data.templates import trains_image_tokens
 from mmalign.data.workers import choose_workers
 from mmalign.distributed import DistributedContext
@@ -61,7 +60,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     required = {"--model.decoder": model.decoder, "--data.path": data.path}
     if not data.text_only:
         required["--model.vision-tower"] = model.vision_tower
-        if not is_tables(Path(data.path)):  # those have pictures inside
+        if not has_tables(Path(data.path)):
             required["--data.image-root"] = " ".join(data.image_roots)
     missing = [flag for flag, value in required.items() if not value]
     if missing:

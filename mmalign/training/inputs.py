@@ -27,7 +27,7 @@ from mmalign.training.run_folder import FREE_FIELDS, flatten
 log = logging.getLogger("mmalign")
 Files = Iterable[tuple[str, Path]]  # name that counts as content, and where it lies now
 _WEIGHTS = ("*.safetensors", "*.bin")  # the second only where there is none of the first
-_ARCHIVES = "archives of images"
+_ARCHIVES, _TABLES = "archives of images", "tables of images"
 _SETTINGS = ("config.json", "preprocessor_config.json", "*.index.json")
 
 
@@ -78,6 +78,8 @@ class RunInputs:
         else:
             sizes = [(name, path.stat().st_size) for name, path in files]
             self._compare("sizes of the images", roots, {"sha256": digest(sizes)})
+        if dataset.pictures.table_files or _TABLES in self.found:
+            self._compare_files(_TABLES, roots, dataset.pictures.table_files)
         archives = [archive.fingerprint for archive in dataset.pictures.archives]
         if archives or _ARCHIVES in self.found:
             self._compare(_ARCHIVES, roots, {"sha256": digest(archives)})

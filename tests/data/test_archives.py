@@ -321,15 +321,15 @@ UNREADABLE = {
     "end of a zip": (cut(write_zip, lambda x, _: len(x) - 1), "not a complete zip archive .* repe"),
     "directory of a zip": (cut(write_zip, lambda x, _: len(x) - 700), "not a complete zip archive"),
     "within a zip": (cut(write_zip, lambda x, bad: x.index(bad) + 9), "not a complete zip archive"),
-    "start of a zip": (cut(write_zip, lambda x, _: 3), "neither a folder nor a zip or tar archive"),
+    "start of a zip": (cut(write_zip, lambda x, _: 3), "neither a folder nor a zip, tar"),
     "start of a tar": (
         cut(write_tar, lambda x, _: 300),
         r"has no files in it \(truncated header\)",
     ),
-    "nothing": (cut(write_tar, lambda x, _: 0), "neither a folder nor a zip or tar archive"),
+    "nothing": (cut(write_tar, lambda x, _: 0), "neither a folder nor a zip, tar"),
     "gzip": (gzipped, "compressed with gzip, so .* unpacking all before it"),
     "empty zip": (lambda path, _: write_zip(path, {}), "has no files in it"),
-    "empty tar": (lambda path, _: write_tar(path, {}), "neither a folder nor a zip or tar archive"),
+    "empty tar": (lambda path, _: write_tar(path, {}), "neither a folder nor a zip, tar"),
 }
 
 

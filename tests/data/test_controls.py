@@ -13,7 +13,10 @@ from PIL import Image
 from mmalign.config import DataConfig
 from mmalign.data.captions import read_captions
 from mmalign.data.check import check_samples
-from mmalign.data.controls import CONTROLS, MOST_WORDS, deranged, read_records, supervised_tokens
+from mmalign.data.controls import CONTROLS, MOST_WORDS
+from mmalign.data.controls.control import read_records
+from mmalign.data.controls.lengths import supervised_tokens
+from mmalign.data.controls.pictures import deranged
 from mmalign.data.samples import parse_sample
 from mmalign.errors import SampleError, UserError
 from tests.data.conftest import World

@@ -245,6 +245,31 @@ def test_an_image_stands_on_a_line_of_its_own():
     assert turn["value"] == "Compare\n<image>\nwithwith\n<image>\n<image>\nthis.\n<image>"
 
 
+def test_alpacas_form(world):
+    """A conversation of one turn, with or without an input, with a picture or without."""
+    texts = [("what\nis it", "a boat"), ("<image>\nis it red", "it is"), ("at", "3")]
+    world.samples = [
+        {"conversations": [{"from": "human", "value": x}, {"from": "gpt", "value": y}]}
+        for x, y in texts
+    ]
+    world.samples[1]["image"] = "1.png"
+    expected = [world.dataset().encode(i) for i in range(3)]
+    world.samples = [
+        {"instruction": "what", "input": "is it", "output": "a boat"},
+        {"instruction": "<image>\nis it red", "output": "it is", "image": "1.png"},
+        {"instruction": "at", "input": "", "output": "3"},
+        {"instruction": "at", "output": 3},
+    ]
+    dataset = world.dataset()
+    assert dataset.samples.forms == {"Alpaca": 4} and not dataset.samples.unused
+    for i, x in enumerate(expected):
+        found = dataset.encode(i)
+        assert found.input_ids.tolist() == x.input_ids.tolist() and found.images == x.images
+        assert found.labels.tolist() == x.labels.tolist()
+    with pytest.raises(SampleError, match="sample '#3': a turn lacks the text from or value"):
+        dataset.encode(3)
+
+
 def message(content, **fields) -> dict:
     return {"id": "odd", "messages": [{"role": "user", "content": content} | fields]}
 
