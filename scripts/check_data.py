@@ -23,14 +23,13 @@ from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.check import CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.facts import Questions, facts_of
 from mmalign.data.figure import contact_sheet, plot_lengths
 from mmalign.data.overlap import QuestionIndex
 from mmalign.data.preview import PreviewModel, open_dataset
 from mmalign.data.report import (
-    Questions,
     Section,
     comparison,
-    facts_of,
     markdown,
     sections_of,
     show,
@@ -120,7 +119,7 @@ def main(config: Check) -> bool:
         write_json(config.output / "report.json", facts)
         write_text(config.output / "report.md", markdown(sections, draw(checked[0], config.output)))
         print(f"report: {config.output / 'report.md'}", file=sys.stderr)
-    return not any(x.report.skipped for x in checked)
+    return not any(x.facts["unusable"] for x in checked)
 
 
 if __name__ == "__main__":

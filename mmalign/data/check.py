@@ -27,6 +27,7 @@ from mmalign.files import replacing
 log = logging.getLogger("mmalign")
 _CHUNK = 256  # samples that a worker process checks at a time
 NUM_LISTED = 10  # bad samples that an error names
+COUNTS = ("lengths", "num_loss_tokens", "num_images", "num_cut")  # of each sample
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CheckReport:
     lengths: np.ndarray  # (num_kept,) int32; tokens with images expanded
     num_loss_tokens: np.ndarray  # (num_kept,) int32; targets that have a loss, after the shift
     num_images: np.ndarray  # (num_kept,) int32
+    num_cut: np.ndarray  # (num_kept,) int32; tokens that data.on_long_sample "truncate" cuts off
     skipped: list[SampleError]
     prefix: np.ndarray  # (prefix_length,) int32; the shared prompt header: tokens that all kept
     # samples start with, before an image's tokens and before the first row with a target
@@ -44,7 +46,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _CheckedChunk:
-    counts: np.ndarray  # (num_samples, 3) int32; length, loss tokens, images; zeros: unusable
+    counts: np.ndarray  # (num_samples, 4) int32: the arrays of CheckReport; zeros: unusable
     skipped: list[SampleError]
     prefix: np.ndarray | None  # None: no sample is usable
     seen: object = None  # what the observer has found
@@ -113,11 +115,7 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            arrays = [file[name] for name in ("kept", "lengths", "num_loss_tokens", "num_images")]
-            kept, lengths, num_loss_tokens, num_images = arrays
-            report = CheckReport(
-                kept, lengths, num_loss_tokens, num_images, skipped, file["prefix"]
-            )
+            report = CheckReport(*(file[x] for x in ("kept", *COUNTS)), skipped, file["prefix"])
             if str(file["digest"]) != _digest(report):
                 raise ValueError("its content has changed since it was written")
             return report
@@ -163,11 +161,10 @@ def _check_all(
             skipped += chunk.skipped
             prefix = _common_prefix(prefix, chunk.prefix)
             bar.update(len(chunk.counts))
-    counts = np.concatenate(counts)  # (num_samples, 3)
+    counts = np.concatenate(counts)  # (num_samples, 4)
     prefix = np.empty(0, np.int32) if prefix is None else prefix
     kept = np.flatnonzero(counts[:, 0])
-    lengths, num_loss_tokens, num_images = np.ascontiguousarray(counts[kept].T)
-    return CheckReport(kept, lengths, num_loss_tokens, num_images, skipped, prefix)
+    return CheckReport(kept, *np.ascontiguousarray(counts[kept].T), skipped, prefix)
 
 
 def _run(
@@ -218,22 +215,30 @@ def _check_chunk_in_worker(chunk: range) -> _CheckedChunk:
 def _check_chunk(
     dataset: ConversationDataset, chunk: range, observer: Observer | None
 ) -> _CheckedChunk:
-    counts = np.zeros((len(chunk), 3), np.int32)
+    counts = np.zeros((len(chunk), len(COUNTS)), np.int32)
     skipped, checked, prefix = [], [], None
     for row, index in enumerate(chunk):
         try:
             sample = dataset.encode(index)
             num_loss_tokens = np.count_nonzero(sample.labels[1:] != IGNORE_INDEX)
             if num_loss_tokens == 0:
-                raise SampleError(sample.id, "nothing to train on", "Remove it from the file")
+                raise _nothing_to_train_on(sample)
             dataset.check_images(sample)
-            counts[row] = len(sample.input_ids), num_loss_tokens, len(sample.images)
+            num_tokens, num_images = len(sample.input_ids), len(sample.images)
+            counts[row] = num_tokens, num_loss_tokens, num_images, sample.num_cut
             prefix = _common_prefix(prefix, _prompt_header(dataset, sample))
             checked.append((index, sample))
         except SampleError as error:
             skipped.append(error)
     seen = None if observer is None else observer.observe(dataset, checked)
     return _CheckedChunk(counts, skipped, prefix, seen)
+
+
+def _nothing_to_train_on(sample: EncodedSample) -> SampleError:
+    if not sample.num_cut:
+        return SampleError(sample.id, "nothing to train on", "Remove it from the file")
+    problem = f"nothing to train on in the {len(sample.input_ids):,} tokens that are left of it"
+    return SampleError(sample.id, problem, "Raise --data.max-length, or remove the sample")
 
 
 def _prompt_header(dataset: ConversationDataset, sample: EncodedSample) -> np.ndarray:

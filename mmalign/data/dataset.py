@@ -39,6 +39,7 @@ class EncodedSample:
     input_ids: np.ndarray  # (num_tokens,) int32; every patch of an image is an image_token_id
     labels: np.ndarray  # (num_tokens,) int32; unshifted, IGNORE_INDEX where there is no loss
     images: tuple[Picture, ...]  # in the order of their patches
+    num_cut: int = 0  # tokens that data.on_long_sample "truncate" has cut off
 
 
 class ConversationDataset:
@@ -159,19 +160,19 @@ class ConversationDataset:
         images = self._pictures(sample)
         if images and self.vision:
             ids, labels = self._expand(ids, labels, self.vision.num_patches)
-        if data.on_long_sample == "truncate" and len(ids) > data.max_length:
+        num_cut = max(0, len(ids) - data.max_length) if data.on_long_sample == "truncate" else 0
+        if num_cut:
             if tokenizer.image_token_id in ids[data.max_length :]:
                 raise self._too_long(sample, f"{len(ids)} tokens, and an image would be cut")
             ids, labels = ids[: data.max_length], labels[: data.max_length]
-        return EncodedSample(sample.id, ids, labels, images)
+        return EncodedSample(sample.id, ids, labels, images, num_cut)
 
     def _too_long(self, sample: Sample, length: str) -> LongSampleError:
-        return LongSampleError(
-            sample.id,
-            f"{length}, at most {self.data.max_length} tokens allowed",
-            "Shorten or split the conversation, raise --data.max-length, or choose "
-            "--data.on-long-sample skip or truncate",
-        )
+        problem = f"{length}, at most {self.data.max_length} tokens allowed"
+        remedy = "Shorten or split the conversation, or raise --data.max-length"
+        if self.data.on_long_sample == "error":
+            remedy += ", or choose --data.on-long-sample skip or truncate"
+        return LongSampleError(sample.id, problem, remedy)
 
     def load_pixels(self, index: int) -> Tensor | None:
         """The sample's images, uint8 (num_images, 3, crop_size, crop_size); None without any."""

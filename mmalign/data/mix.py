@@ -20,6 +20,7 @@ import math
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
@@ -27,7 +28,8 @@ from zlib import crc32
 import numpy as np
 
 from mmalign.config import DataConfig
-from mmalign.data.samples import Sample, SampleFile, Samples, read_samples
+from mmalign.data.forms import form_of
+from mmalign.data.samples import Sample, SampleFile, Samples, read_samples, unused_fields
 from mmalign.data.sources import source_files
 from mmalign.data.tables import is_tables, read_tables
 from mmalign.errors import SampleError, UserError
@@ -58,8 +60,9 @@ class Mix(Samples):
         self._ends = np.cumsum([len(x) for x in self._chosen])  # (num_parts,)
         facts = [about, *(file.fingerprint for file in files)]
         self.fingerprint = json.dumps(facts)
-        self.unused = sum((Counter(file.unused) for file in files), Counter())
-        self.forms = sum((Counter(file.forms) for file in files), Counter())
+        counted = [_counted(file, x) for file, x in zip(files, self._chosen, strict=True)]
+        self.unused = sum((Counter(unused) for unused, _ in counted), Counter())
+        self.forms = sum((Counter(forms) for _, forms in counted), Counter())
         self.container = f"a mix of {len(files)} files"
         named = zip(parts, files, strict=True)
         self.tables = {
@@ -90,6 +93,23 @@ class Mix(Samples):
         inside = [x.rpartition("#")[0] in file.tables for x in sample.images]
         images = (f"{name}/{x}" if y else x for x, y in zip(sample.images, inside, strict=True))
         return replace(sample, id=f"{name}/{sample.id}", images=tuple(images))
+
+    def summary(self, kept: np.ndarray) -> list[dict]:
+        """Of each file, how many samples are chosen and usable, and how often an epoch has one."""
+        numbers = np.searchsorted(self._ends, kept, side="right")
+        usable, in_epoch = (
+            np.bincount(x, minlength=len(self.parts)).tolist()
+            for x in (numbers, numbers[self.epoch(kept)])
+        )
+        return [
+            {
+                "name": part.name, "path": str(part.path), "weight": part.weight,
+                "in_file": len(file), "samples": len(chosen), "usable": x, "in_epoch": y,
+            }
+            for part, file, chosen, x, y in zip(
+                self.parts, self.files, self._chosen, usable, in_epoch, strict=True
+            )
+        ]  # fmt: skip
 
     def epoch(self, kept: np.ndarray) -> np.ndarray:
         numbers = np.searchsorted(self._ends, kept, side="right")
@@ -191,6 +211,14 @@ def _chosen(part: Part, num_samples: int) -> np.ndarray:
     if part.num_samples is None or part.num_samples >= num_samples:
         return np.arange(num_samples)
     return np.sort(_random(part, "samples").permutation(num_samples)[: part.num_samples])
+
+
+def _counted(file: SampleFile, chosen: np.ndarray) -> tuple[Mapping, Mapping]:
+    """Unused fields and forms of the chosen samples."""
+    if len(chosen) == len(file):
+        return file.unused, file.forms
+    records = [file.record(int(i)) for i in chosen]
+    return Counter(x for y in records for x in unused_fields(y)), Counter(map(form_of, records))
 
 
 def _random(part: Part, what: str) -> np.random.RandomState:

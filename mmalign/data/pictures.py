@@ -22,7 +22,7 @@ from mmalign.data.tables import open_table
 from mmalign.errors import SampleError, UserError
 from mmalign.files import open_regular
 
-FIX_OR_SKIP = "Fix the file, or use --data.on-bad-sample skip"
+FIX_OR_SKIP = "Fix the file or --data.image-root, or use --data.on-bad-sample skip"
 
 
 class Stored(Protocol):

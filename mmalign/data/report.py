@@ -1,9 +1,8 @@
-"""The report on a data file: its facts as one JSON object, and as sections to read.
+"""The facts of a data file (facts.py) as sections to read, in a terminal or as Markdown.
 
 What is listed is the first NUM_LISTED of each kind, by id.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.data.check import NUM_LISTED, CheckReport
-from mmalign.data.dataset import ConversationDataset
-from mmalign.data.lengths import histogram_rows, kolmogorov_smirnov, summary, wasserstein
+from mmalign.data.lengths import histogram_rows, kolmogorov_smirnov, wasserstein
 from mmalign.data.overlap import FEWEST_WORDS, WORDS
-from mmalign.data.samples import Samples
-from mmalign.data.survey import Survey
 from mmalign.errors import readable
 from mmalign.files import markdown_table
 
-Questions = Mapping[str, Sequence[str]]  # by task
 _QUESTION_CHARACTERS = 100
 
 
@@ -32,100 +27,6 @@ class Section:
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: Sequence[str] = ()
-
-
-# ---- facts ----
-
-
-def facts_of(
-    dataset: ConversationDataset,
-    report: CheckReport,
-    survey: Survey,
-    questions: Questions,
-    not_looked_for: Sequence[str] = (),
-) -> dict[str, Any]:
-    """questions: by task, those of the survey's index in their order.
-
-    not_looked_for: why there are no others, in sentences.
-    """
-    tokens, supervised = report.lengths, report.num_loss_tokens
-    return {
-        "file": dataset.data.path,
-        "samples": len(dataset),
-        "usable": len(report.kept),
-        "forms": dict(dataset.samples.forms) if isinstance(dataset.samples, Samples) else {},
-        "types": {kind or "none": count for kind, count in survey.types.most_common()},
-        "questions_per_sample": _counts(survey.samples[:, 2]),
-        "pictures_per_sample": _counts(report.num_images),
-        "different_pictures": survey.num_different_pictures,
-        "tokens": summary(tokens),
-        "supervised_tokens": summary(supervised),
-        "supervised_share": int(supervised.sum(dtype=np.int64)) / int(tokens.sum(dtype=np.int64)),
-        "unusable": [
-            {"id": x.sample_id, "problem": x.problem, "remedy": x.remedy} for x in report.skipped
-        ],
-        "duplicates": _duplicates(dataset, survey),
-        "overlap": _overlap(dataset, survey, questions),
-        "not_looked_for": list(not_looked_for),
-    }
-
-
-def _counts(values: np.ndarray) -> dict[str, int]:
-    return {str(value): count for value, count in sorted(Counter(values.tolist()).items())}
-
-
-def _duplicates(dataset: ConversationDataset, survey: Survey) -> dict[str, Any]:
-    samples, pictures = survey.repeated_samples(), survey.repeated_pictures()
-    names = [[dataset.samples[i].images[place] for i, place in x[:NUM_LISTED]] for x in pictures]
-    ids = [[dataset.samples[i].id for i in group[:NUM_LISTED]] for group in samples[:NUM_LISTED]]
-    return {
-        "samples": sum(len(group) - 1 for group in samples),
-        "first_samples": ids,
-        "pictures": sum(len(group) - 1 for group in pictures),
-        "first_pictures": names[:NUM_LISTED],
-        "pictures_not_compared": survey.num_unread_pictures,
-    }
-
-
-def _overlap(dataset: ConversationDataset, survey: Survey, questions: Questions) -> dict[str, Any]:
-    """By task, how many questions are found to which part in the sample that has most of each."""
-    if survey.questions is None:
-        return {}
-    samples, found_in, found = survey.overlap.T
-    num_runs = survey.questions.num_runs
-    share = found / num_runs[found_in]
-    best = np.zeros(len(num_runs))
-    np.maximum.at(best, found_in, share)
-    tasks, begin = {}, 0
-    for task, texts in questions.items():
-        part = slice(begin, begin := begin + len(texts))
-        tasks[task] = {
-            "questions": len(texts),
-            "too_short": int((num_runs[part] == 0).sum()),
-            "whole": int((best[part] == 1).sum()),
-            "half": int((best[part] >= 0.5).sum()),
-            "any": int((best[part] > 0).sum()),
-        }
-    names = [(task, text) for task, texts in questions.items() for text in texts]
-    first = []
-    for question in np.lexsort((-num_runs, -best))[:NUM_LISTED].tolist():
-        if best[question] < 0.5:
-            break
-        where = samples[(found_in == question) & (share == best[question])]
-        task, text = names[question]
-        first.append(
-            {
-                "task": task,
-                "question": readable(text, _QUESTION_CHARACTERS),
-                "share": float(best[question]),
-                "samples": [dataset.samples[i].id for i in where[:NUM_LISTED].tolist()],
-                "num_samples": len(where),
-            }
-        )
-    return {"tasks": tasks, "first": first}
-
-
-# ---- sections ----
 
 
 def sections_of(facts: Mapping[str, Any], report: CheckReport, images: str) -> list[Section]:
@@ -144,12 +45,13 @@ def sections_of(facts: Mapping[str, Any], report: CheckReport, images: str) -> l
                 ("samples", f"{facts['samples']:,}"),
                 *((f"in {name} form", f"{n:,}") for name, n in facts["forms"].items()),
                 ("usable", f"{facts['usable']:,}"),
-                *((f"of type {name}", f"{n:,}") for name, n in facts["types"].items()),
+                *(_type_row(name, n) for name, n in facts["types"].items()),
                 *_numbered(facts["questions_per_sample"], "question"),
                 *_numbered(facts["pictures_per_sample"], "picture"),
             ],
             [*images.splitlines(), f"{facts['different_pictures']:,} different pictures by name"],
         ),
+        *_mix_section(facts["mix"]),
         Section(
             "Tokens per sample",
             ("", "pictures expanded", "supervised"),
@@ -158,8 +60,35 @@ def sections_of(facts: Mapping[str, Any], report: CheckReport, images: str) -> l
         ),
         _duplicate_section(facts["duplicates"]),
         *_overlap_section(facts["overlap"], facts["not_looked_for"]),
+        *_long_sections(facts),
         Section("Unusable samples", (), (), [*listed, *_more(len(unusable))] or ["none"]),
     ]
+
+
+def _type_row(name: str, number: int) -> tuple[str, str]:
+    return ("without a type" if name == "none" else f"of type {name}"), f"{number:,}"
+
+
+def _mix_section(rows: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    headings = ("", "in the file", "chosen", "usable", "weight", "in an epoch")
+    counts = ("in_file", "samples", "usable", "weight", "in_epoch")
+    lines = [(x["name"], *(f"{x[name]:,.10g}" for name in counts)) for x in rows]
+    if rows:
+        total = sum(x["in_epoch"] for x in rows)
+        yield Section("Files of the mix", headings, lines, [f"{total:,} samples make an epoch"])
+
+
+def _long_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
+    long, cut = facts["left_out_as_too_long"], facts["truncated"]
+    if long:
+        listed = [f"sample {x['id']!r}: {x['problem']}" for x in long[:NUM_LISTED]]
+        title = f"Left out as too long: {len(long):,} samples"
+        yield Section(title, (), (), [*listed, *_more(len(long))])
+    if cut:
+        listed = [f"sample {x['id']!r}: {x['tokens_cut']:,} tokens" for x in cut[:NUM_LISTED]]
+        total = sum(x["tokens_cut"] for x in cut)
+        title = f"Truncated: {len(cut):,} samples, by {total:,} tokens"
+        yield Section(title, (), (), [*listed, *_more(len(cut))])
 
 
 def _numbered(counts: Mapping[str, int], noun: str) -> list[tuple[str, str]]:

@@ -158,7 +158,7 @@ def read_samples(path: str | Path, data: DataConfig) -> SampleFile:
         seen_ids.add(sample_id)
         if wanted and kind not in wanted:
             continue
-        unused.update(_unused(record))
+        unused.update(unused_fields(record))
         forms[form_of(record)] += 1
         content += text
         ends.append(len(content))
@@ -271,7 +271,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _unused(record: dict) -> Iterator[str]:
+def unused_fields(record: dict) -> Iterator[str]:
     """The fields of a sample and of its turns that nothing reads."""
     with suppress(FormError):  # the sample is refused when it is used
         record = as_llava(record)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mmalign.config import TrainConfig
-from mmalign.data.check import CheckReport, check_samples
+from mmalign.data.check import COUNTS, CheckReport, check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader
 from mmalign.data.mix import has_tables, open_samples
@@ -114,6 +116,8 @@ def check_data(
             path = config.run_dir / "skipped_samples.txt"
             log.warning("%d samples skipped (listed in %s)", len(report.skipped), path)
             write_text(path, "".join(f"{error}\n" for error in report.skipped))
+        if ranks.is_main:
+            _list_truncated(dataset, report, config.run_dir / "truncated_samples.txt")
     decoder = DecoderConfig.from_hf(config.model.decoder)
     _refuse_long_samples(report, decoder)
     if ranks.is_main:
@@ -126,8 +130,21 @@ def _of_epoch(report: CheckReport, samples: Sequence[Sample]) -> CheckReport:
     if not isinstance(samples, Samples):
         return report
     rows = samples.epoch(report.kept)
-    names = ("kept", "lengths", "num_loss_tokens", "num_images")
-    return replace(report, **{name: getattr(report, name)[rows] for name in names})
+    return replace(report, **{name: getattr(report, name)[rows] for name in ("kept", *COUNTS)})
+
+
+def _list_truncated(dataset: ConversationDataset, report: CheckReport, path: Path) -> None:
+    cut = np.flatnonzero(report.num_cut)
+    if len(cut):
+        log.warning(
+            "%d samples truncated to --data.max-length %d tokens (listed in %s)",
+            *(len(cut), dataset.data.max_length, path),
+        )
+        ids = (dataset.samples[int(report.kept[i])].id for i in cut)
+        rows = zip(ids, report.num_cut[cut].tolist(), strict=True)
+        write_text(
+            path, "".join(f"{name!r}: {number:,} tokens left out\n" for name, number in rows)
+        )
 
 
 def _warn_of_context(

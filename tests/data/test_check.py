@@ -90,6 +90,21 @@ def test_long_samples_alone_can_be_left_out(world):
         )
 
 
+def test_truncated_samples_are_counted(world):
+    """And none is left without a target: what its tokens end before is named."""
+    whole = [len(world.dataset().encode(i).labels) for i in range(20)]
+    world.samples[3]["conversations"][0]["value"] = "<image>\n" + "boat " * 200
+    dataset = world.dataset(max_length=230, on_long_sample="truncate", on_bad_sample="skip")
+    report = check_samples(dataset, num_workers=0, progress=False)
+    [error] = report.skipped
+    assert str(error).startswith(
+        "sample 'sample-3': nothing to train on in the 230 tokens that are"
+    )
+    lengths = [whole[i] for i in report.kept]
+    assert report.num_cut.tolist() == [max(0, x - 230) for x in lengths] and max(report.num_cut) > 9
+    assert report.lengths.tolist() == [min(x, 230) for x in lengths]
+
+
 def test_report_counts_what_training_will_see(world):
     dataset = world.dataset()
     report = check_samples(dataset, num_workers=0, progress=False)

@@ -52,6 +52,9 @@ def test_weights_and_caps(tmp_path):
         of_a = [count for name, count in found.items() if name.startswith("a/")]
         assert sum(of_a) == expected and set(of_a) <= {int(weight), int(weight) + 1}
         assert [count for name, count in found.items() if name.startswith("b/")] == [1] * 7
+        rows = [list(x.values())[2:] for x in samples.summary(np.arange(47))]
+        assert rows == [[weight, 40, 40, 40, expected], [1, 30, 7, 7, 7]]
+        assert samples.forms == {"LLaVA": 47}
     samples = open_samples(write(tmp_path, BOTH.format(1, 99)), DataConfig())
     assert len(samples) == 70  # a cap above the size of the file
 

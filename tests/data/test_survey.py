@@ -10,8 +10,9 @@ import pytest
 
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.facts import facts_of
 from mmalign.data.overlap import QuestionIndex
-from mmalign.data.report import facts_of, markdown, sections_of
+from mmalign.data.report import markdown, sections_of
 from mmalign.data.survey import Survey
 from tests.data.conftest import VISION
 
@@ -38,6 +39,27 @@ def repeated(world):
     samples.append(dict(samples[7], id="no file", image="missing.png"))
     samples.append(dict(samples[8], id="no answer", conversations=[]))
     return world
+
+
+def test_long_samples_are_listed_as_what_was_chosen_for_them(world):
+    lengths = [len(world.dataset(text_only=True).encode(i).labels) for i in range(20)]
+    most = sorted(lengths)[15]
+    long = [f"sample-{i}" for i, length in enumerate(lengths) if length > most]
+    found = {}
+    for choice in ("error", "skip", "truncate"):
+        dataset = world.dataset(
+            text_only=True, max_length=most, on_long_sample=choice, on_bad_sample="skip"
+        )
+        report, facts = surveyed(dataset)
+        lists = ("unusable", "left_out_as_too_long", "truncated")
+        found[choice] = [[x["id"] for x in facts[name]] for name in lists]
+        text = markdown(sections_of(facts, report, ""), [])
+        titles = {
+            "skip": "Left out as too long: 4 samples",
+            "truncate": "Truncated: 4 samples, by ",
+        }
+        assert [x in text for x in titles.values()] == [x == choice for x in titles]
+    assert found == {"error": [long, [], []], "skip": [[], long, []], "truncate": [[], [], long]}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
