@@ -93,9 +93,7 @@ class Archive:
                 folders.add(name.partition("/")[0] if "/" in name else "")
         if not ends:
             why = f" ({self.problem})" if self.problem else ""
-            raise UserError(
-                f"the archive {path} has no files in it{why}. Name that of the pictures"
-            )
+            raise UserError(f"{path} has no files in it{why}. Name the archive of the pictures")
         self.folder = next(iter(folders)) if len(folders) == 1 else ""
         self._names, self._ends = bytes(names), np.array(ends)
         self._kinds = np.frombuffer(bytes(kinds), np.uint8)

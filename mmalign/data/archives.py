@@ -132,10 +132,11 @@ class TarArchive(Archive):
 def open_archive(path: Path) -> Archive:
     """Raises UserError for a file that is neither zip nor plain tar, and for a damaged one."""
     with open_regular(path) as file:
-        start = file.read(512)
+        start = file.read(tarfile.BLOCKSIZE)
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         return ZipArchive(path)
-    if start[257:262] == b"ustar":
+    with suppress(tarfile.HeaderError):  # it has a checksum, as those of all versions of tar
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
         return TarArchive(path)
     for magic, (method, unpack) in _COMPRESSED.items():
         if start.startswith(magic):

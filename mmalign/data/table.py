@@ -28,6 +28,11 @@ MAX_GROUP_BYTES = 2**30  # of the pictures in a row group, which a worker holds 
 _MAX_TEXT_BYTES = 2**32  # of a row group without its pictures
 _KEPT_GROUPS = 2  # last row groups that a process keeps
 _ROWS = 1024  # that become objects at a time
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_BYTES = (
+    *(pa.types.is_binary, pa.types.is_large_binary),
+    *(pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ class Table:
                                 named = self._named(row, column, record[column], has_bytes[column])
                                 record[column] = named
                         record = _without_nulls(record)
-                        yield json.dumps(record, default=str).encode(), record
+                        yield json.dumps(record, default=_in_json).encode(), record
                     first += batch.num_rows
 
     def _named(self, row: int, column: str, value: Any, has_bytes: bool | None) -> Any:
@@ -229,18 +234,27 @@ def _num_present(file: pq.ParquetFile, group: int, leaf: int) -> int | None:
 
 
 def _num_pictures(column: pa.ChunkedArray) -> int:
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    if _is_list(column.type):
         return sum(len(x) - x.null_count for x in (c.flatten() for c in column.chunks))
     return len(column) - column.null_count
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if _is_list(kind) or pa.types.is_dictionary(kind):
         return _holds_pictures(kind.value_type)
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_pictures(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return any(is_kind(kind) for is_kind in _BYTES)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in _LISTS)
+
+
+def _in_json(value: Any) -> str:
+    """What JSON does not have: bytes that are no picture's, dates."""
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:

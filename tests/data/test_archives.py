@@ -74,6 +74,24 @@ def test_names_in_utf_8_without_the_flag(tmp_path):
     assert open_archive(path).find("ü/☃.bin").read() == b"snow"
 
 
+def test_names_of_windows(tmp_path):
+    """Some programs write backslashes; on Unix a name may have one."""
+    for system, name in ((0, "a/1.png"), (3, "a\\1.png")):
+        info = zipfile.ZipInfo("a\\1.png")
+        info.create_system = system
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            archive.writestr(info, b"x")
+        assert open_archive(tmp_path / "all.zip").find(name).read() == b"x"
+
+
+def test_a_tar_as_it_was_before_ustar(tmp_path):
+    content = bytearray(write_tar(tmp_path / "all.tar", {"1.png": b"x"}).read_bytes())
+    content[257:265], content[148:156] = bytes(8), b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content[:512])
+    (tmp_path / "all.tar").write_bytes(content)
+    assert open_archive(tmp_path / "all.tar").find("1.png").read() == b"x"
+
+
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_gives_the_bytes_that_tarfile_does(tmp_path, kind):
     rng = np.random.default_rng(0)
@@ -322,10 +340,7 @@ UNREADABLE = {
     "directory of a zip": (cut(write_zip, lambda x, _: len(x) - 700), "not a complete zip archive"),
     "within a zip": (cut(write_zip, lambda x, bad: x.index(bad) + 9), "not a complete zip archive"),
     "start of a zip": (cut(write_zip, lambda x, _: 3), "neither a folder nor a zip, tar"),
-    "start of a tar": (
-        cut(write_tar, lambda x, _: 300),
-        r"has no files in it \(truncated header\)",
-    ),
+    "start of a tar": (cut(write_tar, lambda x, _: 300), "neither a folder nor a zip, tar"),
     "nothing": (cut(write_tar, lambda x, _: 0), "neither a folder nor a zip, tar"),
     "gzip": (gzipped, "compressed with gzip, so .* unpacking all before it"),
     "empty zip": (lambda path, _: write_zip(path, {}), "has no files in it"),

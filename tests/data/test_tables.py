@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -153,6 +154,40 @@ def test_folders_that_are_no_data_set(world):
     (folder / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(UserError, match="has 2 of 3 files"):
         read_samples(folder, DataConfig())
+
+
+KINDS = {
+    "large": pa.large_binary(),
+    "view": pa.binary_view(),
+    "dictionary": pa.dictionary(pa.int32(), pa.binary()),
+    "list": pa.list_(pa.binary()),
+    "large list": pa.large_list(pa.large_binary()),
+    "fixed list": pa.list_(pa.binary(), 1),
+    "struct": pa.struct([("bytes", pa.large_binary())]),
+    "list of structs": pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_type_that_holds_bytes(world, kind):
+    content = contents(world)["1.png"]
+    value = {"bytes": content} if "struct" in str(kind) else content
+    value = [value] if "list" in str(kind) else value
+    turns = pa.array([world.samples[1]["conversations"]] * 2)
+    path = world.root / "rows.parquet"
+    columns = {"conversations": turns, "image": pa.array([value, value], kind)}
+    pq.write_table(pa.table(columns), path)
+    of = dataset(world, path)
+    assert (of.load_pixels(1) == world.dataset().load_pixels(1)).all()
+
+
+def test_bytes_within_messages_are_no_text(world):
+    """They would be pages of it."""
+    part = {"type": "image", "image": {"bytes": contents(world)["1.png"]}}
+    turns = [{"role": "user", "content": [part]}]
+    of = dataset(world, parquet(world.root, [{"messages": turns}]), str(world.root / "images"))
+    with pytest.raises(SampleError, match=r"sample '#0': its image is .*<[\d,]+ bytes>"):
+        of.encode(0)
 
 
 def test_rows_of_several_pictures_and_of_none(world):
