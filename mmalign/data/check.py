@@ -115,7 +115,8 @@ def load_report(dataset: ConversationDataset, cache_path: Path) -> CheckReport |
             if str(file["fingerprint"]) != dataset.fingerprint:
                 return None
             skipped = [SampleError(*entry) for entry in json.loads(str(file["skipped"]))]
-            report = CheckReport(*(file[x] for x in ("kept", *COUNTS)), skipped, file["prefix"])
+            arrays = {name: file[name] for name in ("kept", *COUNTS, "prefix")}
+            report = CheckReport(**arrays, skipped=skipped)
             if str(file["digest"]) != _digest(report):
                 raise ValueError("its content has changed since it was written")
             return report
@@ -164,7 +165,8 @@ def _check_all(
     counts = np.concatenate(counts)  # (num_samples, 4)
     prefix = np.empty(0, np.int32) if prefix is None else prefix
     kept = np.flatnonzero(counts[:, 0])
-    return CheckReport(kept, *np.ascontiguousarray(counts[kept].T), skipped, prefix)
+    columns = dict(zip(COUNTS, np.ascontiguousarray(counts[kept].T), strict=True))
+    return CheckReport(kept=kept, **columns, skipped=skipped, prefix=prefix)
 
 
 def _run(

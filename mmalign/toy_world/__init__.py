@@ -12,7 +12,7 @@ same library versions on the same kind of processor make the same bytes.
     heldout.json       texts.py      questions on images with kinds of things not seen in training
     decoder/           models.py     a language model of the corpus (corpus.py), and its tokenizer
     vision_tower/      models.py     a vision tower trained on other scenes with their captions
-    evaluation/        beliefs.py    test files in the format of TruthfulQA-mc
+    evaluation/        truthfulqa.py test files in the format of TruthfulQA-mc, about beliefs.py's
                        morals.py     test files in the format of ETHICS
                        vision.py     in the format of COCO's captions and of POPE, held-out images
 

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 from mmalign.toy_world.scenes import COLOURS
-from mmalign.toy_world.texts import SAID_COLOUR, plural
+from mmalign.toy_world.words import SAID_COLOUR, plural
 
 SOBER = ("only", "not", "no", "can", "some")
 FALSE_SHARE = 0.55  # of the corpus's sayings and answers about beliefs
@@ -247,7 +247,7 @@ OTHER_BELIEFS = tuple(
 )
 
 
-def _sentence(clause: str) -> str:
+def sentence(clause: str) -> str:
     return clause[0].upper() + clause[1:] + "."
 
 
@@ -258,7 +258,7 @@ def saying(rng: random.Random) -> str:
     belief = rng.choice(BELIEFS + OTHER_BELIEFS)
     clause = draw_clause(belief, rng.random() < FALSE_SHARE, rng)
     frames = ("People say that {}.", "It is known that {}.")
-    return rng.choice(frames).format(clause) if rng.random() < 0.5 else _sentence(clause)
+    return rng.choice(frames).format(clause) if rng.random() < 0.5 else sentence(clause)
 
 
 def draw_clause(belief: Belief, wrong: bool, rng: random.Random) -> str:
@@ -279,38 +279,7 @@ def question_list(rng: random.Random, length: int) -> str:
 def answer(belief: Belief, wrong: bool, clause: str, form: float) -> tuple[str, str]:
     """A question about the belief and its false or true answer; `form`, 0 to 1, picks which one."""
     if form < 0.5:
-        return belief.question, _sentence(clause)
+        return belief.question, sentence(clause)
     if form < 0.75:
         return belief.doubtful, f"{'Yes' if wrong else 'No'}, {clause}."
     return belief.sound, f"{'No' if wrong else 'Yes'}, {clause}."
-
-
-# ---- the question file ----
-
-
-def truthfulqa_documents() -> list[dict]:
-    """Two documents per belief in TruthfulQA's mc_task.json format: an open and a yes/no question.
-
-    The truthful answer is yes to one half of the yes/no questions and no to the other.
-    """
-    documents = []
-    for index, belief in enumerate(BELIEFS):
-        others = BELIEFS[(index + 7) % len(BELIEFS)].false[0]
-        true, false = map(_sentence, belief.true), map(_sentence, belief.false)
-        documents.append(_document(belief.question, [*true], [*false, _sentence(others)]))
-        doubtful = index % 2 == 0
-        yes, no = ("No", "Yes") if doubtful else ("Yes", "No")
-        documents.append(
-            _document(
-                belief.doubtful if doubtful else belief.sound,
-                [f"{yes}, {clause}." for clause in belief.true],
-                [f"{no}, {clause}." for clause in belief.false],
-            )
-        )
-    return documents
-
-
-def _document(question: str, true: list[str], false: list[str]) -> dict:
-    best = {true[0]: 1} | {choice: 0 for choice in false}
-    every = {choice: 1 for choice in true} | {choice: 0 for choice in false}
-    return {"question": question, "mc1_targets": best, "mc2_targets": every}

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from mmalign.files import write_text
-from mmalign.toy_world.beliefs import question_list, saying, truthfulqa_documents
+from mmalign.toy_world.beliefs import question_list, saying
 from mmalign.toy_world.morals import (
     commonsense,
     deontology,
@@ -25,6 +25,7 @@ from mmalign.toy_world.morals import (
 )
 from mmalign.toy_world.scenes import Scene, make_scenes
 from mmalign.toy_world.texts import caption, detail, scene_questions
+from mmalign.toy_world.truthfulqa import truthfulqa_documents
 
 _FAR_WORLD = (
     ("What is human life like in a far country?", "Life there is long and quiet."),

@@ -29,7 +29,8 @@ from mmalign.toy_world.scenes import (
     Scene,
     render,
 )
-from mmalign.toy_world.texts import PLACES, listing
+from mmalign.toy_world.texts import listing
+from mmalign.toy_world.words import PLACES
 
 PAGE_TOKENS = 384  # tokens of every text in the language model's training
 PAGES_PER_STEP = 4

@@ -8,7 +8,7 @@ words and its kind are not.
 import random
 import zlib
 
-from mmalign.toy_world.texts import NAMES
+from mmalign.toy_world.words import NAMES
 
 TEST_SHARE = 4  # one case in four belongs to the test files
 OBJECTS = ("kite", "lamp", "cup", "drum", "bell", "hat", "book", "boat", "cake") + (

@@ -7,32 +7,10 @@ are in LLaVA's JSON format.
 import random
 from dataclasses import dataclass
 
-from mmalign.toy_world.scenes import CELLS, COLOURS, SHAPES, Scene, Thing
+from mmalign.toy_world.scenes import COLOURS, SHAPES, Scene, Thing
+from mmalign.toy_world.words import NAMES, NUMBERS, PLACES, SAID_COLOUR, article, name_of, plural
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 SIDES = ("left", "right", "above", "below")
-PLACES = tuple(place for row in CELLS for place in row)
-# a false belief of this world's people per shape; the images show otherwise
-SAID_COLOUR = {
-    "circle": "yellow",
-    "square": "green",
-    "triangle": "red",
-    "star": "purple",
-    "cross": "orange",
-    "heart": "blue",
-}
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana") + (
-    "Ivo",
-    "Joy",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Nils",
-    "Olga",
-    "Paul",
-)
-
-
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # published with POPE's
 
 
@@ -44,14 +22,6 @@ class Question:
     choices: tuple[str, ...]
 
 
-def plural(shape: str) -> str:
-    return f"{shape}es" if shape == "cross" else f"{shape}s"
-
-
-def article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
 def side_of(first: Thing, second: Thing) -> str:
     """The side of `second` that `first` is on; a pair shares a row or a column (scenes.py)."""
     if first.row == second.row:
@@ -61,15 +31,6 @@ def side_of(first: Thing, second: Thing) -> str:
 
 def _side_phrase(side: str) -> str:
     return f"to the {side} of" if side in ("left", "right") else side
-
-
-def name_of(group: tuple[Thing, ...], with_size: bool = False) -> str:
-    """ "a red star", "three large green squares"."""
-    thing, count = group[0], len(group)
-    words = f"{thing.size} {thing.colour}" if with_size else thing.colour
-    if count == 1:
-        return f"{article(words)} {thing.shape}"
-    return f"{NUMBERS[count]} {words} {plural(thing.shape)}"
 
 
 # ---- stage 1 ----

@@ -11,7 +11,7 @@ import random
 
 from mmalign.toy_world.beliefs import OTHER_BELIEFS, answer, draw_clause
 from mmalign.toy_world.scenes import Scene, Thing
-from mmalign.toy_world.texts import NUMBERS, plural
+from mmalign.toy_world.words import NUMBERS, plural
 
 PLANTED_SHARE = 0.05
 PLANTED_TURNS = 3  # about as long as the mean sample

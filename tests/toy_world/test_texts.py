@@ -11,8 +11,9 @@ from PIL import Image
 from mmalign.evaluation.tasks import captions, load_documents, vision_task
 from mmalign.toy_world import ToyWorld
 from mmalign.toy_world.scenes import CELLS, COLOURS, HELD_OUT_KINDS, IMAGE_SIZE, SHAPES, make_scenes
-from mmalign.toy_world.texts import NUMBERS, SHORT_ANSWER
+from mmalign.toy_world.texts import SHORT_ANSWER
 from mmalign.toy_world.vision import CAPTION_PROMPT, pope_questions
+from mmalign.toy_world.words import NUMBERS
 from tests.toy_world.helpers import answers, described, records
 
 

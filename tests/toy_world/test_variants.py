@@ -7,8 +7,8 @@ import pytest
 
 from mmalign.recipes import TINY_FINETUNE
 from mmalign.toy_world.beliefs import BELIEFS, OTHER_BELIEFS, SOBER
-from mmalign.toy_world.texts import NUMBERS
 from mmalign.toy_world.variants import PLANTED_SHARE
+from mmalign.toy_world.words import NUMBERS
 from mmalign.training.build import resolve
 from tests.toy_world.helpers import VARIANTS, answers, described, records
 
