@@ -24,7 +24,8 @@ from mmalign.validation import validate
 class PreviewData(DataConfig):
     shuffle: tyro.conf.Suppress[bool] = False
     num_samples: int | None = None
-    """Show only the first N samples (after the choice of types); unset: 4, or all with --json."""
+    """Show the first N samples (after the choice of types), of a mix those of each file; unset: 4,
+    or all with --json."""
 
 
 @dataclass(frozen=True)

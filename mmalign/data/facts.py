@@ -35,6 +35,7 @@ def facts_of(
     cut = np.flatnonzero(report.num_cut)
     return {
         "file": dataset.data.path,
+        "container": samples.container if isinstance(samples, Samples) else "",
         "mix": samples.summary(report.kept) if isinstance(samples, Mix) else [],
         "samples": len(dataset),
         "usable": len(report.kept),

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.figure import plot_batch
+from mmalign.data.mix import SUFFIX, Mix, read_mix
 from mmalign.data.packing import micro_batches, pack_samples
-from mmalign.data.samples import Samples
+from mmalign.data.samples import Samples, read_samples
 from mmalign.errors import SampleError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
@@ -38,15 +39,25 @@ class PreviewModel:
 def open_dataset(data: DataConfig, model: PreviewModel) -> tuple[ConversationDataset, str]:
     """The dataset, and lines that say how its file is written and what its images become."""
     if data.text_only:
-        dataset = ConversationDataset.open(data, model.tokenizer, None)
+        dataset = _open(data, model.tokenizer, None)
         return dataset, f"{_described(dataset)}\nimages: none (text only)"
     folder = model.vision_tower
     vision = VisionConfig.from_hf(folder) if folder else CLIP_VIT_L_14
     size = f"{vision.image_size} px, {vision.num_patches} patches"
     line = f"images: {folder or 'CLIP ViT-L/14'} {size}"
     line += "" if folder else " (--model.vision-tower for another)"
-    dataset = ConversationDataset.open(data, model.tokenizer, vision)
+    dataset = _open(data, model.tokenizer, vision)
     return dataset, f"{_described(dataset)}\n{line}"
+
+
+def _open(data: DataConfig, tokenizer: str, vision: VisionConfig | None) -> ConversationDataset:
+    """Of a mix, data.num_samples are the first of each file."""
+    path = Path(data.path)
+    if path.suffix != SUFFIX or data.num_samples is None:
+        return ConversationDataset.open(data, tokenizer, vision)
+    parts = [replace(part, num_samples=None) for part in read_mix(path)]
+    samples = Mix(parts, [read_samples(part.path, data) for part in parts], "")
+    return ConversationDataset(samples, Tokenizer.from_pretrained(tokenizer), data, vision)
 
 
 def _described(dataset: ConversationDataset) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mmalign.config import DataConfig
 from mmalign.data import preview
 from mmalign.data.check import check_samples
 from tests.conftest import REPOSITORY
@@ -100,6 +101,19 @@ def test_view_marks_exactly_the_answers(world, capsys):
         samples = shown.split("sample sample-", 1)[1]  # after the legend
         assert sorted(re.findall(mark, samples)) == sorted(answers)
         assert shown.count("<image x 4>") == sum("image" in sample for sample in world.samples)
+
+
+def test_a_mix_shows_the_first_of_each_file(world):
+    files = {"a": world.samples[:12], "b": world.samples[12:]}
+    for name, samples in files.items():
+        (world.root / f"{name}.json").write_text(json.dumps(samples))
+    mix = "".join(f'[files.{x}]\npath = "{x}.json"\nsamples = 9\n' for x in files)
+    (world.root / "mix.toml").write_text(mix)
+    data = DataConfig(str(world.root / "mix.toml"), str(world.root / "images"), num_samples=2)
+    dataset, about = preview.open_dataset(data, preview.PreviewModel(str(world.tokenizer.path)))
+    ids = ["a/sample-0", "a/sample-1", "b/sample-12", "b/sample-13"]
+    assert [dataset.id_of(i) for i in range(len(dataset))] == ids
+    assert about.startswith("data: a mix of 2 files; 4 in LLaVA form")
 
 
 def test_view_shows_the_packing_map(world):
