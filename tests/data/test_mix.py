@@ -1,5 +1,6 @@
 """Mixes of data files: what is drawn, how often, and what a mix may not say."""
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from mmalign.config import DataConfig
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
-from mmalign.data.mix import data_files, open_samples
+from mmalign.data.mix import data_files, has_tables, open_samples, picture_tables
 from mmalign.errors import SampleError, UserError
 from tests.data.conftest import VISION
 from tests.data.test_forms import parquet, with_bytes
@@ -174,7 +175,7 @@ def test_weights_that_leave_nothing(tmp_path):
 
 def test_two_tables_of_one_name(world):
     """As save_to_disk writes them: the name of the file in the mix stands before their pictures."""
-    records = with_bytes(world, world.samples)
+    records = with_bytes(world, copy.deepcopy(world.samples))
     for name, chosen in (("a", records), ("b", records[::-1])):
         (world.root / name).mkdir()
         parquet(world.root / name, chosen)
@@ -182,6 +183,14 @@ def test_two_tables_of_one_name(world):
     data = DataConfig(str(write(world.root, text)))
     dataset = ConversationDataset.open(data, world.tokenizer.path, VISION)
     assert dataset.samples[1].images == ("a/rows.parquet#1/image",)
+    assert picture_tables(Path(data.path)) == {
+        f"{x}/rows.parquet": world.root / x / "rows.parquet" for x in "ab"
+    }
+    world.dataset()  # data.json, which has none
+    loose = write(world.root, '[files.a]\npath = "data.json"')
+    paths = {"a/rows.parquet": True, "data.json": False, "absent.toml": False}
+    assert not has_tables(loose)
+    assert {x: has_tables(world.root / x) for x in paths} == paths
     for i in range(20):
         ours, theirs = dataset.load_pixels(i), dataset.load_pixels(39 - i)
         assert ours is theirs is None or (ours == theirs).all()
