@@ -21,7 +21,8 @@ def shared_prefix_attention_fwd(
     heads = num_attention_heads, prefix_keys.shape[1]
     tables = cos, sin, position_ids
     own = backend.rotary_attention_fwd(qkv, *tables, cu_seqlens, max_seqlen, *heads, True)
-    return _add_prefix(*own, qkv, *tables, prefix_keys, prefix_values)
+    out, logsumexp = own
+    return _add_prefix(out, logsumexp, qkv, *tables, prefix_keys, prefix_values)
 
 
 def shared_prefix_attention_bwd(
