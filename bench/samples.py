@@ -83,7 +83,7 @@ def samples_of(stage: str, text_lengths: Sequence[int], size: Size, seed: int = 
         labels = np.full_like(ids, IGNORE_INDEX)
         supervised = max(1, round(length * STAGES[stage].supervised))
         labels[-supervised:] = ids[-supervised:]
-        encoded.append(EncodedSample(str(index), ids, labels, (Path(f"{index}.jpg"),)))
+        encoded.append(EncodedSample(str(index), ids, labels, (Path(f"{index}.jpg"),), 1))
         image_size = size.vision.image_size
         drawn = draw_image(image_size, image_size, seed + index)
         pixels.append(torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None])

@@ -22,8 +22,9 @@ class PackedBatch:
     max_seqlen: int  # longest sample; a Python int, so no device sync
     num_loss_tokens: int  # target_ids != IGNORE_INDEX, counted on the CPU
     pixel_values: Tensor  # (num_images, 3, image_size, image_size) uint8; normalised on the device
-    image_positions: Tensor  # (num_images * num_patches,) int64; rows of the sequence to fill
+    image_positions: Tensor  # (num_rows,) int64; rows of the sequence that patches fill
     prefix_length: int = 0  # tokens before every sample that have no rows; position_ids count them
+    patch_rows: Tensor | None = None  # (num_rows,) int64; of the tower's output; None: all of them
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on `device`; copies from pinned memory do not block the host."""

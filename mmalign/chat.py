@@ -92,7 +92,7 @@ class Conversation:
             stop=self.template.stop,
             end_ids=end_ids(self.template, self.tokenizer),
         )
-        pixels = join_pixels(self.images, self._num_patches) if self.images else None
+        pixels = join_pixels(self.images) if self.images else None
         prompt, on_text = Prompt(input_ids, pixels), _stripped(write)
         (answer,) = generate(self.llava, self.tokenizer, [prompt], options, on_text=on_text)
         self.turns = [*turns, Turn("gpt", answer.text.strip())]

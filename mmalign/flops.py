@@ -163,7 +163,8 @@ def batch_flops(workload: Workload, batch: PackedBatch) -> Flops:
 
 
 def num_images(workload: Workload, batch: PackedBatch) -> int:
-    return len(batch.image_positions) // workload.vision.num_patches if workload.vision else 0
+    """That the tower sees; of tiles the projector is counted as if no row of them were left out."""
+    return len(batch.pixel_values) if workload.vision else 0
 
 
 def step_flops(workload: Workload, batches: Iterable[PackedBatch]) -> Flops:

@@ -27,7 +27,7 @@ from mmalign.files import replacing
 log = logging.getLogger("mmalign")
 _CHUNK = 256  # samples that a worker process checks at a time
 NUM_LISTED = 10  # bad samples that an error names
-COUNTS = ("lengths", "num_loss_tokens", "num_images", "num_cut")  # of each sample
+COUNTS = ("lengths", "num_loss_tokens", "num_images", "num_tiles", "num_cut")  # of each sample
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class CheckReport:
     lengths: np.ndarray  # (num_kept,) int32; tokens with images expanded
     num_loss_tokens: np.ndarray  # (num_kept,) int32; targets that have a loss, after the shift
     num_images: np.ndarray  # (num_kept,) int32
+    num_tiles: np.ndarray  # (num_kept,) int32; as in EncodedSample
     num_cut: np.ndarray  # (num_kept,) int32; tokens that data.on_long_sample "truncate" cuts off
     skipped: list[SampleError]
     prefix: np.ndarray  # (prefix_length,) int32; the shared prompt header: tokens that all kept
@@ -46,7 +47,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _CheckedChunk:
-    counts: np.ndarray  # (num_samples, 4) int32: the arrays of CheckReport; zeros: unusable
+    counts: np.ndarray  # (num_samples, 5) int32: the arrays of CheckReport; zeros: unusable
     skipped: list[SampleError]
     prefix: np.ndarray | None  # None: no sample is usable
     seen: object = None  # what the observer has found
@@ -162,7 +163,7 @@ def _check_all(
             skipped += chunk.skipped
             prefix = _common_prefix(prefix, chunk.prefix)
             bar.update(len(chunk.counts))
-    counts = np.concatenate(counts)  # (num_samples, 4)
+    counts = np.concatenate(counts)  # (num_samples, 5)
     prefix = np.empty(0, np.int32) if prefix is None else prefix
     kept = np.flatnonzero(counts[:, 0])
     columns = dict(zip(COUNTS, np.ascontiguousarray(counts[kept].T), strict=True))
@@ -226,8 +227,8 @@ def _check_chunk(
             if num_loss_tokens == 0:
                 raise _nothing_to_train_on(sample)
             dataset.check_images(sample)
-            num_tokens, num_images = len(sample.input_ids), len(sample.images)
-            counts[row] = num_tokens, num_loss_tokens, num_images, sample.num_cut
+            lengths = len(sample.input_ids), num_loss_tokens
+            counts[row] = *lengths, len(sample.images), sample.num_tiles, sample.num_cut
             prefix = _common_prefix(prefix, _prompt_header(dataset, sample))
             checked.append((index, sample))
         except SampleError as error:

@@ -9,11 +9,9 @@ from typing import TypeVar
 from zlib import crc32
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mmalign.config import DataConfig
-from mmalign.data.images import check_image, load_image
+from mmalign.data.images import check_image, count_tiles, load_picture
 from mmalign.data.memo import Memo
 from mmalign.data.mix import open_samples
 from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, UnreadableRootError, check_exists
@@ -22,6 +20,7 @@ from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
 from mmalign.data.templates import encode_conversation, find_template
 from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import VisionConfig
+from mmalign.model.tiles import Pixels, Tiles, join_pixels
 from mmalign.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -39,6 +38,7 @@ class EncodedSample:
     input_ids: np.ndarray  # (num_tokens,) int32; every patch of an image is an image_token_id
     labels: np.ndarray  # (num_tokens,) int32; unshifted, IGNORE_INDEX where there is no loss
     images: tuple[Picture, ...]  # in the order of their patches
+    num_tiles: int  # squares of them that the tower sees: one each, more in LLaVA 1.6
     num_cut: int = 0  # tokens that data.on_long_sample "truncate" has cut off
 
 
@@ -62,20 +62,19 @@ class ConversationDataset:
     ):
         if vision is None and not data.text_only:
             raise ValueError("images need the VisionConfig of their tower")
-        if vision is not None and vision.grids:
+        pads = data.image_aspect_ratio == "pad"
+        if vision is not None and vision.grids and pads:
             raise UserError(
-                "the vision tower is that of a LLaVA 1.6, whose tiles are not trained here (chat "
-                "and evaluation take it). Give --model.vision-tower the folder of its CLIP, or "
-                "--data.text-only True"
+                "the vision tower is that of a LLaVA 1.6, which cuts images to tiles and never "
+                "pads them to squares. Use --data.image-aspect-ratio square"
             )
         self.samples, self.tokenizer, self.data = samples, tokenizer, data
-        pads = data.image_aspect_ratio == "pad"
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
         tables = samples.tables if isinstance(samples, Samples) else {}
         memo_bytes = _MEMO_BYTES if data.num_workers in ("auto", 0) else 0
         self._encoded: Memo[EncodedSample] = Memo(memo_bytes)  # by index
-        self._pixels: Memo[Tensor] = Memo(memo_bytes)  # by path
+        self._pixels: Memo[Pixels] = Memo(memo_bytes)  # by path
         self.pictures = None
         if not data.text_only:
             self.pictures = Pictures(data.image_roots, data.follow_links, tables)
@@ -96,7 +95,10 @@ class ConversationDataset:
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides how samples are encoded, except the image files."""
         data, vision = self.data, self.vision
-        images = None if vision is None else (vision.preprocessing, vision.num_patches)
+        images = None
+        if vision is not None:
+            grids = (vision.grids,) if vision.grids else ()
+            images = vision.preprocessing, vision.num_patches, *grids
         settings = (
             *(data.template, data.use_im_start_end, data.text_only, data.max_length),
             *(
@@ -122,7 +124,11 @@ class ConversationDataset:
         return known.id if known else self.samples[index].id
 
     def encode(self, index: int) -> EncodedSample:
-        """Ids and labels with images expanded to their patches. The images are not opened."""
+        """Ids and labels with images expanded to their patches.
+
+        The images are not opened; with LLaVA 1.6's tower, whose tokens depend on their sizes, they
+        are not decoded.
+        """
         if known := self._encoded.get(index):
             return known
         encoded = self._encode(self.samples[index])
@@ -157,15 +163,17 @@ class ConversationDataset:
             problem = f"the text contains {name!r}, the tokenizer's padding token"
             raise SampleError(sample.id, problem, "Remove it from the text")
         ids, labels = np.array(ids, np.int32), np.array(labels, np.int32)
-        images = self._pictures(sample)
+        images, tiles = self._pictures(sample), []
         if images and self.vision:
-            ids, labels = self._expand(ids, labels, self.vision.num_patches)
+            found = [self._count_tiles(sample.id, image) for image in images]
+            tiles, lengths = zip(*found, strict=True)
+            ids, labels = self._expand(ids, labels, lengths)
         num_cut = max(0, len(ids) - data.max_length) if data.on_long_sample == "truncate" else 0
         if num_cut:
             if tokenizer.image_token_id in ids[data.max_length :]:
                 raise self._too_long(sample, f"{len(ids)} tokens, and an image would be cut")
             ids, labels = ids[: data.max_length], labels[: data.max_length]
-        return EncodedSample(sample.id, ids, labels, images, num_cut)
+        return EncodedSample(sample.id, ids, labels, images, sum(tiles), num_cut)
 
     def _too_long(self, sample: Sample, length: str) -> LongSampleError:
         problem = f"{length}, at most {self.data.max_length} tokens allowed"
@@ -174,8 +182,11 @@ class ConversationDataset:
             remedy += ", or choose --data.on-long-sample skip or truncate"
         return LongSampleError(sample.id, problem, remedy)
 
-    def load_pixels(self, index: int) -> Tensor | None:
-        """The sample's images, uint8 (num_images, 3, crop_size, crop_size); None without any."""
+    def load_pixels(self, index: int) -> Pixels | None:
+        """The sample's images, uint8 (num_images, 3, crop_size, crop_size), or their tiles.
+
+        None without any.
+        """
         if known := self._encoded.get(index):
             sample_id, images = known.id, known.images
         else:
@@ -183,19 +194,24 @@ class ConversationDataset:
             sample_id, images = sample.id, self._pictures(sample)
         if not images or not self.vision:
             return None
-        return torch.stack([self._load(sample_id, image) for image in images])
+        return join_pixels([self._load(sample_id, image) for image in images])
 
-    def _load(self, sample_id: str, image: Picture) -> Tensor:
+    def _load(self, sample_id: str, image: Picture) -> Pixels:
         if (known := self._pixels.get(image) if isinstance(image, Path) else None) is not None:
             return known
         assert self.vision is not None  # a sample has images only where there is a tower
         remedy = "Fix the file and rerun the same command to resume"
         if self.data.check_images is not True:
             remedy += " (--data.check-images True finds such files before the first step)"
-        pixels = _naming_sample(sample_id, remedy, load_image, image, self.vision.preprocessing)
+        pixels = _naming_sample(sample_id, remedy, load_picture, image, self.vision)
         if isinstance(image, Path):
-            self._pixels.keep(image, pixels, pixels.nbytes)
+            stored = pixels.pixels if isinstance(pixels, Tiles) else pixels
+            self._pixels.keep(image, pixels, stored.nbytes)
         return pixels
+
+    def _count_tiles(self, sample_id: str, image: Picture) -> tuple[int, int]:
+        assert self.vision is not None  # a sample has images only where there is a tower
+        return _naming_sample(sample_id, FIX_OR_SKIP, count_tiles, image, self.vision)
 
     def check_images(self, sample: EncodedSample) -> None:
         """Raise SampleError where load_pixels would.
@@ -215,9 +231,11 @@ class ConversationDataset:
                 _naming_sample(sample.id, FIX_OR_SKIP, check_exists, image)
 
     def _expand(
-        self, ids: np.ndarray, labels: np.ndarray, num_patches: int
+        self, ids: np.ndarray, labels: np.ndarray, lengths: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        repeats = np.where(ids == IMAGE_SENTINEL, num_patches, 1)
+        """lengths: tokens of each image."""
+        repeats = np.ones_like(ids)
+        repeats[ids == IMAGE_SENTINEL] = lengths
         ids = np.where(ids == IMAGE_SENTINEL, self.tokenizer.image_token_id, ids)
         return np.repeat(ids, repeats).astype(np.int32), np.repeat(labels, repeats)
 

@@ -13,6 +13,7 @@ from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.lengths import bin_edges
 from mmalign.errors import UserError
+from mmalign.model.tiles import Tiles
 
 KINDS = {"prompt": "#d5d8dc", "image patch": "#5b9bd5", "supervised": "#58a55c"}
 
@@ -95,6 +96,7 @@ def contact_sheet(dataset: ConversationDataset, indices: Sequence[int], path: Pa
             draw.text((left, top + side // 2), "cannot be read", fill="red")
             continue
         assert pixels is not None
-        picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+        shown = pixels.pixels if isinstance(pixels, Tiles) else pixels  # the whole comes first
+        picture = Image.fromarray(shown[0].permute(1, 2, 0).numpy())
         sheet.paste(picture, (left, top + _LABEL_HEIGHT))
     sheet.save(path)

@@ -8,7 +8,8 @@ image on white if it were given the channel).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -21,7 +22,7 @@ from mmalign.data.pictures import Picture, open_picture
 from mmalign.errors import UserError
 from mmalign.model.config import VisionConfig
 from mmalign.model.preprocessing import Preprocessing
-from mmalign.model.tiles import Pixels, Tiles, best_grid, size_in, token_rows
+from mmalign.model.tiles import Grid, Pixels, Tiles, best_grid, size_in, token_rows
 
 # Pillow has readers for many more; that of EPS, for one, starts Ghostscript on the file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -75,7 +76,7 @@ def load_picture(
     if not vision.grids:
         return load_image(picture, vision.preprocessing, change)[None]
     image, size = change(_open_rgb(picture, vision.preprocessing)), vision.image_size
-    grid = best_grid(image.height, image.width, vision.grids)
+    grid, rows = _tiled(image, vision)
     height, width = size_in(grid, image.height, image.width)
     resample = Image.Resampling[vision.preprocessing.resample.upper()]
     filled = Image.new("RGB", (grid[1], grid[0]))  # black where nothing of the image is
@@ -84,9 +85,26 @@ def load_picture(
     whole = _channels_first(image.resize((size, size), resample))
     tiles = _channels_first(filled).unfold(1, size, size).unfold(2, size, size)
     tiles = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)  # (num_tiles, 3, image_size, image_size)
-    side = size // vision.patch_size
-    rows = token_rows(image.height, image.width, grid, size, side)
-    return Tiles(torch.cat((whole[None], tiles)), torch.from_numpy(rows))
+    return Tiles(torch.cat((whole[None], tiles)), torch.from_numpy(rows), vision.num_patches)
+
+
+def count_tiles(picture: Picture, vision: VisionConfig) -> tuple[int, int]:
+    """Tiles and tokens of what load_picture returns, from the size that the file states.
+
+    Raises UserError as load_image, but for what follows the file's header.
+    """
+    if not vision.grids:
+        return 1, vision.num_patches
+    with _opened(picture, vision.preprocessing) as image:
+        grid, rows = _tiled(image, vision)
+    return 1 + grid[0] * grid[1] // vision.image_size**2, len(rows)
+
+
+def _tiled(image: Image.Image, vision: VisionConfig) -> tuple[Grid, np.ndarray]:
+    """The grid that the image is cut to, and Tiles.rows."""
+    grid = best_grid(image.height, image.width, vision.grids)
+    side = vision.image_size // vision.patch_size
+    return grid, token_rows(image.height, image.width, grid, vision.image_size, side)
 
 
 def _channels_first(image: Image.Image) -> Tensor:
@@ -130,13 +148,19 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _open_rgb(picture: Picture, preprocessing: Preprocessing, draft: bool = False) -> Image.Image:
+    with _opened(picture, preprocessing) as image:
+        if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
+            image.draft(image.mode, (1, 1))
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(picture: Picture, preprocessing: Preprocessing) -> Iterator[Image.Image]:
     """preprocessing: for the check that the resized image fits into memory."""
     try:
         with open_picture(picture) as file, _open(file) as image:
             _check_kind(picture, image, preprocessing)
-            if draft:  # reads all data of a JPEG, but decodes to an eighth of its size
-                image.draft(image.mode, (1, 1))
-            return image.convert("RGB")
+            yield image
     except UserError:
         raise
     except FileNotFoundError as error:

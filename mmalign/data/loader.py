@@ -103,7 +103,7 @@ class StepLoader:
         cost: Callable[[int, int, int], int] | None = None,
         prefix_length: int = 0,
     ):
-        """cost: (tokens, targets, images) of a sample -> what is balanced over the ranks.
+        """cost: (tokens, targets, tiles) of a sample -> what is balanced over the ranks.
 
         None: its tokens. prefix_length: as in pack_samples; micro_batch_tokens does not count
         these tokens.
@@ -166,7 +166,7 @@ class StepLoader:
         lengths = (report.lengths[positions] - self.prefix_length).tolist()
         costs = None
         if self.cost is not None:
-            columns = (report.lengths, report.num_loss_tokens, report.num_images)
+            columns = (report.lengths, report.num_loss_tokens, report.num_tiles)
             rows = zip(*(column[positions].tolist() for column in columns), strict=True)
             costs = [self.cost(*row) for row in rows]
         return micro_batches(lengths, self.micro_batch_tokens, self.world_size, costs)

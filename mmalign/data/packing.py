@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.data.dataset import EncodedSample
 from mmalign.errors import UserError
+from mmalign.model.tiles import NEWLINE, Pixels, Tiles, join_pixels
 
 
 def micro_batches(
@@ -83,7 +83,7 @@ def _assign_to_ranks(bins: list[tuple[int, list[int]]], world_size: int) -> list
 
 def pack_samples(
     encoded: Sequence[EncodedSample],
-    pixels: Sequence[Tensor | None],
+    pixels: Sequence[Pixels | None],
     image_token_id: int,
     prefix_length: int = 0,
 ) -> PackedBatch:
@@ -91,8 +91,9 @@ def pack_samples(
 
     Args:
         encoded: ids and unshifted labels, images already expanded to their patches.
-        pixels: for each sample its images, uint8 (num_images, 3, crop_size, crop_size), or None.
-        image_token_id: marks the rows of image patches.
+        pixels: for each sample its images, uint8 (num_images, 3, crop_size, crop_size), or their
+            tiles, or None.
+        image_token_id: marks the rows of image patches, and between lines of tiles.
         prefix_length: tokens of the shared prompt header, which get no rows and have no targets.
     """
     lengths = np.array([len(sample.input_ids) - prefix_length for sample in encoded])
@@ -104,12 +105,16 @@ def pack_samples(
     target_ids[:-1] = labels[1:]
     target_ids[cu_seqlens[1:] - 1] = IGNORE_INDEX  # never the first token of the next sample
     position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1] - prefix_length, lengths)
-    images = [x for x in pixels if x is not None]
-    image_positions = np.flatnonzero(input_ids == image_token_id)
-    no_images = torch.empty((0, 3, 0, 0), dtype=torch.uint8)
-    pixel_values = torch.cat(images) if images else no_images
-    assert len(pixel_values) == sum(len(sample.images) for sample in encoded)
-    assert len(image_positions) % max(1, len(pixel_values)) == 0
+    image_positions = torch.from_numpy(np.flatnonzero(input_ids == image_token_id))
+    pixel_values, patch_rows = torch.empty((0, 3, 0, 0), dtype=torch.uint8), None
+    if images := [x for x in pixels if x is not None]:
+        pixel_values = join_pixels(images)
+    if isinstance(pixel_values, Tiles):
+        rows, pixel_values = pixel_values.rows, pixel_values.pixels
+        assert len(rows) == len(image_positions)
+        image_positions, patch_rows = image_positions[rows != NEWLINE], rows[rows != NEWLINE]
+    assert len(pixel_values) == sum(sample.num_tiles for sample in encoded)
+    assert patch_rows is not None or len(image_positions) % max(1, len(pixel_values)) == 0
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         target_ids=torch.from_numpy(target_ids),
@@ -118,6 +123,7 @@ def pack_samples(
         max_seqlen=int(lengths.max()),
         num_loss_tokens=int((target_ids != IGNORE_INDEX).sum()),
         pixel_values=pixel_values,
-        image_positions=torch.from_numpy(image_positions),
+        image_positions=image_positions,
         prefix_length=prefix_length,
+        patch_rows=patch_rows,
     )

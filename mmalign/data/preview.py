@@ -70,7 +70,7 @@ def _described(dataset: ConversationDataset) -> str:
 def write_json(dataset: ConversationDataset) -> None:
     """Print one object per sample: {"id", "input_ids", "labels"}, labels unshifted, image expanded.
 
-    Image files are not opened and need not exist.
+    Image files are not opened and need not exist, unless the tower is LLaVA 1.6's.
     """
     for index in range(len(dataset)):
         try:
@@ -107,6 +107,7 @@ def show(
         indices = report.kept[members].tolist()
         encoded = [dataset.encode(i) for i in indices]
         pixels = [dataset.load_pixels(i) for i in indices]
+        num_images = sum(len(sample.images) for sample in encoded)
         batch = pack_samples(encoded, pixels, dataset.tokenizer.image_token_id)
         for row, sample in enumerate(encoded):
             console.print(Rule(Text(f"sample {sample.id}"), align="left"))
@@ -115,7 +116,7 @@ def show(
             _show_tokens(row, batch, dataset.tokenizer, console)
         if figure and number == 0:
             plot_batch(batch, figure)
-        _add_row(table, number, batch, micro_batch_tokens)
+        _add_row(table, number, batch, num_images, micro_batch_tokens)
         boundaries.append(f"{number}: {' '.join(map(str, batch.cu_seqlens.tolist()))}")
     console.print(table)
     console.print("cu_seqlens", *boundaries, sep="\n", highlight=False)
@@ -185,12 +186,14 @@ def _packing_table(micro_batch_tokens: int) -> Table:
     return table
 
 
-def _add_row(table: Table, number: int, batch: PackedBatch, micro_batch_tokens: int) -> None:
+def _add_row(
+    table: Table, number: int, batch: PackedBatch, num_images: int, micro_batch_tokens: int
+) -> None:
     num_tokens, num_samples = len(batch.input_ids), len(batch.cu_seqlens) - 1
     table.add_row(
         str(number),
         str(num_samples),
-        str(len(batch.pixel_values)),
+        str(num_images),
         str(num_tokens),
         f"{num_tokens / micro_batch_tokens:.0%}",
         str(batch.num_loss_tokens),

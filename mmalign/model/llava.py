@@ -34,7 +34,7 @@ class Llava(nn.Module):
 
     image_token_embeddings (2, hidden_size) exists while stage 1 trains the rows of <im_start> and
     <im_end>: it replaces these two rows of the frozen embed_tokens. The export merges it.
-    image_newline (hidden_size,) is that of LLaVA 1.6, which answers but is not trained here.
+    image_newline (hidden_size,) exists in LLaVA 1.6, at the end of every line of patches.
     """
 
     image_newline: nn.Parameter | None
@@ -98,25 +98,29 @@ class Llava(nn.Module):
         else:  # keeps the projector in the graph
             weight = self.decoder.embed_tokens.weight
             features = weight.new_empty(0, self.vision_tower.config.hidden_size)
-        embeddings = {}
+        if batch.patch_rows is not None:
+            features = features.index_select(0, batch.patch_rows)
+        embeddings = self._newlines()
         if self.image_token_embeddings is not None:
-            embeddings = dict(zip(self.im_start_end_ids, self.image_token_embeddings, strict=True))
+            embeddings |= zip(self.im_start_end_ids, self.image_token_embeddings, strict=True)
         return ImageInputs(features, batch.image_positions, self.projector, embeddings)
+
+    def _newlines(self) -> dict[int, Tensor]:
+        """Embedding of all image tokens, of which the projector then overwrites the patches."""
+        return {} if self.image_newline is None else {self.image_token_id: self.image_newline}
 
     def image_inputs(self, pictures: Sequence[Pixels], positions: Tensor) -> ImageInputs:
         """Of pictures whose tokens stand, in order, at these positions of a row (num_tokens,)."""
         tower, projector = self.vision_tower, self.projector
         assert tower is not None and projector is not None
-        joined = join_pixels(pictures, tower.config.num_patches)
+        joined = join_pixels(pictures)
         if isinstance(joined, Tensor):
             return ImageInputs(tower(joined.to(positions.device)), positions, projector)
         assert self.image_newline is not None, "tiles need image_newline"
         rows = joined.rows.to(positions.device)
         is_patch = rows != NEWLINE
         features = tower(joined.pixels.to(positions.device)).index_select(0, rows[is_patch])
-        # all of the image's tokens, of which the projector then overwrites the patches
-        newlines: dict[int, Tensor] = {self.image_token_id: self.image_newline}
-        return ImageInputs(features, positions[is_patch], projector, newlines)
+        return ImageInputs(features, positions[is_patch], projector, self._newlines())
 
     def _prefix(self, length: int) -> tuple[KeyValues, ...]:
         if length == 0:
@@ -135,7 +139,7 @@ class Llava(nn.Module):
         """Marks what the stage trains (requires_grad); the vision tower never learns.
 
         pretrain: the projector, and with train_image_tokens the rows of <im_start> and <im_end>.
-        finetune: the projector and the decoder, or with lora.rank its adapters.
+        finetune: the projector and the decoder with image_newline, or with lora.rank its adapters.
         """
         self._prefix_cache = ()  # the weights may have changed
         merge_lora(self.decoder)
@@ -150,6 +154,8 @@ class Llava(nn.Module):
                 self._split_image_token_embeddings()
         elif lora.rank == 0:
             self.decoder.requires_grad_(True)
+            if self.image_newline is not None:
+                self.image_newline.requires_grad_(True)
         else:
             add_lora(self.decoder, lora)
             for module in self.decoder.modules():

@@ -20,10 +20,11 @@ NEWLINE = -1  # among `rows`: image_newline
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pictures of one prompt, and what of them is a token."""
+    """Pictures of one prompt or sample, and what of them is a token."""
 
     pixels: Tensor  # (num_tiles, 3, image_size, image_size) uint8
     rows: Tensor  # (num_tokens,) int64; of the tower's output for these tiles, or NEWLINE
+    num_patches: int  # of a tile
 
 
 Pixels = Tensor | Tiles  # a Tensor: (num_images, 3, image_size, image_size) uint8, all patches
@@ -33,7 +34,7 @@ def num_image_tokens(pixels: Pixels, num_patches: int) -> int:
     return len(pixels.rows) if isinstance(pixels, Tiles) else len(pixels) * num_patches
 
 
-def join_pixels(pictures: Sequence[Pixels], num_patches: int) -> Pixels:
+def join_pixels(pictures: Sequence[Pixels]) -> Pixels:
     """One after the other; all of them tiles, or none."""
     tiles = [x for x in pictures if isinstance(x, Tiles)]
     if not tiles:
@@ -42,8 +43,8 @@ def join_pixels(pictures: Sequence[Pixels], num_patches: int) -> Pixels:
     rows, num_before = [], 0
     for x in tiles:
         rows.append(torch.where(x.rows == NEWLINE, NEWLINE, x.rows + num_before))
-        num_before += len(x.pixels) * num_patches
-    return Tiles(torch.cat([x.pixels for x in tiles]), torch.cat(rows))
+        num_before += len(x.pixels) * x.num_patches
+    return Tiles(torch.cat([x.pixels for x in tiles]), torch.cat(rows), tiles[0].num_patches)
 
 
 def best_grid(height: int, width: int, grids: Sequence[Grid]) -> Grid:

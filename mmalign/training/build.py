@@ -20,7 +20,13 @@ from mmalign.errors import UserError
 from mmalign.files import write_text
 from mmalign.flops import Workload, required_flops
 from mmalign.model.config import DecoderConfig, VisionConfig
-from mmalign.model.hf import is_llava, load_decoder, load_projector, load_vision_tower
+from mmalign.model.hf import (
+    is_llava,
+    load_decoder,
+    load_image_newline,
+    load_projector,
+    load_vision_tower,
+)
 from mmalign.model.llava import Llava
 from mmalign.model.projector import ProjectorShape, make_projector
 from mmalign.system import DTYPES
@@ -211,14 +217,14 @@ def build_loader(
 
 
 def sample_cost(config: TrainConfig, prefix_length: int) -> Callable[[int, int, int], int]:
-    """(tokens, targets, images) of a sample -> FLOPs of training on it with the shortcuts.
+    """(tokens, targets, tiles) of a sample -> FLOPs of training on it with the shortcuts.
 
     From configurations alone. prefix_length: as in PackedBatch; it counts among the tokens.
     """
     workload = Workload.from_config(config)
 
-    def cost(num_tokens: int, num_loss_tokens: int, num_images: int) -> int:
-        sample = [num_tokens], num_loss_tokens, num_images
+    def cost(num_tokens: int, num_loss_tokens: int, num_tiles: int) -> int:
+        sample = [num_tokens], num_loss_tokens, num_tiles
         return required_flops(workload, config.shortcuts, *sample, prefix_length).total
 
     return cost
@@ -246,6 +252,9 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, prefix_ids: list[int]
         sizes = tower.config.hidden_size, decoder.config.hidden_size
         projector = make_projector(ProjectorShape(*sizes, config.model.projector_type)).to(dtype)
         model = Llava(decoder, tower, projector, tokenizer, *extra)
+        if tower.config.grids:
+            folders = config.model.decoder, config.model.vision_tower
+            model.image_newline = load_image_newline(folders, decoder)
         if config.model.projector:
             model.load_projector(load_projector(config.model.projector))
         elif not _take_own_projector(model, config) and config.stage == "finetune":

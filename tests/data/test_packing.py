@@ -22,7 +22,7 @@ def random_sample(rng: np.random.Generator, length: int, num_images: int) -> Enc
     for place in starts(num_images):
         patches = slice(place, place + NUM_PATCHES)
         ids[patches], labels[patches] = IMAGE_ID, IGNORE_INDEX
-    return EncodedSample("x", ids, labels, (Path("image"),) * num_images)
+    return EncodedSample("x", ids, labels, (Path("image"),) * num_images, num_images)
 
 
 def starts(num_images: int) -> list[int]:

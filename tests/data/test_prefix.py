@@ -88,7 +88,7 @@ def test_packing_leaves_the_prefix_out():
     for length in (9, 5, 12):
         ids = rng.integers(3, 90, length).astype(np.int32)
         labels = np.where(np.arange(length) > 4, ids, IGNORE_INDEX).astype(np.int32)
-        samples.append(EncodedSample("x", ids, labels, ()))
+        samples.append(EncodedSample("x", ids, labels, (), 0))
     whole, ours = (pack_samples(samples, [None] * 3, 99, length) for length in (0, 4))
     rows = whole.position_ids >= 4
     for name in ("input_ids", "target_ids", "position_ids"):

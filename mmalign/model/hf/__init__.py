@@ -16,6 +16,7 @@ from mmalign.model.hf.export import (
 from mmalign.model.hf.read import (
     is_llava,
     load_decoder,
+    load_image_newline,
     load_llava,
     load_projector,
     load_vision_tower,
@@ -28,6 +29,7 @@ __all__ = [
     "export_vision_tower",
     "is_llava",
     "load_decoder",
+    "load_image_newline",
     "load_llava",
     "load_projector",
     "load_vision_tower",

@@ -7,7 +7,9 @@ listed here.
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -65,18 +67,21 @@ def load_llava(
     projector = projector_of(load_projector(folder), *sizes).to(dtype)
     llava = Llava(decoder, tower, projector, tokenizer)
     if tower.config.grids:
-        llava.image_newline = nn.Parameter(_image_newline(Path(folder), decoder).to(dtype))
+        llava.image_newline = load_image_newline([folder], decoder)
     return llava
 
 
-def _image_newline(folder: Path, decoder: Decoder) -> Tensor:
+def load_image_newline(folders: Sequence[str | Path], decoder: Decoder) -> nn.Parameter:
+    """Of the first LLaVA 1.6 among the folders, for this decoder."""
+    is_tiling = (read_hf_config(x).get("model_type") == "llava_next" for x in folders)
+    folder = Path(next(compress(folders, is_tiling)))
     files = WeightFiles.of_folder(folder)
     found = [key for key in files.names() if key.removeprefix("model.") == "image_newline"]
     expected = (decoder.config.hidden_size,)
     shape = files.shape(found[0]) if found else "none"
     if shape != expected:
         raise UserError(f"{folder}: image_newline: expected shape {expected}, found {shape}")
-    return files.read(found[0]).clone()
+    return nn.Parameter(files.read(found[0]).to(decoder.embed_tokens.weight.dtype, copy=True))
 
 
 def load_decoder(

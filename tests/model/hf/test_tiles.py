@@ -180,7 +180,7 @@ def test_two_pictures_of_a_prompt(published):
     vision = llava.vision_tower.config
     pair = [load_picture(published.pictures / f"{x}.png", vision) for x in ("wide", "odd")]
     lengths = [len(x.rows) for x in pair]
-    both = llava.image_inputs([join_pixels(pair, NUM_PATCHES)], torch.arange(sum(lengths)))
+    both = llava.image_inputs([join_pixels(pair)], torch.arange(sum(lengths)))
     first = llava.image_inputs(pair[:1], torch.arange(lengths[0]))
     second = llava.image_inputs(pair[1:], torch.arange(lengths[0], sum(lengths)))
     torch.testing.assert_close(both.features, torch.cat((first.features, second.features)))
@@ -203,8 +203,8 @@ def test_grids_and_token_counts_of_every_size():
 
 def test_folders_that_cannot_be_used(published, tmp_path):
     vision = VisionConfig.from_hf(published.folder)
-    with pytest.raises(UserError, match="a LLaVA 1.6, whose tiles are not trained here"):
-        ConversationDataset([], published.tokenizer, DataConfig(), vision)
+    with pytest.raises(UserError, match="never pads them to squares"):
+        ConversationDataset([], published.tokenizer, DataConfig(image_aspect_ratio="pad"), vision)
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((published.folder / name).read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
