@@ -5,7 +5,7 @@
     python scripts/plan_memory.py finetune-7b --model.decoder FOLDER --model.vision-tower FOLDER
 
 Takes the fields of the recipe as train.py does. Without folders the recipe's published models are
-assumed. No weights are read.
+assumed; without --data.path samples as long as LLaVA's, with one image each. No weights are read.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,10 @@ from mmalign.command import command_line
 from mmalign.config import TrainConfig
 from mmalign.errors import UserError
 from mmalign.recipes import RECIPES
+from mmalign.tokenizer import Tokenizer
+from mmalign.training.build import build_dataset, resolve
 from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.samples import AverageSample, average_sample
 from mmalign.training.memory.table import (
     MEMORY_GIB,
     capacity_of,
@@ -46,18 +49,30 @@ def report(options: PlanMemory) -> str:
     if parallel.sharding == "hybrid" and not parallel.shard_size:
         raise UserError("the number of processes per node is unknown: set --parallel.shard-size")
     workload = published_workload(config, options.recipe)
-    plan = MemoryPlan(config, workload, capacity_of(options.gpu), "cuda", world_size)
+    capacity, given = capacity_of(options.gpu), sample_of(config)
+    plan = MemoryPlan(config, workload, capacity, "cuda", world_size, given)
     chosen = check(plan)
     gpus = options.gpu if options.gpu in MEMORY_GIB else "a GPU"
     gpus += f" of {plan.capacity / 2**30:.1f} GiB ({plan.capacity / 1e9:.1f} GB)"
     if world_size > 1:
         gpus = f"{world_size} x {gpus}, --parallel.sharding {parallel.sharding}"
-    text = f"{options.recipe} on {gpus}\n\n{render(plan)}\n\nrecommended: {flags_of(chosen)}"
+    sample, source = plan.sample, config.data.path if given else "as in LLaVA's data"
+    lines = f"{options.recipe} on {gpus}\n{sample.tokens:.0f} tokens per sample ({source}): "
+    lines += f"{sample.loss_tokens:.0f} with a target, {sample.image_tokens:.0f} of images"
+    text = f"{lines}\n\n{render(plan)}\n\nrecommended: {flags_of(chosen)}"
     if plan.num_shards < world_size and parallel.sharding == "none":
         sharded = replace(chosen, parallel=replace(parallel, sharding="full"))
         total = total_of(replace(plan, config=sharded))
         text += f"\nwith --parallel.sharding full as well: {total:.1f} GB"
     return text
+
+
+def sample_of(config: TrainConfig) -> AverageSample | None:
+    """Of the data, where the command line names it and a tokenizer."""
+    if not config.data.path or not (config.model.decoder or config.model.tokenizer):
+        return None
+    config = resolve(config)
+    return average_sample(build_dataset(config, Tokenizer.from_pretrained(config.model.tokenizer)))
 
 
 if __name__ == "__main__":

@@ -6,34 +6,22 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from mmalign.config import ModelConfig, TrainConfig
 from mmalign.data.loader import num_steps_of
-from mmalign.errors import SampleError, UserError
+from mmalign.errors import UserError
 from mmalign.flops import Workload, required_flops
 from mmalign.study.plan import Run, Study
 from mmalign.system import DTYPES, GPUS
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_dataset
-from mmalign.training.memory.plan import SAMPLE_LOSS_TOKENS, SAMPLE_TOKENS, MemoryPlan
+from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.samples import AverageSample, average_sample, llava_sample
 from mmalign.training.memory.table import published_workload
 
 MFU = 0.4  # assumed where no run has been timed
 # of the published files: CC3M-595K, and llava_instruct_80k by the shares of the types in 158k
 NUM_SAMPLES = {"pretrain": 595_375, "finetune": 80_000}
 TYPE_SHARES = {"conversation": 0.36, "detail": 0.15, "reasoning": 0.49}
-_ENCODED = 200  # samples of a file whose lengths stand for all
-
-
-@dataclass(frozen=True)
-class Data:
-    """A run's samples, on average."""
-
-    num_samples: float
-    tokens: float  # of a sample, image tokens included
-    loss_tokens: float
-    image_share: float
 
 
 @dataclass(frozen=True)
@@ -56,50 +44,37 @@ def cost_of(study: Study, run: Run, config: TrainConfig | None) -> Cost:
     config = config or run.config
     assert config is not None
     if exact:
-        workload, data = Workload.from_config(config), _data_of(config)
+        workload, (count, sample) = Workload.from_config(config), _data_of(config)
     else:
         unnamed = replace(config, model=ModelConfig())
         recipe = study.parents[run.parent].pretrain or run.recipe
-        workload, data = published_workload(unnamed, recipe), _published(config)
-    count = data.num_samples
+        workload = published_workload(unnamed, recipe)
+        count, sample = _published(config, workload)
     if run.transform and run.transform.samples:
         count = min(count, run.transform.samples)
     if run.transform and run.transform.supervised_tokens:
-        count = min(count, run.transform.supervised_tokens / data.loss_tokens)
+        count = min(count, run.transform.supervised_tokens / sample.loss_tokens)
     batch = config.global_batch_size
     steps = config.num_steps or num_steps_of(max(1, round(count)), batch, config.num_epochs)
-    mean = [round(data.tokens)], round(data.loss_tokens), 1 if data.image_share > 0.5 else 0
+    mean = [round(sample.tokens)], round(sample.loss_tokens), round(sample.tiles)
     flops = required_flops(workload, config.shortcuts, *mean).total
     return Cost(float(flops) * steps * batch, _bytes(config, workload), exact)
 
 
-def _published(config: TrainConfig) -> Data:
+def _published(config: TrainConfig, workload: Workload) -> tuple[float, AverageSample]:
     stage, types = config.stage, config.data.types
     count = NUM_SAMPLES[stage] * (sum(TYPE_SHARES.get(x, 0) for x in types) if types else 1)
     count = min(count, config.data.num_samples or count)
-    tokens = SAMPLE_TOKENS[stage] - (256 if config.data.text_only else 0)
-    return Data(count, tokens, SAMPLE_LOSS_TOKENS[stage], 0.0 if config.data.text_only else 1.0)
+    return count, llava_sample(stage, workload.vision)
 
 
 @lru_cache(maxsize=64)
-def _data_of(config: TrainConfig) -> Data:
-    """Of the file itself: its number of samples, and the mean lengths of some of them."""
+def _data_of(config: TrainConfig) -> tuple[float, AverageSample]:
+    """Of the file itself: its number of samples, and the mean of some of them."""
     dataset = build_dataset(config, Tokenizer.from_pretrained(config.model.tokenizer))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, _ENCODED).astype(int))
-    encoded = []
-    for index in chosen:
-        try:
-            encoded.append(dataset.encode(int(index)))
-        except SampleError:  # the run itself names it
-            continue
-    if not encoded:
-        return _published(config)
-    return Data(
-        len(dataset),
-        float(np.mean([len(x.input_ids) for x in encoded])),
-        float(np.mean([(x.labels >= 0).sum() for x in encoded])),
-        float(np.mean([len(x.images) for x in encoded])),
-    )
+    if sample := average_sample(dataset):
+        return len(dataset), sample
+    return _published(config, Workload.from_config(config))
 
 
 def _bytes(config: TrainConfig, workload: Workload) -> int:

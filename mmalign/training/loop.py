@@ -13,6 +13,7 @@ import torch
 from mmalign import openmp
 from mmalign.command import Stopped, StopSignal, reason
 from mmalign.config import TrainConfig
+from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader, num_steps_of
 from mmalign.distributed import DistributedContext, start_distributed
 from mmalign.errors import UserError
@@ -62,16 +63,21 @@ def train(config: TrainConfig) -> None:
         with owned(config.run_dir, "--run-dir", ranks):
             if ranks.is_main:
                 log.info("%s", openmp.describe())
-            config = plan_run(config, ranks)  # refuses what does not fit in memory
             tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
+            dataset = build_dataset(config, tokenizer)
+            config = plan_run(config, ranks, dataset)  # refuses what does not fit in memory
             with explain_out_of_memory(config, ranks), compiled_kernels(config, ranks, tokenizer):
-                loop = build_loop(config, ranks, tokenizer, stop)
+                loop = build_loop(config, ranks, tokenizer, dataset, stop)
             loop.run()
             export(loop.trainer.model, config, tokenizer, ranks)
 
 
 def build_loop(
-    config: TrainConfig, ranks: DistributedContext, tokenizer: Tokenizer, stop: StopSignal
+    config: TrainConfig,
+    ranks: DistributedContext,
+    tokenizer: Tokenizer,
+    dataset: ConversationDataset,
+    stop: StopSignal,
 ) -> "TrainingLoop":
     """All that is read from files, the cheap checks first; the weights come last."""
     torch.manual_seed(config.seed)
@@ -79,7 +85,6 @@ def build_loop(
     with ranks.main_first():
         write_config(config)
     check_shared(config.run_dir, ranks)
-    dataset = build_dataset(config, tokenizer)
     with ranks.main_first():
         if ranks.is_main:
             inputs.check(config, tokenizer)

@@ -13,7 +13,7 @@ from mmalign.files import read_json_lines
 from mmalign.flops import Workload
 from mmalign.model.llava import Llava
 from mmalign.tokenizer import Tokenizer
-from mmalign.training.build import resolve
+from mmalign.training.build import build_dataset, resolve
 from mmalign.training.loop import TrainingLoop, build_loop
 
 CPU = DistributedContext(0, 1, torch.device("cpu"))
@@ -55,7 +55,8 @@ def small_loop(config: TrainConfig) -> TrainingLoop:
     """The loop that train(config) runs in one process."""
     config = resolve(config)
     tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)
-    return build_loop(config, CPU, tokenizer, StopSignal())
+    dataset = build_dataset(config, tokenizer)
+    return build_loop(config, CPU, tokenizer, dataset, StopSignal())
 
 
 def workload_of(model: Llava, config: TrainConfig) -> Workload:

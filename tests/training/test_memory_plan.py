@@ -20,6 +20,7 @@ from mmalign.training.loop import train
 from mmalign.training.memory import table as memory_table
 from mmalign.training.memory.activations import Activations, MicroBatch
 from mmalign.training.memory.plan import MemoryPlan
+from mmalign.training.memory.samples import average_sample
 from mmalign.training.optimizer import AdamW
 from tests.training.activations_kept import (
     decoder_config,
@@ -28,7 +29,7 @@ from tests.training.activations_kept import (
     small_model,
     train_config,
 )
-from tests.training.helpers import small_config, workload_of
+from tests.training.helpers import small_config, small_loop, workload_of
 
 CASES = {
     "pretrain": train_config("pretrain"),
@@ -72,10 +73,43 @@ def test_activations_are_those_that_the_graph_keeps(case, decoder, last_layer_ro
             model.decoder.set_recompute(policy, num_layers)
             with saving(model, batch) as kept:
                 loss = model(batch)
-            sizes = MicroBatch(sum(LENGTHS), batch.num_loss_tokens, num_images)
+            images = len(batch.image_positions)
+            sizes = MicroBatch(sum(LENGTHS), batch.num_loss_tokens, images)
             total = sum(planned.saved(sizes, policy, num_layers).values())
             assert total == kept.bytes, (policy, num_layers)
             del loss
+
+
+def test_a_run_with_several_pictures_per_sample(small_world, tmp_path, caplog):
+    """The plan of the run's own data, against what its first micro-batch keeps."""
+    records = json.loads(Path(small_world.finetune_json).read_text())
+    pictures = [record["image"] for record in records if "image" in record]
+    for i, record in enumerate(records[:8]):
+        record.pop("image", None)
+        shown = pictures[i : i + i % 5]
+        if shown:
+            record["image"] = shown
+        first = record["conversations"][0]
+        first["value"] = "<image>\n" * len(shown) + first["value"].replace("<image>", "").strip()
+    (tmp_path / "data.json").write_text(json.dumps(records[:8]))
+    data = {"path": str(tmp_path / "data.json")}
+    config = small_config(small_world, tmp_path / "run", data=data, recompute="none")
+    loop = small_loop(config)
+    [batch] = next(iter(loop.loader)).batches
+    assert len(batch.pixel_values) == sum(i % 5 for i in range(8))
+    dataset, model = loop.loader.dataset, loop.trainer.model
+    plan = MemoryPlan(
+        config, workload_of(model, config), 0, "cpu", given_sample=average_sample(dataset)
+    )
+    with saving(model, batch) as kept:
+        loss = model(batch)
+    planned = plan.batch(len(batch.input_ids))
+    patches = len(batch.image_positions)
+    assert planned == MicroBatch(len(batch.input_ids), batch.num_loss_tokens, patches)
+    assert sum(plan.activations.saved(planned, "none").values()) == kept.bytes
+    assumed = replace(plan, given_sample=None).batch(planned.tokens)
+    assert assumed.image_rows < patches and assumed.loss_rows > batch.num_loss_tokens
+    del loss
 
 
 @pytest.mark.parametrize("model_type", ("llama", "qwen2", "qwen3"))
@@ -301,5 +335,9 @@ def test_command_line(small_world, plan_memory):
     printed = plan_memory("finetune-7b", *folders, str(small_world.vision_tower))
     assert "recommended: --recompute none" in printed
     assert "does not fit" in plan_memory("finetune-7b", "--optimizer.moments", "fp32")
+    data = ("--data.path", str(small_world.finetune_json), "--data.template", "v1")
+    data += ("--data.image-root", str(small_world.images))
+    printed = plan_memory("finetune-7b", *folders, str(small_world.vision_tower), *data)
+    assert re.search(r"tokens per sample \(.*\.json\): \d+ with a target, \d+ of images", printed)
     assert "expected one of h200" in plan_memory("finetune-7b", "--gpu", "abacus")
     assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")

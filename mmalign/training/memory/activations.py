@@ -22,7 +22,7 @@ class MicroBatch:
 
     tokens: int
     loss_rows: int  # with a target
-    images: int
+    image_rows: int  # patches of images
 
 
 @dataclass
@@ -73,9 +73,10 @@ class Activations:
         if self._input_needs_gradient:
             self._stream(saved, 0, tokens)
         if workload.vision and workload.projector:
-            rows = batch.images * workload.vision.num_patches
-            size = rows * workload.projector.saved_per_row
+            size = batch.image_rows * workload.projector.saved_per_row
             saved.add("image features", "features", size * self.itemsize)
+            if workload.vision.grids and workload.trains_embeddings:
+                saved.add("image features", "newlines", tokens)  # where they are
         if self.trains_image_tokens:
             saved.add("image features", "masks", 2 * tokens)
         policies = policy_by_layer(policy, num_layers, decoder.num_hidden_layers)

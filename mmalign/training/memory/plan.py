@@ -27,15 +27,12 @@ from mmalign.flops import Workload, adapted_projections
 from mmalign.model.recompute import POLICIES, Recompute
 from mmalign.model.vision_tower import VisionTower
 from mmalign.training.memory.activations import Activations, MicroBatch, Saved
+from mmalign.training.memory.samples import AverageSample, llava_sample
 from mmalign.training.optimizer import AdamW
 
 STEP = 128  # micro_batch_tokens are planned in multiples of it
 ENOUGH_TOKENS = 8192  # matrix products reach full speed: rather recompute than go below
 MAX_TOKENS = 16384  # a larger micro-batch gains nothing
-# means of LLaVA's data, image tokens included; in stage 1 without the shared prefix (v0: 37 tokens,
-# whose keys and values, 19 MB with LLaMA2-7B, are negligible)
-SAMPLE_TOKENS = {"pretrain": 300, "finetune": 550}
-SAMPLE_LOSS_TOKENS = {"pretrain": 22, "finetune": 242}
 CONTEXT_BYTES = {"cuda": 10**9, "cpu": 0}  # CUDA's context, compiled kernels, cuBLAS's workspace
 # fraction of activations and workspace, whose sizes vary from step to step
 FRAGMENTATION = {"cuda": 0.04, "cpu": 0.0}
@@ -88,19 +85,25 @@ def parameters(workload: Workload, trains_image_tokens: bool) -> Iterator[Matric
         with torch.device("meta"):
             tower = sum(p.numel() for p in VisionTower(workload.vision).parameters())
         yield Matrices("replicated", (tower,), 1, False)
+        if workload.vision.grids:  # image_newline
+            yield Matrices("root", (hidden,), 1, trained)
     if trains_image_tokens:
         yield Matrices("root", (2, hidden), 1, True)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device of `world_size`; capacity: of that device."""
+    """Bytes on one device of `world_size`.
+
+    capacity: of that device; given_sample: of the run's data, None: llava_sample.
+    """
 
     config: TrainConfig
     workload: Workload
     capacity: int
     device_type: str
     world_size: int = 1
+    given_sample: AverageSample | None = None
 
     # ---- independent of the micro-batch ----
 
@@ -166,11 +169,14 @@ class MemoryPlan:
     # ---- dependent on the micro-batch ----
 
     def batch(self, tokens: int) -> MicroBatch:
-        """A micro-batch of this size made of average samples of LLaVA's data."""
-        stage = self.workload.stage
-        images = -(-tokens // SAMPLE_TOKENS[stage]) if self.workload.vision else 0
-        rows = -(-tokens * SAMPLE_LOSS_TOKENS[stage] // SAMPLE_TOKENS[stage])
-        return MicroBatch(tokens, rows, images)
+        """A micro-batch of this size made of average samples."""
+        sample = self.sample
+        kinds = (sample.loss_tokens, sample.image_tokens)
+        return MicroBatch(tokens, *(math.ceil(x * tokens / sample.tokens) for x in kinds))
+
+    @property
+    def sample(self) -> AverageSample:
+        return self.given_sample or llava_sample(self.workload.stage, self.workload.vision)
 
     def at(self, tokens: int, policy: Recompute, num_layers: int | None = None) -> dict[str, int]:
         """All bytes by kind, with micro-batches of so many tokens."""
@@ -192,7 +198,7 @@ class MemoryPlan:
             max(math.prod(x.shape) for x in trained) * self.itemsize
         )  # accumulates into the sum
         config = self.config
-        step = SAMPLE_TOKENS[config.stage] * config.global_batch_size // self.world_size
+        step = self.sample.tokens * config.global_batch_size / self.world_size
         if config.optimizer.update_in_backward and step <= tokens:
             return 2 * largest
         own = sum(self._local(x) for x in trained) * self.itemsize

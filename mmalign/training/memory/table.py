@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mmalign.config import TrainConfig
+from mmalign.data.dataset import ConversationDataset
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.flops import Workload
@@ -19,6 +20,7 @@ from mmalign.model.recompute import POLICIES
 from mmalign.system import GPUS
 from mmalign.training.build import TOY_WORLD
 from mmalign.training.memory.plan import CONTEXT_BYTES, STEP, MemoryPlan
+from mmalign.training.memory.samples import average_sample
 from mmalign.training.optimizer import cannot_shard_codes, check_update_in_backward
 from mmalign.training.run_folder import with_first_decision
 
@@ -169,13 +171,16 @@ def _smaller_runs(config: TrainConfig) -> Iterator[list[tuple[str, dict]]]:
         yield [("--lora.train-embeddings False", {"lora": without})]
 
 
-def plan_run(config: TrainConfig, ranks: DistributedContext) -> TrainConfig:
+def plan_run(
+    config: TrainConfig, ranks: DistributedContext, dataset: ConversationDataset
+) -> TrainConfig:
     """Before anything is loaded: config with "auto" resolved; raises UserError if it cannot fit."""
     check_update_in_backward(config.optimizer, ranks.world_size)
     capacity, where = _free_memory(ranks)
     config = with_first_decision(config)
     workload = Workload.from_config(config)
-    plan = MemoryPlan(config, workload, capacity, ranks.device.type, ranks.world_size)
+    device, sample = ranks.device.type, average_sample(dataset) if ranks.is_main else None
+    plan = MemoryPlan(config, workload, capacity, device, ranks.world_size, sample)
     chosen = check(ranks.broadcast_from_main(plan))  # one decision for all ranks
     if ranks.is_main:
         total, flags = total_of(replace(plan, config=chosen)), flags_of(chosen)
