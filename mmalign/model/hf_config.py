@@ -70,3 +70,11 @@ def language_model(hf: Settings) -> Settings:
     if found in _TEXT_PARTS:
         hf = Settings(hf.values | {"model_type": _TEXT_PARTS[found]}, hf.path, hf.within)
     return hf
+
+
+def built(config_class: type, hf: Settings, **values):
+    """The config; its own complaints get the file's path."""
+    try:
+        return config_class(**values)
+    except UserError as error:
+        raise UserError(f"{hf.path}: {error}") from error
