@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProcessor
 
-from mmalign.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mmalign.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.loader import StepLoader
@@ -23,7 +23,8 @@ from mmalign.training.memory.samples import average_sample
 from tests.model.hf.test_tiles import Published, published  # noqa: F401  a fixture
 from tests.model.tiny import assert_same
 from tests.training.activations_kept import saving
-from tests.training.helpers import losses, workload_of
+from tests.training.helpers import exported_weights, losses, workload_of
+from tests.training.train_processes import start
 
 pytestmark = pytest.mark.parametrize("published", ["llama-3"], indirect=True)
 SAMPLES = {  # question, pictures
@@ -134,6 +135,21 @@ def test_a_run_learns_and_its_export_loads(config, published):  # noqa: F811
     again = replace(config, model=replace(config.model, decoder=str(folder)))
     model = build_model(again, published.tokenizer, [])
     assert torch.equal(model.image_newline, ours.image_newline)
+
+
+@pytest.mark.parametrize("config", ["finetune"], indirect=True)
+def test_sharded_runs_equal_one_process(config, published, tmp_path):  # noqa: F811
+    """A micro-batch in each of two processes."""
+    config = replace(config, micro_batch_tokens=140)
+    train(config)
+    sharding = ParallelConfig(sharding="full")
+    sharded = replace(config, run_dir=tmp_path / "sharded", parallel=sharding)
+    start(sharded, 2).succeed()
+    expected, found = torch.tensor(losses(config.run_dir)), torch.tensor(losses(sharded.run_dir))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    ours, theirs = exported_weights(config.run_dir), exported_weights(sharded.run_dir)
+    name = "export/llava/model.safetensors:image_newline"
+    torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
 
 
 def test_a_picture_that_cannot_be_measured_names_its_sample(config, published, tmp_path):  # noqa: F811
