@@ -7,6 +7,7 @@ timing      interleaved rounds; measured_peaks: the machine, its copy bandwidth 
 session     runs comparisons; render: RESULTS.md and plots from --benchmark-json
 gpu         scripts/gpu_verify.sh: gpu_parts what runs, gpu_work in processes that append records;
             verdict: the table at its end, against what predict wrote down beforehand
+compare_with_harness  scores of a folder beside lm-evaluation-harness's
 """
 
 import sys
