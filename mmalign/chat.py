@@ -18,7 +18,7 @@ from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
 from mmalign.model.hf import is_llava, load_llava
 from mmalign.model.tiles import Pixels, join_pixels, num_image_tokens
-from mmalign.system import DTYPES, choose_device
+from mmalign.system import DTYPES, choose_device, choose_precision
 from mmalign.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Conversation:
         model: str | Path,
         images: Sequence[Path] = (),
         template: str | None = None,
-        precision: str = "fp32",
+        precision: str = "auto",
         device: str = "auto",
     ):
         llava = Path(model) / "export" / "llava"  # of a run that has a vision tower
@@ -58,7 +58,8 @@ class Conversation:
         self.tokenizer = Tokenizer.from_pretrained(weights)
         has_im_tokens = self.tokenizer.im_end_id < config.vocab_size
         self.use_im_start_end = settings.flag("use_im_start_end", has_im_tokens)
-        self.llava = load_llava(weights, self.tokenizer, DTYPES[precision]).to(target)
+        dtype = DTYPES[choose_precision(precision, target)]
+        self.llava = load_llava(weights, self.tokenizer, dtype).to(target)
 
     def start(self) -> None:
         """Removes all turns and images."""

@@ -26,7 +26,7 @@ def main(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Chat with a finetuned model, about images or without any.
@@ -42,7 +42,7 @@ def main(
         temperature: 0 is greedy decoding, 1 samples from the model's distribution.
         top_p: Nucleus sampling: sample from the most likely tokens with this total probability.
         seed: Seed of the sampling.
-        precision: Precision of weights and activations.
+        precision: Of weights and activations. auto: bf16 on a GPU, fp32 on a CPU.
         device: auto takes a GPU if there is one.
     """
     options = GenerationOptions(max_new_tokens, temperature, top_p=top_p, seed=seed)
