@@ -6,6 +6,7 @@ reads the cache through spans (prefix_attention): nothing is padded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,12 +59,14 @@ class BatchCache:
     def _extend(self, segments: Sequence[Segment]) -> Tensor:
         decoder = self.llava.decoder
         device = decoder.embed_tokens.weight.device
+        # the host goes on launching while the device is at work
+        to_device = partial(Tensor.to, device=device, non_blocking=True)
         lengths = [len(x.input_ids) for x in segments]
         spans = np.array([span for x in segments for span in x.spans])
         firsts = [x.first_position for x in segments]
         position_ids = [np.arange(n) + at for at, n in zip(firsts, lengths, strict=True)]
         cu_seqlens = np.cumsum([0, *lengths])
-        position_ids = torch.from_numpy(np.concatenate(position_ids)).int().to(device)
+        position_ids = to_device(torch.from_numpy(np.concatenate(position_ids)).int())
         cu_spans = np.cumsum([0, *(len(x.spans) for x in segments)])
         numbers = (cu_seqlens, spans[:, 0], spans[:, 1], cu_spans)
         bounds, begins, ends, cu_spans = (torch.from_numpy(x).int() for x in numbers)
@@ -74,10 +77,10 @@ class BatchCache:
         ids = np.concatenate([x.input_ids for x in segments])
         rows = cu_seqlens[1:][[x.is_read for x in segments]] - 1
         hidden_states = decoder(
-            torch.from_numpy(ids).to(device),
+            to_device(torch.from_numpy(ids)),
             positions,
             self._images(segments, ids),
-            torch.from_numpy(rows).to(device) if len(rows) < len(ids) else None,
+            to_device(torch.from_numpy(rows)) if len(rows) < len(ids) else None,
         )
         return linear(hidden_states, decoder.lm_head.weight)
 

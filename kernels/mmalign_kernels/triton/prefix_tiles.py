@@ -85,7 +85,7 @@ def prefix_tiles(
     slots, tiles, keys = _listed(segments, first, rows, block)
     heaviest = np.argsort(-tiles[1] - tiles[3], kind="stable")  # first, so that the end is even
     arrays = (x.astype(np.int32, order="C") for x in (slots, tiles[:, heaviest], keys))
-    return PrefixTiles(block, *(torch.from_numpy(x).to(device) for x in arrays))
+    return PrefixTiles(block, *(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays))
 
 
 def _listed(
