@@ -42,9 +42,8 @@ def ours(positions=None):
 
 
 def hugging_face(positions=None):
-    positions = image_positions() if positions is None else positions
-
     """As LlavaForConditionalGeneration does it, for a projector of one linear layer."""
+    positions = image_positions() if positions is None else positions
 
     def function(image_features, weight, bias, hidden_states, norm_weight):
         mask = torch.zeros(len(hidden_states), dtype=torch.bool)
