@@ -19,5 +19,18 @@ if [ "${1:-}" = --wheels ]; then
   export PYTHONPATH="$PYTHONPATH:$site"
   shift 2
 fi
+absent="$("$python" - <<'EOF'
+from importlib.util import find_spec
+
+needed = "torch triton transformers pytest xdist numpy PIL pyarrow safetensors scipy"
+needed += " sentencepiece tokenizers tqdm tyro"
+print(*(name for name in needed.split() if find_spec(name) is None))
+EOF
+)"
+if [ -n "$absent" ]; then
+  echo "$python has no $absent. Name a Python that has them (PYTHON=...), or give their wheels:" \
+    "bash scripts/collect_wheels.sh DIR, then --wheels DIR" >&2
+  exit 1
+fi
 export PYTHONUNBUFFERED=1
 "$python" -m bench.gpu "$@"

@@ -62,6 +62,16 @@ def test_without_a_gpu_it_says_what_can_be_done():
     assert done.returncode == 1 and "--dry-run" in done.stderr
 
 
+def test_it_names_every_package_that_is_absent(tmp_path, monkeypatch):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    monkeypatch.setitem(PYTHON, "PYTHON", str(bare))
+    done = gpu_verify("--dry-run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no torch triton" in done.stderr and "--wheels DIR" in done.stderr
+
+
 # ---- running parts ----
 
 
