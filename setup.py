@@ -2,8 +2,8 @@
 
 CMakeLists.txt builds the CPU kernels where cmake and a C++ compiler are found, and the CUDA kernels
 where nvcc is found, if there is a GPU or MMALIGN_CUDA_ARCHS names architectures, e.g. "90a" or
-"80;90a;100a". Without them Triton and plain PyTorch remain: `python -m mmalign_kernels` lists what
-is there.
+"80;90a;100a"; "none" leaves them out. Without them Triton and plain PyTorch remain:
+`python -m mmalign_kernels` lists what is there.
 """
 
 import os
@@ -58,6 +58,8 @@ def cpu_extensions() -> list[Extension]:
 
 def cuda_extensions() -> list[Extension]:
     archs = named_architectures()
+    if archs == ["none"]:
+        return []
     if find_nvcc() is None:
         print("mmalign: no nvcc, so the CUDA kernels of csrc/ are not built")
     elif not has_gpu() and not archs:

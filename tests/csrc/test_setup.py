@@ -56,6 +56,11 @@ def test_named_architectures_need_no_gpu(run_setup, monkeypatch):
     assert extension.name == "mmalign_kernels.cuda.libmmalign_cuda"
 
 
+def test_cuda_can_be_left_out(run_setup, monkeypatch):
+    monkeypatch.setenv("MMALIGN_CUDA_ARCHS", "none")
+    assert run_setup("nvcc", "nvidia-smi")["ext_modules"] == []
+
+
 @pytest.mark.parametrize("archs", ("90", "80;90", "80;100"))
 def test_hopper_without_its_suffix_is_refused(archs, run_setup, monkeypatch, tmp_path):
     """Such a build has empty attention and projector kernels."""
