@@ -35,7 +35,8 @@ __device__ __forceinline__ Packed normalized(const Packed& values, float factor,
   return bits_as<Packed>(out);
 }
 
-// The packed row of an image row. One that lies outside the sequence ends the launch.
+// The packed row of an image row. One that lies outside the sequence ends the launch; an assert would
+// say where, but is a call, and beside calls ptxas serialises the products of wgmma (C7510).
 template <class T>
 __device__ __forceinline__ int packed_row(const Projection<T>& call, int image) {
   const int64_t row = call.positions_are_wide
