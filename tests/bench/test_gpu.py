@@ -14,7 +14,7 @@ import torch
 
 from bench import gpu, measured_peaks
 from bench.gpu import Options, Run
-from bench.gpu_parts import LIMITS, Part, parts
+from bench.gpu_parts import LIMITS, PYTEST, Part, parts
 from bench.records import BROKEN, read_records
 
 PYTHON = dict(os.environ, PYTHON=sys.executable)
@@ -101,6 +101,12 @@ def test_a_failure_does_not_stop_the_others(tmp_path):
     assert "FAILED tests/x.py::test_y" in reasons and any("compute-sanitizer" in x for x in reasons)
     [done] = [x for x in records if x["kind"] == "part" and x["what"] == "passing"]
     assert done["note"] == "3 passed"
+
+
+def test_the_last_line_of_the_tests_counts_them(tmp_path):
+    none_of_them = (*PYTEST, "tests/test_files.py", "-k", "no_such_name")
+    run(tmp_path, Part("tests", 1, 60, none_of_them))
+    assert " deselected in " in (tmp_path / "tests.log").read_text().splitlines()[-1]
 
 
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
