@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     get_cosine_schedule_with_warmup,
 )
 
@@ -71,7 +71,7 @@ def their_losses(config, dataset, folder: Path) -> list[float]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.2 * STEPS), STEPS)
     num_samples = len(json.loads(Path(config.data.path).read_text()))
-    processor, history = AutoImageProcessor.from_pretrained(folder), []
+    processor, history = LlavaImageProcessorPil.from_pretrained(folder), []
     for step in range(STEPS):
         first = step * config.global_batch_size
         indices = [(first + i) % num_samples for i in range(config.global_batch_size)]
