@@ -12,6 +12,13 @@ namespace mmalign {
 
 namespace {
 
+// The halves of a row are too short for the hardware's prefetcher, which starts anew at each. Past
+// the last row nothing is read.
+inline void prefetch_next_row(const float* gate, const float* up, int64_t columns) {
+  __builtin_prefetch(gate + 2 * columns);
+  __builtin_prefetch(up + 2 * columns);
+}
+
 Tensor swiglu_fwd(const Tensor& gate_up) {
   dense_floats(Argument("swiglu_fwd", "gate_up", gate_up).rank(2));
   const int64_t rows = gate_up.size(0), columns = gate_up.size(1) / 2;
@@ -22,6 +29,7 @@ Tensor swiglu_fwd(const Tensor& gate_up) {
     for (int64_t row = first; row < last; ++row) {
       const float *gates = from + 2 * row * columns, *ups = gates + columns;
       for_vectors(columns, [&](int64_t i, auto part) {
+        prefetch_next_row(gates + i, ups + i, columns);
         const Vector gate = part.load(gates + i);
         part.store(to + row * columns + i, gate * sigmoid(gate) * part.load(ups + i));
       });
@@ -44,6 +52,7 @@ void swiglu_bwd(const Tensor& grad_y, const Tensor& gate_up, Tensor grad_gate_up
       const float *gates = from + 2 * row * columns, *ups = gates + columns;
       float *grad_gates = to + 2 * row * columns, *grad_ups = grad_gates + columns;
       for_vectors(columns, [&](int64_t i, auto part) {
+        prefetch_next_row(gates + i, ups + i, columns);
         const Vector gate = part.load(gates + i), up = part.load(ups + i);
         const Vector dy = part.load(grads + row * columns + i), s = sigmoid(gate);
         part.store(grad_gates + i, dy * up * s * (1.0f + gate * (1.0f - s)));
