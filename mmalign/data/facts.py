@@ -27,7 +27,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """questions: by task, those of the survey's index in their order.
 
-    not_looked_for: why there are no others, in sentences.
+    not_looked_for: why others are missing, in sentences.
     """
     tokens, supervised = report.lengths, report.num_loss_tokens
     samples, skips_long = dataset.samples, dataset.data.on_long_sample == "skip"

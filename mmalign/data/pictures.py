@@ -68,7 +68,7 @@ class _OutsideError(Exception):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """A file that is no archive, or a damaged one."""
+    """A file that is not an archive, or a damaged one."""
 
     path: str
     error: UserError

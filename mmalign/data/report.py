@@ -177,7 +177,7 @@ def markdown(sections: Sequence[Section], figures: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """What comes from the file is no Markdown."""
+    """What comes from the file is not taken for Markdown."""
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return text

@@ -253,7 +253,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _in_json(value: Any) -> str:
-    """What JSON does not have: bytes that are no picture's, dates."""
+    """What JSON does not have: bytes of something other than a picture, dates."""
     return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
 
 

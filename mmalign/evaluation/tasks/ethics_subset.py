@@ -87,7 +87,7 @@ class EthicsSubset(MultipleChoice):
         return documents
 
     def questions(self, data_root: Path) -> list[str]:
-        """The scenarios; where there is no such thing, every text of a row."""
+        """The scenarios; where a file has none, every text of a row."""
         self.load(data_root)  # for its errors
         texts = [x for x in self.columns if x != "label"]
         rows = [row for _, row in _read_rows(self.file(data_root), self)]
