@@ -9,7 +9,6 @@ checkpointing that LLaVA's scripts switch on; and the recipes' steps by size of 
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,7 +53,6 @@ from mmalign.training.memory.table import check, flags_of
 
 RANDOM_LOSS = 0.03  # relative, of the loss of random weights
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}  # relative
-MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")  # they speed up both sides on a CPU
 
 
 def rates(
@@ -70,7 +68,6 @@ def rates(
         "tokens_per_second": tokens / seconds,
         "mean_length": tokens / len(samples),
         "threads": torch.get_num_threads(),
-        "malloc": " ".join(f"{n}={os.environ[n]}" for n in MALLOC if n in os.environ),
         "mfu": flops / seconds / peak if peak else None,
     }
 

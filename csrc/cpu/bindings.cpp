@@ -1,4 +1,4 @@
-// mmalign_cpu::*, through PyTorch's stable ABI: fp32 on the CPU. One library per instruction set.
+// mmalign_cpu::*, through PyTorch's stable ABI: on the CPU. One library per instruction set.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
