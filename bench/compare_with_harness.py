@@ -4,12 +4,13 @@
     python -m bench.compare_with_harness --model FOLDER --data-root DATA --scores SCORES --limit 100
 
 The harness runs in fp32 and without BOS, on the documents in DATA. Today's task files ask what
-those of 2023 asked, except that they remove white space behind an excuse (deontology).
+those of 2023 asked, except that they remove white space behind an excuse (deontology); its backend
+then answers our requests as well.
 """
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from unittest.mock import patch
 import datasets
 import lm_eval
 import tyro
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -25,6 +28,8 @@ from lm_eval.tasks import TaskManager
 from mmalign.command import command_line
 from mmalign.evaluation.items import read_items
 from mmalign.files import markdown_table
+
+Ask = Callable[[Iterable[tuple[str, str]]], dict[tuple[str, str], float]]  # log-likelihoods
 
 FILES = {  # by the names of the harness's data sets
     "multiple_choice": "truthfulqa/mc_task.json",
@@ -56,41 +61,47 @@ def main(model: Path, data_root: Path, scores: tuple[Path, ...], limit: int = 10
 class Row(NamedTuple):
     task: str
     documents: int
-    asked_otherwise: int  # by the harness; the rest of the row is about the others
-    furthest: float  # of two log-likelihoods
-    judged_otherwise: int  # another choice, or another score
+    asked_otherwise: int  # by the harness's task file
+    furthest: float  # of two log-likelihoods of one request
+    judged_otherwise: int  # another choice or, where the task file asks the same, another score
 
 
 def rows(model: Path, data_root: Path, scores: Sequence[Path], limit: int) -> list[Row]:
     items = {task: lines for folder in scores for task, lines in read_items(folder).items()}
     items = {task: items[task][:limit] for task in TASKS if task in items}
-    samples = harness_samples(model, [TASKS[task] for task in items], data_root, limit)
-    return [compare(task, lines, samples[TASKS[task]]) for task, lines in items.items()]
+    hflm: Any = HFLM  # the decorator that registers it hides its arguments
+    settings = {"dtype": "float32", "device": "cpu", "batch_size": 8, "add_bos_token": False}
+    lm = hflm(pretrained=str(model), **settings)
+    samples = harness_samples(lm, [TASKS[task] for task in items], data_root, limit)
+    ask = partial(loglikelihoods, lm)
+    return [compare(task, lines, samples[TASKS[task]], ask) for task, lines in items.items()]
 
 
-def compare(task: str, items: Sequence[dict], samples: Sequence[dict]) -> Row:
+def compare(task: str, items: Sequence[dict], samples: Sequence[dict], ask: Ask) -> Row:
     others, furthest, differing = 0, 0.0, 0
     for item, sample in zip(items, samples, strict=True):
         ours = {(item["context"], x["text"]): x["loglikelihood"] for x in item["choices"]}
         responses = zip(sample["arguments"], sample["filtered_resps"], strict=True)
         theirs = {tuple(request): response[0] for request, response in responses}
+        same = abs(sample["acc"] - item["score"]) < 1e-4  # mc2 is a share
         if ours.keys() != theirs.keys():
             others += 1
-            continue
+            theirs, same = ask(ours), True
         furthest = max(furthest, *(abs(theirs[request] - ours[request]) for request in ours))
         chosen = item["choices"][item["prediction"]]["text"]
-        same = chosen == max(theirs, key=lambda request: theirs[request])[1]
-        differing += not same or abs(sample["acc"] - item["score"]) > 1e-4  # mc2 is a share
+        differing += not same or chosen != max(theirs, key=lambda request: theirs[request])[1]
     return Row(task, len(items), others, furthest, differing)
 
 
-def harness_samples(
-    model: Path, tasks: Sequence[str], data_root: Path, limit: int
-) -> dict[str, list]:
+def loglikelihoods(lm: LM, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """What the harness's backend answers."""
+    instances = [Instance("loglikelihood", {}, request, 0) for request in requests]
+    answers = lm.loglikelihood(instances, disable_tqdm=True)
+    return {x.arguments: answer[0] for x, answer in zip(instances, answers, strict=True)}
+
+
+def harness_samples(lm: LM, tasks: Sequence[str], data_root: Path, limit: int) -> dict[str, list]:
     """What the harness logs about the first documents of each task, in the order of the files."""
-    hflm: Any = HFLM  # the decorator that registers it hides its arguments
-    settings = {"dtype": "float32", "device": "cpu", "batch_size": 8, "add_bos_token": False}
-    lm = hflm(pretrained=str(model), **settings)
     folder = Path(lm_eval.__file__).parent / "tasks"  # reading all of them takes seconds
     files: list[str | Path] = [folder / name for name in ("truthfulqa", "hendrycks_ethics")]
     manager = TaskManager(include_path=files, include_defaults=False)
