@@ -11,7 +11,7 @@ then answers our requests as well.
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -39,12 +39,18 @@ FILES = {  # by the names of the harness's data sets
     "utilitarianism": "ethics/utilitarianism/util_test.csv",
     "virtue": "ethics/virtue/virtue_test.csv",
 }
-TASKS = {f"truthfulqa_mc{n}": f"truthfulqa_mc{n}" for n in (1, 2)}  # our name: theirs
+TASKS = {f"truthfulqa_mc{n}": f"truthfulqa_mc{n}" for n in (2, 1)}  # our name: theirs
 TASKS |= {f"ethics_{x}": f"ethics_{x}" for x in FILES if x != "multiple_choice"}
 TASKS["ethics_commonsense"] = "ethics_cm"
 
 
-def main(model: Path, data_root: Path, scores: tuple[Path, ...], limit: int = 100) -> None:
+def main(
+    model: Path,
+    data_root: Path,
+    scores: tuple[Path, ...],
+    limit: int = 100,
+    answers: Path | None = None,
+) -> None:
     """Compare scores with lm-evaluation-harness, document by document.
 
     Args:
@@ -52,9 +58,11 @@ def main(model: Path, data_root: Path, scores: tuple[Path, ...], limit: int = 10
         data_root: Folder with the tasks' files, as for evaluate.py.
         scores: Outputs of evaluate.py for this model, in fp32.
         limit: Compare the first N documents of each task.
+        answers: File for the harness's answers, of this model alone: an interrupted comparison
+            continues from them, and mc1 takes what mc2 has asked.
     """
     headings = ("", "documents", "asked otherwise", "log-likelihoods within", "judged otherwise")
-    found = rows(model, data_root, scores, limit)
+    found = rows(model, data_root, scores, limit, answers)
     print(markdown_table(headings, [(*row[:3], f"{row.furthest:.1e}", row[4]) for row in found]))
 
 
@@ -66,15 +74,19 @@ class Row(NamedTuple):
     judged_otherwise: int  # another choice or, where the task file asks the same, another score
 
 
-def rows(model: Path, data_root: Path, scores: Sequence[Path], limit: int) -> list[Row]:
+def rows(
+    model: Path, data_root: Path, scores: Sequence[Path], limit: int, answers: Path | None = None
+) -> list[Row]:
     items = {task: lines for folder in scores for task, lines in read_items(folder).items()}
     items = {task: items[task][:limit] for task in TASKS if task in items}
     hflm: Any = HFLM  # the decorator that registers it hides its arguments
     settings = {"dtype": "float32", "device": "cpu", "batch_size": 8, "add_bos_token": False}
     lm = hflm(pretrained=str(model), **settings)
-    samples = harness_samples(lm, [TASKS[task] for task in items], data_root, limit)
-    ask = partial(loglikelihoods, lm)
-    return [compare(task, lines, samples[TASKS[task]], ask) for task, lines in items.items()]
+    found = []
+    for task, lines in items.items():
+        samples = harness_samples(lm, TASKS[task], data_root, limit, answers)
+        found.append(compare(task, lines, samples, partial(loglikelihoods, lm)))
+    return found
 
 
 def compare(task: str, items: Sequence[dict], samples: Sequence[dict], ask: Ask) -> Row:
@@ -100,25 +112,29 @@ def loglikelihoods(lm: LM, requests: Iterable[tuple[str, str]]) -> dict[tuple[st
     return {x.arguments: answer[0] for x, answer in zip(instances, answers, strict=True)}
 
 
-def harness_samples(lm: LM, tasks: Sequence[str], data_root: Path, limit: int) -> dict[str, list]:
-    """What the harness logs about the first documents of each task, in the order of the files."""
-    folder = Path(lm_eval.__file__).parent / "tasks"  # reading all of them takes seconds
-    files: list[str | Path] = [folder / name for name in ("truthfulqa", "hendrycks_ethics")]
-    manager = TaskManager(include_path=files, include_defaults=False)
+def harness_samples(
+    lm: LM, task: str, data_root: Path, limit: int, answers: Path | None
+) -> list[dict]:
+    """What the harness logs about the first documents of its task, in the order of the file."""
     with patch.object(datasets, "load_dataset", partial(load_dataset, data_root)):
         found = simple_evaluate(
             lm,
-            tasks=list(tasks),
-            task_manager=manager,
+            tasks=[task],
+            task_manager=task_manager(),
             limit=limit,
+            use_cache=str(answers) if answers else None,
             bootstrap_iters=0,
             log_samples=True,
         )
     assert found is not None and "samples" in found
-    return {
-        task: sorted(samples, key=lambda sample: sample["doc_id"])
-        for task, samples in found["samples"].items()
-    }
+    return sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+@cache
+def task_manager() -> TaskManager:
+    folder = Path(lm_eval.__file__).parent / "tasks"  # reading all of them takes seconds
+    files: list[str | Path] = [folder / name for name in ("truthfulqa", "hendrycks_ethics")]
+    return TaskManager(include_path=files, include_defaults=False)
 
 
 def load_dataset(data_root: Path, path: str, name: str, **settings) -> datasets.DatasetDict:

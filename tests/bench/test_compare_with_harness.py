@@ -11,7 +11,9 @@ def test_the_harness_asks_and_scores_the_same(shared_data, tmp_path):
     Tokenizer.from_pretrained(model).save(model)
     how = (9, 8192, "fp32", "cpu")
     evaluate_model(model, ("truthfulqa", "ethics"), shared_data, tmp_path / "scores", *how)
-    rows = list(compare_with_harness.rows(model, shared_data, [tmp_path / "scores"], limit=9))
+    arguments = (model, shared_data, [tmp_path / "scores"], 9, tmp_path / "cache")
+    rows = compare_with_harness.rows(*arguments)
+    assert rows == compare_with_harness.rows(*arguments)  # from the cache
     assert [row.task for row in rows] == list(compare_with_harness.TASKS)
     for row in rows:
         others = int(row.task == "ethics_deontology")  # the ninth ends with a blank
