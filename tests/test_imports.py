@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# A room may import rooms of its own line and of the lines below it.
+# A package may import packages of its own line and of the lines below it.
 ORDER = (
     ("scripts", "bench", "setup"),
     ("mmalign.study",),
@@ -25,7 +25,7 @@ ORDER = (
     ("mmalign.batch", "mmalign.errors", "mmalign.malloc", "mmalign.openmp", "mmalign"),
     ("mmalign_kernels", "codegen"),
 )
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
 
 
 def module_name(path: Path) -> str:
@@ -62,15 +62,15 @@ def imports(module: str) -> frozenset[str]:
     return frozenset(found & modules().keys()) - {module}
 
 
-def room(module: str) -> str | None:
+def package_of(module: str) -> str | None:
     parts = module.split(".")
     names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((name for name in names if name in LEVEL), None)
 
 
-def test_every_module_has_a_room():
-    homeless = [name for name in modules() if name.partition(".")[0] == "mmalign"]
-    assert [name for name in homeless if room(name) == "mmalign" and name != "mmalign"] == []
+def test_every_module_has_a_line():
+    found = [name for name in modules() if name.partition(".")[0] == "mmalign"]
+    assert [name for name in found if package_of(name) == "mmalign" and name != "mmalign"] == []
 
 
 def test_imports_follow_the_order():
@@ -78,7 +78,9 @@ def test_imports_follow_the_order():
         f"{module} imports {imported}"
         for module in modules()
         for imported in imports(module)
-        if room(module) and room(imported) and LEVEL[room(module)] > LEVEL[room(imported)]
+        if package_of(module)
+        and package_of(imported)
+        and LEVEL[package_of(module)] > LEVEL[package_of(imported)]
     ]
     assert against == []
 
