@@ -6,7 +6,7 @@ A score is the plain sum of the log-probabilities of the continuation's tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -188,13 +188,8 @@ def run_plan(
     device, training = torch.device(device), decoder.training
     decoder.eval()
     with bar, torch.no_grad():
-        weight = decoder.embed_tokens.weight
-        cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
-        for batch in plan.batches:
-            wanted = plan.targets.within(batch)
-            targets = _read_targets(decoder, plan, batch, wanted, cache, device)
-            values = target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
-            places = torch.from_numpy(plan.targets.order[wanted])
+        for batch, targets, values in run_batches(decoder, plan, device):
+            places = torch.from_numpy(plan.targets.order[plan.targets.within(batch)])
             logprobs[places] = values.cpu()
             if not values.isfinite().all():
                 _raise_broken(decoder, plan, batch, device)
@@ -205,6 +200,18 @@ def run_plan(
                 after_batch()
     decoder.train(training)
     return _scores(plan, logprobs, is_argmax)
+
+
+def run_batches(
+    decoder: Decoder, plan: ScoringPlan, device: torch.device
+) -> Iterator[tuple[TreeBatch, tuple[Tensor, Tensor, Tensor], Tensor]]:
+    """Every batch, what _read_targets gives for it, and the log-probabilities of its targets."""
+    weight = decoder.embed_tokens.weight
+    cache = PathCache(decoder.config, plan.path_rows, plan.workspace_rows, weight)
+    for batch in plan.batches:
+        wanted = plan.targets.within(batch)
+        targets = _read_targets(decoder, plan, batch, wanted, cache, device)
+        yield batch, targets, target_logprobs(targets[0], decoder.lm_head.weight, *targets[1:])
 
 
 def _scores(plan: ScoringPlan, logprobs: Tensor, is_argmax: Tensor | None) -> list[Score]:

@@ -91,7 +91,7 @@ def generate(
     lengths. Raises UserError for an empty prompt, for images that do not match their prompt, and
     for logits that are not finite.
     """
-    rows = _rows(prompts, llava.image_token_id)
+    rows = prompt_rows(prompts, llava.image_token_id)
     for prompt in rows:
         _check(prompt, llava)
     draws = [i if prompt.draws is None else prompt.draws for i, prompt in enumerate(prompts)]
@@ -136,7 +136,8 @@ class _Sequence:
         return Generation(self.token_ids, self.stream.text, self.reason, self.first_logprobs)
 
 
-def _rows(prompts: Sequence[Prompt], image_token_id: int) -> list[PromptRows]:
+def prompt_rows(prompts: Sequence[Prompt], image_token_id: int) -> list[PromptRows]:
+    """Where each prompt's images are, and which prompts show the same pixels."""
     rows, pictures = [], {}  # by the id of the pixels: prompts keep them alive
     for index, prompt in enumerate(prompts):
         ids = np.asarray(prompt.input_ids, np.int64)

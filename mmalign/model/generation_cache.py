@@ -88,6 +88,5 @@ class BatchCache:
         pixels = [x.pixels for x in segments if x.pixels is not None]
         if not pixels:
             return None
-        device = self.llava.decoder.embed_tokens.weight.device
         image_positions = torch.from_numpy(np.flatnonzero(ids == self.llava.image_token_id))
-        return self.llava.image_inputs(pixels, image_positions.to(device))
+        return self.llava.image_inputs(pixels, image_positions)

@@ -110,17 +110,21 @@ class Llava(nn.Module):
         return {} if self.image_newline is None else {self.image_token_id: self.image_newline}
 
     def image_inputs(self, pictures: Sequence[Pixels], positions: Tensor) -> ImageInputs:
-        """Of pictures whose tokens stand, in order, at these positions of a row (num_tokens,)."""
+        """Of pictures whose tokens stand, in order, at these positions of a row (num_tokens,).
+
+        positions: on the CPU, so that choosing the patches among them waits for no device.
+        """
         tower, projector = self.vision_tower, self.projector
         assert tower is not None and projector is not None
+        device = self.decoder.embed_tokens.weight.device
         joined = join_pixels(pictures)
         if isinstance(joined, Tensor):
-            return ImageInputs(tower(joined.to(positions.device)), positions, projector)
+            return ImageInputs(tower(joined.to(device)), positions.to(device), projector)
         assert self.image_newline is not None, "tiles need image_newline"
-        rows = joined.rows.to(positions.device)
-        is_patch = rows != NEWLINE
-        features = tower(joined.pixels.to(positions.device)).index_select(0, rows[is_patch])
-        return ImageInputs(features, positions[is_patch], projector, self._newlines())
+        is_patch = joined.rows != NEWLINE
+        rows, positions = (x[is_patch].to(device) for x in (joined.rows, positions))
+        features = tower(joined.pixels.to(device)).index_select(0, rows)
+        return ImageInputs(features, positions, projector, self._newlines())
 
     def _prefix(self, length: int) -> tuple[KeyValues, ...]:
         if length == 0:

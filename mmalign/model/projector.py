@@ -189,7 +189,7 @@ def read_projector(
     """
     state = {_without_prefix(name): tensor for name, tensor in tensors.items()}
     if hf_config is not None:
-        kind = _kind_in(hf_config, source)
+        kind = kind_in(hf_config, source)
         if kind == "linear":
             _check_identity(state, source)
             state = {name: x for name, x in state.items() if not name.startswith("linear_2.")}
@@ -220,7 +220,7 @@ def _sizes(state: dict[str, Tensor]) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _kind_in(hf: dict, source: object) -> ProjectorType:
+def kind_in(hf: dict, source: object) -> ProjectorType:
     """The kind that config.json of a LlavaForConditionalGeneration says."""
     # left out where it is the default; the bias is a later option
     hf = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True} | hf
