@@ -14,6 +14,7 @@ from mmalign.data.templates import TEMPLATES, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.vision_model import CHAT_TEMPLATES, choose_template, run_settings
+from mmalign.evaluation.warm_up import compiled_kernels
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Generation, GenerationOptions, Prompt, generate
 from mmalign.model.hf import is_llava, load_llava
@@ -59,7 +60,9 @@ class Conversation:
         has_im_tokens = self.tokenizer.im_end_id < config.vocab_size
         self.use_im_start_end = settings.flag("use_im_start_end", has_im_tokens)
         dtype = DTYPES[choose_precision(precision, target)]
-        self.llava = load_llava(weights, self.tokenizer, dtype).to(target)
+        sees = self.vision is not None
+        with compiled_kernels(weights, dtype, target, answers=True, pictures=sees):
+            self.llava = load_llava(weights, self.tokenizer, dtype).to(target)
 
     def start(self) -> None:
         """Removes all turns and images."""

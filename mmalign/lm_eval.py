@@ -37,6 +37,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
+from mmalign.evaluation.warm_up import compiled_kernels
 from mmalign.files import read_json
 from mmalign.model.generate import GenerationOptions, Prompt, generate
 from mmalign.model.hf import load_decoder
@@ -93,7 +94,9 @@ class MmalignLM(TemplateLM):
         self._device = _choose_device(device)
         precision = choose_precision(precision, self._device)
         self._tokens = Tokenizer.from_pretrained(weights)
-        decoder = load_decoder(weights, DTYPES[precision]).to(self._device)
+        dtype = DTYPES[precision]
+        with compiled_kernels(weights, dtype, self._device, scores=True, answers=True):
+            decoder = load_decoder(weights, dtype).to(self._device)
         self._llava = Llava(decoder.eval(), None, None, self._tokens)
         self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
         self.max_length = max_length or decoder.config.context_length

@@ -27,6 +27,6 @@ exchanged and corrupted pictures beside the clean one:
         v
       pictures.md       write_shown_report shown_pictures.py   clean beside the others
 
-visual_questions.py asks about held-out images of the training data, to measure whether a finetuned
-model uses them.
+warm_up.py compiles the kernels of both ways while the weights load. visual_questions.py asks about
+held-out images of the training data, to measure whether a finetuned model uses them.
 """

@@ -25,6 +25,7 @@ from mmalign.evaluation.tasks import (
 )
 from mmalign.evaluation.tasks.free_form import FreeForm, OpenDocument
 from mmalign.evaluation.tasks.multiple_choice import Document
+from mmalign.evaluation.warm_up import compiled_kernels
 from mmalign.model.config import DecoderConfig
 from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate
@@ -225,10 +226,12 @@ def _evaluate(
     evaluation = Evaluation(
         data_root, tokenizer, model_config, batch_tokens, precision, progress=not quiet
     )
-    with _timed(seconds, "tokenise"):  # checks compatibility before loading weights
-        plan = evaluation.plan(documents)
-    with _timed(seconds, "load"):
-        decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
+    scores, answers = (bool(find(documents)) for find in (_scored, _generated))
+    with compiled_kernels(weights, DTYPES[precision], target, scores, answers):
+        with _timed(seconds, "tokenise"):  # checks compatibility before loading weights
+            plan = evaluation.plan(documents)
+        with _timed(seconds, "load"):
+            decoder = load_decoder(weights, dtype=DTYPES[precision]).to(target)
     answers = _run(evaluation, decoder, plan, target, seconds)
     about = {"model": str(model), "weights": str(weights.resolve()), "data_root": str(data_root)}
     cache_bytes = plan.scoring.cache_bytes(model_config, DTYPES[precision])

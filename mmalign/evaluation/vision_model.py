@@ -18,6 +18,7 @@ from mmalign.data.templates import (
 )
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks.vision_task import VisualDocument
+from mmalign.evaluation.warm_up import compiled_kernels
 from mmalign.files import Settings, read_json
 from mmalign.model.config import DecoderConfig, VisionConfig
 from mmalign.model.generate import Prompt
@@ -62,8 +63,10 @@ class VisionModel:
         name = choose_template(weights, template, settings)
         tokenizer, decoder = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
         has_im_tokens = tokenizer.im_end_id < decoder.vocab_size
+        with compiled_kernels(weights, dtype, device, answers=True, pictures=True):
+            llava = load_llava(weights, tokenizer, dtype).to(device)
         return cls(
-            load_llava(weights, tokenizer, dtype).to(device),
+            llava,
             tokenizer,
             decoder,
             VisionConfig.from_hf(weights),

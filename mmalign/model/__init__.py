@@ -12,7 +12,7 @@ The path of a PackedBatch (mmalign/batch.py) through the files:
 
 config/ has the shapes, kinds.py what distinguishes the models, rope.py rotary frequencies,
 preprocessing.py what images go through, tiles.py the tiles of LLaVA 1.6; hf_config.py and hf/ read
-and write folders, shards.py sees through FSDP2's shards.
+and write folders, shards.py sees through FSDP2's shards, meta.py builds a model without weights.
 generate.py -> generation_batches.py -> generation_cache.py -> decoder.py -> sampling.py continues
 prompts.
 """

@@ -37,6 +37,10 @@ def gpu(x: Tensor) -> Gpu:
     return _cuda_device(x.device.index) if x.is_cuda else _INTERPRETER
 
 
+def is_interpreted(x: Tensor) -> bool:
+    return gpu(x) is _INTERPRETER
+
+
 @cache
 def _cuda_device(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
@@ -67,7 +71,7 @@ STAGES = 3  # tiles in a persistent program's loop: one in use, two in flight
 
 
 def tile_bytes(x: Tensor) -> int:
-    return _INTERPRETER_TILE_BYTES if gpu(x) is _INTERPRETER else _TILE_BYTES
+    return _INTERPRETER_TILE_BYTES if is_interpreted(x) else _TILE_BYTES
 
 
 def row_tile(x: Tensor) -> tuple[int, int, int]:

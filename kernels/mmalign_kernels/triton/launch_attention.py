@@ -27,7 +27,7 @@ def block_columns(head_dim: int) -> int:
 
 def rotate_keys(qkv: Tensor, head_dim: int) -> tuple[int, int]:
     """Tokens and heads of a program that rotates heads; a thread holds 16 bytes of each half."""
-    if qkv.is_cpu:  # the interpreter's time does not depend on the tile
+    if launch.is_interpreted(qkv):  # its time does not depend on the tile
         return 256, 8
     elements = 4 * WARP * VECTOR_BYTES // min(qkv.element_size(), 4)
     return max(2 * elements // block_columns(head_dim), 1), 8
@@ -92,7 +92,7 @@ def _wide(qkv: Tensor, head_dim: int) -> Settings:
     """For fp32 and fp64, multiplied without matrix units: small, since a thread holds whole rows of
     both operands."""
     side = 16 if qkv.element_size() > 4 and launch.gpu(qkv).is_small else 32
-    if qkv.is_cpu:  # the interpreter's time does not depend on the tile
+    if launch.is_interpreted(qkv):  # its time does not depend on the tile
         side = 64
     return _settings(head_dim, side, side, 1)
 
