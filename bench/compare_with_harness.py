@@ -108,13 +108,13 @@ def compare(task: str, items: Sequence[dict], samples: Sequence[dict], ask: Ask)
 def loglikelihoods(lm: LM, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """What the harness's backend answers."""
     instances = [Instance("loglikelihood", {}, request, 0) for request in requests]
-    answers = lm.loglikelihood(instances, disable_tqdm=True)
+    answers = lm.loglikelihood(instances)
     return {x.arguments: answer[0] for x, answer in zip(instances, answers, strict=True)}
 
 
 def harness_samples(
     lm: LM, task: str, data_root: Path, limit: int, answers: Path | None
-) -> list[dict]:
+) -> Sequence[Any]:
     """What the harness logs about the first documents of its task, in the order of the file."""
     with patch.object(datasets, "load_dataset", partial(load_dataset, data_root)):
         found = simple_evaluate(
