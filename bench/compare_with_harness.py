@@ -105,10 +105,10 @@ def compare(task: str, items: Sequence[dict], samples: Sequence[dict], ask: Ask)
     return Row(task, len(items), others, furthest, differing)
 
 
-def loglikelihoods(lm: LM, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
+def loglikelihoods(lm: Any, requests: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """What the harness's backend answers."""
     instances = [Instance("loglikelihood", {}, request, 0) for request in requests]
-    answers = lm.loglikelihood(instances)
+    answers = lm.loglikelihood(instances, disable_tqdm=True)
     return {x.arguments: answer[0] for x, answer in zip(instances, answers, strict=True)}
 
 
