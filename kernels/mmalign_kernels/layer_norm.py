@@ -39,6 +39,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     check_rank("layer_norm", 2, x=x)
-    check_shape("layer_norm", x.shape[1:], f"x {tuple(x.shape)}", weight=weight, bias=bias)
+    check_shape("layer_norm", x.shape[1:], lambda: f"x {tuple(x.shape)}", weight=weight, bias=bias)
     check_floats("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps)

@@ -36,7 +36,10 @@ class Operation:
         self.registered.register_fake(declaration)
 
     def run(self, *args: Any) -> Any:
-        device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
+        tensor = args[0][0] if isinstance(args[0], list) else args[0]
+        if tensor.is_cpu:
+            return dispatch.implementation(self.name, self.family, "cpu")(*args)
+        device = tensor.device
         function = dispatch.implementation(self.name, self.family, device.type)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):  # kernels launch on the current device
@@ -65,6 +68,16 @@ def is_traced(x: Tensor | list[Tensor]) -> bool:
     return type(tensor) not in (Tensor, Parameter) or tensor.is_meta
 
 
+def once(backward: Callable) -> Callable:
+    """torch's once_differentiable, which costs nothing where no second backward pass can follow."""
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
+
+
 def differentiable(forward: Operation, setup_context: Callable, backward: Callable) -> Callable:
     """`forward` with a gradient.
 
@@ -82,16 +95,20 @@ def differentiable(forward: Operation, setup_context: Callable, backward: Callab
             return output
 
         @staticmethod
-        @once_differentiable
+        @once
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if ctx.backend == dispatch.forced_backend():
+                return backward(ctx, *grads)
             with dispatch.use_backend(ctx.backend):  # the backend of the forward pass
                 return backward(ctx, *grads)
 
     def call(*args: Any) -> Any:
         if is_traced(args[0]):
             return forward.registered(*args)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return Eager.apply(*args)
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return Eager.apply(*args)
         return forward.run(*args)
 
     return call
@@ -111,13 +128,18 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def check_shape(operation: str, expected: tuple[int, ...], why: str, **tensors: Tensor) -> None:
-    """Every tensor has the expected shape; `why` names the tensors that determine it."""
+def check_shape(
+    operation: str, expected: tuple[int, ...], why: str | Callable[[], str], **tensors: Tensor
+) -> None:
+    """Every tensor has the expected shape; `why` names the tensors that determine it.
+
+    Operations that take microseconds pass a function: putting shapes into words takes one, too.
+    """
     for name, tensor in tensors.items():
         if tensor.shape != expected:
             raise ValueError(
                 f"{operation}: {name} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(expected)} for {why}"
+                f"expected {tuple(expected)} for {why if isinstance(why, str) else why()}"
             )
 
 
@@ -133,13 +155,14 @@ def check_floats(operation: str, **tensors: Tensor) -> None:
     """All tensors have the same floating-point dtype and device."""
     items = iter(tensors.items())
     first_name, first = next(items)
-    if first.dtype not in _FLOATS:
-        raise ValueError(f"{operation}: {first_name} is {first.dtype}, expected one of {_FLOATS}")
+    dtype, device = first.dtype, first.device
+    if dtype not in _FLOATS:
+        raise ValueError(f"{operation}: {first_name} is {dtype}, expected one of {_FLOATS}")
     for name, tensor in items:
-        if tensor.dtype != first.dtype or tensor.device != first.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{operation}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                f"but {first_name} is {first.dtype} {tuple(first.shape)} on {first.device}"
+                f"but {first_name} is {dtype} {tuple(first.shape)} on {device}"
             )
 
 

@@ -68,6 +68,9 @@ def unpack_rows(packed: Tensor, positions: Tensor, num_rows: int) -> Tensor:
     check_floats("unpack_rows", packed=packed)
     check_integers("unpack_rows", packed, positions=positions)
     check_shape(
-        "unpack_rows", packed.shape[:1], f"packed {tuple(packed.shape)}", positions=positions
+        "unpack_rows",
+        packed.shape[:1],
+        lambda: f"packed {tuple(packed.shape)}",
+        positions=positions,
     )
     return _unpack_rows(packed, positions, num_rows)

@@ -91,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises ValueError if shapes, dtypes or devices do not match.
     """
     check_rank("rms_norm", 2, x=x)
-    check_shape("rms_norm", x.shape[1:], f"x {tuple(x.shape)}", weight=weight)
+    check_shape("rms_norm", x.shape[1:], lambda: f"x {tuple(x.shape)}", weight=weight)
     check_floats("rms_norm", x=x, weight=weight)
     return _rms_norm(x, weight, eps)[0]
 
@@ -104,8 +104,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     adds the gradient of new_residual to that of the norm. Raises ValueError as rms_norm does.
     """
     check_rank("add_rms_norm", 2, x=x)
-    check_shape("add_rms_norm", x.shape, f"x {tuple(x.shape)}", residual=residual)
-    check_shape("add_rms_norm", x.shape[1:], f"x {tuple(x.shape)}", weight=weight)
+    check_shape("add_rms_norm", x.shape, lambda: f"x {tuple(x.shape)}", residual=residual)
+    check_shape("add_rms_norm", x.shape[1:], lambda: f"x {tuple(x.shape)}", weight=weight)
     check_floats("add_rms_norm", x=x, residual=residual, weight=weight)
     y, new_residual, _ = _add_rms_norm(x, residual, weight, eps)
     return y, new_residual

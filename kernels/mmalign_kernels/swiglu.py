@@ -9,11 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import dispatch
-from .operation import check_floats, check_rank, differentiable, is_traced, mutating, operation
+from .operation import (
+    check_floats,
+    check_rank,
+    differentiable,
+    is_traced,
+    mutating,
+    once,
+    operation,
+)
 
 
 @operation
@@ -52,7 +59,7 @@ class _Overwriting(torch.autograd.Function):
         return swiglu_fwd.run(gate_up)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         if ctx.overwritten:
             raise RuntimeError(
