@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "rows.h"
 #include "tensors.h"
@@ -58,40 +59,64 @@ Tensor layer_norm_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias,
 
 struct Gradient {
   const float *grad_y, *x, *weight;
-  float *grad_x, *partials;  // partials (blocks, 2, columns): of dweight and dbias
+  float *grad_x, *weight_partials, *bias_partials;  // partials (blocks, columns)
   int64_t rows, columns;
   float eps;
 
-  void row(int64_t row, float* grad_weight, float* grad_bias) const {
-    const float *dy = grad_y + row * columns, *from = x + row * columns;
-    float* dx = grad_x + row * columns;
-    const Statistics of(from, columns, eps);
-    Vector total{};
-    const float along = sum_over(columns, [&](int64_t i, auto part) {
-      const Vector grad_normed = part.load(weight + i) * part.load(dy + i);
-      total += grad_normed;
-      return grad_normed * ((part.load(from + i) - of.mean) * of.rstd);
-    }) / columns;
-    const float mean = sum(total) / columns;
+  // Of several rows: while one waits for the sum of its lanes another is read, and grad_weight and
+  // grad_bias are read and written once for all of them.
+  template <int kRows>
+  void some_rows(int64_t first, float* grad_weight, float* grad_bias) const {
+    const float *dy = grad_y + first * columns, *from = x + first * columns;
+    float* dx = grad_x + first * columns;
+    float centre[kRows], rstd[kRows], mean[kRows], along[kRows];
+    for (int k = 0; k < kRows; ++k) {
+      const Statistics of(from + k * columns, columns, eps);
+      centre[k] = of.mean, rstd[k] = of.rstd;
+    }
+    for (int k = 0; k < kRows; ++k) {
+      Vector total{};
+      along[k] = sum_over(columns,
+                          [&](int64_t i, auto part) {
+                            const Vector grad_normed =
+                                part.load(weight + i) * part.load(dy + k * columns + i);
+                            total += grad_normed;
+                            return grad_normed *
+                                   ((part.load(from + k * columns + i) - centre[k]) * rstd[k]);
+                          }) /
+                 columns;
+      mean[k] = sum(total) / columns;
+    }
     for_vectors(columns, [&](int64_t i, auto part) {
-      const Vector normed = (part.load(from + i) - of.mean) * of.rstd, grad = part.load(dy + i);
-      part.store(dx + i, (part.load(weight + i) * grad - mean - normed * along) * of.rstd);
-      part.store(grad_weight + i, part.load(grad_weight + i) + grad * normed);
-      part.store(grad_bias + i, part.load(grad_bias + i) + grad);
+      const Vector scale = part.load(weight + i);
+      Vector weight_sum = part.load(grad_weight + i), bias_sum = part.load(grad_bias + i);
+      for (int k = 0; k < kRows; ++k) {
+        const Vector grad = part.load(dy + k * columns + i);
+        const Vector normed = (part.load(from + k * columns + i) - centre[k]) * rstd[k];
+        part.store(dx + k * columns + i, (scale * grad - mean[k] - normed * along[k]) * rstd[k]);
+        weight_sum += grad * normed;
+        bias_sum += grad;
+      }
+      part.store(grad_weight + i, weight_sum);
+      part.store(grad_bias + i, bias_sum);
     });
   }
 
   void block(int64_t index) const {
-    float* sums = partials + index * 2 * columns;
-    std::fill_n(sums, 2 * columns, 0.0f);
+    constexpr int kAtOnce = 4;
+    float* grad_weight = weight_partials + index * columns;
+    float* grad_bias = bias_partials + index * columns;
+    std::fill_n(grad_weight, columns, 0.0f);
+    std::fill_n(grad_bias, columns, 0.0f);
     const int64_t end = std::min(rows, (index + 1) * kBlockRows);
-    for (int64_t i = index * kBlockRows; i < end; ++i) row(i, sums, sums + columns);
+    int64_t i = index * kBlockRows;
+    for (; i + kAtOnce <= end; i += kAtOnce) some_rows<kAtOnce>(i, grad_weight, grad_bias);
+    for (; i < end; ++i) some_rows<1>(i, grad_weight, grad_bias);
   }
 };
 
-// dx, and (2, columns): dweight and dbias.
-std::tuple<Tensor, Tensor> layer_norm_bwd(const Tensor& grad_y, const Tensor& x,
-                                          const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& grad_y, const Tensor& x,
+                                                  const Tensor& weight, double eps) {
   constexpr const char* kName = "layer_norm_bwd";
   dense_floats(Argument(kName, "x", x).rank(2));
   const int64_t rows = x.size(0), columns = x.size(1);
@@ -99,15 +124,19 @@ std::tuple<Tensor, Tensor> layer_norm_bwd(const Tensor& grad_y, const Tensor& x,
   dense_floats(Argument(kName, "weight", weight).shaped({columns}, "x"));
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   Tensor grad_x = torch::stable::empty_like(x);
-  Tensor sums = torch::stable::new_empty(x, {2, columns});
-  Tensor partials = torch::stable::new_empty(x, {blocks, 2, columns});
-  const Gradient gradient{floats(grad_y),   floats(x), floats(weight), floats(grad_x),
-                          floats(partials), rows,      columns,        static_cast<float>(eps)};
+  Tensor grad_weight = torch::stable::empty_like(weight);
+  Tensor grad_bias = torch::stable::empty_like(weight);
+  std::vector<float> partials(2 * blocks * columns);
+  float *of_weight = partials.data(), *of_bias = of_weight + blocks * columns;
+  const Gradient gradient{floats(grad_y), floats(x), floats(weight),
+                          floats(grad_x), of_weight, of_bias,
+                          rows,           columns,   static_cast<float>(eps)};
   share_rows(blocks, kBlockRows * columns, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) gradient.block(block);
   });
-  add_rows(gradient.partials, blocks, 2 * columns, floats(sums));
-  return {grad_x, sums};
+  add_rows(of_weight, blocks, columns, floats(grad_weight));
+  add_rows(of_bias, blocks, columns, floats(grad_bias));
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -117,7 +146,8 @@ std::tuple<Tensor, Tensor> layer_norm_bwd(const Tensor& grad_y, const Tensor& x,
 STABLE_TORCH_LIBRARY_FRAGMENT(mmalign_cpu, library) {
   library.def("layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   library.def(
-      "layer_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+      "layer_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, float eps)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmalign_cpu, CPU, library) {
