@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from mmalign_kernels import add_rms_norm, linear_cross_entropy, quick_gelu, rms_norm, swiglu
+from mmalign_kernels import (
+    add_rms_norm,
+    layer_norm,
+    linear_cross_entropy,
+    quick_gelu,
+    rms_norm,
+    swiglu,
+    unpack_rows,
+)
 from mmalign_kernels.cpu.library import operation
 
 from .accuracy import compare, results
@@ -19,6 +27,7 @@ def normal(*shape):
     (
         lambda x, weight: rms_norm(x, weight, 1e-5),
         lambda x, weight: add_rms_norm(x, x.detach(), weight, 1e-5),
+        lambda x, weight: layer_norm(x, weight, weight, 1e-5),
         lambda x, weight: swiglu(x),
         lambda x, weight: quick_gelu(x),
         lambda x, weight: linear_cross_entropy(x, x[:100], torch.arange(len(x)) % 100),
@@ -26,7 +35,7 @@ def normal(*shape):
 )
 def test_the_number_of_threads_does_not_matter(call):
     inputs, found, before = (normal(1037, 200), normal(200)), [], torch.get_num_threads()
-    used = inputs if call.__code__.co_names[0].endswith("rms_norm") else inputs[:1]
+    used = inputs if call.__code__.co_names[0].endswith("_norm") else inputs[:1]
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -77,3 +86,14 @@ def test_the_sigmoid_far_from_zero():
 def test_targets_outside_of_the_vocabulary():
     with pytest.raises(RuntimeError, match="target_ids has 5, expected 0 to 4"):
         operation("cross_entropy")(torch.zeros(1, 5), torch.tensor([5]), True)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_positions_that_no_row_has(dtype):
+    for positions, message in (
+        ([0, 4], "has 4, expected 0 to 3"),
+        ([-1, 0], "has -1, expected 0"),
+        ([2, 2], "has 2 twice"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            unpack_rows(torch.ones(2, 3), torch.tensor(positions, dtype=dtype), 4)
