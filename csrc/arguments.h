@@ -52,6 +52,13 @@ class Argument {
     return shaped(expected.begin(), expected.size(), beside);
   }
 
+  // Any shape of this many elements.
+  const Argument& sized(int64_t expected, const char* beside) const {
+    if (tensor_.numel() != expected)
+      fail("has ", tensor_.numel(), " elements, expected ", expected, " beside ", beside, index());
+    return *this;
+  }
+
   const Argument& typed(std::initializer_list<ScalarType> expected) const {
     for (const ScalarType type : expected)
       if (tensor_.scalar_type() == type) return *this;

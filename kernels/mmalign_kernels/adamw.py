@@ -96,26 +96,29 @@ _MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
 _BF16_NAN = 0x7FC0
 
 
+def _allowed(name: str, lists: dict[str, list[Tensor]]) -> tuple[torch.dtype, ...]:
+    """The dtypes of a list."""
+    if name == "exp_avgs":
+        return _MOMENTS
+    if name in ("grads", "exp_avg_sqs"):
+        return (lists["grads" if name == "grads" else "exp_avgs"][0].dtype,)
+    return (torch.int16,) if name == "remainders" else (torch.float32,)
+
+
 def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"adamw_step: {len(params)} params, but {len(tensors)} {name}")
+        scales, allowed = name.endswith("_scales"), _allowed(name, lists)
         for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if name.endswith("_scales"):
-                if tensor.numel() != num_blocks(param.numel()):
-                    raise ValueError(
-                        f"adamw_step: {name}[{i}] has {tensor.numel()} elements, params[{i}] with "
-                        f"{param.numel()} needs {num_blocks(param.numel())}"
-                    )
-            else:
+            if scales and tensor.numel() != num_blocks(param.numel()):
+                raise ValueError(
+                    f"adamw_step: {name}[{i}] has {tensor.numel()} elements, params[{i}] with "
+                    f"{param.numel()} needs {num_blocks(param.numel())}"
+                )
+            if not scales and tensor.shape != param.shape:
                 check_shape("adamw_step", param.shape, f"params[{i}]", **{f"{name}[{i}]": tensor})
-            allowed = {
-                "remainders": (torch.int16,),
-                "grads": (lists["grads"][0].dtype,),
-                "exp_avgs": _MOMENTS,
-                "exp_avg_sqs": (lists["exp_avgs"][i].dtype,),
-            }
-            if tensor.dtype not in allowed.get(name, (torch.float32,)):
+            if tensor.dtype not in allowed:
                 raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype}, params {param.dtype}")
             if name != "grads" and not tensor.is_contiguous():
                 raise ValueError(f"adamw_step: {name}[{i}] is not contiguous")

@@ -3,7 +3,7 @@
 `rms_norm.py` declares the family rms_norm; `reference/rms_norm.py`, `triton/rms_norm.py` and
 `cuda/rms_norm.py` implement it, with functions of the same names, arguments and results. A family
 that a backend lacks has no file in its folder; `reference` implements all. `cpu` holds what C++
-does better than PyTorch there, in fp32 and for AdamW's state in bf16.
+does better than PyTorch there, in fp32, and AdamW with any state.
 
 MMALIGN_BACKEND, or `use_backend`, names backends, separated by commas. One of BACKENDS runs every
 operation. A library (libraries/) runs the families that it serves, and nothing else changes:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmalign_kernels import adamw_step
 from mmalign_kernels.adamw import join_master, split_master
+from mmalign_kernels.dispatch import use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -127,6 +128,33 @@ def test_split_master_is_the_fp32_run_bit_for_bit(grad_dtype):
         assert (ours.params[i].float() - master).abs().le(master.abs() / 256).all()
         for kind in (0, 1):
             assert torch.equal(ours.moments[kind][i], exact.moments[kind][i])
+
+
+@pytest.mark.parametrize("backend", ("cpu",), indirect=True)
+@pytest.mark.parametrize("beta1", (0.9, 0.3))
+@pytest.mark.parametrize("clip", (False, True))
+@pytest.mark.parametrize("splits", (False, True))
+def test_the_bits_of_torchs_fused_kernel(splits, clip, beta1, monkeypatch):
+    """Which the reference calls; with any number of threads and of elements past whole vectors."""
+    monkeypatch.setitem(SETTINGS, "beta1", beta1)
+    start = [torch.randn(n) for n in (*range(20), 3 * 512, 100_003)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
+    scale, found, before = torch.tensor(0.3) if clip else None, [], torch.get_num_threads()
+    for name, threads in (("reference", 1), ("cpu", 1), ("cpu", 2), ("cpu", 3)):
+        halves = [split_master(p) for p in start]
+        run = Run([p.clone() for p in start])
+        if splits:
+            run = Run([high for high, _ in halves], [low for _, low in halves])
+        torch.set_num_threads(threads)
+        try:
+            with use_backend(name):
+                for grads_of_step in grads:
+                    run.step(grads_of_step, grad_scale=scale)
+        finally:
+            torch.set_num_threads(before)
+        found.append([*run.params, *(run.remainders or []), *run.moments[0], *run.moments[1]])
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
 def test_split_master_of_every_kind_of_number():

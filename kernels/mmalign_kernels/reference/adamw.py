@@ -1,7 +1,6 @@
 """AdamW in plain PyTorch: torch's fused kernel between reading and writing of compressed state."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +23,6 @@ _CACHED_ELEMENTS = 1 << 18  # elements whose fp32 copies stay in the cache betwe
 Draw = Callable[[int], Tensor]  # n -> (n,) int32 random numbers in [0, 2^16)
 
 
-@dataclass(frozen=True)
-class Bf16State:
-    """How a flat fp32 tensor is read from bf16 state and written to it, in place."""
-
-    join: Callable[[Tensor, Tensor], Tensor]  # weight, remainder -> master
-    split: Callable[[Tensor, Tensor, Tensor], object]  # master, weight, remainder
-    round: Callable[[Tensor, Tensor, Draw], object]  # number, its rounded form, random numbers
-
-
-def _split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    high, low = split_master(master)
-    weight.copy_(high)
-    remainder.copy_(low)
-
-
 def _round(x: Tensor, rounded: Tensor, draw: Draw) -> None:
     rounded.copy_(upper_half(x, draw(len(x))))
 
@@ -48,7 +32,6 @@ def adamw_update(
     remainders: list[Tensor], exp_avg_scales: list[Tensor], exp_avg_sq_scales: list[Tensor],
     grad_scale: Tensor | None, step: int, learning_rate: float, beta1: float, beta2: float,
     eps: float, weight_decay: float, seed: int | None,
-    bf16: Bf16State = Bf16State(join_master, _split, _round),
 ) -> None:  # fmt: skip
     if grad_scale is not None and not grad_scale > 0:  # 0 or NaN: the step is skipped
         return
@@ -75,7 +58,7 @@ def adamw_update(
                 x[i].view(-1)[blocks] if x else None for x in (exp_avg_scales, exp_avg_sq_scales)
             ]
             # the parameter itself, an upcast copy, or the exact master
-            p32 = param.float() if remainder is None else bf16.join(param, remainder)
+            p32 = param.float() if remainder is None else join_master(param, remainder)
             m32, v32 = (
                 x.float() if scale is None else decode(x, scale, code)
                 for x, scale, code in zip((m, v), scales, (FIRST, SECOND), strict=True)
@@ -85,11 +68,13 @@ def adamw_update(
                 if scale is not None:
                     _write_codes(x32, x, scale, code, draw)
                 elif x.dtype != torch.float32:  # updated in place
-                    bf16.round(x32, x, draw)
+                    _round(x32, x, draw)
             if remainder is not None:
-                bf16.split(p32, param, remainder)
+                high, low = split_master(p32)
+                param.copy_(high)
+                remainder.copy_(low)
             elif param.dtype != torch.float32:
-                bf16.round(p32, param, draw)
+                _round(p32, param, draw)
 
 
 def _draws(seed: int, device: torch.device) -> Draw:
