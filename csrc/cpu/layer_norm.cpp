@@ -21,11 +21,14 @@ namespace {
 
 constexpr int64_t kBlockRows = 64;
 
+float mean_of(const float* x, int64_t columns) {
+  return sum_over(columns, [&](int64_t i, auto part) { return part.load(x + i); }) / columns;
+}
+
 struct Statistics {
   float mean, rstd;
 
-  Statistics(const float* x, int64_t columns, float eps) {
-    mean = sum_over(columns, [&](int64_t i, auto part) { return part.load(x + i); }) / columns;
+  Statistics(const float* x, int64_t columns, float eps) : mean(mean_of(x, columns)) {
     const float squares = sum_over(columns, [&](int64_t i, auto part) {
       const Vector centred = part.keep(part.load(x + i) - mean);
       return centred * centred;
@@ -70,22 +73,21 @@ struct Gradient {
     const float *dy = grad_y + first * columns, *from = x + first * columns;
     float* dx = grad_x + first * columns;
     float centre[kRows], rstd[kRows], mean[kRows], along[kRows];
+    for (int k = 0; k < kRows; ++k) centre[k] = mean_of(from + k * columns, columns);
     for (int k = 0; k < kRows; ++k) {
-      const Statistics of(from + k * columns, columns, eps);
-      centre[k] = of.mean, rstd[k] = of.rstd;
-    }
-    for (int k = 0; k < kRows; ++k) {
-      Vector total{};
-      along[k] = sum_over(columns,
-                          [&](int64_t i, auto part) {
-                            const Vector grad_normed =
-                                part.load(weight + i) * part.load(dy + k * columns + i);
-                            total += grad_normed;
-                            return grad_normed *
-                                   ((part.load(from + k * columns + i) - centre[k]) * rstd[k]);
-                          }) /
-                 columns;
+      Vector total{}, products{};
+      const float squares = sum_over(columns, [&](int64_t i, auto part) {
+        __builtin_prefetch(from + (k + kRows) * columns + i);
+        __builtin_prefetch(dy + (k + kRows) * columns + i);
+        const Vector centred = part.keep(part.load(from + k * columns + i) - centre[k]);
+        const Vector grad_normed = part.load(weight + i) * part.load(dy + k * columns + i);
+        total += grad_normed;
+        products += grad_normed * centred;
+        return centred * centred;
+      });
+      rstd[k] = 1.0f / std::sqrt(squares / columns + eps);
       mean[k] = sum(total) / columns;
+      along[k] = sum(products) * rstd[k] / columns;
     }
     for_vectors(columns, [&](int64_t i, auto part) {
       const Vector scale = part.load(weight + i);
