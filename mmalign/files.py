@@ -5,8 +5,9 @@ import json
 import os
 import stat
 import tempfile
+import tomllib
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -87,10 +88,13 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path) -> str:
-    """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read."""
+    """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read.
+
+    A byte order mark at its start, as editors on Windows write it, is no part of the text.
+    """
     require_file(path)
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -115,19 +119,34 @@ def read_json(path: str | Path, hint: str = "") -> dict:
     require_file(path, hint)
     if os.path.getsize(path) > MAX_JSON_BYTES:
         raise UserError(f"{path} has more than {MAX_JSON_BYTES} bytes. {hint}".rstrip())
+    value = read_json_value(path)
+    try:  # escapes can spell half of a surrogate pair, which is not Unicode
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UserError(f"{path}: not usable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json_value(path: str | Path, object_pairs_hook: Callable | None = None) -> Any:
+    """Whatever a JSON file holds; UserError with the path, and the line of a mistake."""
     text = read_text(path)
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # escapes: half of a surrogate pair is not Unicode
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
         kind = known_kind(path) or f"not valid JSON ({error.msg})"
         raise UserError(f"{path}, line {error.lineno}: {kind}") from error
     except (ValueError, RecursionError) as error:  # integers of thousands of digits; nesting
         raise UserError(f"{path}: not usable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+
+
+def read_toml(path: str | Path) -> dict:
+    """The tables of a TOML file; UserError with the path and the place of a mistake."""
+    try:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits; nesting
+        raise UserError(f"{path}: not TOML ({error})") from error
 
 
 class Settings:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: of lines that contradict each other the fewest are left out."""
+"""Text, TOML and JSON as people write them; and the steps of a damaged metrics.jsonl."""
 
 import json
 from itertools import combinations
@@ -6,7 +6,8 @@ from random import Random
 
 import pytest
 
-from mmalign.files import read_steps
+from mmalign.errors import UserError
+from mmalign.files import read_json, read_steps, read_toml
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,17 @@ def test_no_choice_keeps_more_lines(tmp_path):
         assert found == sorted(set(found))
         longer = combinations(steps, len(found) + 1)
         assert not any(list(x) == sorted(set(x)) for x in longer)
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5000, "a = " + "[" * 5000, "a = ", "a = 1\na = 2"])
+def test_what_is_not_toml(tmp_path, text):
+    path = tmp_path / "mix.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"mix\.toml: not TOML"):
+        read_toml(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfa = 1\r\n")
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_toml(tmp_path / "a.toml") == read_json(tmp_path / "a.json") == {"a": 1}

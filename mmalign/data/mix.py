@@ -18,7 +18,6 @@ of a file does not depend on the others. The files share --data.image-root.
 import json
 import math
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from mmalign.data.samples import Sample, SampleFile, Samples, read_samples, unus
 from mmalign.data.sources import source_files
 from mmalign.data.tables import is_tables, read_tables
 from mmalign.errors import SampleError, UserError
-from mmalign.files import Settings, read_text, write_text
+from mmalign.files import Settings, read_toml, write_text
 
 SUFFIX = ".toml"
 _MOST_WEIGHT, _MOST_SAMPLES = 1000, 10**9
@@ -172,10 +171,7 @@ def data_files(path: Path) -> list[tuple[str, Path]]:
 
 def read_mix(path: Path) -> list[Part]:
     """Raises UserError for a table, key or value that is not one of a mix."""
-    try:
-        tables = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML ({error})") from error
+    tables = read_toml(path)
     top = Settings(tables, path)
     if unknown := sorted(tables.keys() - {"seed", "files"}):
         raise UserError(f"{path}: unknown key {unknown[0]!r}; known are seed and files")

@@ -15,7 +15,7 @@ from mmalign.evaluation.corruptions import parse_corruptions
 from mmalign.evaluation.document_scores import MEANS
 from mmalign.evaluation.report.beside import DEFINITIONS
 from mmalign.evaluation.tasks import TASKS, picture_tasks, resolve_tasks
-from mmalign.files import read_text
+from mmalign.files import read_toml
 from mmalign.study.contrasts import BASE, Question, parse_contrast
 from mmalign.study.forgetting import parse_task
 from mmalign.study.pictures import metric_names
@@ -34,10 +34,7 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
 
     Raises UserError for a file that is not a study, naming table and key.
     """
-    try:
-        tables = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: {error}") from error
+    tables = read_toml(path)
     for name, value in (overrides or {}).items():
         _override(tables, name, value)
     if unknown := tables.keys() - _TABLES:
@@ -74,7 +71,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML
         return text
     return value if isinstance(value, (bool, int, float, list, str)) else text
 
