@@ -50,7 +50,9 @@ RANGES = {
     "limit": _COUNT,  # this one and the two below it: of a study file
     "samples": _COUNT,
     "supervised_tokens": _COUNT,
-    "batch_tokens": _TOKENS,  # of scripts/evaluate.py, as limit
+    "batch_tokens": _TOKENS,  # of scripts/evaluate.py, as limit and the two below it
+    "corruption_seed": Range(0, 2**32 - 1),
+    "workers": Range(0, 1024),
     "evaluation.limit": _COUNT,
     "evaluation.batch_tokens": _TOKENS,
     "global_batch_size": Range(1, 2**20),

@@ -42,6 +42,7 @@ from mmalign.model.generate import generate
 from mmalign.model.tiles import Pixels, num_image_tokens
 from mmalign.ownership import owned
 from mmalign.system import DTYPES, choose_device, choose_precision
+from mmalign.validation import check
 
 log = logging.getLogger("mmalign")
 CACHE_TOKENS = 16384
@@ -72,6 +73,10 @@ def evaluate_pictures(
     interrupted call continues where its answers end, and leaves out what is finished. seed: of the
     corruptions. Raises UserError for bad arguments, data or weights.
     """
+    check("limit", limit)
+    check("batch_tokens", batch_tokens)
+    check("corruption_seed", seed)
+    check("workers", num_workers)
     names = vision_tasks(tasks, protocol)
     wanted = parse_corruptions(corruptions)
     if any(name == "frost" for name, _ in wanted):

@@ -41,6 +41,48 @@ def scored(task, documents, texts, **rest):
     return items, task.summarize(items)
 
 
+QUESTIONS = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
+ANNOTATIONS = "vqav2/v2_mscoco_val2014_annotations.json"
+POPE = "pope/coco_pope_popular.json"
+CAPTION_FILE = "coco/mscoco_test.json"
+
+
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        (QUESTIONS, '"Is there a cup?"', "null", "question 0 is 'None'; expected text"),
+        (QUESTIONS, '"Is there a cup?"', '""', "question 0 is ''; expected text"),
+        (QUESTIONS, '"image_id": 1', '"image_id": 2', "question 10 is about the picture 2, .* 1"),
+        (ANNOTATIONS, '"answer": "3"', '"answer": 3', "an answer to question 32 is '3'; expected"),
+        (POPE, '"yes"', "true", "line 1: its label is 'True'; expected text"),
+        (POPE, '"Is there a popular 0 in the image?"', '" "', "line 1: its text is ' '; expected"),
+        (POPE, NAMES[0], "../../secret.jpg", "'../../secret.jpg' lies outside its folder"),
+        (POPE, None, "", "contains no question"),
+        (
+            CAPTION_FILE,
+            '["a cup"]',
+            '"a cup"',
+            f"captions of {NAMES[0]} are 'a cup'; expected a list",
+        ),
+        (CAPTION_FILE, '"a cup"', "3", f"a caption of {NAMES[0]} is '3'; expected text"),
+        (CAPTION_FILE, NAMES[0], "", "the file name of a picture is ''; expected text"),
+        (CAPTION_FILE, None, "[]", "has no picture of the split test"),
+    ],
+)
+def test_what_a_file_may_not_say(root, name, old, new, said):
+    write_vqa(root)
+    write_pope(root)
+    write_json(root / CAPTION_FILE, [{"image_name": NAMES[0], "captions": ["a cup"]}])
+    tasks = {POPE: "pope", CAPTION_FILE: "coco_captions"}
+    task, path = TASKS[tasks.get(name, "vqav2")], root / name
+    task.load(root)
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1) if old else new)
+    assert path.read_text() != text
+    with pytest.raises(UserError, match=said):
+        task.load(root)
+
+
 # ---- VQAv2 ----
 
 

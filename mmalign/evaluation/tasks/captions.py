@@ -6,7 +6,6 @@ captions_val2014.json. Document frequencies come from the references of the whol
 pictures are scored: --limit and corrupted pictures change no weight.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from mmalign.evaluation.cider import Cider
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.ptb_tokenizer import ptb_tokens
 from mmalign.evaluation.tasks import as_released
+from mmalign.evaluation.tasks.task import require_text
 from mmalign.evaluation.tasks.vision_task import (
     SUFFIX,
     VisionTask,
@@ -28,12 +28,13 @@ from mmalign.evaluation.tasks.vision_task import (
     find_file,
 )
 from mmalign.evaluation.tasks.vqav2 import COCO_PICTURES
-from mmalign.files import read_text, sha256
+from mmalign.files import read_json_value, sha256
 from mmalign.model.generate import GenerationOptions
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 RELEASED_PROMPT = "Please provide a description of the picture."
 _FIRST_SENTENCE = re.compile(r"[.!?]\s")
+_SPLITS = ("train", "restval", "val", "test")  # of Karpathy's files
 Row = tuple[str, list[str]]  # file name of the picture, its captions
 
 
@@ -115,18 +116,33 @@ class Captions(VisionTask):
 
 def _rows(path: Path, split: str = "test") -> list[Row]:
     """The pictures of a file in order, with their captions; UserError for one without captions."""
-    content = json.loads(read_text(path))
+    content = read_json_value(path)
     if isinstance(content, list):
         rows = [_row_of_list(row) for row in content]
     elif "annotations" in content:
-        rows = _coco_rows(content)
+        rows = _coco_rows(path, content)
     else:
         chosen = ("train", "restval") if split == "train" else (split,)
+        if unknown := {str(row["split"]) for row in content["images"]} - set(_SPLITS):
+            raise UserError(
+                f"{path}: the split of a picture is {min(unknown)!r}; expected "
+                f"{', '.join(_SPLITS)}. Download it again"
+            )
         rows = [
             (row["filename"], [sentence["raw"] for sentence in row["sentences"]])
             for row in content["images"]
             if row["split"] in chosen
         ]
+    if not rows:
+        raise UserError(f"{path} has no picture of the split {split}. Download it again")
+    for name, captions in rows:
+        require_text(name, f"{path}: the file name of a picture")
+        if not isinstance(captions, list):
+            raise UserError(
+                f"{path}: the captions of {name} are {str(captions)[:80]!r}; expected a list"
+            )
+        for caption in captions:
+            require_text(caption, f"{path}: a caption of {name}", blank=True)
     names = Counter(name for name, _ in rows)
     if twice := [name for name, number in names.items() if number > 1]:
         raise UserError(f"{path}: the picture {twice[0]} stands there twice. Remove one")
@@ -141,13 +157,13 @@ def _row_of_list(row: dict[str, Any]) -> Row:
     return row["image_name"], row["captions"]
 
 
-def _coco_rows(content: dict) -> list[Row]:
+def _coco_rows(path: Path, content: dict) -> list[Row]:
     captions: dict[int, list[str]] = {row["id"]: [] for row in content["images"]}
     for row in content["annotations"]:
         if row["image_id"] not in captions:
             raise UserError(
-                f"caption {row['id']} is about picture {row['image_id']}, which the file does not "
-                "list. Download it again"
+                f"{path}: caption {row['id']} is about picture {row['image_id']}, which the file "
+                "does not list. Download it again"
             )
         captions[row["image_id"]].append(row["caption"])
     return [(row["file_name"], captions[row["id"]]) for row in content["images"]]

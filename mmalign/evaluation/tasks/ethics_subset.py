@@ -68,6 +68,7 @@ class EthicsSubset(MultipleChoice):
         rows = list(_read_rows(path, self))
         for index, (line, row) in enumerate(rows):
             try:
+                self._check_row(row)
                 context, label = self.prompt(row)
             except ValueError as error:
                 raise UserError(f"{path}, line {line}: {error}") from error
@@ -95,6 +96,16 @@ class EthicsSubset(MultipleChoice):
             return list(dict.fromkeys(map(self.scenario, rows)))
         return list(dict.fromkeys(row[text] for row in rows for text in texts))
 
+    def _check_row(self, row: dict[str, str]) -> None:
+        """ValueError for an empty text, and for a heading in a file that is published without."""
+        if empty := [name for name in self.columns if not row[name].strip()]:
+            raise ValueError(f"{empty[0]} is empty. Fill it in, or take the published file")
+        if not self.has_heading and set(row.values()) & {*self.columns, "less_pleasant"}:
+            raise ValueError(
+                f"found a heading ({', '.join(row.values())}), and the published file has none. "
+                "Remove the line"
+            )
+
     def _check_groups(self, path: Path, rows: list[tuple[int, dict[str, str]]]) -> None:
         """A row that is missing or doubled shifts all groups behind it."""
         size = self.group_size
@@ -113,6 +124,12 @@ class EthicsSubset(MultipleChoice):
                 raise UserError(
                     f"{path}, line {different[0]}: every {size} rows are a group about one "
                     f"scenario, but this one is about another than line {group[0][0]}. {advice}"
+                )
+            num_true = sum(self.prompt(row)[1] for _, row in group)
+            if self.ranks_groups and num_true != 1:
+                raise UserError(
+                    f"{path}, line {group[0][0]}: {num_true} of the {size} rows of this group have "
+                    f"label 1, expected one. {advice}"
                 )
         if len(rows) % size:
             raise UserError(

@@ -16,6 +16,7 @@ import numpy as np
 from mmalign.errors import UserError
 from mmalign.evaluation.metrics import caveats, percent
 from mmalign.evaluation.tasks import as_released
+from mmalign.evaluation.tasks.task import require_text
 from mmalign.evaluation.tasks.vision_task import (
     SHORT_ANSWER,
     SUFFIX,
@@ -126,17 +127,22 @@ def _read(path: Path, category: str) -> list[dict]:
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            row = {key: str(json.loads(line)[key]) for key in ("image", "text", "label")}
+            row = json.loads(line)
+            row = {key: row[key] for key in ("image", "text", "label")}
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: not a question of POPE ({type(error).__name__}: {error}); "
                 "expected an object with image, text and label. Download the file again"
             ) from error
+        for key, value in row.items():
+            require_text(value, f"{path}, line {number}: its {key}")
         if row["label"] not in ("yes", "no"):
             raise UserError(
                 f"{path}, line {number}: the label is {row['label']!r}; expected yes or no"
             )
         rows.append(row)
+    if not rows:
+        raise UserError(f"{path} contains no question. Download it again")
     return [row | {"category": category} for row in rows]
 
 

@@ -42,6 +42,14 @@ class Metric:
     right_or_wrong: bool  # whether the value is always 0 or 1
 
 
+def require_text(value: object, where: str, blank: bool = False) -> str:
+    """The value; UserError unless it is text, and more than blanks where `blank` does not allow."""
+    if not isinstance(value, str) or not (blank or value.strip()):
+        expected = "text" if blank else "text that is not empty"
+        raise UserError(f"{where} is {str(value)[:80]!r}; expected {expected}. Download it again")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """What evaluation, comparison and report need of a task; they know no task by name."""

@@ -20,7 +20,7 @@ from mmalign.evaluation.rules import CHOOSING, SCORING, rule_rows
 from mmalign.evaluation.statistics import bootstrap_means, percentile_interval
 from mmalign.evaluation.tasks.multiple_choice import Document, MultipleChoice, choice_tokens
 from mmalign.evaluation.tasks.task import BOOTSTRAP
-from mmalign.files import read_text, sha256
+from mmalign.files import read_json_value, read_text, sha256
 
 FILE = "truthfulqa/mc_task.json"
 VARIANTS = {
@@ -29,7 +29,8 @@ VARIANTS = {
 }
 _FORM = (
     'expected {"question": text, "mc1_targets": {choice: 0 or 1, ...}, "mc2_targets": {...}} '
-    "with one true mc1 choice, and mc2 choices that start with a true one and include a false one"
+    "with one true mc1 choice beside false ones, and mc2 choices that start with a true one and "
+    "include a false one"
 )
 # The six questions that precede every question (Lin et al. 2021, the QA preset).
 _PRESET = (
@@ -67,8 +68,12 @@ def load_truthfulqa(data_root: str | Path) -> list[Document]:
             f"TruthfulQA is missing: {path} does not exist. Set --data-root to a folder with {FILE}"
         )
     documents, categories = [], _read_categories(Path(data_root) / CATEGORIES)
+    first: dict[str, int] = {}  # question -> its index
     for index, entry in enumerate(_read_entries(path)):
-        documents += _documents_of(index, entry, f"{path}, question {index}", categories)
+        where = f"{path}, question {index}"
+        documents += _documents_of(index, entry, where, categories)
+        if (same := first.setdefault(entry["question"], index)) != index:
+            raise UserError(f"{where} is the same as question {same}. Remove one of them")
     return documents
 
 
@@ -76,21 +81,20 @@ def _read_categories(path: Path) -> dict[str, str]:
     """Category of each question; empty without the file, or without that column."""
     if not path.is_file():
         return {}
-    rows = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
-    if not {"Question", "Category"} <= set(rows.fieldnames or ()):
-        return {}
-    return {(row["Question"] or "").strip(): row["Category"] for row in rows}
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        if not {"Question", "Category"} <= set(rows.fieldnames or ()):
+            return {}
+        return {(row["Question"] or "").strip(): row["Category"] for row in rows}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
 
 
 def _read_entries(path: Path) -> list:
-    try:
-        entries = json.loads(read_text(path), object_pairs_hook=_Pairs)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits; nesting
-        raise UserError(f"{path}: not the published form of TruthfulQA ({error})") from error
+    entries = read_json_value(path, _Pairs)
     if not isinstance(entries, list):
-        raise UserError(f"{path}: expected a list of questions, found {type(entries).__name__}")
+        found = "an object" if isinstance(entries, dict) else type(entries).__name__
+        raise UserError(f"{path}: expected a list of questions, found {found}")
     if not entries:
         raise UserError(f"{path} contains no question")
     return entries
@@ -108,15 +112,19 @@ class _Pairs(dict):
 def _documents_of(
     index: int, entry: object, where: str, categories: Mapping[str, str]
 ) -> tuple[Document, Document]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
+    question = entry.get("question") if isinstance(entry, _Pairs) else None
+    if not isinstance(entry, _Pairs) or not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: {_FORM}, but found {json.dumps(entry)[:120]}")
+    if entry.repeated is not None:
+        raise UserError(f"{where}: the key {entry.repeated!r} stands there twice. Remove one")
     if not is_text(entry["question"]):
         raise UserError(f"{where}: its question holds half of a surrogate pair. Repair the file")
     context = f"{PROMPT}Q: {entry['question']}\nA:"
     choices, labels = zip(*(_targets(entry, key, where) for key in ("mc1", "mc2")), strict=True)
     mc1, mc2 = (tuple((context, f" {choice}") for choice in part) for part in choices)
-    if sum(labels[0]) != 1:
-        raise UserError(f"{where}: {_FORM}, but mc1 has {sum(labels[0])} true choices")
+    if sum(labels[0]) != 1 or len(labels[0]) == 1:
+        found = f"{sum(labels[0])} true choices of {len(labels[0])}"
+        raise UserError(f"{where}: {_FORM}, but mc1 has {found}")
     if not labels[1][0] or all(labels[1]):  # mc2 counts the choices before the first false one
         raise UserError(f"{where}: {_FORM}, but its mc2 labels are {labels[1]}")
     category = categories.get(entry["question"].strip())
@@ -138,9 +146,11 @@ def _targets(entry: dict, key: str, where: str) -> tuple[tuple[str, ...], tuple[
     if targets.repeated is not None:
         raise UserError(f"{where}: the {key} choice {targets.repeated!r} stands there twice")
     for choice, label in targets.items():
+        if not choice.strip():
+            raise UserError(f"{where}: a {key} choice is empty. Fill it in, or remove it")
         if not is_text(choice):
             raise UserError(f"{where}: {key} choice {choice!r} holds half of a surrogate pair")
-        if label not in (0, 1):
+        if type(label) is not int or label not in (0, 1):
             raise UserError(f"{where}: {_FORM}, but {key} choice {choice!r} has label {label!r}")
     return tuple(targets), tuple(int(label) for label in targets.values())
 

@@ -65,7 +65,7 @@ def load_questions(data_root: str | Path) -> list[Question]:
             f"{NAME} needs {path}, which does not exist. Put TruthfulQA.csv of "
             "github.com/sylinrl/TruthfulQA there (commit 013686a: the 2021 original)"
         )
-    content = read_text(path).removeprefix("\ufeff")
+    content = read_text(path)
     table = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     try:
         return _read_questions(path, table)

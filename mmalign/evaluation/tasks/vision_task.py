@@ -219,6 +219,11 @@ def find_pictures(
     known: dict[str, str] = {}
     missing = []
     for name in dict.fromkeys(names):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"{task}: the picture {name!r} lies outside its folder. Download the file of the "
+                "questions again, from a source that you trust"
+            )
         places = (f"{folder}/{name}" for folder in folders)
         found = next((x for x in places if (data_root / x).is_file()), None)
         if found is None:

@@ -1,6 +1,5 @@
 """VQAv2 validation (visualqa.org): ten people's answers to each of 214,354 questions."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 
 from mmalign.errors import UserError
 from mmalign.evaluation.tasks import as_released
+from mmalign.evaluation.tasks.task import require_text
 from mmalign.evaluation.tasks.vision_task import (
     SHORT_ANSWER,
     SUFFIX,
@@ -18,7 +18,7 @@ from mmalign.evaluation.tasks.vision_task import (
     find_file,
 )
 from mmalign.evaluation.vqa_accuracy import Reading, most_common_answer, vqa_accuracy
-from mmalign.files import read_text, sha256
+from mmalign.files import read_json_value, sha256
 from mmalign.model.generate import GenerationOptions
 
 NAME = "vqav2"
@@ -45,10 +45,8 @@ class VQAv2(VisionTask):
     def read(self, data_root: Path) -> list[VisualDocument]:
         questions_file = find_file(self.name, data_root, QUESTIONS)
         annotations_file = find_file(self.name, data_root, ANNOTATIONS)
-        questions = json.loads(read_text(questions_file))["questions"]
-        annotations = _by_id(
-            annotations_file, json.loads(read_text(annotations_file))["annotations"]
-        )
+        questions = read_json_value(questions_file)["questions"]
+        annotations = _by_id(annotations_file, read_json_value(annotations_file)["annotations"])
         _require_same(questions, annotations, questions_file, annotations_file)
         demonstrations = [()] * len(questions)
         if self.released:
@@ -142,6 +140,8 @@ def _by_id(path: Path, annotations: list[dict]) -> dict[int, dict]:
                 f"{path}: question {question_id} has the answer_id {numbers}; expected "
                 f"{NUM_ANNOTATORS} different ones, one of each annotator. Download the file again"
             )
+        for x in row["answers"]:
+            require_text(x["answer"], f"{path}: an answer to question {question_id}", blank=True)
         found[question_id] = row
     return found
 
@@ -159,6 +159,15 @@ def _require_same(
             f"{len(lost):,} questions have no annotation and {len(extra):,} annotations no "
             f"question (the first: {min(lost or extra)}). Take both files of one split"
         )
+    for row in questions:
+        question_id = row["question_id"]
+        require_text(row["question"], f"{question_file}: the text of question {question_id}")
+        if row["image_id"] != (other := annotations[question_id]["image_id"]):
+            raise UserError(
+                f"{question_file}: question {question_id} is about the picture "
+                f"{row['image_id']!r}, but about {other!r} in {annotation_file.name}. Take both "
+                "files of one split"
+            )
 
 
 TASKS = (
