@@ -201,6 +201,8 @@ def _read_line(prompt: str) -> str | None:
     """None at the end of the input and on Ctrl-C."""
     try:
         return input(prompt).strip()
+    except UnicodeDecodeError as error:
+        raise UserError("the question is not UTF-8 text") from error
     except (EOFError, KeyboardInterrupt):
         if prompt:
             print()

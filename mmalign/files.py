@@ -143,8 +143,9 @@ def read_json_value(path: str | Path, object_pairs_hook: Callable | None = None)
 
 def read_toml(path: str | Path) -> dict:
     """The tables of a TOML file; UserError with the path and the place of a mistake."""
+    text = read_text(path)
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also integers of thousands of digits; nesting
         raise UserError(f"{path}: not TOML ({error})") from error
 

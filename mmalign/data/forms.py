@@ -12,6 +12,7 @@ in `images`, or in the parts of a message, in the order of their places.
 
 from collections.abc import Iterator
 
+from mmalign.data.json_records import REPEATED
 from mmalign.data.segments import IMAGE
 
 LLAVA, SHAREGPT, MESSAGES, ALPACA = "LLaVA", "ShareGPT", "messages", "Alpaca"
@@ -65,10 +66,17 @@ def as_llava(record: dict) -> dict:
 
 
 def _from_alpaca(record: dict) -> dict:
-    question = "\n".join(str(x) for x in (record["instruction"], record.get("input")) if x)
+    for name in ("instruction", "input", "output"):
+        _require_text(record.get(name, ""), f"its {name}")
+    question = "\n".join(x for x in (record["instruction"], record.get("input")) if x)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["output"]}]
     rest = {key: x for key, x in record.items() if key not in ("instruction", "input", "output")}
     return rest | {"conversations": turns}
+
+
+def _require_text(value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise FormError(f"{where} is {type(value).__name__}, expected text")
 
 
 def _turns(record: dict) -> list:
@@ -121,16 +129,20 @@ def _with_known_speaker(turn: object) -> object:
 def _from_messages(messages: list) -> tuple[list, list]:
     """Turns, and the pictures of their parts."""
     turns, pictures = [], []
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise FormError("a message is not an object with role and content")
         if calls := [x for x in ("tool_calls", "function_call") if message.get(x)]:
             raise FormError(f"a message has {calls[0]}, which no template writes")
+        if both := [x for x in ("from", "value") if x in message and "role" in message]:
+            raise FormError(f"message {number} has {both[0]} beside role and content")
         content = message.get("content")
         if isinstance(content, list):
             parts = [_part(part) for part in content]
             pictures += [picture for _, picture in parts if picture is not None]
             content = "".join(_joined([text for text, _ in parts]))
+        _require_text(message.get("role"), f"role of message {number}")
+        _require_text(content, f"content of message {number}")
         rest = {key: x for key, x in message.items() if key not in ("role", "content")}
         turns.append({"from": message.get("role"), "value": content} | rest)
     return turns, pictures
@@ -138,6 +150,8 @@ def _from_messages(messages: list) -> tuple[list, list]:
 
 def _part(part: object) -> tuple[str, object]:
     """Its text, and where its picture is, if it says so."""
+    if isinstance(part, dict) and REPEATED in part:
+        raise FormError(f"the key {part[REPEATED]!r} stands twice in a part of a message")
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         return part["text"], None

@@ -33,6 +33,8 @@ _OTHER_FORMATS = (  # first bytes -> what it is, what to do
     (b"GGUF", "GGUF weights", "Name the file of the samples"),
     (b"version https://git-lfs", "a Git LFS pointer", "Download the file itself (git lfs pull)"),
     (b"\x80\x02", "a pickle", "Name the file of the samples"),
+    (GZIP, "compressed with gzip twice", "Unpack it once (gunzip)"),
+    (b"\xff\xfe\0\0", "UTF-32 text", "Convert it: iconv -f UTF-32 -t UTF-8"),
     (b"\xff\xfe", "UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "Convert it: iconv -f UTF-16 -t UTF-8"),
     (b"[\0", "UTF-16 text", "Convert it: iconv -f UTF-16LE -t UTF-8"),

@@ -15,7 +15,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -224,8 +223,8 @@ def parse_sample(record: dict, sample_id: str) -> Sample:
         problem = "a turn is not an object with from and value"
     elif twice := [x[REPEATED] for x in (record, *turns) if REPEATED in x]:
         problem = f"the key {twice[0]!r} stands twice in it"
-    elif not all(isinstance(turn.get(key), str) for turn in turns for key in ("from", "value")):
-        problem = "a turn lacks the text from or value"
+    elif odd := _without_text(turns):
+        problem = odd
     elif not all(isinstance(image, str) and image for image in images):
         problem = f"its image is {record['image']!r}, expected a path or a list of paths"
     elif not all(map(_is_text, (*(turn["value"] for turn in turns), *images))):
@@ -236,6 +235,14 @@ def parse_sample(record: dict, sample_id: str) -> Sample:
     if conversations and conversations[0].speaker == "system" and not conversations[0].text.strip():
         conversations = conversations[1:]  # as an empty field is no system prompt
     return Sample(sample_id, conversations, images, type_of(record), _other_image(record))
+
+
+def _without_text(turns: list[dict]) -> str | None:
+    for number, turn in enumerate(turns, start=1):
+        for key in ("from", "value"):
+            if not isinstance(turn.get(key), str):
+                return f"{key} of turn {number} is {type(turn.get(key)).__name__}, expected text"
+    return None
 
 
 def speaker_problem(turns: Sequence[Turn]) -> str | None:
@@ -273,8 +280,10 @@ def _is_text(text: str) -> bool:
 
 def unused_fields(record: dict) -> Iterator[str]:
     """The fields of a sample and of its turns that nothing reads."""
-    with suppress(FormError):  # the sample is refused when it is used
+    try:
         record = as_llava(record)
+    except FormError:  # the sample is refused when it is used
+        return
     yield from record.keys() - _FIELDS
     turns = record.get("conversations")
     for turn in turns if isinstance(turns, list) else ():

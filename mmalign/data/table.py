@@ -9,7 +9,7 @@ small ones: Hugging Face writes 100 rows.
 import json
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmalign.data.archive import MAX_PICTURE_BYTES
+from mmalign.data.forms import SYSTEM_FIELDS
 from mmalign.errors import UserError
 from mmalign.files import open_regular
 
 MAX_GROUP_BYTES = 2**30  # of the pictures in a row group, which a worker holds at once
 _MAX_TEXT_BYTES = 2**32  # of a row group without its pictures
 _KEPT_GROUPS = 2  # last row groups that a process keeps
+_TEXTS = ("id", "type", "instruction", "input", "output", *SYSTEM_FIELDS)  # never pictures
 _ROWS = 1024  # that become objects at a time
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _BYTES = (
@@ -70,7 +72,10 @@ class Table:
         self._paths: dict[str, pa.ChunkedArray | None] = {}  # by column
         with _naming(path), open_regular(path):
             schema = self._schema()
-        self.columns = [field.name for field in schema if _holds_pictures(field.type)]
+        if twice := [x for x, number in Counter(schema.names).items() if number > 1]:
+            raise UserError(f"{path} has several columns of the name {twice[0]!r}. Rename them")
+        fields = [field for field in schema if field.name not in _TEXTS]
+        self.columns = [field.name for field in fields if _holds_pictures(field.type)]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": None, "_paths": {}}
@@ -144,7 +149,10 @@ class ArrowTable(Table):
 
     def _table(self) -> pa.Table:
         if self._open is None:
-            self._open = pa.ipc.open_stream(pa.memory_map(str(self.path))).read_all()
+            source = pa.memory_map(str(self.path))
+            is_file = source.read(6) == b"ARROW1"  # Arrow's other format; save_to_disk has streams
+            source.seek(0)
+            self._open = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
             self._open.validate(full=True)  # otherwise a damaged offset reads anywhere in memory
         return self._open
 
@@ -252,9 +260,10 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in _LISTS)
 
 
-def _in_json(value: Any) -> str:
-    """What JSON does not have: bytes of something other than a picture, dates."""
-    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
+def _in_json(value: Any) -> dict[str, str]:
+    """What JSON does not have, as an object, since it is no text: bytes, dates."""
+    about = f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
+    return {type(value).__name__: about}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -41,6 +41,7 @@ def table_files(path: Path) -> list[Path]:
         return [path]
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(str(path / x.parent.name) for x in sorted(path.glob("*/state.json")))
+        splits = splits or "none is there, so download it again"
         raise UserError(f"{path} holds the splits of a dataset. Name one of them: {splits}")
     if (path / "state.json").exists():
         return _saved_files(path)
@@ -53,10 +54,11 @@ def table_files(path: Path) -> list[Path]:
             f"save_to_disk of Hugging Face datasets has written{hint}"
         )
     shards = {match[1]: int(match[2]) for x in files if (match := _SHARD.fullmatch(x.name))}
-    if len(shards) > 1:
+    others = [x.stem for x in files if not _SHARD.fullmatch(x.name)] if shards else []
+    if len(shards) + len(others) > 1:
         raise UserError(
-            f"{path} has files of several splits: {', '.join(shards)}. Put those of one into a "
-            "folder of their own"
+            f"{path} has files of several splits: {', '.join([*shards, *others[:5]])}. Put those "
+            "of one into a folder of their own"
         )
     if shards and len(files) != next(iter(shards.values())):
         number = next(iter(shards.values()))

@@ -38,7 +38,9 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     for name, value in (overrides or {}).items():
         _override(tables, name, value)
     if unknown := tables.keys() - _TABLES:
-        raise UserError(f"{path}: unknown table [{min(unknown)}]; expected {', '.join(_TABLES)}")
+        raise UserError(
+            f"{path}: unknown table [{min(unknown)}]; expected {', '.join(sorted(_TABLES))}"
+        )
     settings = with_settings(Settings(), tables.get("study", {}), f"{path}, [study]")
     name = settings.name or path.stem
     settings = replace(settings, name=name, output=settings.output or f"runs/{name}")

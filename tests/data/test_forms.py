@@ -266,7 +266,7 @@ def test_alpacas_form(world):
         found = dataset.encode(i)
         assert found.input_ids.tolist() == x.input_ids.tolist() and found.images == x.images
         assert found.labels.tolist() == x.labels.tolist()
-    with pytest.raises(SampleError, match="sample '#3': a turn lacks the text from or value"):
+    with pytest.raises(SampleError, match="sample '#3': its output is int, expected text"):
         dataset.encode(3)
 
 
@@ -283,7 +283,14 @@ def message(content, **fields) -> dict:
         ),
         (message(["text"]), "part of a message is of type None"),
         (message([{"type": "text"}]), "part of a message is of type 'text'"),
-        (message(None), "lacks the text from or value"),
+        (message(None), "content of message 1 is NoneType, expected text"),
+        (message("a", role=None), "role of message 1 is NoneType, expected text"),
+        (message("a", value="b"), "message 1 has value beside role and content"),
+        ({"id": "odd", "instruction": 3, "output": "a"}, "its instruction is int, expected text"),
+        (
+            {"id": "odd", "instruction": "a", "input": ["b"], "output": "c"},
+            "its input is list, expected text",
+        ),
         (message("a", tool_calls=[{"name": "f"}]), "has tool_calls, which no template writes"),
         (message("a") | {"conversations": []}, "both messages and conversations"),
         (message([{"type": "image", "image": "1.png"}]) | {"image": "2.png"}, "pictures both in"),

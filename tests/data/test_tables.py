@@ -1,6 +1,7 @@
 """Parquet files and saved datasets that are damaged, or of no use here."""
 
 import copy
+import datetime
 import json
 import multiprocessing
 import pickle
@@ -151,7 +152,10 @@ def test_folders_that_are_no_data_set(world):
     (folder / "train-00002-of-00003.parquet").rename(folder / "test-00000-of-00001.parquet")
     with pytest.raises(UserError, match="files of several splits: test, train"):
         read_samples(folder, DataConfig())
-    (folder / "test-00000-of-00001.parquet").unlink()
+    (folder / "test-00000-of-00001.parquet").rename(folder / "more.parquet")
+    with pytest.raises(UserError, match="files of several splits: train, more"):
+        read_samples(folder, DataConfig())
+    (folder / "more.parquet").unlink()
     with pytest.raises(UserError, match="has 2 of 3 files"):
         read_samples(folder, DataConfig())
 
@@ -188,6 +192,43 @@ def test_bytes_within_messages_are_no_text(world):
     of = dataset(world, parquet(world.root, [{"messages": turns}]), str(world.root / "images"))
     with pytest.raises(SampleError, match=r"sample '#0': its image is .*<[\d,]+ bytes>"):
         of.encode(0)
+
+
+@pytest.mark.parametrize(
+    "record, problem",
+    [
+        ({"instruction": b"what", "output": "a boat"}, "its instruction is dict, expected text"),
+        (
+            {"messages": [{"role": "user", "content": b"what"}]},
+            "content of message 1 is dict, expected text",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": datetime.date(2026, 1, 2)}]},
+            "value of turn 1 is dict, expected text",
+        ),
+    ],
+)
+def test_what_is_no_text_is_not_trained_on_as_text(world, record, problem):
+    of = dataset(world, parquet(world.root, [record]), str(world.root / "images"))
+    with pytest.raises(SampleError, match=problem):
+        of.encode(0)
+
+
+def test_two_columns_of_one_name(world):
+    path = world.root / "rows.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["id", "id"]), path)
+    with pytest.raises(UserError, match="several columns of the name 'id'"):
+        read_samples(path, DataConfig())
+
+
+def test_both_formats_of_arrow(world):
+    folder = saved(world.root, world.samples)
+    streamed = read_samples(folder, DataConfig())[:]
+    for path in folder.glob("*.arrow"):
+        table = pa.ipc.open_stream(path.read_bytes()).read_all()
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    assert read_samples(folder, DataConfig())[:] == streamed
 
 
 def test_rows_of_several_pictures_and_of_none(world):
