@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mmalign_kernels import dispatch
 
 import mmalign
 from mmalign.errors import UserError
@@ -49,12 +50,17 @@ GPUS = (
 def choose_device(device: str) -> torch.device:
     """auto: a GPU where there is one; under torchrun each process has its own.
 
+    Raises UserError where there is no such device, or MMALIGN_BACKEND names what cannot run on it.
     On a CPU the process keeps the memory that it frees from here on (malloc.py).
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        dispatch.require(device)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(str(error)) from error
     if device == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     keep_freed_memory()

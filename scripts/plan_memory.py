@@ -48,6 +48,10 @@ def report(options: PlanMemory) -> str:
     config, parallel, world_size = options.config, options.config.parallel, options.world_size
     if parallel.sharding == "hybrid" and not parallel.shard_size:
         raise UserError("the number of processes per node is unknown: set --parallel.shard-size")
+    if parallel.sharding == "hybrid" and world_size % parallel.shard_size:
+        raise UserError(
+            f"--parallel.shard-size {parallel.shard_size} does not divide --world-size {world_size}"
+        )
     workload = published_workload(config, options.recipe)
     capacity, given = capacity_of(options.gpu), sample_of(config)
     plan = MemoryPlan(config, workload, capacity, "cuda", world_size, given)
@@ -68,9 +72,11 @@ def report(options: PlanMemory) -> str:
 
 
 def sample_of(config: TrainConfig) -> AverageSample | None:
-    """Of the data, where the command line names it and a tokenizer."""
-    if not config.data.path or not (config.model.decoder or config.model.tokenizer):
+    """Of the data, where the command line names it."""
+    if not config.data.path:
         return None
+    if not (config.model.decoder or config.model.tokenizer):
+        raise UserError("--data.path: to count its tokens, --model.tokenizer is needed as well")
     config = resolve(config)
     return average_sample(build_dataset(config, Tokenizer.from_pretrained(config.model.tokenizer)))
 

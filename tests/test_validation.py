@@ -49,7 +49,7 @@ def test_every_numeric_field_has_a_range_and_every_range_a_field():
     names = [x for kind in (TrainConfig, Settings, Variant) for x in numeric_fields(kind)]
     plan = runpy.run_path(str(ROOT / "scripts/plan_memory.py"))["PlanMemory"]
     names += [name for name in numeric_fields(plan) if not name.startswith("config.")]
-    names += ["batch_tokens"]  # an argument of evaluate_model
+    names += ["batch_tokens", "corruption_seed", "workers"]  # arguments of scripts/evaluate.py
     assert sorted(names) == sorted([*RANGES, "seeds"])  # each run's `seed` is checked
 
 

@@ -88,6 +88,28 @@ def _named(forced: str) -> dict[str | None, str]:
     return chosen
 
 
+def require(device_type: str) -> None:
+    """Raises ValueError or NotImplementedError, before any work, where what is named cannot run."""
+    forced = forced_backend()
+    for backend in dict.fromkeys(_named(forced).values()) if forced else ():
+        if backend in LIBRARIES:
+            libraries.require(backend, f"MMALIGN_BACKEND={forced}")
+            if (needed := LIBRARIES[backend].device) != device_type:
+                raise NotImplementedError(
+                    f"MMALIGN_BACKEND={forced}: {backend} runs on {needed}, not on {device_type}. "
+                    "Name another backend"
+                )
+        else:
+            _check_device(backend, f"MMALIGN_BACKEND={forced}", device_type)
+            if backend in COMPILED and (reason := COMPILED[backend].missing()):
+                raise NotImplementedError(
+                    f"MMALIGN_BACKEND={forced}: the {backend} library {reason}"
+                )
+    named = device_type == "cpu" and os.environ.get("MMALIGN_CPU_LIBRARY")
+    if named and (reason := cpu_library.missing()):
+        raise NotImplementedError(f"MMALIGN_CPU_LIBRARY is set, but the library {reason}")
+
+
 def implementation(operation: str, family: str, device_type: str) -> Callable:
     """The function that runs `operation` of `family` on tensors of a device type."""
     return _choose(operation, family, device_type, forced_backend())

@@ -190,6 +190,9 @@ class Study:
         if recipe not in RECIPES or RECIPES[recipe][1].stage != stage:
             known = ", ".join(name for name, (_, x) in RECIPES.items() if x.stage == stage)
             raise UserError(f"{where}: {stage} is {recipe!r}; expected one of {known}")
+        for name in (*self.stages[stage], *settings):
+            if name.replace("_", "-") in ("seed", "run-dir"):
+                raise UserError(f"{where}: {name} is given by [study], as seeds and output")
         config = RECIPES[recipe][1]
         model = {"model.decoder": parent.decoder, "model.vision-tower": parent.vision_tower}
         given = {name: value for name, value in model.items() if value}

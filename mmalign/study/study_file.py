@@ -37,6 +37,7 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     tables = read_toml(path)
     for name, value in (overrides or {}).items():
         _override(tables, name, value)
+    _require_tables(path, tables)
     if unknown := tables.keys() - _TABLES:
         raise UserError(
             f"{path}: unknown table [{min(unknown)}]; expected {', '.join(sorted(_TABLES))}"
@@ -53,6 +54,18 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     study = Study(path, settings, parents, variants, questions, stages)
     _check(study)
     return study
+
+
+def _require_tables(path: Path, tables: dict) -> None:
+    for name, value in tables.items():
+        if name == "questions":
+            form, entries = "[[questions]]", value if isinstance(value, list) else [None]
+        elif name in ("parents", "variants"):
+            form, entries = f"[{name}.NAME]", value.values() if isinstance(value, dict) else [None]
+        else:
+            form, entries = f"[{name}]", [value]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{path}: {name} is {str(value)[:80]!r}; expected tables {form}")
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -81,11 +94,15 @@ def _value(text: str) -> Any:
 def _override(tables: dict, name: str, value: Any) -> None:
     first, *path = name.split(".")
     tables = tables.setdefault(first, {})
+    if not isinstance(tables, dict):
+        raise UserError(f"--{name}: {first} is no table whose keys can be given")
     if first in ("parents", "variants") and path[0] not in tables:
         known = ", ".join(tables)
         raise UserError(f"--{name}: the study has no {first} {path[0]!r}; it has {known}")
     for key in path[:-1]:
         tables = tables.setdefault(key, {})
+        if not isinstance(tables, dict):
+            raise UserError(f"--{name}: {key} is no table whose keys can be given")
     tables[path[-1]] = value
 
 
@@ -126,10 +143,15 @@ def _named(kind: type, name: str, table: dict, where: str) -> Any:
 def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
     """primary = true puts it into the family of that name; others are secondary."""
     where, given = f"question {table.get('name', '')!r}", dict(table)
-    primary = given.pop("primary", False)
+    if not isinstance(primary := given.pop("primary", False), bool):
+        raise UserError(f"{where}: primary is {primary!r}; expected true or false")
     given.setdefault("family", "primary" if primary else "secondary")
     question = with_settings(Question("", "", ""), given, where)
     contrast = parse_contrast(question)
+    if question.margin and not contrast.equivalence:
+        raise UserError(f"{where}: margin is for a contrast with ~, not {question.contrast!r}")
+    if question.amounts and not question.contrast.strip().startswith("slope"):
+        raise UserError(f"{where}: amounts are for a slope, not {question.contrast!r}")
     if unknown := {name for name, _ in contrast.variants} - {BASE, *variants}:
         raise UserError(f"{where}: the study has no variant {min(unknown)!r}")
     if not contrast.metrics and not question.metrics:
@@ -137,8 +159,11 @@ def _question(table: dict, variants: Mapping[str, Variant]) -> Question:
     return question
 
 
-def _check_metrics(study: Study) -> None:
-    """Before hours of runs: a question about a metric that no run would have."""
+def _check_questions(study: Study) -> None:
+    """Before hours of runs: a question about what no run would have."""
+    names = [question.name for question in study.questions]
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"{study.path}: questions are called {names}; expected a name for each")
     settings = study.settings
     tasks = [TASKS[name] for name in resolve_tasks(settings.tasks)]
     known = {metric.row for task in tasks for metric in task.metrics}
@@ -149,7 +174,10 @@ def _check_metrics(study: Study) -> None:
         known |= {VISUAL, *(f"{VISUAL}_{x}" for x in VISUAL_KINDS)}
     forgotten = tuple(f"{parse_task(name)[0]}_" for name in settings.forgetting)
     for question in study.questions:
-        for metric in parse_contrast(question).metrics or question.metrics:
+        contrast = parse_contrast(question)
+        if unknown := set(contrast.parents or ()) - study.parents.keys():
+            raise UserError(f"question {question.name!r}: unknown parent {min(unknown)!r}")
+        for metric in contrast.metrics or question.metrics:
             if metric not in known and not metric.startswith(forgotten):
                 close = get_close_matches(metric, known, n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -174,5 +202,5 @@ def _check(study: Study) -> None:
     for variant in study.variants.values():
         if unknown := set(variant.parents) - study.parents.keys():
             raise UserError(f"[variants.{variant.name}]: unknown parent {min(unknown)!r}")
-    _check_metrics(study)
+    _check_questions(study)
     assert study.runs  # reads every setting

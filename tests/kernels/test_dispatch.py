@@ -62,6 +62,24 @@ def test_unknown_backend_is_an_error(monkeypatch):
         swiglu(torch.ones(1, 2))
 
 
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("MMALIGN_BACKEND", "tritton", "'tritton' is not one of"),
+        ("MMALIGN_BACKEND", "cuda", "the cuda kernels need a CUDA device"),
+        ("MMALIGN_BACKEND", "flash_attn", "flash_attn"),
+        ("MMALIGN_CPU_LIBRARY", "/absent.so", "/absent.so does not exist"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_work(monkeypatch, name, value, said):
+    dispatch.require("cpu")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dispatch.cpu_library, "missing", dispatch.cpu_library.missing.__wrapped__)
+    monkeypatch.setattr(dispatch.cpu_library, "load", dispatch.cpu_library.load.__wrapped__)
+    with pytest.raises((ValueError, NotImplementedError), match=said):
+        dispatch.require("cpu")
+
+
 def test_two_backends_of_one_family_are_an_error():
     """flash_attn and xformers both serve attention, reference and triton everything."""
     for names in ("flash_attn,xformers", "triton, reference", "apex,apex"):

@@ -76,6 +76,14 @@ def test_overrides_of_the_command_line(study_file):
         ("samples = 16", 'model = "folder"', "finetune is for training, but model is scored"),
         ("[pretrain]", "[pretraining]", r"unknown table \[pretraining\]"),
         ("[pretrain]", "[pretrain", "study.toml: "),
+        ("samples = 16", "seed = 5", r"\[variants.part\]: seed is given by \[study\]"),
+        ("samples = 16", 'run-dir = "x"', r"\[variants.part\]: run-dir is given by \[study\]"),
+        ("visual - base", "(visual - base) of big vs small", "'Q1': unknown parent 'big'"),
+        ("primary = true", 'primary = "no"', "primary is 'no'; expected true or false"),
+        ("primary = true", "margin = 1.0", "margin is for a contrast with ~"),
+        ("primary = true", "amounts = [1, 2]", "amounts are for a slope"),
+        ('name = "Q2"', 'name = "Q1"', r"questions are called \['Q1', 'Q1'.*; expected a name"),
+        ('name = "Q2"', "", r"questions are called \['Q1', ''.*; expected a name"),
     ],
 )
 def test_mistakes_are_named(study_file, old, new, said):
@@ -89,6 +97,16 @@ def test_unknown_arguments_are_named(study_file):
         parse_overrides(["--dry"])
     with pytest.raises(UserError, match="no parents 'big'; it has small"):
         read_study(study_file(), {"parents.big.decoder": "x"})
+    for name, said in (
+        ("variants.part", r"variants is .*; expected tables \[variants.NAME\]"),
+        ("study.seeds.x", "seeds is no table"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_study(study_file(), {name: "x"})
+    for name in ("pretrain", "questions", "variants"):
+        path = study_file(f"{name} = 3\n")
+        with pytest.raises(UserError, match=rf"study.toml: {name} is '3'; expected tables \["):
+            read_study(path)
 
 
 def test_choice_of_runs(study_file):

@@ -339,5 +339,8 @@ def test_command_line(small_world, plan_memory):
     data += ("--data.image-root", str(small_world.images))
     printed = plan_memory("finetune-7b", *folders, str(small_world.vision_tower), *data)
     assert re.search(r"tokens per sample \(.*\.json\): \d+ with a target, \d+ of images", printed)
+    assert "--model.tokenizer is needed" in plan_memory("finetune-7b", *data)
+    hybrid = ("--world-size", "8", "--parallel.sharding", "hybrid", "--parallel.shard-size", "3")
+    assert "3 does not divide --world-size 8" in plan_memory("finetune-7b", *hybrid)
     assert "expected one of h200" in plan_memory("finetune-7b", "--gpu", "abacus")
     assert "a GPU of 100.5 GiB" in plan_memory("finetune-7b", "--gpu", "100.5")
