@@ -80,14 +80,15 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
     Without torchrun it is one process. A collective that takes longer than timeout_minutes fails.
 
     Raises:
-        UserError: another rank has exited, or this one has no GPU of its own.
+        UserError: another rank has exited, this one has no GPU of its own, or the environment does
+            not describe a process group.
     """
     _set_allocator()
+    world_size = _check_environment()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         _check_gpu(chosen)
         torch.cuda.set_device(chosen)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         yield DistributedContext(0, 1, chosen)
         return
@@ -112,6 +113,22 @@ def new_cpu_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # what else it returns is for ranks outside of it
     return group
+
+
+def _check_environment() -> int:
+    """WORLD_SIZE; other jobs leave such variables behind, and without a peer a rank would wait."""
+    remedy = "Start several processes with torchrun, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+    found = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    for name, value in found.items():
+        if value is not None and not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name} is {value!r} in the environment; expected a number. {remedy}")
+    world_size, rank = int(found["WORLD_SIZE"] or 1), found["RANK"]
+    if world_size != 1 and (rank is None or int(rank) >= world_size):
+        raise UserError(
+            f"WORLD_SIZE is {world_size} and RANK is {rank} in the environment; expected ranks "
+            f"from 0 to WORLD_SIZE - 1. {remedy}"
+        )
+    return world_size
 
 
 def _set_allocator() -> None:

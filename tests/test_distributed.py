@@ -6,6 +6,7 @@ import pytest
 
 from mmalign import distributed
 from mmalign.distributed import start_distributed
+from mmalign.errors import UserError
 
 NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -32,3 +33,22 @@ def test_segments_grow_unless_the_user_configured_the_allocator(chosen, expected
     monkeypatch.setattr(distributed, "choose_device", choose_device)
     with start_distributed("cpu", 1):
         assert seen == [chosen if expected is None else expected]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is None"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "WORLD_SIZE is 2 and RANK is 2"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+    ],
+)
+def test_an_environment_that_describes_no_process_group(variables, said, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said), start_distributed("cpu", 1):
+        pass
