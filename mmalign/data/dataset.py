@@ -16,7 +16,7 @@ from mmalign.data.memo import Memo
 from mmalign.data.mix import open_samples
 from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, UnreadableRootError, check_exists
 from mmalign.data.samples import Sample, Samples, Turn, speaker_problem
-from mmalign.data.segments import IMAGE, IMAGE_SENTINEL
+from mmalign.data.segments import IMAGE, IMAGE_SENTINEL, special_ids
 from mmalign.data.templates import encode_conversation, find_template
 from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import VisionConfig
@@ -71,6 +71,7 @@ class ConversationDataset:
         self.samples, self.tokenizer, self.data = samples, tokenizer, data
         self.vision = vision.padding() if vision is not None and pads else vision
         self.template = find_template(data.template)
+        self._require_template()
         tables = samples.tables if isinstance(samples, Samples) else {}
         memo_bytes = _MEMO_BYTES if data.num_workers in ("auto", 0) else 0
         self._encoded: Memo[EncodedSample] = Memo(memo_bytes)  # by index
@@ -79,6 +80,14 @@ class ConversationDataset:
         if not data.text_only:
             self.pictures = Pictures(data.image_roots, data.follow_links, tables)
             _refuse_unreadable(self.pictures, samples)
+
+    def _require_template(self) -> None:
+        """UserError where it can write no conversation, before the first sample is blamed."""
+        special = special_ids(self.tokenizer, self.data.use_im_start_end)
+        try:
+            list(self.template.render([Turn("human", "a"), Turn("gpt", "a")], special))
+        except UserError as error:
+            raise UserError(f"--data.template {self.data.template}: {error}") from error
 
     @classmethod
     def open(

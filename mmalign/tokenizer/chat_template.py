@@ -1,15 +1,18 @@
 """The chat template of a model's folder, written as transformers writes it, span by span."""
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, cycle
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmalign.errors import UserError
@@ -17,6 +20,7 @@ from mmalign.files import read_json, read_text
 from mmalign.tokenizer.tokenizer import Tokenizer
 
 _FIRST_MARK = 0xE000  # private use: stand for the turns while the template's own text is looked up
+_MOST_STEPS = 10**6  # of a template's loops and products in one conversation: more never end
 _BEGIN, _END = "\uf8f0", "\uf8f1"  # around what {% generation %} marks
 
 
@@ -43,6 +47,18 @@ class _Generation(Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox in which products stay small, too."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if isinstance(x, Sized) else abs(x) for x in (left, right)]
+        if math.prod(sizes[operator == "**" :]) > _MOST_STEPS:
+            raise TemplateError(f"a product in it is larger than {_MOST_STEPS:,}")
+        return super().call_binop(context, operator, left, right)
+
+
 class ChatTemplate:
     """chat_template.jinja, or chat_template in tokenizer_config.json, as older folders have it.
 
@@ -56,6 +72,9 @@ class ChatTemplate:
         text = None
         if self.path.exists():
             text = read_text(jinja) if jinja.exists() else read_json(config).get("chat_template")
+        if isinstance(text, list):  # several with names, of which transformers takes this one
+            named = [x for x in text if isinstance(x, dict) and x.get("name") == "default"]
+            text = named[0].get("template") if named else None
         if not isinstance(text, str):
             raise UserError(
                 f"{folder} has no chat template: expected {jinja.name}, which every exported run "
@@ -144,6 +163,7 @@ class ChatTemplate:
 
     def _write(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
         names = self._names | {"add_generation_prompt": add_generation_prompt}
+        self._steps = 0
         try:
             return self._compiled.render(messages=messages, **names)
         except Exception as error:  # a template can raise anything
@@ -151,13 +171,24 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self):
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         environment.globals["raise_exception"] = _raise
-        return environment.from_string(self.text)
+        environment.filters["counted"] = self._counted
+        tree = environment.parse(self.text)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        return environment.from_string(tree)
+
+    def _counted(self, values: Iterable) -> Iterator:
+        for value in values:
+            self._steps += 1
+            if self._steps > _MOST_STEPS:
+                raise TemplateError(f"its loops take more than {_MOST_STEPS:,} steps")
+            yield value
 
 
 def _messages(contents: Sequence[str], has_system: bool) -> list[dict]:

@@ -7,12 +7,15 @@ import tokenizers
 import transformers
 
 from mmalign.batch import IGNORE_INDEX
+from mmalign.config import DataConfig
 from mmalign.data.chat_template import chat_template
+from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import Turn
 from mmalign.data.segments import IMAGE_SENTINEL
 from mmalign.data.templates import TEMPLATES, encode_conversation, encode_prompt, end_ids
 from mmalign.errors import UserError
 from mmalign.tokenizer import Tokenizer
+from mmalign.tokenizer.chat_template import ChatTemplate
 
 # the published templates, shortened to user and assistant
 LLAMA_3 = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = \
@@ -230,3 +233,33 @@ def test_templates_that_cannot_be_used_are_refused(folder_of, tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         other = Tokenizer.from_pretrained(tokenizer.path.parent)
         encode_conversation(turns, TEMPLATES["chat"], other, False)
+
+
+LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (LOOPS, "its loops take more than 1,000,000 steps"),
+        ("{{ 'a' * 10**10 }}", "a product in it is larger than 1,000,000"),
+        ("{{ eos_token * 999999 }}", "a product in it is larger than 1,000,000"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+    ],
+)
+def test_a_template_that_is_at_fault_itself_is_named_before_a_sample(folder_of, text, said):
+    folder = Tokenizer.from_pretrained(folder_of("summary")).path.parent
+    (folder / "chat_template.jinja").write_text(text)
+    data = DataConfig(template="chat", text_only=True)
+    with pytest.raises(UserError, match=f"--data.template chat: .*chat_template.jinja: {said}"):
+        ConversationDataset([], Tokenizer.from_pretrained(folder), data, None)
+
+
+def test_of_several_named_templates_the_default_is_taken(folder_of):
+    tokenizer = Tokenizer.from_pretrained(folder_of("summary"))
+    folder, text = tokenizer.path.parent, "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    assert ChatTemplate(folder, tokenizer).text == text
