@@ -182,6 +182,7 @@ def test_configured_roles_are_honoured(beside, tmp_path):
     [
         ("tokenizer_config.json", "", r"tokenizer_config\.json, line 1: not valid JSON"),
         ("tokenizer_config.json", {"eos_token": "<x>"}, "eos_token is '<x>', which is not in"),
+        ("tokenizer_config.json", {"eos_token": {}}, r"eos_token is {}; expected a token"),
         ("tokenizer_config.json", {"eos_token": 5}, r"eos_token is 5; expected a token"),
         ("tokenizer_config.json", decoder_of(10**9), r"tokenizer_config\.json: .*1000000000"),
         ("tokenizer_config.json", decoder_of(5), r"'<loc>' has the id 5, but in .* that is"),
@@ -222,6 +223,17 @@ def test_two_vocabularies_in_one_folder_have_to_agree(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(value))
     with pytest.raises(UserError, match=r"tokenizer\.json beside it disagree: id \d+ is"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_json_that_divides_otherwise_is_told(folder, tmp_path, caplog):
+    Tokenizer.from_pretrained(folder).save(tmp_path)
+    Tokenizer.from_pretrained(tmp_path)
+    assert not caplog.text
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    del value["model"]["merges"][100:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    Tokenizer.from_pretrained(tmp_path)
+    assert "tokenizer.model is read; the tokenizer.json beside it" in caplog.text
 
 
 def test_every_token_needs_a_row(beside):

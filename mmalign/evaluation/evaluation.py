@@ -222,7 +222,7 @@ def _evaluate(
     target, seconds = choose_device(device), {}
     precision = choose_precision(precision, target)
     documents = load_documents(names, data_root, limit)
-    tokenizer, model_config = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
+    model_config, tokenizer = DecoderConfig.from_hf(weights), Tokenizer.from_pretrained(weights)
     evaluation = Evaluation(
         data_root, tokenizer, model_config, batch_tokens, precision, progress=not quiet
     )

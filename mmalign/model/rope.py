@@ -116,6 +116,17 @@ def read_rope(hf: Settings, max_positions: int) -> tuple[float, RopeScaling | No
             if kind is not None and not isinstance(kind, str):
                 raise rope.error(name, "a name")
             kinds |= {kind} - set(_PLAIN)
+        if (
+            not kinds
+            and rope.get("factor") is not None
+            and not (rope.get("rope_type") or rope.get("type"))
+        ):
+            raise rope.error("rope_type", "the kind of scaling that factor belongs to")
+        if nested := [name for name, value in rope.values.items() if isinstance(value, dict)]:
+            raise UserError(
+                f"{hf.path}: {rope.within}{nested[0]}: RoPE that differs among layers is not "
+                "supported"
+            )
         if kinds:
             scalings[key] = _read_scaling(hf, rope, key, kinds, max_positions)
         if rope.get("rope_theta") is not None:
@@ -134,8 +145,10 @@ def read_rope(hf: Settings, max_positions: int) -> tuple[float, RopeScaling | No
 def _read_scaling(
     hf: Settings, rope: Settings, key: str, kinds: set, max_positions: int
 ) -> RopeScaling:
-    kind, *others = kinds
-    if others or kind not in get_args(RopeType):
+    kind, *others = sorted(kinds)
+    if others:
+        raise UserError(f"{hf.path}: {hf.within}{key} has the types {kind} and {others[0]}")
+    if kind not in get_args(RopeType):
         raise UserError(
             f"{hf.path}: {hf.within}{key} of type {kind!r} is not supported; only plain RoPE "
             f"(default), {', '.join(get_args(RopeType))}"

@@ -47,7 +47,7 @@ class Roles:
         for settings in self.files:
             key = f"{role}_token"
             name = settings.get(key)
-            name = name.get("content") if isinstance(name, dict) else name
+            name = name.get("content", False) if isinstance(name, dict) else name
             if isinstance(name, str | None):
                 if name:
                     return name, settings.path

@@ -18,7 +18,7 @@ from mmalign.errors import UserError
 from mmalign.files import write_json, write_text
 from mmalign.tokenizer.added_tokens import AddedToken, Roles, read_added_tokens
 from mmalign.tokenizer.backends import HuggingFace, Offsets, SentencePiece, is_tiktoken, load_json
-from mmalign.tokenizer.tokenizer_json import of_sentencepiece, with_tokens
+from mmalign.tokenizer.tokenizer_json import encodes_equally, of_sentencepiece, with_tokens
 
 log = logging.getLogger("mmalign")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -43,6 +43,12 @@ class Tokenizer:
             if (folder / "tokenizer.json").exists():
                 self._beside = load_json(folder / "tokenizer.json")
                 _compare(backend, path, self._beside)
+                if not encodes_equally(backend, self._beside):
+                    log.warning(
+                        "%s is read; the tokenizer.json beside it, which transformers reads, "
+                        "divides some texts otherwise",
+                        path,
+                    )
         else:
             self._beside = load_json(path)
             backend = HuggingFace(self._beside, path)

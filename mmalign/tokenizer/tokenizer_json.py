@@ -59,6 +59,11 @@ def of_sentencepiece(
     return None
 
 
+def encodes_equally(backend: SentencePiece, beside: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer.json gives a text of many kinds of characters the ids of the other."""
+    return _ids(beside, _PROBE) == backend.encode(_PROBE)
+
+
 def _ids(model: tokenizers.Tokenizer, text: str) -> list[int]:
     return model.encode(text, add_special_tokens=False).ids
 

@@ -75,6 +75,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"this recipe needs {', '.join(missing)}. The README says where to get them."
         )
+    for flag in ("--model.decoder", "--model.vision-tower"):
+        folder = required.get(flag)
+        if folder and not Path(folder).is_dir():
+            raise UserError(
+                f"{flag} {folder} is not a folder. Give that of a Hugging Face checkpoint; a model "
+                "of the hub is downloaded with hf download NAME --local-dir FOLDER"
+            )
     model = replace(model, decoder=_exported(model.decoder))
     model = replace(model, tokenizer=model.tokenizer or model.decoder)
     return replace(config, model=model, data=data, evaluation=evaluation)

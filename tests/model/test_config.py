@@ -159,6 +159,15 @@ def test_published_clip(tmp_path):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"rope_scaling": {"type": "longrope"}}, "type 'longrope' is not supported"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+            "rope_scaling has the types linear and yarn",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.rope_type is None; expected the kind"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.full_attention: RoPE that differs among layers is not supported",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "factor is None; expected a number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor is 0\.5"),
         (

@@ -54,6 +54,8 @@ class WeightFiles:
         found = [name for name in _FILES if (folder / name).exists()]
         if not found:
             what = other_folder(folder)
+            if any(folder.glob("*-of-*.safetensors")):
+                what = f"The folder holds parts without their index. Download {_FILES[1]} as well"
             raise UserError(
                 f"no weights in {folder}: looked for {', '.join(_FILES)}. {what}".strip()
             )
@@ -75,7 +77,10 @@ class WeightFiles:
         """Raises UserError for a type that weights cannot have, and for NaN and infinity."""
         path, reader = self._readers[key]
         tensor = reader[key] if isinstance(reader, dict) else reader.get_tensor(key)
-        if tensor.dtype not in _TYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "no values (it is on the device meta)" if tensor.is_meta else f"{tensor.layout}"
+            raise UserError(f"{path}: {key} has {kind}; weights are read as dense tensors")
+        if tensor.dtype not in _TYPES.values():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
                 f"{path}: {key} has the type {kind}; weights are read as "
@@ -94,7 +99,7 @@ def _shards(index: Path) -> list[Path]:
     names = set()
     weight_map = Settings(read_json(index), index).section("weight_map")
     for key, name in weight_map.values.items():
-        if not isinstance(name, str) or len(name) > 255 or "\0" in name:
+        if not isinstance(name, str) or not Path(name).name or len(name) > 255 or "\0" in name:
             raise weight_map.error(key, "the name of a file")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(
@@ -124,6 +129,10 @@ def _open(path: Path) -> Reader:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises nearly anything for a file that is cut
         reason = known_kind(path) or _reason(error)
+        with path.open("rb") as file:
+            start = file.read(9)  # of safetensors the length of its header, then the header
+        if path.suffix != ".safetensors" and start[5:] == b"\0\0\0{":
+            reason = "a safetensors file. Give it a name that ends in .safetensors"
         raise UserError(f"{path} is {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} does not contain a state dict (tensors by name)")

@@ -150,6 +150,11 @@ def load_projector(path: str | Path) -> dict[str, Tensor]:
     for name in names:
         if (path / name).exists():
             return _projector_of(WeightFiles([path / name]), path / name)
+    if (path / "export").is_dir() or (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"{path} is a run without {names[0]}: it is unfinished, or it was trained on text "
+            "alone. Finish it (rerun its command), or name another run"
+        )
     if (path / "config.json").exists():
         if "text_config" in read_hf_config(path):
             return _llava_projector(path)
