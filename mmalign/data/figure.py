@@ -58,7 +58,10 @@ def plot_batch(batch: PackedBatch, path: Path) -> None:
         bbox_to_anchor=(0.5, 1.0),
         frameon=False,
     )
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # the ending is that of no format
+        raise UserError(f"--figure {path}: {error}") from error
 
 
 def plot_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:

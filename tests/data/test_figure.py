@@ -1,9 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from mmalign.batch import IGNORE_INDEX, PackedBatch
 from mmalign.data.figure import KINDS, contact_sheet, plot_batch, token_kinds
+from mmalign.errors import UserError
 from tests.data.conftest import IMAGE_SIZE
 
 
@@ -31,6 +33,8 @@ def test_kinds_of_tokens():
 def test_a_picture_is_written(tmp_path):
     plot_batch(batch(), tmp_path / "batch.png")
     assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"--figure .*batch.xyz: Format 'xyz' is not supported"):
+        plot_batch(batch(), tmp_path / "batch.xyz")
 
 
 def test_contact_sheet_shows_what_the_model_sees(world, tmp_path):
