@@ -112,6 +112,8 @@ def test_other_commands_refuse_the_same(monkeypatch, script):
     [
         "evaluate --limit 0",
         "evaluate --batch-tokens -1",
+        "evaluate --limit -1 --tasks pope",
+        "evaluate --corruption-seed -1 --tasks pope",
         "plan_memory finetune-7b --world-size 0",
         "plan_memory finetune-7b --optimizer.beta1 2",
     ],

@@ -61,6 +61,11 @@ def write_config(config: TrainConfig) -> None:
     if path.exists():
         _check_same_run(_read(path), config, path)
         return
+    if any((config.run_dir / "checkpoints").glob("step_*")):
+        raise UserError(
+            f"{config.run_dir} has checkpoints but no config.json, so whether they are of this run "
+            f"cannot be told. {_RESTORE}"
+        )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, config_json(config, command=sys.argv, versions=versions()))
 

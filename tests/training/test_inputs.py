@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from mmalign.config import CheckpointConfig
 from mmalign.errors import UserError
+from mmalign.recipes import RECIPES
 from mmalign.training.loop import train
+from mmalign.training.run_folder import write_config
 from tests.training.helpers import exported_weights, losses, small_config
 
 
@@ -217,3 +219,10 @@ def test_a_damaged_line_of_metrics_is_named_and_the_others_stay(finished, tmp_pa
         assert "metrics.jsonl, line 1: not the record" in caplog.text
         assert "metrics.jsonl, line 3: not the record of a step in order" in caplog.text
         assert (run / "metrics.jsonl").read_text() == lines[1]
+
+
+def test_checkpoints_without_the_settings_that_made_them(tmp_path):
+    config = replace(RECIPES["tiny-finetune"][1], run_dir=tmp_path)
+    (tmp_path / "checkpoints/step_3").mkdir(parents=True)
+    with pytest.raises(UserError, match="has checkpoints but no config.json.* Restore a copy"):
+        write_config(config)
