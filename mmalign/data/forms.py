@@ -88,7 +88,7 @@ def _with_image(record: dict) -> dict:
     """`images` as `image`; a picture that is {"path": ...}, as Hugging Face has it, as its path."""
     name = "image" if record.get("image") is not None else "images"
     found = record.get(name)
-    if not isinstance(found, (list, dict)) or not found:
+    if not isinstance(found, (list, dict, str)) or not found:
         return record
     rest = {key: x for key, x in record.items() if key != name}
     return rest | {"image": [_path(x) for x in found] if isinstance(found, list) else _path(found)}
@@ -153,7 +153,8 @@ def _part(part: object) -> tuple[str, object]:
     if isinstance(part, dict) and REPEATED in part:
         raise FormError(f"the key {part[REPEATED]!r} stands twice in a part of a message")
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, dict) and kind == "text":
+        _require_text(part.get("text"), "text of a part of a message")
         return part["text"], None
     if not isinstance(part, dict) or kind not in ("image", "image_url"):
         raise FormError(f"a part of a message is of type {kind!r}, expected text or image")

@@ -217,7 +217,8 @@ def parse_sample(record: dict, sample_id: str) -> Sample:
     turns, images = record.get("conversations"), _images(record)
     problem = None
     if not isinstance(turns, list):
-        problem = f"its conversations are {type(turns).__name__}, expected a list of turns"
+        name = "messages" if turns is None and "messages" in record else "conversations"
+        problem = f"its {name} are {type(record.get(name)).__name__}, expected a list of turns"
         problem += f" (its fields: {', '.join(map(repr, record))})" if turns is None else ""
     elif not all(isinstance(turn, dict) for turn in turns):
         problem = "a turn is not an object with from and value"

@@ -55,6 +55,11 @@ def images_field(sample: dict) -> dict:
     return rest | ({"images": [sample["image"]]} if "image" in sample else {})
 
 
+def images_path(sample: dict) -> dict:
+    rest = {key: x for key, x in sample.items() if key != "image"}
+    return rest | ({"images": sample["image"]} if "image" in sample else {})
+
+
 def messages(sample: dict) -> dict:
     turns = [{"role": NAMES[t["from"]], "content": t["value"]} for t in sample["conversations"]]
     return {k: x for k, x in sample.items() if k != "conversations"} | {"messages": turns}
@@ -71,7 +76,7 @@ def parts(sample: dict) -> dict:
     return record
 
 
-FORMS = [llava, sharegpt, system_field, images_field, messages, parts]
+FORMS = [llava, sharegpt, system_field, images_field, images_path, messages, parts]
 
 # ---- containers: records -> a file or folder ----
 
@@ -282,9 +287,10 @@ def message(content, **fields) -> dict:
             "part .* of type 'video', expected",
         ),
         (message(["text"]), "part of a message is of type None"),
-        (message([{"type": "text"}]), "part of a message is of type 'text'"),
+        (message([{"type": "text"}]), "text of a part of a message is NoneType, expected text"),
         (message(None), "content of message 1 is NoneType, expected text"),
         (message("a", role=None), "role of message 1 is NoneType, expected text"),
+        ({"id": "odd", "messages": "hi"}, "its messages are str, expected a list of turns"),
         (message("a", value="b"), "message 1 has value beside role and content"),
         ({"id": "odd", "instruction": 3, "output": "a"}, "its instruction is int, expected text"),
         (
