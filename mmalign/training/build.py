@@ -41,6 +41,11 @@ MIN_PREFIX_TOKENS = 8  # below this, joining the prefix costs more than it saves
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in what a recipe leaves open; raises UserError for paths that the user must give."""
     model, data, evaluation = config.model, config.data, config.evaluation
+    if config.stage == "pretrain" and config.lora.rank:
+        raise UserError(
+            f"--lora.rank is {config.lora.rank}, but stage pretrain trains the projector alone and "
+            "has nothing to adapt. Leave it out, or use a finetune recipe"
+        )
     if data.text_only:
         if config.stage == "pretrain":
             raise UserError(

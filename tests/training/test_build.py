@@ -15,7 +15,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from mmalign.config import LoraConfig
 from mmalign.errors import UserError
+from mmalign.recipes import RECIPES
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import build_model, check_vocabulary, resolve
 from mmalign.training.export import export
@@ -145,3 +147,9 @@ def test_the_export_speaks_with_the_trained_end(small_world, tmp_path):
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     assert "USER: <im_start><im_patch><im_end>\nwhat is this ASSISTANT:" in text
+
+
+def test_stage_1_has_nothing_to_adapt():
+    config = replace(RECIPES["tiny-pretrain"][1], lora=LoraConfig(rank=4))
+    with pytest.raises(UserError, match="--lora.rank is 4, but stage pretrain trains the proj"):
+        resolve(config)
