@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,3 +54,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: comparisons with real data and recorded outputs")
     return folder
+
+
+@pytest.fixture
+def set_backend(monkeypatch) -> Iterator[Callable[[str], None]]:
+    """Sets MMALIGN_BACKEND as if this process had started with it."""
+    from mmalign_kernels import dispatch  # not before Triton's settings above
+
+    def set_variable(name: str) -> None:
+        monkeypatch.setenv("MMALIGN_BACKEND", name)
+        dispatch.environment_backend.cache_clear()
+
+    yield set_variable
+    dispatch.environment_backend.cache_clear()

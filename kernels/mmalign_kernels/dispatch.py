@@ -37,21 +37,17 @@ MEASURED_CUDA: frozenset[str] = frozenset()
 _override: str | None = None
 
 
-# What os.environ wraps: os.environ itself encodes the name at every reading, and raises and catches
-# an error where it is not set, which takes longer than all the rest of a dispatch.
-_environment = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
-_variable = os.environ.encodekey("MMALIGN_BACKEND")
-
-
 def forced_backend() -> str | None:
     """What `use_backend` or MMALIGN_BACKEND names; None: the default."""
-    if _override is not None:
-        return _override  # use_backend has checked it
-    value = _environment.get(_variable)
-    if not value:
-        return None
-    forced = os.environ.decodevalue(value)
-    _named(forced)
+    return _override or environment_backend()
+
+
+@cache  # reading os.environ takes longer than all the rest of a dispatch
+def environment_backend() -> str | None:
+    """MMALIGN_BACKEND, as it is when it is first needed."""
+    forced = os.environ.get("MMALIGN_BACKEND") or None
+    if forced is not None:
+        _named(forced)
     return forced
 
 

@@ -17,8 +17,10 @@ def no_backend(monkeypatch):
     monkeypatch.setattr(dispatch, "_override", None)
     monkeypatch.delenv("MMALIGN_BACKEND", raising=False)
     dispatch._choose.cache_clear()
+    dispatch.environment_backend.cache_clear()
     yield
     dispatch._choose.cache_clear()
+    dispatch.environment_backend.cache_clear()
 
 
 @pytest.fixture
@@ -32,12 +34,12 @@ def invented_backend(monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ("triton", "cuda"))
-def test_missing_backend_is_an_error(missing, monkeypatch):
+def test_missing_backend_is_an_error(missing, monkeypatch, set_backend):
     monkeypatch.setitem(sys.modules, f"mmalign_kernels.{missing}.packing", None)  # as if absent
     words = f"pack_rows_fwd has no {missing} implementation.*{missing}/packing.py.*missing"
     with dispatch.use_backend(missing), pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
-    monkeypatch.setenv("MMALIGN_BACKEND", missing)
+    set_backend(missing)
     with pytest.raises(NotImplementedError, match=words):
         pack_rows(torch.ones(3, 2), torch.tensor([1]))
 
@@ -51,13 +53,13 @@ def test_gpu_backend_on_the_cpu_is_an_error(forced, invented_backend, monkeypatc
         swiglu(torch.ones(1, 2))
 
 
-def test_unknown_backend_is_an_error(monkeypatch):
+def test_unknown_backend_is_an_error(set_backend):
     with (
         pytest.raises(ValueError, match="'tritton' is not one of reference, cpu, triton, cuda"),
         dispatch.use_backend("tritton"),
     ):
         pass
-    monkeypatch.setenv("MMALIGN_BACKEND", "tritton")
+    set_backend("tritton")
     with pytest.raises(ValueError, match="MMALIGN_BACKEND='tritton': 'tritton' is not"):
         swiglu(torch.ones(1, 2))
 
@@ -74,6 +76,7 @@ def test_unknown_backend_is_an_error(monkeypatch):
 def test_what_cannot_run_is_refused_before_any_work(monkeypatch, name, value, said):
     dispatch.require("cpu")
     monkeypatch.setenv(name, value)
+    dispatch.environment_backend.cache_clear()
     monkeypatch.setattr(dispatch.cpu_library, "missing", dispatch.cpu_library.missing.__wrapped__)
     monkeypatch.setattr(dispatch.cpu_library, "load", dispatch.cpu_library.load.__wrapped__)
     with pytest.raises((ValueError, NotImplementedError), match=said):
@@ -108,8 +111,8 @@ def test_a_new_file_is_all_that_a_backend_needs(invented_backend):
     assert (gate_up.grad == 11).all()
 
 
-def test_override_beats_environment(invented_backend, monkeypatch):
-    monkeypatch.setenv("MMALIGN_BACKEND", "triton")
+def test_override_beats_environment(invented_backend, set_backend):
+    set_backend("triton")
     assert (swiglu(torch.ones(1, 2)) == 7).all()
     with dispatch.use_backend("reference"):
         assert (swiglu(torch.ones(1, 2)) != 7).all()

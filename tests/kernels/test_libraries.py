@@ -164,8 +164,8 @@ def test_apex_adamw_equals_torch(clip, calls):
     assert calls == {"multi_tensor_adam_capturable" if clip else "multi_tensor_adam": 5}
 
 
-def test_two_libraries_serve_their_families(calls, monkeypatch):
-    monkeypatch.setenv("MMALIGN_BACKEND", "apex, flash_attn_3,reference")
+def test_two_libraries_serve_their_families(calls, monkeypatch, set_backend):
+    set_backend("apex, flash_attn_3,reference")
     monkeypatch.setattr(dispatch, "_override", None)
     case, x = Case(lengths=[4, 3]), torch.randn(7, 32)
     case.ours(case.qkv.detach())

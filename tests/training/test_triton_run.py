@@ -59,11 +59,11 @@ def ran(monkeypatch) -> Counter:
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch, set_backend):
     """Runs a script in this process, under MMALIGN_BACKEND."""
 
     def run(backend: str, name: str, *arguments) -> None:
-        monkeypatch.setenv("MMALIGN_BACKEND", backend)
+        set_backend(backend)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
 
