@@ -40,11 +40,11 @@ from pathlib import Path
 from mmalign.toy_world.world import Size, ToyWorld
 
 __all__ = ["Size", "ToyWorld", "toy_world", "toy_world_folder"]
-VERSION = "toy_world-v3"
+VERSION = "toy_world-v4"
 
 
 def toy_world(root: Path | None = None, size: Size | None = None) -> ToyWorld:
-    """The world in root/toy_world-v3; made there if it does not exist yet (a minute or two).
+    """The world in root/toy_world-v4; made there if it does not exist yet (a minute or two).
 
     root: by default $MMALIGN_CACHE or ~/.cache/mmalign. The folder is complete or absent, even if
     two processes make it at once.

@@ -22,7 +22,6 @@ from mmalign.toy_world.vision import vision_records, write_vision_evaluation
 from mmalign.toy_world.world import Size, ToyWorld
 
 SEED = 0
-NUM_THREADS = 2  # floating-point sums depend on the number of threads
 
 
 def make(world: ToyWorld, size: Size) -> None:
@@ -43,7 +42,7 @@ def make(world: ToyWorld, size: Size) -> None:
     write_evaluation(world.evaluation, SEED, size.documents)
     write_vision_evaluation(world.evaluation, heldout[::2], SEED)
     threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(1)  # floating-point sums depend on it
     try:
         _make_decoder(world, size, instructions)
         _make_vision_tower(world, size)

@@ -1,9 +1,11 @@
 """The toy world's tokenizer, language model and vision tower, trained in a minute or two."""
 
 import io
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +77,20 @@ def train_decoder(
     init_weights(decoder, seed)
     _widen(decoder)
     rows = _rows(pages, tokenizer)
-    order = _endless_order(len(rows), seed)
-    cu_seqlens = torch.arange(0, (PAGES_PER_STEP + 1) * PAGE_TOKENS, PAGE_TOKENS, dtype=torch.int32)
-    position_ids = torch.arange(PAGE_TOKENS, dtype=torch.int32).repeat(PAGES_PER_STEP)
 
-    def loss() -> Tensor:
-        input_ids = torch.from_numpy(rows[[next(order) for _ in range(PAGES_PER_STEP)]])
+    def loss(chosen: list[int]) -> Tensor:
+        input_ids = torch.from_numpy(rows[chosen])
         target_ids = F.pad(input_ids[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        ends = (len(chosen) + 1) * PAGE_TOKENS
+        cu_seqlens = torch.arange(0, ends, PAGE_TOKENS, dtype=torch.int32)
+        position_ids = torch.arange(PAGE_TOKENS, dtype=torch.int32).repeat(len(chosen))
         positions = decoder.packed_positions(position_ids, cu_seqlens, PAGE_TOKENS)
         hidden_states = decoder(input_ids.flatten(), positions)
         loss_sum = linear_cross_entropy(hidden_states, decoder.lm_head.weight, target_ids)
-        return loss_sum / (PAGES_PER_STEP * (PAGE_TOKENS - 1))
+        return loss_sum / (len(chosen) * (PAGE_TOKENS - 1))
 
-    _optimize(list(decoder.parameters()), loss, steps, 4e-3, "language model")
+    batches = _batches(len(rows), PAGES_PER_STEP, seed)
+    _optimize(list(decoder.parameters()), loss, batches, steps, 4e-3, "language model")
     return decoder
 
 
@@ -123,10 +126,8 @@ def train_vision_tower(
     init_weights(words, seed + 1)
     pictures = torch.stack([_pixels(scene) for scene in scenes])
     labels = torch.tensor([[float(w in listing(scene)) for w in WORDS] for scene in scenes])
-    order = _endless_order(len(scenes), seed)
 
-    def loss() -> Tensor:
-        chosen = [next(order) for _ in range(PICTURES_PER_STEP)]
+    def loss(chosen: list[int]) -> Tensor:
         patches = F.layer_norm(tower(pictures[chosen]), (config.hidden_size,))
         scores = words(patches).unflatten(0, (len(chosen), config.num_patches)).amax(1)
         return F.binary_cross_entropy_with_logits(scores, labels[chosen])
@@ -134,7 +135,8 @@ def train_vision_tower(
     never_computed = (*tower.layers[config.num_layers_used :], tower.post_layernorm)
     unused = {id(p) for part in never_computed for p in part.parameters()}
     used = [p for p in tower.parameters() if id(p) not in unused]
-    _optimize([*used, *words.parameters()], loss, steps, 2e-3, "vision tower")
+    batches = _batches(len(scenes), PICTURES_PER_STEP, seed)
+    _optimize([*used, *words.parameters()], loss, batches, steps, 2e-3, "vision tower")
     _centre(tower, pictures[:200])
     return tower
 
@@ -176,30 +178,45 @@ def _widen(module: nn.Module) -> None:
         module.position_embedding.weight.data.mul_(4)
 
 
-def _endless_order(count: int, seed: int) -> Iterator[int]:
+def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices below count, without end, each epoch in another order."""
     rng = random.Random(f"order {seed}")
+    epochs = (rng.sample(range(count), count) for _ in itertools.count())
+    order = itertools.chain.from_iterable(epochs)
     while True:
-        yield from rng.sample(range(count), count)
+        yield list(itertools.islice(order, batch_size))
 
 
 def _optimize(
     parameters: list[nn.Parameter],
-    loss: Callable[[], Tensor],
+    loss: Callable[[list[int]], Tensor],
+    batches: Iterator[list[int]],
     steps: int,
     learning_rate: float,
     name: str,
 ) -> None:
-    """AdamW with a short warm-up and cosine decay to a twentieth."""
+    """AdamW with a short warm-up and cosine decay to a twentieth.
+
+    Each of two threads takes half a batch: they meet once per step. Two threads that share each
+    operation meet hundreds of times, and other programs on their cores delay every meeting.
+    """
+
+    def gradients(half: list[int]) -> tuple[float, Sequence[Tensor]]:
+        value = loss(half)
+        return value.item(), torch.autograd.grad(value, parameters)
+
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in (bar := progress_bar(range(steps), desc=f"toy world: {name}", leave=False)):
-        warm = min(1.0, (step + 1) / 20)
-        scale = warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-        value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 0:
-            bar.set_postfix_str(f"loss {value.item():.3f}")
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for step in (bar := progress_bar(range(steps), desc=f"toy world: {name}", leave=False)):
+            warm = min(1.0, (step + 1) / 20)
+            scale = warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * scale
+            batch = next(batches)
+            (value, first), (other, second) = threads.map(gradients, (batch[::2], batch[1::2]))
+            for parameter, *halves in zip(parameters, first, second, strict=True):
+                parameter.grad = torch.stack(halves).mean(0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {(value + other) / 2:.3f}")
