@@ -54,10 +54,12 @@ def _on_meta(x: object) -> object:
 
 def listed(program: Program, share: int = 0, num_shares: int = 1) -> list[str]:
     """Keys of what a process of the warm-up would compile on an H100."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", LIST],
         input=pickle.dumps((program, H100, share, num_shares)),
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        env=environment,
         capture_output=True,
         check=False,
     )

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .operation import check_floats, check_rank, check_shape, differentiable, operation
+from . import dispatch
+from .operation import check_floats, check_rank, check_shape, differentiable, is_traced, operation
 
 
 @operation
@@ -38,7 +41,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x (num_rows, hidden_size), weight and bias (hidden_size,) of the same dtype -> like x.
     Raises ValueError if shapes, dtypes or devices do not match.
     """
+    if _is_torchs(x, weight, bias):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     check_rank("layer_norm", 2, x=x)
     check_shape("layer_norm", x.shape[1:], lambda: f"x {tuple(x.shape)}", weight=weight, bias=bias)
     check_floats("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps)
+
+
+def _is_torchs(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Valid arguments in fp32 on a CPU, where PyTorch is fastest: its gradient needs no Python."""
+    if not (x.is_cpu and weight.is_cpu and bias.is_cpu) or is_traced(x):
+        return False
+    is_fp32 = x.dtype == weight.dtype == bias.dtype == torch.float32
+    has_rows = x.dim() == 2 and weight.shape == bias.shape == x.shape[1:]
+    return is_fp32 and has_rows and dispatch.forced_backend() in (None, "cpu")
