@@ -191,8 +191,8 @@ void check_list(const Lists& lists, const char* name, const std::vector<Tensor>&
   for (size_t i = 0; i < list.size(); ++i) {
     const Argument tensor(kName, name, list[i], i);
     const auto sizes = lists.params[i].sizes();
-    if (scales)
-      tensor.shaped({ceil_div<int64_t>(lists.params[i].numel(), kQuantizedBlock)}, "params");
+    if (scales)  // of any shape: the optimizer keeps them by rows where it shards them
+      tensor.sized(ceil_div<int64_t>(lists.params[i].numel(), kQuantizedBlock), "params");
     else
       tensor.shaped(sizes.data(), sizes.size(), "params");
     tensor.typed(types).typed({list[0].scalar_type()}).contiguous();

@@ -67,3 +67,8 @@ def set_backend(monkeypatch) -> Iterator[Callable[[str], None]]:
 
     yield set_variable
     dispatch.environment_backend.cache_clear()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes name no test: a time stamp in them would differ between pytest-xdist's processes."""
+    return argname if isinstance(val, bytes) else None

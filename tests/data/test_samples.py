@@ -129,7 +129,7 @@ def test_other_json_is_called_by_its_name(tmp_path, text, message):
         (b"GGUF\3\0\0\0", "is GGUF weights"),
         (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
-        (gzip.compress(gzip.compress(b"[]"), mtime=0), "is compressed with gzip twice"),
+        (gzip.compress(gzip.compress(b"[]", mtime=0), mtime=0), "is compressed with gzip twice"),
         (SAMPLE.encode("utf-32"), "is UTF-32 text, .* iconv -f UTF-32"),
         (SAMPLE.encode("utf-16"), "is UTF-16 text, .* iconv -f UTF-16 -t UTF-8"),
         (SAMPLE.encode("utf-16-be"), "is UTF-16 text, .* iconv -f UTF-16BE"),
