@@ -33,7 +33,7 @@ _RULES = (  # the first that matches a range, operation or kernel decides for al
     (r"copy to device", COPIES),
     (r"c10d::|nccl|gloo:|record_param_comms", COMMUNICATION),
     (rf"{OPERATION_PREFIX}\w*attention", ATTENTION),
-    (rf"{OPERATION_PREFIX}\w*norm", NORMS),
+    (rf"{OPERATION_PREFIX}\w*norm|aten::native_layer_norm", NORMS),
     (rf"{OPERATION_PREFIX}(linear_cross_entropy|target_logprobs)", LOSS),
     (rf"{OPERATION_PREFIX}(swiglu|quick_gelu)", ELEMENTWISE),
     (r"aten::(mm|addmm|bmm|baddbmm|_scaled_mm)$|mkldnn::|mkl::", MATRIX),
