@@ -90,7 +90,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 def read_text(path: str | Path) -> str:
     """The file's UTF-8 text with its line ends as they are; UserError where it cannot be read.
 
-    A byte order mark at its start, as editors on Windows write it, is no part of the text.
+    A byte order mark at the start, which Windows editors write, is removed.
     """
     require_file(path)
     try:

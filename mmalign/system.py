@@ -50,7 +50,7 @@ GPUS = (
 def choose_device(device: str) -> torch.device:
     """auto: a GPU where there is one; under torchrun each process has its own.
 
-    Raises UserError where there is no such device, or MMALIGN_BACKEND names what cannot run on it.
+    Raises UserError if the device is missing, or cannot run the backend that MMALIGN_BACKEND names.
     On a CPU the process keeps the memory that it frees from here on (malloc.py).
     """
     if device == "cuda" and not torch.cuda.is_available():

@@ -261,7 +261,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _in_json(value: Any) -> dict[str, str]:
-    """What JSON does not have, as an object, since it is no text: bytes, dates."""
+    """Bytes and dates, which JSON lacks, as an object, so that nothing takes them for text."""
     about = f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
     return {type(value).__name__: about}
 

@@ -95,14 +95,14 @@ def _override(tables: dict, name: str, value: Any) -> None:
     first, *path = name.split(".")
     tables = tables.setdefault(first, {})
     if not isinstance(tables, dict):
-        raise UserError(f"--{name}: {first} is no table whose keys can be given")
+        raise UserError(f"--{name}: {first} is not a table, so it has no keys to set")
     if first in ("parents", "variants") and path[0] not in tables:
         known = ", ".join(tables)
         raise UserError(f"--{name}: the study has no {first} {path[0]!r}; it has {known}")
     for key in path[:-1]:
         tables = tables.setdefault(key, {})
         if not isinstance(tables, dict):
-            raise UserError(f"--{name}: {key} is no table whose keys can be given")
+            raise UserError(f"--{name}: {key} is not a table, so it has no keys to set")
     tables[path[-1]] = value
 
 

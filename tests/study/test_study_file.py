@@ -99,7 +99,7 @@ def test_unknown_arguments_are_named(study_file):
         read_study(study_file(), {"parents.big.decoder": "x"})
     for name, said in (
         ("variants.part", r"variants is .*; expected tables \[variants.NAME\]"),
-        ("study.seeds.x", "seeds is no table"),
+        ("study.seeds.x", "seeds is not a table"),
     ):
         with pytest.raises(UserError, match=said):
             read_study(study_file(), {name: "x"})
