@@ -19,7 +19,6 @@ from bench.models import Size, random_llava
 from bench.samples import samples_of
 from bench.shapes import ON_GPU, SMALL_DECODER, SMALL_VISION
 from bench.train_step import MmalignStep, packed_batches, step_config
-from mmalign.openmp import SETTINGS
 
 STAGE = "finetune"
 DECODER = replace(
@@ -34,7 +33,7 @@ TOY = Size("toy world", DECODER, replace(SMALL_VISION, hidden_size=128, image_si
 LENGTHS = [60] * 32  # tokens of text
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 VARIANTS = {
-    "mmalign": SETTINGS,
+    "mmalign": {},
     "libgomp's default": {"GOMP_SPINCOUNT": "300000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
@@ -86,7 +85,8 @@ class BusyMachine(Comparison):
 
 
 def _start(arguments: list[str], settings: dict[str, str]) -> subprocess.Popen:
-    others = {x: y for x, y in os.environ.items() if x not in (*SETTINGS, "OMP_WAIT_POLICY")}
+    openmp = ("OMP_WAIT_POLICY", "GOMP_", "KMP_")
+    others = {x: y for x, y in os.environ.items() if not x.startswith(openmp)}
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**others, **settings, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -12,7 +12,7 @@ distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them. 
 openmp.py set up the libraries under PyTorch; openmp.py has its effect here, before it is loaded.
 """
 
-from mmalign.openmp import let_waiting_threads_sleep
+from mmalign.openmp import choose_how_threads_wait
 
 __version__ = "0.1.0"
-let_waiting_threads_sleep()
+choose_how_threads_wait()
