@@ -12,6 +12,8 @@ row_statistics one product, hidden W^T. A program owns a tile of logits in regis
                smaller error in bf16 than a logit of 10 to 20.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -172,6 +174,16 @@ def softmax_scale(
 
 
 # launchers
+
+
+class Chosen(NamedTuple):
+    """The supervised rows: the first `count` of every tensor; the others hold anything."""
+
+    hidden_states: Tensor  # (total_rows, hidden_size)
+    rows: Tensor  # (total_rows,) where they came from
+    count: Tensor  # (1,)
+    ids: Tensor  # (total_rows,)
+    target_logits: Tensor  # (total_rows,)
 
 
 def padded(num_rows: int, tile: launch.Tile) -> int:
