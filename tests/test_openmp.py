@@ -1,5 +1,6 @@
 """How OpenMP's threads wait, as the OpenMP of this PyTorch displays it and as they do it."""
 
+import functools
 import os
 import re
 import subprocess
@@ -35,6 +36,11 @@ def spin_count(code: str, **settings: str) -> tuple[int, str]:
     return int(shown[1]), run.stdout
 
 
+@functools.cache
+def default_spin_count() -> int:
+    return spin_count("import torch")[0]
+
+
 @needs_schedstat
 @pytest.mark.parametrize(
     "code",
@@ -46,9 +52,10 @@ def spin_count(code: str, **settings: str) -> tuple[int, str]:
     ids=["package", "its processes", "command"],
 )
 def test_threads_spin_as_long_as_nothing_else_runs(code):
-    default, _ = spin_count("import torch")
     found, line = spin_count(code)
-    assert found == default and line.startswith("threads that wait spin while this process has")
+    assert found == default_spin_count() and line.startswith(
+        "threads that wait spin while this process has"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,9 +68,8 @@ def test_what_the_user_has_chosen_stays(name, value, expected):
 
 
 def test_nothing_is_claimed_where_torch_was_first():
-    default, _ = spin_count("import torch")
     found, line = spin_count("import torch; " + SAY)
-    assert found == default and line == "how threads wait: as OpenMP does by default\n"
+    assert found == default_spin_count() and line == "how threads wait: as OpenMP does by default\n"
 
 
 @pytest.mark.parametrize("content", [None, "0 0 0\n", "", "no\n"])
