@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 from mmalign.errors import UserError
 
 MAX_JSON_BYTES = 10**8
+KIND_BYTES = 64
 _KINDS = {  # first bytes, in lower case
     b"version https://git-lfs": "a git-LFS pointer, not the file itself. Download it: git lfs pull",
     b"gguf": "a GGUF file. Give the Hugging Face folder that it was made from",
@@ -107,7 +108,13 @@ def known_kind(path: str | Path) -> str:
     To be asked after reading has failed: a good file may begin with the same bytes.
     """
     with open(path, "rb") as file:
-        start = file.read(64)
+        return kind_of(file.read(KIND_BYTES))
+
+
+def kind_of(start: bytes) -> str:
+    """As known_kind, of a file's first KIND_BYTES."""
+    if not start:
+        return "empty"
     return next((kind for magic, kind in _KINDS.items() if start.lower().startswith(magic)), "")
 
 

@@ -21,10 +21,12 @@ from mmalign.files import open_regular
 
 MAX_PICTURE_BYTES = 2**28  # some readers take the whole file into memory before they know its size
 _MOST = 2**63 - 1  # what a damaged directory may exceed
-STORED, DEFLATED, LINK, SPECIAL, ENCRYPTED, METHOD, CUT = range(7)  # kinds of members
+STORED, DEFLATED, LINK, SPECIAL, SPARSE, ENCRYPTED, METHOD, CUT = range(8)  # kinds of members
 _PROBLEMS = {  # why a member cannot be read, what to do
-    LINK: "is a link, and none is followed. Pack the file itself (tar --dereference)",
+    LINK: "is a link, and none is followed. Pack the file itself (tar --dereference "
+    "--hard-dereference, zip without -y)",
     SPECIAL: "is not a regular file. Pack the file itself",
+    SPARSE: "has its holes left out. Pack it again (tar without --sparse)",
     ENCRYPTED: "is encrypted. Pack it again without a password",
     METHOD: "is compressed in another way than deflate. Pack it again (zip -0 is best for JPEG)",
     CUT: "is cut short: the archive ends within it. Download or copy the archive again",
@@ -182,7 +184,7 @@ class Archive:
                     )
                 self._descriptor = os.dup(file.fileno())
         parts, left = [], num_bytes
-        while left > 0:  # a read can be short
+        while left > 0 and offset >= 0:  # a read can be short, and a damaged offset negative
             part = os.pread(self._descriptor, left, offset + num_bytes - left)
             if not part:
                 break

@@ -16,6 +16,7 @@ from mmalign.data.archive import (
     ENCRYPTED,
     LINK,
     METHOD,
+    SPARSE,
     SPECIAL,
     STORED,
     Archive,
@@ -23,9 +24,10 @@ from mmalign.data.archive import (
     Member,
 )
 from mmalign.errors import UserError
-from mmalign.files import open_regular
+from mmalign.files import known_kind, open_regular
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
+_MOST_PADDING = 2**20  # zeros behind the end mark of a tar
 _EXTRA_BYTES = 256  # read beyond a member, so that its extra field does not cost a second read
 _METHODS = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
 _DOS, _UNIX = 0, 3  # what has made a zip's entry
@@ -103,9 +105,10 @@ class TarArchive(Archive):
                 while (info := file.next()) is not None:
                     # it would keep a kilobyte per member
                     file.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-                    kind = STORED if info.isreg() and not info.issparse() else SPECIAL
-                    kind = LINK if info.issym() or info.islnk() else kind
-                    if info.size < 0 or info.offset_data + info.size > num_bytes:
+                    kind = _kind_of(info)
+                    # a sparse one takes less than its size, and tarfile looks where it ends
+                    end = info.offset_data + (0 if kind == SPARSE else info.size)
+                    if info.size < 0 or end > num_bytes:
                         self.problem, kind = f"it ends within {info.name!r}", CUT
                     if not info.isdir():
                         stamp = int(info.mtime)
@@ -115,6 +118,11 @@ class TarArchive(Archive):
                 end = file.offset
             if self.pread(tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
                 self.problem = f"no header at byte {end:,}, and no end mark"
+            elif num_bytes - end > _MOST_PADDING or self.pread(_MOST_PADDING, end).strip(b"\0"):
+                self.problem = (
+                    f"it goes on behind its end mark at byte {end:,}, which nothing reads; "
+                )
+                self.problem += "join archives with tar --concatenate, not with cat"
         except UserError:
             raise
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
@@ -127,6 +135,14 @@ class TarArchive(Archive):
         if len(content) < size:
             raise self.damaged(member, "the archive ends before it")
         return content
+
+
+def _kind_of(info: tarfile.TarInfo) -> int:
+    if info.issym() or info.islnk():
+        return LINK
+    if info.issparse():
+        return SPARSE
+    return STORED if info.isreg() else SPECIAL
 
 
 def open_archive(path: Path) -> Archive:
@@ -145,9 +161,10 @@ def open_archive(path: Path) -> Archive:
                 f"unpacking all before it. Unpack it to a plain .tar ({unpack}), which is read in "
                 "place"
             )
-    raise UserError(
-        f"{path} is neither a folder nor a zip, tar, Parquet or Arrow file (--data.image-root)"
-    )
+    if zipfile.is_zipfile(path):  # by its end: something stands before it, or it is a last part
+        return ZipArchive(path)
+    found = known_kind(path) or "neither a folder nor a zip, tar, Parquet or Arrow file"
+    raise UserError(f"{path} is {found} (--data.image-root)")
 
 
 def _name_of(info: zipfile.ZipInfo) -> str:

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from mmalign.data.pictures import Picture, open_picture
 from mmalign.errors import UserError
+from mmalign.files import KIND_BYTES, kind_of
 from mmalign.model.config import VisionConfig
 from mmalign.model.preprocessing import Preprocessing
 from mmalign.model.tiles import Grid, Pixels, Tiles, best_grid, size_in, token_rows
@@ -166,9 +167,9 @@ def _opened(picture: Picture, preprocessing: Preprocessing) -> Iterator[Image.Im
     except FileNotFoundError as error:
         raise UserError(f"no file {picture}") from error
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"{picture} cannot be decoded: it is not one of {', '.join(FORMATS)}"
-        ) from error
+        with open_picture(picture) as file:
+            found = kind_of(file.read(KIND_BYTES)) or f"not one of {', '.join(FORMATS)}"
+        raise UserError(f"{picture} cannot be decoded: it is {found}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{picture} is too large ({error}). Scale the image down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...

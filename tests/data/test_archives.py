@@ -68,6 +68,13 @@ def test_names_in_utf_8_without_the_flag(tmp_path):
     assert open_archive(path).find("ü/☃.bin").read() == b"snow"
 
 
+def test_a_zip_behind_a_program(tmp_path):
+    """As those that unpack themselves: unzip finds its end."""
+    path = write_zip(tmp_path / "all.zip", {"a.bin": b"a", "b.bin": b"b"})
+    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
+    assert open_archive(path).find("b.bin").read() == b"b"
+
+
 def test_names_of_windows(tmp_path):
     """Some programs write backslashes; on Unix a name may have one."""
     for system, name in ((0, "a/1.png"), (3, "a\\1.png")):

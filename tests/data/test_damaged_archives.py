@@ -75,6 +75,16 @@ def in_tar(**fields):
     return damage
 
 
+def sparse(path: Path, files: dict[str, bytes]) -> None:
+    """The picture takes less than its size, as of tar --sparse; the others follow."""
+    size = {"major": "1", "minor": "0", "name": BAD, "realsize": "5000000"}
+    with tarfile.open(path, "w") as archive:
+        content = b"1\n0\n20\n".ljust(512, b"\0") + bytes(20)
+        add_to_tar(archive, BAD, content, pax_headers={f"GNU.sparse.{x}": size[x] for x in size})
+        for name in files.keys() - {BAD}:
+            add_to_tar(archive, name, files[name])
+
+
 def twice(path: Path, files: dict[str, bytes]) -> None:
     write_tar(path, files)
     with tarfile.open(path, "a") as archive:
@@ -97,6 +107,7 @@ DAMAGED = {
     "link": (link_in_zip, LINK),
     "symbolic link in a tar": (in_tar(type=tarfile.SYMTYPE, linkname="1.png"), LINK),
     "hard link": (in_tar(type=tarfile.LNKTYPE, linkname="1.png"), LINK),
+    "sparse": (sparse, "has its holes left out. Pack it again .tar without --sparse"),
     "device": (in_tar(type=tarfile.CHRTYPE), "is not a regular file"),
     "FIFO": (in_tar(type=tarfile.FIFOTYPE), "is not a regular file"),
     "two of one name": (twice, "has 2 files of the name '5.png'"),
@@ -152,7 +163,8 @@ UNREADABLE = {
     "within a zip": (cut(write_zip, lambda x, bad: x.index(bad) + 9), "not a complete zip archive"),
     "start of a zip": (cut(write_zip, lambda x, _: 3), "neither a folder nor a zip, tar"),
     "start of a tar": (cut(write_tar, lambda x, _: 300), "neither a folder nor a zip, tar"),
-    "nothing": (cut(write_tar, lambda x, _: 0), "neither a folder nor a zip, tar"),
+    "nothing": (cut(write_tar, lambda x, _: 0), "is empty"),
+    "LFS": (lambda path, _: path.write_text("version https://git-lfs"), "git lfs pull"),
     "gzip": (gzipped, "compressed with gzip, so .* unpacking all before it"),
     "empty zip": (lambda path, _: write_zip(path, {}), "has no files in it"),
     "empty tar": (lambda path, _: write_tar(path, {}), "neither a folder nor a zip, tar"),
@@ -205,6 +217,24 @@ def test_a_cut_tar_lacks_the_pictures_behind_the_cut(world, caplog, place, probl
         assert "Download or copy the archive again" in str(report.skipped[0])
         with pytest.raises(SampleError, match=f"sample 'sample-5': .*{problem}"):
             check_samples(world.dataset(image_root=str(path)), num_workers=0, progress=False)
+
+
+def test_tars_that_cat_has_joined(world):
+    path, files = world.root / "archive", contents(world)
+    first = write_tar(path, {x: y for x, y in files.items() if x != BAD}).read_bytes()
+    path.write_bytes(first + write_tar(path, {BAD: files[BAD]}).read_bytes())
+    with pytest.raises(SampleError, match="sample 'sample-5': .*behind its end mark .* tar --conc"):
+        check_samples(world.dataset(image_root=str(path)), num_workers=0, progress=False)
+
+
+def test_a_member_before_the_beginning(tmp_path):
+    """The directory lies one byte before the place that the end of the zip has for it."""
+    path = write_zip(tmp_path / "archive", {"1.png": b"x"})
+    content = bytearray(path.read_bytes())
+    content[-6:-2] = struct.pack("<I", struct.unpack("<I", content[-6:-2])[0] + 1)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its header is not where the directory says"):
+        open_archive(path).find("1.png").read()
 
 
 def test_a_root_that_does_not_exist(world):

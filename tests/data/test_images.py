@@ -127,9 +127,11 @@ def test_other_unusable_files(tmp_path, monkeypatch, read):
         read(tmp_path / "endless.jpg")
     with pytest.raises(UserError, match="/dev/zero is a device"):
         read(Path("/dev/zero"))
-    (tmp_path / "page.jpg").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="page.jpg cannot be decoded"):
-        read(tmp_path / "page.jpg")
+    others = {"<html>404</html>": "a web page", "version https://git-lfs": "a git-LFS pointer"}
+    for text, kind in (others | {"": "empty", "text": "not one of JPEG, PNG"}).items():
+        (tmp_path / "other.jpg").write_text(text)
+        with pytest.raises(UserError, match=f"other.jpg cannot be decoded: it is {kind}"):
+            read(tmp_path / "other.jpg")
     deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 15
     Image.fromarray(deep).save(tmp_path / "deep.png")  # PIL would clip it to white
     with pytest.raises(UserError, match="deep.png has mode I;16, more than 8 bits"):
