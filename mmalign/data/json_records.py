@@ -30,6 +30,7 @@ _OTHER_FORMATS = (  # first bytes -> what it is, what to do
     (b"BZh", "compressed with bzip2", "Unpack it first (bunzip2)"),
     (b"PAR1", "a Parquet file", "Save its rows as JSON lines"),
     (b"ARROW1", "an Arrow file", "Name the folder that save_to_disk has written, or Parquet files"),
+    (b"\xff\xff\xff\xff", "an Arrow file", "Name the folder that save_to_disk has written"),
     (b"GGUF", "GGUF weights", "Name the file of the samples"),
     (b"version https://git-lfs", "a Git LFS pointer", "Download the file itself (git lfs pull)"),
     (b"\x80\x02", "a pickle", "Name the file of the samples"),
@@ -209,8 +210,10 @@ def _depth(value: object) -> int:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # json would keep the last value in silence
+    """Without what is null, as the rows of tables."""
+    found = {key: value for key, value in pairs if value is not None}
+    if len(found) < len(pairs) and len(dict(pairs)) < len(pairs):
+        # json would keep the last value in silence
         found[REPEATED] = Counter(key for key, _ in pairs).most_common(1)[0][0]
     return found
 

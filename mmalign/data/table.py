@@ -29,6 +29,7 @@ MAX_GROUP_BYTES = 2**30  # of the pictures in a row group, which a worker holds 
 _MAX_TEXT_BYTES = 2**32  # of a row group without its pictures
 _KEPT_GROUPS = 2  # last row groups that a process keeps
 _TEXTS = ("id", "type", "instruction", "input", "output", *SYSTEM_FIELDS)  # never pictures
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow, at its end
 _ROWS = 1024  # that become objects at a time
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _BYTES = (
@@ -151,6 +152,9 @@ class ArrowTable(Table):
         if self._open is None:
             source = pa.memory_map(str(self.path))
             is_file = source.read(6) == b"ARROW1"  # Arrow's other format; save_to_disk has streams
+            source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+            if not is_file and source.read() != _END_OF_STREAM:  # pyarrow would read what is there
+                raise pa.ArrowInvalid("it has no end mark, so rows may be missing")
             source.seek(0)
             self._open = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
             self._open.validate(full=True)  # otherwise a damaged offset reads anywhere in memory

@@ -127,6 +127,7 @@ def test_other_json_is_called_by_its_name(tmp_path, text, message):
         (gzip.compress(b"PAR1....PAR1", mtime=0), "is a Parquet file"),
         (b"PK\3\4....", "is a zip archive"),
         (b"GGUF\3\0\0\0", "is GGUF weights"),
+        (b"\xff\xff\xff\xff\x10\1\0\0", "is an Arrow file, .* Name the folder"),
         (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
         (gzip.compress(gzip.compress(b"[]", mtime=0), mtime=0), "is compressed with gzip twice"),

@@ -231,6 +231,16 @@ def test_both_formats_of_arrow(world):
     assert read_samples(folder, DataConfig())[:] == streamed
 
 
+def test_a_stream_of_arrow_that_ends_between_two_parts(world):
+    """pyarrow takes what is there for all of it."""
+    path = saved(world.root, world.samples) / "data-00001-of-00002.arrow"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    assert pa.ipc.open_stream(content[:-8]).read_all().num_rows == 9
+    with pytest.raises(UserError, match="00001-of-00002.arrow .it has no end mark, so rows may be"):
+        read_samples(path.parent, DataConfig())
+
+
 def test_rows_of_several_pictures_and_of_none(world):
     files = contents(world)
     pictures = [{"bytes": files["1.png"], "path": None}, {"bytes": files["2.png"], "path": None}]
