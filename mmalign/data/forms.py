@@ -22,7 +22,7 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "gpt"),
     "system": "system",
 }
-_TURNS = {"conversations", "messages"}
+_TURNS, _ALPACA = {"conversations", "messages"}, {"instruction", "output"}
 _IMAGE_KEYS = ("image", "image_url", "path", "url")  # of a part: where its picture is
 
 
@@ -32,14 +32,16 @@ class FormError(ValueError):
 
 def form_of(record: dict) -> str:
     """LLaVA, ShareGPT, messages or Alpaca, by structure; LLaVA's where it cannot be told."""
-    if record.keys() >= {"instruction", "output"} and not record.keys() & _TURNS:
+    if record.keys() >= _ALPACA and not record.keys() & _TURNS:
         return ALPACA
     turns = _turns(record)
     if any(isinstance(turn, dict) and "role" in turn for turn in turns):
         return MESSAGES
+    if record.get("messages") == []:
+        return MESSAGES
     names = [turn.get("from") for turn in turns if isinstance(turn, dict)]
-    known = all(isinstance(name, str) and name in _SPEAKERS for name in names)
-    return SHAREGPT if known and set(names) - {"human", "gpt", "system"} else LLAVA
+    others = _SPEAKERS.keys() - {"human", "gpt", "system"}
+    return SHAREGPT if any(isinstance(x, str) and x in others for x in names) else LLAVA
 
 
 def as_llava(record: dict) -> dict:
@@ -47,6 +49,10 @@ def as_llava(record: dict) -> dict:
 
     Fields that no form knows stay. Raises FormError.
     """
+    written = [x for x in ("messages", "conversations") if x in record]
+    written += ["instruction and output"] if record.keys() >= _ALPACA else []
+    if len(written) > 1:
+        raise FormError(f"it has both {' and '.join(written)}")
     if form_of(record) == ALPACA:
         record = _from_alpaca(record)
     record = _with_system_turn(_with_image(record))
@@ -54,8 +60,6 @@ def as_llava(record: dict) -> dict:
     if form == LLAVA:
         return record
     turns, parts = _turns(record), []
-    if "messages" in record and "conversations" in record:
-        raise FormError("it has both messages and conversations")
     if form == MESSAGES:
         turns, parts = _from_messages(turns)
     named = [_with_known_speaker(turn) for turn in turns]
@@ -66,6 +70,8 @@ def as_llava(record: dict) -> dict:
 
 
 def _from_alpaca(record: dict) -> dict:
+    if record.get("history"):
+        raise FormError("it has a history, whose turns are not read; write all turns as messages")
     for name in ("instruction", "input", "output"):
         _require_text(record.get(name, ""), f"its {name}")
     question = "\n".join(x for x in (record["instruction"], record.get("input")) if x)
@@ -158,7 +164,10 @@ def _part(part: object) -> tuple[str, object]:
         return part["text"], None
     if not isinstance(part, dict) or kind not in ("image", "image_url"):
         raise FormError(f"a part of a message is of type {kind!r}, expected text or image")
-    found = next((part[key] for key in _IMAGE_KEYS if part.get(key)), None)
+    named = [key for key in _IMAGE_KEYS if part.get(key)]
+    if len(named) > 1:
+        raise FormError(f"an image of a message has both {named[0]!r} and {named[1]!r}")
+    found = part[named[0]] if named else None
     return IMAGE, found.get("url", _path(found)) if isinstance(found, dict) else found
 
 

@@ -9,6 +9,7 @@ file itself or a root.
 import io
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mmalign.data.tables import open_table
 from mmalign.errors import SampleError, UserError
 from mmalign.files import open_regular
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 FIX_OR_SKIP = "Fix the file or --data.image-root, or use --data.on-bad-sample skip"
 
 
@@ -154,7 +156,7 @@ class Pictures:
 
         With a folder as the only root, the file need not exist.
         """
-        if name.startswith(("data:", "http://", "https://")):
+        if name.startswith("data:") or _URL.match(name):
             kind = "a picture's data" if name.startswith("data:") else "a URL"
             raise SampleError(sample_id, f"its image {name!r} is {kind}, not a path", FIX_OR_SKIP)
         file, _, place = name.rpartition("#")

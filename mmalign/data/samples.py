@@ -308,4 +308,6 @@ def _pictures(name: str, value: object) -> list[str]:
     entries = [entry for entry in (value if isinstance(value, list) else [value]) if entry]
     if _IMAGE_FIELD.fullmatch(name):
         return [str(entry) for entry in entries if isinstance(entry, (str, dict))]
-    return [x for x in entries if isinstance(x, str) and _IMAGE_VALUE.fullmatch(x)]
+    inside = [x for x in entries if isinstance(x, dict)]
+    found = [x for entry in inside for key, y in entry.items() for x in _pictures(key, y)]
+    return found + [x for x in entries if isinstance(x, str) and _IMAGE_VALUE.fullmatch(x)]

@@ -76,7 +76,12 @@ def parts(sample: dict) -> dict:
     return record
 
 
-FORMS = [llava, sharegpt, system_field, images_field, images_path, messages, parts]
+def nulls(sample: dict) -> dict:
+    """As programs write that have every field in every record."""
+    return dict.fromkeys(("image", "images", "messages", "system", "input")) | sample
+
+
+FORMS = [llava, sharegpt, system_field, images_field, images_path, messages, parts, nulls]
 
 # ---- containers: records -> a file or folder ----
 
@@ -231,7 +236,9 @@ def test_containers_have_names(world, container, expected):
     [
         ({"conversations": [{"from": "human", "value": "a"}]}, "LLaVA"),
         ({"conversations": [{"from": "user", "value": "a"}]}, "ShareGPT"),
+        ({"conversations": [{"from": "user"}, {"from": "stranger"}]}, "ShareGPT"),
         ({"conversations": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "messages"),
         ({"conversations": [{"from": "stranger", "value": "a"}]}, "LLaVA"),
         ({"conversations": 3}, "LLaVA"),
@@ -299,6 +306,25 @@ def message(content, **fields) -> dict:
         ),
         (message("a", tool_calls=[{"name": "f"}]), "has tool_calls, which no template writes"),
         (message("a") | {"conversations": []}, "both messages and conversations"),
+        (
+            message("a") | {"instruction": "b", "output": "c"},
+            "both messages and instruction and output",
+        ),
+        (
+            {"id": "odd", "instruction": "a", "output": "c", "history": [["a", "b"]]},
+            "a history, whose turns are not read",
+        ),
+        ({"id": "odd", "messages": []}, "nothing to train on: no turns"),
+        (
+            {
+                "id": "odd",
+                "conversations": [{"from": "user", "value": "a"}, {"from": "bing", "value": "b"}],
+            },
+            "turn 2 is from 'bing', expected 'gpt'",
+        ),
+        (message([{"type": "image", "image": "1.png", "url": "2.png"}]), "both 'image' and 'url'"),
+        (message([{"type": "image", "url": "file:///1.png"}]), "'file:///1.png' is a URL"),
+        (message("a") | {"about": {"source": "1.png"}}, "field 'about' holds a picture"),
         (message([{"type": "image", "image": "1.png"}]) | {"image": "2.png"}, "pictures both in"),
         (message("a") | {"system": "b", "system_prompt": "c"}, "several system prompts"),
         (message("a") | {"video": "a.mp4"}, "field 'video' holds a picture"),
