@@ -97,6 +97,8 @@ def draw(checked: Checked, folder: Path) -> list[str]:
 def main(config: Check) -> bool:
     """Whether all samples are usable."""
     validate(config)
+    if config.output:
+        config.output.mkdir(parents=True, exist_ok=True)  # what fails does so before the check
     questions, problems = {}, ["evaluation questions were not looked for: give --data-root"]
     if config.data_root:
         questions, problems = read_questions(config.data_root)
@@ -115,7 +117,6 @@ def main(config: Check) -> bool:
     else:
         show(sections, Console())
     if config.output:
-        config.output.mkdir(parents=True, exist_ok=True)
         write_json(config.output / "report.json", facts)
         write_text(config.output / "report.md", markdown(sections, draw(checked[0], config.output)))
         print(f"report: {config.output / 'report.md'}", file=sys.stderr)

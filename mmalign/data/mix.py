@@ -119,6 +119,11 @@ class Mix(Samples):
             times[places] = whole
             drawn = _random(part, "weight").permutation(len(places))
             times[places[drawn[: round((part.weight - whole) * len(places))]]] += 1
+            if part.weight and len(places) and not times[places].any():
+                raise UserError(
+                    f"an epoch has none of the {len(places):,} usable samples of files.{part.name} "
+                    f"with weight {part.weight:g}. Raise it, or write 0 to leave the file out"
+                )
         if not times.any():
             raise UserError("the weights of the mix leave no sample. Raise one of them")
         return np.repeat(np.arange(len(times)), times)

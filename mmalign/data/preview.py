@@ -21,7 +21,7 @@ from mmalign.data.figure import plot_batch
 from mmalign.data.mix import SUFFIX, Mix, read_mix
 from mmalign.data.packing import micro_batches, pack_samples
 from mmalign.data.samples import Samples, read_samples
-from mmalign.errors import SampleError
+from mmalign.errors import SampleError, UserError
 from mmalign.model.config import CLIP_VIT_L_14, VisionConfig
 from mmalign.tokenizer import Tokenizer
 
@@ -38,6 +38,8 @@ class PreviewModel:
 
 def open_dataset(data: DataConfig, model: PreviewModel) -> tuple[ConversationDataset, str]:
     """The dataset, and lines that say how its file is written and what its images become."""
+    if not data.path:  # as a path, that is the working directory
+        raise UserError("no data file (--data.path)")
     if data.text_only:
         dataset = _open(data, model.tokenizer, None)
         return dataset, f"{_described(dataset)}\nimages: none (text only)"

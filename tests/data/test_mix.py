@@ -166,9 +166,14 @@ def test_what_a_mix_may_not_say(tmp_path, text, problem):
 
 
 def test_weights_that_leave_nothing(tmp_path):
-    path = write(tmp_path, "[files.a]\npath = 'a.json'\nweight = 0.1", a=3)
-    with pytest.raises(UserError, match="the weights of the mix leave no sample"):
-        epoch(open_samples(path, DataConfig()))
+    problems = {
+        0.1: "none of the 3 usable samples of files.a with weight 0.1",
+        0: "leave no sample",
+    }
+    for weight, problem in problems.items():
+        path = write(tmp_path, f"[files.a]\npath = 'a.json'\nweight = {weight}", a=3)
+        with pytest.raises(UserError, match=problem):
+            epoch(open_samples(path, DataConfig()))
     with pytest.raises(UserError, match="--data.num-samples does not say of which file"):
         open_samples(path, DataConfig(num_samples=2))
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from mmalign.config import DataConfig
 from mmalign.data import preview
 from mmalign.data.check import check_samples
+from mmalign.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.data.conftest import VISION
 
@@ -80,6 +81,11 @@ def test_images_are_those_of_the_vision_tower(world):
     done = run("preview_batch.py", *common, "--data.text-only", "True", "--data.num-samples", "7")
     assert done.stdout.splitlines()[1] == "images: none (text only)", done.stderr
     assert done.stdout.count("sample sample-") == 7 and done.stdout.count("<image x") == 1  # legend
+
+
+def test_without_a_data_file_the_working_directory_is_not_read():
+    with pytest.raises(UserError, match="no data file .--data.path"):
+        preview.open_dataset(DataConfig(), preview.PreviewModel(tokenizer=""))
 
 
 def squeeze(ids: list[int]) -> list[int]:
