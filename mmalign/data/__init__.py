@@ -3,7 +3,8 @@
     data file           open_source      sources.py      json_records.py, tables.py (table.py)
       records           as_llava         forms.py        of other forms, in LLaVA's form
         |               read_samples     samples.py      bytes in memory, parsed lazily (mix.py)
-      Sample            encode           dataset.py      checked; text by templates.py, segments.py
+      Sample            checked_turns    turns.py        speakers in turn, images in their places
+        |               encode           dataset.py      checked; text by templates.py, segments.py
         |               Pictures.find    pictures.py     in folders, and archives.py (archive.py)
       EncodedSample     load_pixels      images.py       uint8, resized as CLIP does
         |               check_samples    check.py        all of this once, before training

@@ -15,9 +15,10 @@ from mmalign.data.images import check_image, count_tiles, load_picture
 from mmalign.data.memo import Memo
 from mmalign.data.mix import open_samples
 from mmalign.data.pictures import FIX_OR_SKIP, Picture, Pictures, UnreadableRootError, check_exists
-from mmalign.data.samples import Sample, Samples, Turn, speaker_problem
+from mmalign.data.samples import Sample, Samples, Turn
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL, special_ids
 from mmalign.data.templates import encode_conversation, find_template
+from mmalign.data.turns import checked_turns
 from mmalign.errors import LongSampleError, SampleError, UserError
 from mmalign.model.config import VisionConfig
 from mmalign.model.tiles import Pixels, Tiles, join_pixels
@@ -145,8 +146,8 @@ class ConversationDataset:
         return self._encoded.keep(index, encoded, num_bytes)
 
     def _encode(self, sample: Sample) -> EncodedSample:
-        turns = self._checked_turns(sample)
         data, tokenizer = self.data, self.tokenizer
+        turns = checked_turns(sample, data, self.template)
         num_characters = sum(len(turn.text) for turn in turns)
         if num_characters > _MOST_CHARACTERS * data.max_length:  # tokenising it could take hours
             raise self._too_long(sample, f"{num_characters:,} characters")
@@ -252,57 +253,6 @@ class ConversationDataset:
         if self.pictures is None:
             return ()
         return tuple(self.pictures.find(sample.id, image) for image in sample.images)
-
-    def _checked_turns(self, sample: Sample) -> list[Turn]:
-        turns = list(sample.conversations)
-        problem = speaker_problem(turns) or self._image_count_problem(sample)
-        if not problem and turns[0].speaker == "system" and not self.template.writes_system:
-            raise SampleError(
-                sample.id,
-                f"it has a system prompt, which template {self.data.template} does not write",
-                "Remove it, or choose another --data.template, such as v1 or chat",
-            )
-        if not problem and self.template.single_turn and len(turns) != 2:
-            problem = (
-                f"template {self.data.template} takes one question and one answer, "
-                f"got {len(turns)} turns"
-            )
-        if problem:
-            raise SampleError(sample.id, problem, "Fix the sample or remove it from the file")
-        if self.data.text_only:
-            turns = [
-                Turn(turn.speaker, turn.text.replace(IMAGE, "").strip())
-                if IMAGE in turn.text
-                else turn
-                for turn in turns
-            ]
-        rendered = turns[1::2] if self.template.drops_question else turns
-        for turn in rendered:
-            if not turn.text.strip():
-                what = "nothing to train on: an answer" if turn.speaker == "gpt" else "a question"
-                raise SampleError(
-                    sample.id, f"{what} is empty", "Fill it in or remove the sample from the file"
-                )
-        return turns
-
-    def _image_count_problem(self, sample: Sample) -> str | None:
-        for turn in sample.conversations:
-            if IMAGE in turn.text and turn.speaker != "human":
-                where = "an answer" if turn.speaker == "gpt" else "the system prompt"
-                return f"{IMAGE} is in {where}; it belongs in a question"
-        count = sum(turn.text.count(IMAGE) for turn in sample.conversations)
-        if self.data.text_only:
-            return None
-        if sample.other_image:
-            return f"its field {sample.other_image!r} holds a picture; only 'image' is read"
-        if count == len(sample.images):
-            return None
-        found = f"{count} {IMAGE} in its questions"
-        if not sample.images:
-            return f"{found}, but the sample has no image"
-        if len(sample.images) == 1:
-            return f"{found}, expected 1 for its image {sample.images[0]!r}"
-        return f"{found}, expected {len(sample.images)}, one for each of its images"
 
 
 def _refuse_unreadable(pictures: Pictures, samples: Sequence[Sample]) -> None:

@@ -246,24 +246,6 @@ def _without_text(turns: list[dict]) -> str | None:
     return None
 
 
-def speaker_problem(turns: Sequence[Turn]) -> str | None:
-    """Speakers must alternate, human first, after a system turn or none.
-
-    (The reference drops a leading answer silently.)
-    """
-    has_system = bool(turns) and turns[0].speaker == "system"
-    turns, expected = turns[has_system:], ("human", "gpt")
-    for i, turn in enumerate(turns):
-        if turn.speaker != expected[i % 2]:
-            where = f"turn {i + 1 + has_system} is from {turn.speaker!r}"
-            return f"{where}, expected {expected[i % 2]!r}"
-    if not turns:
-        return "nothing to train on: no turns"
-    if len(turns) % 2:
-        return f"nothing to train on after its last turn ({len(turns)}), a question without answer"
-    return None
-
-
 def _images(record: dict) -> tuple:
     image = record.get("image")
     if image is None:

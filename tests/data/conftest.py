@@ -10,6 +10,7 @@ import sentencepiece
 from PIL import Image
 
 from mmalign.config import DataConfig
+from mmalign.data.controls.lengths import supervised_tokens
 from mmalign.data.dataset import ConversationDataset
 from mmalign.data.samples import read_samples
 from mmalign.model.config import VisionConfig
@@ -26,6 +27,7 @@ VISION = VisionConfig(
 )
 WORDS = ("what", "colour", "is", "the", "small", "boat", "tied", "to", "a", "pier", "at", "sunset")
 WORDS += ("it", "looks", "red", "green", "or", "blue")
+KINDS = ("conversation", "detail", "complex_reasoning_77k", None)  # types of samples
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +95,35 @@ def world(tmp_path, tokenizer) -> World:
             Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
         samples.append(sample)
     return World(tmp_path, tokenizer, samples)
+
+
+@pytest.fixture
+def rows(world: World) -> list[dict]:
+    """20 samples, every fourth without an image, of several types, some with the same picture."""
+    for i, sample in enumerate(world.samples):
+        if KINDS[i % 3]:
+            sample["type"] = KINDS[i % 3]
+        if "image" in sample and i % 5 == 0:
+            sample["image"] = "1.png"
+        sample["url"] = f"field {i}"
+    return world.samples
+
+
+@pytest.fixture
+def text_rows() -> list[dict]:
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "id": f"text-{i}",
+            "conversations": [
+                {"from": "human", "value": "what is it"},
+                {"from": "gpt", "value": " ".join(["boat"] * int(rng.integers(1, 90)))},
+            ],
+        }
+        for i in range(50)
+    ]
+
+
+@pytest.fixture
+def count(tokenizer):
+    return supervised_tokens(DataConfig(), tokenizer)

@@ -17,7 +17,7 @@ from mmalign.study.identity import Order
 from mmalign.study.plan import Run, Transform
 from mmalign.study.settings import with_settings
 from tests.data.conftest import VISION, World
-from tests.data.test_forms import json_list, messages, parquet, saved, with_bytes
+from tests.data.test_same_batches import json_list, messages, parquet, saved, with_bytes
 
 MIX = """
 [files.first]

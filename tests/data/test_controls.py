@@ -1,59 +1,17 @@
 """What a control must keep stays, what it must change changes, and bad input is named."""
 
-import io
 import json
-from collections import Counter
 from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from mmalign.config import DataConfig
 from mmalign.data.captions import read_captions
 from mmalign.data.check import check_samples
 from mmalign.data.controls import CONTROLS, MOST_WORDS
 from mmalign.data.controls.control import read_records
-from mmalign.data.controls.lengths import supervised_tokens
-from mmalign.data.controls.pictures import deranged
 from mmalign.data.samples import parse_sample
 from mmalign.errors import SampleError, UserError
-from tests.data.conftest import World
-
-KINDS = ("conversation", "detail", "complex_reasoning_77k", None)
-
-
-@pytest.fixture
-def rows(world: World) -> list[dict]:
-    """20 samples, every fourth without an image, of several types, some with the same picture."""
-    for i, sample in enumerate(world.samples):
-        if KINDS[i % 3]:
-            sample["type"] = KINDS[i % 3]
-        if "image" in sample and i % 5 == 0:
-            sample["image"] = "1.png"
-        sample["url"] = f"field {i}"
-    return world.samples
-
-
-@pytest.fixture
-def text_rows() -> list[dict]:
-    rng = np.random.default_rng(1)
-    return [
-        {
-            "id": f"text-{i}",
-            "conversations": [
-                {"from": "human", "value": "what is it"},
-                {"from": "gpt", "value": " ".join(["boat"] * int(rng.integers(1, 90)))},
-            ],
-        }
-        for i in range(50)
-    ]
-
-
-@pytest.fixture
-def count(tokenizer):
-    return supervised_tokens(DataConfig(), tokenizer)
 
 
 def apply(name: str, rows, text_rows, count, seed: int = 0):
@@ -99,103 +57,6 @@ def test_what_comes_out_can_be_trained_on(name, rows, text_rows, count, world):
     with_image = sum("image" in row for row in rows)
     expected = 0 if settings.get("text_only") else with_image
     assert report.num_images.sum() == expected or name == "short-answers"
-
-
-# ---- pictures ----
-
-
-def test_shuffled_images_are_the_same_pictures_and_none_stays(rows, text_rows, count):
-    controlled = apply("shuffle-images", rows, text_rows, count)
-    for before, after in zip(rows, controlled.records, strict=True):
-        assert before["conversations"] == after["conversations"]
-        assert ("image" in before) == ("image" in after)
-        assert "image" not in before or before["image"] != after["image"]
-    images = [Counter(row.get("image") for row in x) for x in (rows, controlled.records)]
-    assert images[0] == images[1]
-    assert controlled.about == {"images": 15, "unchanged": 0}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_deranged_keeps_no_label_wherever_that_is_possible(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, rng.integers(1, 6), size=rng.integers(1, 30))
-    given = deranged(labels, np.random.RandomState(seed))
-    assert sorted(given) == list(range(len(labels)))
-    most = np.bincount(labels).max()
-    unavoidable = max(0, 2 * most - len(labels))  # the most frequent one has no other place
-    assert (labels[given] == labels).sum() == unavoidable
-
-
-def test_deranged_is_uniform_among_derangements():
-    counts = Counter(
-        tuple(deranged(np.arange(4), np.random.RandomState(seed)).tolist()) for seed in range(3000)
-    )
-    assert len(counts) == 9  # the derangements of four
-    assert min(counts.values()) > 3000 / 9 / 2
-
-
-def test_one_picture_for_all_is_reported_as_unchanged(rows):
-    for row in rows:
-        row["image"] = "1.png"
-    assert CONTROLS["shuffle-images"](rows, 0).about["unchanged"] == 20
-
-
-def test_blank_image_is_clips_mean_colour(rows, text_rows, count):
-    control, controlled = CONTROLS["blank-image"], apply("blank-image", rows, text_rows, count)
-    [(name, content)] = control.files.items()
-    images = {row["image"] for row in controlled.records if "image" in row}
-    assert images == {name}
-    pixels = np.asarray(Image.open(io.BytesIO(content()))) / 255
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    assert np.abs((pixels - mean) / std).max() < 0.01
-
-
-def test_caption_stands_where_the_image_stood(rows, text_rows, count):
-    after = apply("caption-for-image", rows, text_rows, count).records
-    for i, (before, row) in enumerate(zip(rows, after, strict=True)):
-        assert "image" not in row
-        if "image" not in before:
-            assert row == before
-            continue
-        caption = f"caption {Path(before['image']).stem}"
-        wanted = before["conversations"][0]["value"].replace("<image>", caption)
-        assert row["conversations"][0]["value"] == wanted, i
-        assert row["conversations"][1:] == before["conversations"][1:]
-
-
-def test_samples_without_captions_are_named(rows):
-    with pytest.raises(UserError, match="11 of 20 samples: sample-2, .*, sample-18 and 1 more"):
-        CONTROLS["caption-for-image"](rows, 0, {"1": "a boat"})
-
-
-def test_image_without_a_place_is_named(rows, text_rows, count):
-    rows[2]["conversations"][0]["value"] = "what is it"
-    with pytest.raises(SampleError, match="sample 'sample-2': 1 images, but 0 <image>"):
-        apply("caption-for-image", rows, text_rows, count)
-
-
-def test_captions_of_llava_and_coco_are_the_same(tmp_path, shared_data):
-    path = shared_data / "llava" / "caps_boxes_coco2014_val_80.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    coco = {
-        "images": [
-            {"id": i, "file_name": f"COCO_val2014_{x['image']}"} for i, x in enumerate(lines)
-        ],
-        "annotations": [
-            {"image_id": i, "caption": text} for i, x in enumerate(lines) for text in x["captions"]
-        ],
-    }
-    (tmp_path / "captions.json").write_text(json.dumps(coco))
-    ours, theirs = read_captions(path), read_captions(tmp_path / "captions.json")
-    assert ours.keys() == theirs.keys() and len(ours) == 80
-    assert all(text.startswith(theirs[key]) for key, text in ours.items())
-    assert "donut: [0.37, 0.584, 0.504, 0.709]" in ours["000000296284"].splitlines()
-
-
-def test_file_without_captions_is_named(tmp_path):
-    (tmp_path / "rows.json").write_text('[{"id": 1, "image": "a.png"}]')
-    with pytest.raises(UserError, match="rows.json: not a file of captions .*captions"):
-        read_captions(tmp_path / "rows.json")
 
 
 # ---- answers ----
@@ -258,28 +119,6 @@ def test_short_answers_keep_short_turns_and_the_image(rows, text_rows, count):
     row = next(x for x in CONTROLS["short-answers"](rows, 0).records if x["id"] == "sample-3")
     assert row["conversations"][0]["value"].startswith("<image>\n")
     assert sum(turn["value"].count("<image>") for turn in row["conversations"]) == 1
-
-
-def test_several_pictures_of_a_sample(rows):
-    several = [
-        {"from": "human", "value": "<image> or <image>"},
-        {"from": "gpt", "value": "boat " * 11},
-        {"from": "human", "value": "and <image>?"},
-        {"from": "gpt", "value": "a"},
-    ]
-    rows[1] |= {"image": ["1.png", "2.png", "3.png"], "conversations": several}
-    shuffled = CONTROLS["shuffle-images"](rows, 0)
-    assert shuffled.about["images"] == 17 and shuffled.about["unchanged"] == 0
-    assert len(shuffled.records[1]["image"]) == 3
-    assert isinstance(shuffled.records[2]["image"], str)
-    assert CONTROLS["blank-image"](rows, 0).records[1]["image"] == ["blank.png"] * 3
-    captions = {f"{i}": f"caption {i}" for i in range(20)}
-    row = CONTROLS["caption-for-image"](rows, 0, captions).records[1]
-    questions = [turn["value"] for turn in row["conversations"][::2]]
-    assert questions == ["caption 1 or caption 2", "and caption 3?"] and "image" not in row
-    row = next(x for x in CONTROLS["short-answers"](rows, 0).records if x["id"] == "sample-1")
-    assert row["conversations"][0]["value"] == "<image>\n" * 3 + "and ?"
-    assert len(row["image"]) == 3
 
 
 def test_no_short_answer_is_an_error(rows):

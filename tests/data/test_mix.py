@@ -14,7 +14,7 @@ from mmalign.data.dataset import ConversationDataset
 from mmalign.data.mix import data_files, has_tables, open_samples, picture_tables
 from mmalign.errors import SampleError, UserError
 from tests.data.conftest import VISION
-from tests.data.test_forms import parquet, with_bytes
+from tests.data.test_same_batches import parquet, with_bytes
 
 TURNS = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a boat"}]
 

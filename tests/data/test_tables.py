@@ -19,7 +19,7 @@ from mmalign.data.samples import read_samples
 from mmalign.errors import SampleError, UserError
 from tests.data.conftest import VISION, World
 from tests.data.test_archives import contents
-from tests.data.test_forms import parquet, saved, shards, table_of, with_bytes
+from tests.data.test_same_batches import parquet, saved, shards, table_of, with_bytes
 
 
 def dataset(world: World, path, roots="", **settings) -> ConversationDataset:

@@ -23,7 +23,7 @@ from mmalign.data.samples import read_samples
 from mmalign.tokenizer import Tokenizer
 from tests.data.conftest import IMAGE_SIZE, NUM_PATCHES, VISION
 from tests.data.test_archives import write_tar, write_zip
-from tests.data.test_forms import json_lines, packed, parquet, saved
+from tests.data.test_same_batches import json_lines, packed, parquet, saved
 from tests.fuzz.damage import damaged_bytes, ends_well
 
 pytestmark = pytest.mark.fuzz

@@ -11,14 +11,8 @@ from mmalign.config import DataConfig
 from mmalign.data.captions import read_captions
 from mmalign.data.forms import as_llava
 from mmalign.data.mix import SUFFIX
-from mmalign.data.samples import (
-    Sample,
-    Samples,
-    id_of,
-    parse_sample,
-    read_samples,
-    speaker_problem,
-)
+from mmalign.data.samples import Sample, Samples, id_of, parse_sample, read_samples
+from mmalign.data.turns import speaker_problem
 from mmalign.errors import SampleError, UserError
 
 Records = Sequence[dict]
