@@ -94,9 +94,11 @@ def _with_image(record: dict) -> dict:
     """`images` as `image`; a picture that is {"path": ...}, as Hugging Face has it, as its path."""
     name = "image" if record.get("image") is not None else "images"
     found = record.get(name)
+    rest = {key: x for key, x in record.items() if key != name}
+    if name == "images" and found == []:
+        return rest
     if not isinstance(found, (list, dict, str)) or not found:
         return record
-    rest = {key: x for key, x in record.items() if key != name}
     return rest | {"image": [_path(x) for x in found] if isinstance(found, list) else _path(found)}
 
 

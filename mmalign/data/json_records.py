@@ -71,6 +71,11 @@ def read_text(path: Path) -> tuple[str, str]:
         raise UserError(
             f"the data file {path} is a safetensors file, expected JSON. Name the samples' file"
         )
+    if content[257:262] == b"ustar":
+        raise UserError(
+            f"the data file {path} is a tar archive, expected JSON. Unpack it first (tar -xf); "
+            "pictures may stay in it (--data.image-root)"
+        )
     try:
         return content.decode("utf-8-sig"), file_hash
     except UnicodeDecodeError as error:

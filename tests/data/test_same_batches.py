@@ -50,7 +50,7 @@ def system_field(sample: dict) -> dict:
 
 def images_field(sample: dict) -> dict:
     rest = {key: x for key, x in sample.items() if key != "image"}
-    return rest | ({"images": [sample["image"]]} if "image" in sample else {})
+    return rest | {"images": [sample["image"]] if "image" in sample else []}
 
 
 def images_path(sample: dict) -> dict:

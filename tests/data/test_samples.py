@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tarfile
 
 import pytest
 
@@ -127,6 +128,7 @@ def test_other_json_is_called_by_its_name(tmp_path, text, message):
         (gzip.compress(b"PAR1....PAR1", mtime=0), "is a Parquet file"),
         (b"PK\3\4....", "is a zip archive"),
         (b"GGUF\3\0\0\0", "is GGUF weights"),
+        (tarfile.TarInfo("a.json").tobuf(), "is a tar archive, .* Unpack it first"),
         (b"\xff\xff\xff\xff\x10\1\0\0", "is an Arrow file, .* Name the folder"),
         (b'\x02\1\0\0\0\0\0\0{"a.weight":{}}', "is a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid ...", "is a Git LFS pointer"),
