@@ -110,15 +110,16 @@ class ConversationDataset:
             grids = (vision.grids,) if vision.grids else ()
             images = vision.preprocessing, vision.num_patches, *grids
         settings = (
-            *(data.template, data.use_im_start_end, data.text_only, data.max_length),
-            *(
-                data.on_long_sample,
-                data.check_images,
-                data.on_bad_sample,
-                data.follow_links,
-                self.pictures and self.pictures.fingerprint,
-                images,
-            ),
+            data.template,
+            data.use_im_start_end,
+            data.text_only,
+            data.max_length,
+            data.on_long_sample,
+            data.check_images,
+            data.on_bad_sample,
+            data.follow_links,
+            self.pictures and self.pictures.fingerprint,
+            images,
             self.tokenizer.fingerprint,
         )
         digest = hashlib.sha256(repr(settings).encode())
