@@ -44,6 +44,8 @@ class ZipArchive(Archive):
         try:
             with zipfile.ZipFile(self.path) as file:
                 entries = file.infolist()
+            if any(info.volume for info in entries):
+                raise zipfile.BadZipFile("it is the last of several parts")
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
             raise UserError(
                 f"{self.path} is not a complete zip archive ({error}). Where a download or a copy "
@@ -149,7 +151,7 @@ def open_archive(path: Path) -> Archive:
     """Raises UserError for a file that is neither zip nor plain tar, and for a damaged one."""
     with open_regular(path) as file:
         start = file.read(tarfile.BLOCKSIZE)
-    if start.startswith((b"PK\3\4", b"PK\5\6")):
+    if start.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):  # the last: of several parts
         return ZipArchive(path)
     with suppress(tarfile.HeaderError):  # it has a checksum, as those of all versions of tar
         tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")

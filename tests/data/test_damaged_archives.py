@@ -166,6 +166,7 @@ UNREADABLE = {
     "nothing": (cut(write_tar, lambda x, _: 0), "is empty"),
     "LFS": (lambda path, _: path.write_text("version https://git-lfs"), "git lfs pull"),
     "gzip": (gzipped, "compressed with gzip, so .* unpacking all before it"),
+    "last part of a zip": (with_entry(34, b"\1"), "last of several parts.*join them .zip -s 0"),
     "empty zip": (lambda path, _: write_zip(path, {}), "has no files in it"),
     "empty tar": (lambda path, _: write_tar(path, {}), "neither a folder nor a zip, tar"),
 }
