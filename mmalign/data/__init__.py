@@ -18,5 +18,5 @@ Without worker processes, memo.py keeps samples and pixels for the next epoch.
 For studies, controls/ makes other records of a file's (with captions.py and lengths.py), subsets.py
 takes parts of them. preview.py and figure.py show people the result, and report.py what is in the
 file (facts.py): survey.py gathers it during the check, overlap.py finds evaluation questions.
-chat_template.py writes a template as Jinja.
+chat_template.py writes a template as Jinja. parquet_footer.py belongs to table.py.
 """

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from mmalign.data.archive import MAX_PICTURE_BYTES
 from mmalign.data.forms import SYSTEM_FIELDS
+from mmalign.data.parquet_footer import num_present, refuse_large, sizes_of_row_groups
 from mmalign.errors import UserError
 from mmalign.files import open_regular
 
@@ -172,8 +173,7 @@ class ArrowTable(Table):
 class ParquetTable(Table):
     def _schema(self) -> pa.Schema:
         file = pq.ParquetFile(self.path)
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self._ends = np.cumsum(sizes)  # (num_groups,)
+        self._ends = np.cumsum(sizes_of_row_groups(file.metadata))  # (num_groups,)
         return file.schema_arrow
 
     def _parts(self) -> Iterator[tuple[pa.Table, dict[str, bool | None]]]:
@@ -183,12 +183,12 @@ class ParquetTable(Table):
         inside = [x for x in leaves if x.endswith(".bytes") and x.partition(".")[0] in self.columns]
         unread = [x for x in inside if x.removesuffix("bytes") + "path" in leaves]
         for group in range(file.num_row_groups):
-            _refuse_large(self.path, file, group, set(leaves) - set(unread), _MAX_TEXT_BYTES)
+            refuse_large(self.path, file, group, set(leaves) - set(unread), _MAX_TEXT_BYTES)
             table = file.read_row_group(group, [x for x in leaves if x not in unread])
             has_bytes: dict[str, bool | None] = dict.fromkeys(self.columns)
             for leaf in unread:
                 column = leaf.partition(".")[0]
-                num_bytes = _num_present(file, group, leaves.index(leaf))
+                num_bytes = num_present(file, group, leaves.index(leaf))
                 if num_bytes in (0, _num_pictures(table.column(column))):
                     has_bytes[column] = num_bytes != 0
                 else:
@@ -216,33 +216,12 @@ class ParquetTable(Table):
         if (group, column) not in kept:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
             wanted = {x for x in leaves if x == column or x.startswith(f"{column}.")}
-            _refuse_large(self.path, file, group, wanted, MAX_GROUP_BYTES)
+            refuse_large(self.path, file, group, wanted, MAX_GROUP_BYTES)
             table = file.read_row_group(group, [column], use_threads=False)
             kept[group, column] = table.column(column)
             if len(kept) > _KEPT_GROUPS:
                 kept.popitem(last=False)
         return kept[group, column]
-
-
-def _refuse_large(
-    path: Path, file: pq.ParquetFile, group: int, leaves: set[str], most: int
-) -> None:
-    about = file.metadata.row_group(group)
-    columns = (about.column(i) for i in range(about.num_columns))
-    size = sum(x.total_uncompressed_size for x in columns if x.path_in_schema in leaves)
-    if size > most:
-        raise UserError(
-            f"{path}: row group {group} unpacks to {size:,} bytes, at most {most:,} are read at "
-            "once. Write it with smaller row groups, such as 100 rows"
-        )
-
-
-def _num_present(file: pq.ParquetFile, group: int, leaf: int) -> int | None:
-    """Values that are not null; None where the file does not say."""
-    column = file.metadata.row_group(group).column(leaf)
-    if not column.is_stats_set or not column.statistics.has_null_count:
-        return None
-    return column.statistics.num_values
 
 
 def _num_pictures(column: pa.ChunkedArray) -> int:

@@ -4,7 +4,10 @@ import copy
 import datetime
 import json
 import multiprocessing
+import os
 import pickle
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,7 @@ from mmalign.config import DataConfig
 from mmalign.data import table, tables
 from mmalign.data.check import check_samples
 from mmalign.data.dataset import ConversationDataset
+from mmalign.data.parquet_footer import sizes_of_row_groups
 from mmalign.data.samples import read_samples
 from mmalign.errors import SampleError, UserError
 from tests.data.conftest import VISION, World
@@ -108,6 +112,32 @@ def test_truncated_tables_are_named(world, cut):
         file.write_bytes(content[: -cut if cut > 1 or not path.is_dir() else -12])
         with pytest.raises(UserError, match=f"cannot read the data file .*{file.name} "):
             list(dataset(world, path))
+
+
+def test_a_footer_that_would_end_the_process(tmp_path, monkeypatch):
+    """As C++ does over an exception that pyarrow does not catch."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": ["a"]}), path)
+    metadata = SimpleNamespace(
+        num_row_groups=1, row_group=lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with pytest.raises(pa.ArrowInvalid, match="its footer is damaged"):
+        sizes_of_row_groups(metadata)
+    monkeypatch.setattr(table, "sizes_of_row_groups", lambda _: sizes_of_row_groups(metadata))
+    with pytest.raises(UserError, match="cannot read the data file .*rows.parquet .its footer is"):
+        read_samples(path, DataConfig())
+
+
+def test_row_groups_that_do_not_add_up(tmp_path):
+    """pyarrow reads as many rows as they say."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"id": ["a"] * 119}), path, row_group_size=100)
+    content = path.read_bytes()
+    place = content.rindex(b"\x16\x26")  # 19 rows of the last, as Thrift writes them
+    path.write_bytes(content[:place] + b"\x16\x24" + content[place + 2 :])
+    assert pq.read_table(path).num_rows == 118
+    with pytest.raises(UserError, match="its row groups have 118 rows, the file 119"):
+        read_samples(path, DataConfig())
 
 
 def test_damaged_bytes_end_in_an_error_or_in_samples(world):
