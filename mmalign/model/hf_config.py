@@ -8,21 +8,29 @@ from mmalign.files import Settings, read_json
 # Published vision-language models by their model_type: the section of config.json that holds the
 # language model's settings (empty: the top level), and its kind where the section does not say.
 VISION_LANGUAGE = {
+    "deepseek_vl": ("text_config", "llama"),
     "idefics2": ("text_config", "mistral"),
     "idefics3": ("text_config", "llama"),
+    "instructblip": ("text_config", ""),
     "internvl": ("text_config", "qwen2"),
     "internvl_chat": ("llm_config", ""),  # OpenGVLab's own spelling
+    "janus": ("text_config", "llama"),
     "llava": ("text_config", "llama"),
     "llava_llama": ("", "llama"),  # liuhaotian's own spelling
     "llava_mistral": ("", "mistral"),
     "llava_next": ("text_config", "llama"),
+    "llava_next_video": ("text_config", "llama"),
     "llava_onevision": ("text_config", "qwen2"),
     "llava_qwen": ("", "qwen2"),
     "mistral3": ("text_config", "mistral"),
+    "multi_modality": ("language_config", "llama"),  # DeepSeek's own spelling, of Janus, too
     "qwen2_5_vl": ("text_config", "qwen2"),
     "qwen2_vl": ("text_config", "qwen2"),
     "qwen3_vl": ("text_config", "qwen3"),
     "smolvlm": ("text_config", "llama"),
+    "video_llama_3": ("text_config", "qwen2"),
+    "video_llava": ("text_config", "llama"),
+    "vipllava": ("text_config", "llama"),
 }
 # text alone: their other settings concern the positions of images
 _TEXT_PARTS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}

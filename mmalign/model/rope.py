@@ -109,7 +109,7 @@ def read_rope(hf: Settings, max_positions: int) -> tuple[float, RopeScaling | No
     thetas, scalings = {}, {}
     for key in ("rope_parameters", "rope_scaling"):
         rope = hf.section(key)
-        rope.number("partial_rotary_factor", 1, 1, 1, null=True)
+        rope.require("partial_rotary_factor", None, 1)
         kinds = set()
         for name in ("rope_type", "type"):
             kind = rope.get(name)
@@ -131,7 +131,7 @@ def read_rope(hf: Settings, max_positions: int) -> tuple[float, RopeScaling | No
             scalings[key] = _read_scaling(hf, rope, key, kinds, max_positions)
         if rope.get("rope_theta") is not None:
             thetas[f"{key}.rope_theta"] = rope.number("rope_theta", 1, 1e12, 1e4)
-    hf.number("partial_rotary_factor", 1, 1, 1, null=True)
+    hf.require("partial_rotary_factor", None, 1)
     if hf.get("rope_theta") is not None:
         thetas["rope_theta"] = hf.number("rope_theta", 1, 1e12, 1e4)
     if len(set(thetas.values())) > 1:

@@ -7,7 +7,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.files import Settings
-from mmalign.model.hf_config import built, language_model, read_hf_config
+from mmalign.model.hf_config import VISION_LANGUAGE, built, language_model, read_hf_config
 from mmalign.model.kinds import DECODERS, DecoderKind
 from mmalign.model.rope import RopeScaling, read_rope
 
@@ -85,7 +85,7 @@ class DecoderConfig:
         Raises UserError for anything that the decoder does not compute.
         """
         hf = language_model(read_hf_config(folder))
-        model_type = hf.require("model_type", *DECODERS)
+        model_type = _model_type(hf)
         defaults = DECODERS[model_type].defaults
         for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             hf.require(key, None, value)
@@ -125,6 +125,15 @@ class DecoderConfig:
             **self.kind.to_hf,
             **values,
         }
+
+
+def _model_type(hf: Settings) -> str:
+    if (found := hf.get("model_type")) in DECODERS:
+        return found
+    supported = " or ".join(repr(name) for name in DECODERS)
+    if not hf.within:  # else the language model inside of one that is known
+        supported += f"; or a model that contains one of them: {', '.join(VISION_LANGUAGE)}"
+    raise hf.error("model_type", supported, "supported:")
 
 
 def _sliding_window(hf: Settings, default: int | None) -> int | None:

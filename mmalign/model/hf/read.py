@@ -32,21 +32,20 @@ _OLD_BUFFERS = re.compile(
     r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
     r"|embeddings\.position_ids"
 )
-# the parts of vision-language models that are not the language model
-_MULTIMODAL = re.compile(
-    r"(model\.)?((vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector|"
-    r"mlp1)\.|image_newline$)"
-)
-# where these models keep the language model, and its tensors' names in a LlamaForCausalLM
+# where vision-language models keep the language model, and its tensors' names in a LlamaForCausalLM
 _LANGUAGE_MODEL = {
     "model.language_model.": "model.",  # transformers 5
     "language_model.": "",  # LLaVA, InternVL
     "model.text_model.": "model.",  # Idefics
 }
+# the other parts of models that have none of these prefixes, and of damaged folders
+_MULTIMODAL = re.compile(
+    r"(model\.)?((vision_tower|visual|multi_modal_projector|mm_projector)\.|image_newline$)"
+)
 _CLIP_OTHER_HALF = re.compile(
     r"text_model\.|(text_projection|visual_projection)\.weight$|logit_(scale|bias)$"
 )
-_EMBEDDINGS = "model.embed_tokens.weight"
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 10  # keys in a message
 
 
@@ -96,7 +95,7 @@ def load_decoder(
     config = DecoderConfig.from_hf(folder)
     files = WeightFiles.of_folder(folder)
     keys = _decoder_keys(files, folder)
-    _check_tied_head(folder, config, files, keys)
+    config = _with_head(folder, config, files, keys)
     parts = decoder_parts(config)
     keys = _check(parts, files, keys, folder)  # before memory is taken for what config.json says
     decoder = _allocate(
@@ -178,35 +177,43 @@ def _allocate(module_class: type, config, dtype: torch.dtype):
 
 def _decoder_keys(files: WeightFiles, folder: Path) -> dict[str, str]:
     """Name in a causal language model -> key in the files, of such a model or one within a VLM."""
-    others = {key for key in files.names() if _MULTIMODAL.match(key)}
+    prefix = next((x for x in _LANGUAGE_MODEL if any(k.startswith(x) for k in files.names())), "")
+    keys, others = {}, []
+    for key in files.names():
+        if prefix and key.startswith(prefix):
+            keys[_LANGUAGE_MODEL[prefix] + key.removeprefix(prefix)] = key
+        elif _MULTIMODAL.match(key) or (prefix and key != _HEAD):
+            others.append(key)
+        else:
+            keys[key] = key
     if others and read_hf_config(folder).get("model_type") not in VISION_LANGUAGE:
         log.warning(
             "%s: %d tensors of a projector or vision tower are not part of the decoder: %s",
             *(folder, len(others), _listed(sorted(others))),
         )
-    return {_language_name(key): key for key in files.names() if key not in others}
+    return keys
 
 
-def _language_name(key: str) -> str:
-    for prefix, name in _LANGUAGE_MODEL.items():
-        if key.startswith(prefix):
-            return name + key.removeprefix(prefix)
-    return key
-
-
-def _check_tied_head(
+def _with_head(
     folder: Path, config: DecoderConfig, files: WeightFiles, keys: dict[str, str]
-) -> None:
-    """A tied checkpoint may repeat embed_tokens as lm_head."""
-    if not config.tie_word_embeddings or not {"lm_head.weight", _EMBEDDINGS} <= keys.keys():
-        return
-    head = files.read(keys.pop("lm_head.weight"))
-    embeddings = files.read(keys[_EMBEDDINGS])
-    if head.shape != embeddings.shape or not torch.equal(head.float(), embeddings.float()):
-        raise UserError(
-            f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
-            "files hold different values for them. Set it to false if lm_head was trained"
-        )
+) -> DecoderConfig:
+    """Whether lm_head is tied, where the files hold one as well; then keys loses it.
+
+    A tied checkpoint may repeat embed_tokens as lm_head. The sections of a VLM's config.json may
+    contradict each other; then its classes differ in which one they follow, and the files decide.
+    """
+    if not config.tie_word_embeddings or not {_HEAD, _EMBEDDINGS} <= keys.keys():
+        return config
+    head, embeddings = files.read(keys[_HEAD]), files.read(keys[_EMBEDDINGS])
+    if head.shape == embeddings.shape and torch.equal(head.float(), embeddings.float()):
+        del keys[_HEAD]
+        return config
+    if read_hf_config(folder).get("tie_word_embeddings") is False:
+        return replace(config, tie_word_embeddings=False)
+    raise UserError(
+        f"{folder}: config.json ties lm_head to embed_tokens (tie_word_embeddings), but the "
+        "files hold different values for them. Set it to false if lm_head was trained"
+    )
 
 
 def _check(

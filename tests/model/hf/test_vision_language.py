@@ -103,6 +103,43 @@ MODELS = {  # class of transformers without ForConditionalGeneration, and its co
             tie_word_embeddings=True,
         ),
     ),
+    "deepseek-vl": (
+        "DeepseekVL",
+        dict(
+            text_config=text("llama"),
+            vision_config=SIGLIP,
+            image_token_id=100,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "janus": (
+        "Janus",
+        dict(
+            text_config=text("llama"),
+            vision_config=IDEFICS_VISION | dict(projection_dim=64, mlp_ratio=1.0),
+            vq_config=dict(
+                base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, latent_channels=8,
+                embed_dim=8, num_embeddings=16, image_token_embed_dim=32, projection_dim=32,
+                num_hidden_layers=1, num_patches=4,
+            ),
+            image_token_id=100,
+        ),
+    ),
+    "instructblip-vicuna": (
+        "InstructBlip",
+        dict(
+            text_config=text("llama"),
+            vision_config=IDEFICS_VISION,
+            qformer_config=SIZES | dict(encoder_hidden_size=48),
+        ),
+    ),
+    "vip-llava": ("VipLlava", LLAVA | dict(text_config=text("llama"))),
+    "llava-next-video": ("LlavaNextVideo", LLAVA | dict(text_config=text("llama"))),
+    "video-llava": ("VideoLlava", LLAVA | dict(text_config=text("llama"))),
+    "video-llama-3": (
+        "VideoLlama3",
+        dict(text_config=text("qwen2"), vision_config=IDEFICS_VISION, image_token_id=100),
+    ),
     "mistral3": (
         "Mistral3",
         dict(
@@ -131,17 +168,23 @@ def scores_of(decoder) -> list[tuple[torch.Tensor, float]]:
     return list(zip(texts, (score.loglikelihood for score in scores), strict=True))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_loglikelihoods_are_those_of_its_own_text_model(tmp_path, kind):
-    theirs = hf_model(kind)
-    theirs.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] in VISION_LANGUAGE
-    decoder = load_decoder(tmp_path)
+def assert_loglikelihoods(folder, theirs):
+    decoder = load_decoder(folder)
+    if isinstance(theirs, transformers.InstructBlipForConditionalGeneration):
+        theirs = theirs.language_model  # the whole insists on a picture
     for ids, loglikelihood in scores_of(decoder):
         with torch.no_grad():
             logprobs = theirs(input_ids=ids[None]).logits[0].log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[1:, None]).sum().item()
         assert loglikelihood == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loglikelihoods_are_those_of_its_own_text_model(tmp_path, kind):
+    theirs = hf_model(kind)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] in VISION_LANGUAGE
+    assert_loglikelihoods(tmp_path, theirs)
 
 
 def spelled_otherwise(kind: str, model_type: str, section: str, prefixes: dict[str, str], folder):
@@ -181,7 +224,14 @@ OPEN_GV_LAB = {
     "model.vision_tower.": "vision_model.",
     "model.multi_modal_projector.": "mlp1.",
 }
+DEEPSEEK = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_model.": "vision_model.vision_tower.",
+    "model.aligner.": "aligner.",
+}
 SPELLINGS = {
+    "deepseek": ("deepseek-vl", "multi_modality", "language_config", DEEPSEEK),
     "qwen2-vl": ("qwen2-vl", "qwen2_vl", "", FLAT),
     "llava-1.5": ("llava", "llava_llama", "", ORIGINAL_LLAVA),
     "llava-1.6-mistral": ("llava-next-mistral", "llava_mistral", "", ORIGINAL_LLAVA),
@@ -192,12 +242,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_other_spellings(tmp_path, name):
     theirs = spelled_otherwise(*SPELLINGS[name], tmp_path)
-    decoder = load_decoder(tmp_path)
-    for ids, loglikelihood in scores_of(decoder):
-        with torch.no_grad():
-            logprobs = theirs(input_ids=ids[None]).logits[0].log_softmax(-1)
-        expected = logprobs[:-1].gather(1, ids[1:, None]).sum().item()
-        assert loglikelihood == pytest.approx(expected, abs=1e-4)
+    assert_loglikelihoods(tmp_path, theirs)
 
 
 def test_projector_of_the_original_llava_folder(tmp_path):
@@ -207,10 +252,21 @@ def test_projector_of_the_original_llava_folder(tmp_path):
     assert torch.equal(state["2.bias"], projector.linear_2.bias)
 
 
+@pytest.mark.parametrize("kind", ["llava-next-vicuna", "mistral3"])
+def test_the_files_decide_about_lm_head_where_the_sections_contradict_each_other(tmp_path, kind):
+    name, config = MODELS[kind]
+    tied = config["text_config"] | {"tie_word_embeddings": True}
+    config = config | {"text_config": tied, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{name}Config")(**config)
+    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    randomize(model_class(config)).save_pretrained(tmp_path)
+    assert_loglikelihoods(tmp_path, model_class.from_pretrained(tmp_path))
+
+
 def test_a_model_whose_text_attends_otherwise_is_refused(tmp_path):
     hf = {"model_type": "paligemma", "text_config": {"model_type": "gemma"}}
     (tmp_path / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(UserError, match="model_type is 'paligemma'; supported: 'llama'"):
+    with pytest.raises(UserError, match="model_type is 'paligemma'; .* llava_next, "):
         DecoderConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hf | {"model_type": "llava"}))
     with pytest.raises(UserError, match="text_config.model_type is 'gemma'"):
