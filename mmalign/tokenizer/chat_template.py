@@ -109,9 +109,7 @@ class ChatTemplate:
         shape = self._shape(len(contents), add_generation_prompt, first)
         plain = [_without_marks(piece) for piece in shape]
         text = _without_marks(self._write(_messages(contents, first), add_generation_prompt))
-        stripped = [content.strip() for content in contents]
-        written = next((x for x in (contents, stripped) if _joined(plain, x) == text), None)
-        if written is None:
+        if (written := _find_contents(text, plain, contents)) is None:
             raise UserError(
                 f"{self.path} writes more or less of a turn than its text, so its answers cannot "
                 "be told apart. Choose another --data.template"
@@ -154,8 +152,9 @@ class ChatTemplate:
         for mark in marks:
             piece, found, rest = rest.partition(mark)
             if not found:
+                left_out = "the system turn" if has_system and not pieces else "turns"
                 raise UserError(
-                    f"{self.path} leaves out turns of a conversation of {num_turns}. Choose "
+                    f"{self.path} leaves out {left_out} of a conversation of {num_turns}. Choose "
                     "another --data.template"
                 )
             pieces.append(piece)
@@ -196,8 +195,19 @@ def _messages(contents: Sequence[str], has_system: bool) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
 
 
-def _joined(pieces: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(x for pair in zip(pieces, [*contents, ""], strict=True) for x in pair)
+def _find_contents(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[str] | None:
+    """The turns as they stand between the pieces, some without white space at an end, or None.
+
+    Templates trim turns of one role (Mistral's answers), or one end (Llama 2's first question).
+    """
+    rest, written = text, []
+    for content, piece in zip(("", *contents), pieces, strict=True):
+        trimmed = (content, content.rstrip(), content.lstrip(), content.strip())
+        if (found := next((x for x in trimmed if rest.startswith(x + piece)), None)) is None:
+            return None
+        written.append(found)
+        rest = rest[len(found + piece) :]
+    return None if rest else written[1:]
 
 
 def _without_marks(text: str) -> str:
