@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from mmalign.data.samples import Turn
 from mmalign.data.segments import IMAGE, IMAGE_SENTINEL, Segment, special_ids
-from mmalign.data.templates import Template, own_template
+from mmalign.data.templates import Template, own_template, question_segments
 from mmalign.tokenizer import Tokenizer
 
 _MARKS = ("\ue000", "\ue001", "\ue002", "\ue003")  # question, answer, question, answer
@@ -40,7 +40,22 @@ _CHAT = """\
 {%- if add_generation_prompt -%}{{ PROMPT }}{%- endif -%}
 """
 
-
+# before a template that takes strings alone: messages in parts become the strings of training
+_STRINGS = """\
+{%- if messages | rejectattr("content", "string") | list -%}
+  {%- set strings = namespace(messages=[]) -%}
+  {%- for message in messages -%}
+    {%- set text = written(message.content) -%}
+    {%- if text.split(IMAGE) | length == 2 -%}
+      {%- set rest = text.replace(IMAGE, "") | trim -%}
+      {%- set text = MARKS ~ ("\\n" ~ rest if rest else "") -%}
+    {%- endif -%}
+    {%- set one = {"role": message.role, "content": text.replace(IMAGE, MARKS)} -%}
+    {%- set strings.messages = strings.messages + [one] -%}
+  {%- endfor -%}
+  {%- set messages = strings.messages -%}
+{%- endif %}
+"""
 _CAPTION = """\
 {%- for message in messages -%}
   {%- set text = written(message.content) -%}
@@ -55,8 +70,10 @@ _CAPTION = """\
 """
 
 
-def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bool) -> str:
-    """Jinja that writes what `template` renders.
+def chat_template(
+    template: Template, tokenizer: Tokenizer, use_im_start_end: bool, takes_images: bool = True
+) -> str:
+    """Jinja that writes what `template` renders; the tokenizer's own as it is, without images.
 
     The exported tokenizer gives the text exactly the ids of encode_conversation, or with
     add_generation_prompt those of encode_prompt.
@@ -69,12 +86,16 @@ def chat_template(template: Template, tokenizer: Tokenizer, use_im_start_end: bo
             "IMAGE": IMAGE,
         }
         return _with_names(_CAPTION, names)
-    if template.is_own:
-        return own_template(tokenizer).text
     special = special_ids(tokenizer, use_im_start_end)
 
     def text(segments) -> str:
         return "".join(_text(segment, tokenizer) for segment in segments)
+
+    if template.is_own:
+        own = own_template(tokenizer).text
+        names = {"MARKS": text(question_segments(IMAGE, special)), "IMAGE": IMAGE}
+        strings = _with_names(_STRINGS, names) if takes_images else ""
+        return strings + own.removeprefix(strings)
 
     def render(*texts: str) -> list[Segment]:
         turns = [Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)]

@@ -107,7 +107,7 @@ def own_template(tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(tokenizer.path.parent, tokenizer)
 
 
-def _question(text: str, special: SpecialIds) -> Iterator[Segment]:
+def question_segments(text: str, special: SpecialIds) -> Iterator[Segment]:
     """The question with its images; a single one at the front and on a line of its own."""
     for i, part in enumerate(with_image_in_front(text).split(IMAGE)):
         if i:
@@ -152,7 +152,7 @@ def _v0(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
     yield f"{system}\n\n###", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield " Human: ", False
-        yield from _question(question.text, special)
+        yield from question_segments(question.text, special)
         yield "\n### Assistant:", False
         yield f" {answer.text}\n###", True
     yield " ", False
@@ -164,7 +164,7 @@ def _v1(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator[Seg
     yield f"{system} ", False
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield "USER: ", False
-        yield from _question(question.text, special)
+        yield from question_segments(question.text, special)
         yield " ASSISTANT:", False
         yield f" {answer.text}", True
         yield special.eos, True
@@ -176,7 +176,7 @@ def _llama_2(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterato
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield from _bos(special)
         yield opening, False
-        yield from _question(question.text, special)
+        yield from question_segments(question.text, special)
         yield " [/INST]", False
         yield f" {answer.text} ", True
         yield special.eos, True
@@ -192,7 +192,7 @@ def _llama_3(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
         yield end, False
         yield "\n\n", False
         asks, learns = turn.speaker == "human", turn.speaker == "gpt"
-        yield from _question(turn.text, special) if asks else [(turn.text, learns)]
+        yield from question_segments(turn.text, special) if asks else [(turn.text, learns)]
         yield eot, learns
 
 
@@ -207,7 +207,7 @@ def _chatml(turns: Sequence[Turn], special: SpecialIds, system: str) -> Iterator
         yield "\n", False
         yield start, False
         yield "user\n" if asks else "assistant\n", False
-        yield from _question(turn.text, special) if asks else [(turn.text, True)]
+        yield from question_segments(turn.text, special) if asks else [(turn.text, True)]
         yield end, not asks
 
 
@@ -217,7 +217,7 @@ def _mistral(turns: Sequence[Turn], special: SpecialIds) -> Iterator[Segment]:
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         yield begin, False
         yield " ", False
-        yield from _question(question.text, special)
+        yield from question_segments(question.text, special)
         yield " ", False
         yield end, False
         yield f" {answer.text}", True
@@ -248,7 +248,7 @@ def _segments_of(span: Span, template: ChatTemplate, special: SpecialIds) -> Ite
             yield part if token_id is None else token_id, span.supervised
         return
     if IMAGE in span.text:
-        yield from _question(span.text, special)
+        yield from question_segments(span.text, special)
     else:
         yield span.text, span.supervised
 

@@ -48,7 +48,7 @@ def _write(
         export_adapter(model.decoder, adapter, config.lora, config.model.decoder)
     if config.stage == "finetune":
         template, marks = find_template(config.data.template), config.data.use_im_start_end
-        chat = chat_template(template, tokenizer, marks)
+        chat = chat_template(template, tokenizer, marks, not config.data.text_only)
         export_llama(model, folder / "llama" if writes else None, tokenizer, chat)
         if not config.data.text_only:
             export_llava(model, folder / "llava" if writes else None, tokenizer, chat)

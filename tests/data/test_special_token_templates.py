@@ -97,9 +97,17 @@ def turns_of(pairs) -> list[Turn]:
     return [Turn(s, text) for pair in pairs for s, text in zip(SPEAKERS, pair, strict=True)]
 
 
-def messages_of(turns: list[Turn]) -> list[dict]:
+def messages_of(turns: list[Turn], in_parts: bool = False) -> list[dict]:
     roles = {"human": "user", "gpt": "assistant"}
-    return [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
+    return [
+        {"role": roles[turn.speaker], "content": parts_of(turn.text) if in_parts else turn.text}
+        for turn in turns
+    ]
+
+
+def parts_of(text: str) -> list[dict]:
+    first, *rest = ({"type": "text", "text": x} for x in text.split("<image>"))
+    return [first, *(x for part in rest for x in ({"type": "image"}, part))]
 
 
 def their_ids(folder, messages: list[dict], prompt: bool) -> list[int]:
@@ -228,6 +236,24 @@ def test_several_images_stand_at_their_places(folder_of, name):
     image_id = transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
     expected = [IMAGE_SENTINEL if i == image_id else i for i in theirs]
     assert expected[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("marks", (True, False))
+@pytest.mark.parametrize("name", ("llama_3", "chatml"))
+def test_the_own_template_takes_messages_in_parts_once_exported(folder_of, name, marks, tmp_path):
+    """As processors pass them, and as before where an export is exported again."""
+    tokenizer, template = Tokenizer.from_pretrained(folder_of(name)), TEMPLATES["chat"]
+    assert chat_template(template, tokenizer, marks, takes_images=False) == OWN[name]
+    pairs = [("Hi <image>\n", "A boat"), ("Is <image> like <image>?", "so"), ("why?", "so")]
+    ids, _ = encode_conversation(turns_of(pairs), template, tokenizer, marks)
+    expected = [tokenizer.image_token_id if i == IMAGE_SENTINEL else i for i in ids]
+    for folder in (tmp_path / "export", tmp_path / "again"):
+        chat = chat_template(template, tokenizer, marks)
+        tokenizer.save(folder, tokenizer.im_end_id + 1, chat)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        assert their_ids(folder, messages_of(turns_of(pairs), in_parts=True), False) == expected
+        assert encode_conversation(turns_of(pairs), template, tokenizer, marks)[0] == ids
+    assert chat == chat_template(template, tokenizer, marks)
 
 
 def test_a_special_token_in_a_text_is_text(folder_of):
