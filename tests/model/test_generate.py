@@ -234,6 +234,18 @@ def test_stop_strings_end_a_sequence_and_leave_the_others(case):
     assert found[0].reason == found[3].reason == "stop"
 
 
+def test_generation_config_says_what_ends_an_answer(case, tmp_path):
+    """As in Qwen2.5-Instruct, which also ends at a token that its config.json does not name."""
+    sample, hf = random_sample(9), deepcopy(case.hf)
+    third = case.ours([sample])[0][2]
+    hf.generation_config.eos_token_id = [END, third]
+    hf.save_pretrained(tmp_path)
+    theirs = hf.generate(sample.input_ids[None], max_new_tokens=20, do_sample=False, pad_token_id=0)
+    (generation,) = run(ours(hf, tmp_path), [sample])
+    assert generation.reason == "end"
+    assert [*generation.token_ids, third] == theirs[0, len(sample.input_ids) :].tolist()
+
+
 def test_end_of_text_and_length_are_told_apart(case):
     reasons = {len(x.token_ids): x.reason for x in run(case.llava, mixed_samples())}
     assert reasons[20] == "length"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mmalign.errors import UserError
-from mmalign.files import Settings
+from mmalign.files import Settings, read_json
 from mmalign.model.hf_config import VISION_LANGUAGE, built, language_model, read_hf_config
 from mmalign.model.kinds import DECODERS, DecoderKind
 from mmalign.model.rope import RopeScaling, read_rope
@@ -105,7 +105,7 @@ class DecoderConfig:
             rope_theta=theta,
             tie_word_embeddings=hf.flag("tie_word_embeddings", False),
             bos_token_id=_token_ids(hf, "bos_token_id", defaults["bos_token_id"]),
-            eos_token_id=_token_ids(hf, "eos_token_id", defaults["eos_token_id"]),
+            eos_token_id=_end_ids(Path(folder), hf, defaults["eos_token_id"]),
             model_type=model_type,
             rope_scaling=scaling,
             sliding_window=_sliding_window(hf, defaults.get("sliding_window")),
@@ -153,6 +153,16 @@ def _sliding_window(hf: Settings, default: int | None) -> int | None:
     if hf.flag("use_sliding_window", False) and some:
         raise hf.error("use_sliding_window", "False", "supported:")
     return None
+
+
+def _end_ids(folder: Path, hf: Settings, default: int | None) -> int | list[int] | None:
+    """What ends an answer: of generation_config.json, as in transformers, else of config.json."""
+    path = folder / "generation_config.json"
+    if path.exists():
+        found = _token_ids(Settings(read_json(path), path), "eos_token_id", None)
+        if found is not None:
+            return found
+    return _token_ids(hf, "eos_token_id", default)
 
 
 def _token_ids(hf: Settings, name: str, default: int | None) -> int | list[int] | None:
