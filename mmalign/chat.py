@@ -34,7 +34,7 @@ class Conversation:
 
     model: a finetune run, its export/llava or export/llama, or another Hugging Face folder of these
     two kinds. template: None takes the run's; other folders need one. Without a run, <im_start> and
-    <im_end> are written if the model's vocabulary has them.
+    <im_end> are written if the tokenizer has them: rows alone, as LLaVA 1.5's, are padding.
     """
 
     def __init__(
@@ -57,8 +57,7 @@ class Conversation:
         for image in images:  # before loading the weights: a bad image fails at once
             self.show(image)
         self.tokenizer = Tokenizer.from_pretrained(weights)
-        has_im_tokens = self.tokenizer.im_end_id < config.vocab_size
-        self.use_im_start_end = settings.flag("use_im_start_end", has_im_tokens)
+        self.use_im_start_end = settings.flag("use_im_start_end", self.tokenizer.has_im_start_end)
         dtype = DTYPES[choose_precision(precision, target)]
         sees = self.vision is not None
         with compiled_kernels(weights, dtype, target, answers=True, pictures=sees):

@@ -255,6 +255,16 @@ def test_run_that_was_tuned_on_text_alone(run, tmp_path, monkeypatch, capsys):
     assert found == expected + "\n"
 
 
+def test_rows_of_padding_are_no_image_marks(run, tmp_path, monkeypatch, capsys):
+    """As in the published LLaVA 1.5, whose 32,064 rows have tokens up to 32,001."""
+    shutil.copytree(run.folder / "export" / "llava", tmp_path / "published")
+    command = ("--model", tmp_path / "published", "--template", "v1", "--image", run.picture)
+    found = chat(run, monkeypatch, capsys, *command, "--prompt", "what is this")
+    picture = [*[IMAGE] * NUM_PATCHES, "\nwhat is this ASSISTANT:"]
+    prompt = [1, f"{SYSTEM['v1']} USER: ", *picture]
+    assert found == run.answer(prompt, pixels_of(run.picture)) + "\n"
+
+
 def test_plain_is_no_template_for_questions(run, tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "llava").symlink_to(run.folder / "export" / "llava")

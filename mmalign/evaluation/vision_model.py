@@ -62,7 +62,6 @@ class VisionModel:
         settings = run_settings(weights)
         name = choose_template(weights, template, settings)
         tokenizer, decoder = Tokenizer.from_pretrained(weights), DecoderConfig.from_hf(weights)
-        has_im_tokens = tokenizer.im_end_id < decoder.vocab_size
         with compiled_kernels(weights, dtype, device, answers=True, pictures=True):
             llava = load_llava(weights, tokenizer, dtype).to(device)
         return cls(
@@ -71,7 +70,7 @@ class VisionModel:
             decoder,
             VisionConfig.from_hf(weights),
             name,
-            settings.flag("use_im_start_end", has_im_tokens),
+            settings.flag("use_im_start_end", tokenizer.has_im_start_end),
         )
 
     @property

@@ -145,6 +145,11 @@ class Tokenizer:
         added = {x.id: name for name, x in self._added.items() if x.id not in used}
         return {i: x for i, x in added.items() if i == self.pad_token_id or x in _PADDING}
 
+    @property
+    def has_im_start_end(self) -> bool:
+        """Whether the folder's own vocabulary has <im_start> and <im_end>."""
+        return None not in (self._find("<im_start>"), self._find("<im_end>"))
+
     def num_image_tokens_added(self, use_im_start_end: bool) -> int:
         """Rows of a multimodal decoder beyond vocab_size: 3 with im_start/im_end, otherwise 1."""
         names = (self.image_token_id, self.im_start_id, self.im_end_id)
