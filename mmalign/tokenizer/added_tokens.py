@@ -12,7 +12,7 @@ import tokenizers
 
 from mmalign.errors import UserError
 from mmalign.files import Settings, read_json
-from mmalign.tokenizer.backends import MAX_VOCAB_SIZE
+from mmalign.tokenizer.backends import MAX_VOCAB_SIZE, HuggingFace, SentencePiece
 
 ROLES = ("bos", "eos", "unk", "pad")
 
@@ -92,6 +92,18 @@ def read_added_tokens(
                 f"in {other.source}. Correct the wrong one"
             )
     return found
+
+
+def check_free(token: AddedToken, backend: SentencePiece | HuggingFace, path: Path) -> None:
+    """UserError where the vocabulary has another id for the token, or another token at its id."""
+    known = backend.find(token.content)
+    other = backend.token(token.id) if token.id < backend.vocab_size else None
+    if (known is not None and known != token.id) or other not in (None, token.content):
+        raise UserError(
+            f"{token.source}: {token.content!r} has the id {token.id}, but in {path} "
+            f"{f'that is {other!r}' if other != token.content and other else f'it is {known}'}. "
+            "Correct the wrong one"
+        )
 
 
 def _all(folder: Path, roles: Roles, beside: tokenizers.Tokenizer | None, special: set[str]):

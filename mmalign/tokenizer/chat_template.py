@@ -166,7 +166,9 @@ class ChatTemplate:
         try:
             return self._compiled.render(messages=messages, **names)
         except Exception as error:  # a template can raise anything
-            raise UserError(f"{self.path}: {error}") from error
+            has_system = any(message.get("role") == "system" for message in messages)
+            given = ", given a system turn" if has_system else ""
+            raise UserError(f"{self.path}{given}: {error}") from error
 
     @cached_property
     def _compiled(self):

@@ -16,9 +16,14 @@ import tokenizers
 
 from mmalign.errors import UserError
 from mmalign.files import write_json, write_text
-from mmalign.tokenizer.added_tokens import AddedToken, Roles, read_added_tokens
+from mmalign.tokenizer.added_tokens import AddedToken, Roles, check_free, read_added_tokens
 from mmalign.tokenizer.backends import HuggingFace, Offsets, SentencePiece, is_tiktoken, load_json
-from mmalign.tokenizer.tokenizer_json import encodes_equally, of_sentencepiece, with_tokens
+from mmalign.tokenizer.tokenizer_json import (
+    check_same_tokens,
+    encodes_equally,
+    of_sentencepiece,
+    with_tokens,
+)
 
 log = logging.getLogger("mmalign")
 IMAGE_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -42,7 +47,7 @@ class Tokenizer:
             backend = SentencePiece(path)
             if (folder / "tokenizer.json").exists():
                 self._beside = load_json(folder / "tokenizer.json")
-                _compare(backend, path, self._beside)
+                check_same_tokens(backend, path, self._beside)
                 if not encodes_equally(backend, self._beside):
                     log.warning(
                         "%s is read; the tokenizer.json beside it, which transformers reads, "
@@ -56,7 +61,7 @@ class Tokenizer:
         roles = Roles(folder)
         self._added = read_added_tokens(folder, roles, self._beside)
         for token in self._added.values():
-            _check_free(token, backend, path)
+            check_free(token, backend, path)
         self._number_image_tokens()
         no_bos = roles.is_null("bos")
         self.bos_token_id: int | None = None if no_bos else self._special("bos", roles)
@@ -305,26 +310,3 @@ class Tokenizer:
                 "this file"
             )
         return default
-
-
-def _compare(backend: SentencePiece, path: Path, beside: tokenizers.Tokenizer) -> None:
-    """UserError where the two vocabularies of a folder give one id to two tokens."""
-    for token_id in range(backend.vocab_size):
-        ours, theirs = backend.token(token_id), beside.id_to_token(token_id)
-        if theirs != ours:
-            raise UserError(
-                f"{path} and the tokenizer.json beside it disagree: id {token_id} is {ours!r} and "
-                f"{theirs!r}. Remove the one that does not belong to the model"
-            )
-
-
-def _check_free(token: AddedToken, backend: SentencePiece | HuggingFace, path: Path) -> None:
-    """UserError where the vocabulary has another id for the token, or another token at its id."""
-    known = backend.find(token.content)
-    other = backend.token(token.id) if token.id < backend.vocab_size else None
-    if (known is not None and known != token.id) or other not in (None, token.content):
-        raise UserError(
-            f"{token.source}: {token.content!r} has the id {token.id}, but in {path} "
-            f"{f'that is {other!r}' if other != token.content and other else f'it is {known}'}. "
-            "Correct the wrong one"
-        )

@@ -59,6 +59,17 @@ def of_sentencepiece(
     return None
 
 
+def check_same_tokens(backend: SentencePiece, path: Path, beside: tokenizers.Tokenizer) -> None:
+    """UserError where the two vocabularies of a folder give one id to two tokens."""
+    for token_id in range(backend.vocab_size):
+        ours, theirs = backend.token(token_id), beside.id_to_token(token_id)
+        if theirs != ours:
+            raise UserError(
+                f"{path} and the tokenizer.json beside it disagree: id {token_id} is {ours!r} and "
+                f"{theirs!r}. Remove the one that does not belong to the model"
+            )
+
+
 def encodes_equally(backend: SentencePiece, beside: tokenizers.Tokenizer) -> bool:
     """Whether a tokenizer.json gives a text of many kinds of characters the ids of the other."""
     return _ids(beside, _PROBE) == backend.encode(_PROBE)

@@ -164,6 +164,11 @@ def test_a_template_that_leaves_out_a_system_turn_is_refused(folder_of):
     turns = [Turn("system", "Be brief."), *turns_of(CONVERSATIONS["one turn"])]
     with pytest.raises(UserError, match="leaves out the system turn"):
         encode_conversation(turns, TEMPLATES["chat"], tokenizer, False)
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('must alternate') }}{% endif %}"
+    (tokenizer.path.parent / "chat_template.jinja").write_text(strict + SILENT)
+    tokenizer = Tokenizer.from_pretrained(tokenizer.path.parent)
+    with pytest.raises(UserError, match="jinja, given a system turn: must alternate"):
+        encode_conversation(turns, TEMPLATES["chat"], tokenizer, False)
 
 
 @pytest.mark.parametrize("case", ("one turn", "three turns"))
