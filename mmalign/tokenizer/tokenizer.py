@@ -305,8 +305,9 @@ class Tokenizer:
         if (token_id := self._backend.special(role)) is not None:
             return token_id
         if default is None:
+            or_none = ", to null if the model has none" if role == "bos" else ""
             raise UserError(
                 f"{self.path}: no {role} token. Set {role}_token in tokenizer_config.json next to "
-                "this file"
+                f"this file{or_none}"
             )
         return default
