@@ -232,7 +232,9 @@ def test_chat_template_equals_the_hugging_face_backend(folder, tmp_path):
         assert text == theirs.apply_chat_template(messages, prompt)
         assert ours.tok_encode(text) == theirs.tok_encode(text)
     assert ours.tok_encode(text).count(tokenizer.eos_token_id) == 1
-    with pytest.raises(UserError, match=r"chat_template\.jinja, given a system turn: .* system prompt"):
+    with pytest.raises(
+        UserError, match=r"chat_template\.jinja, given a system turn: .* system prompt"
+    ):
         ours.apply_chat_template([{"role": "system", "content": "x"}])
     with pytest.raises(UserError, match="has no chat template"):
         MmalignLM(str(folder), device="cpu").chat_template(True)

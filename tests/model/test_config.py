@@ -215,6 +215,10 @@ def test_decoders_that_are_refused(tmp_path, change, message):
     "change, message",
     [
         ({"model_type": "dinov2"}, "model_type is 'dinov2'; supported: 'clip_vision_model' or"),
+        (
+            {"model_type": "qwen2_vl"},
+            "the language model alone is read. Vision towers are those of ",
+        ),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'; supported: 'quick_gelu' or 'gelu'"),
         ({"num_channels": 1}, "num_channels is 1"),
         ({"num_attention_heads": 7}, r"config\.json: .* not a multiple of num_attention_heads 7"),

@@ -7,7 +7,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.files import Settings
-from mmalign.model.hf_config import built, read_hf_config
+from mmalign.model.hf_config import VISION_LANGUAGE, built, read_hf_config
 from mmalign.model.kinds import TOWERS, TowerKind
 from mmalign.model.preprocessing import Preprocessing
 from mmalign.model.tiles import Grid
@@ -138,7 +138,13 @@ class VisionConfig:
 def _tower_settings(hf: Settings) -> tuple[Settings, str]:
     """The tower's settings and its model_type: hf itself, or the vision part of a whole model."""
     wholes = {kind.of_model: name for name, kind in TOWERS.items()}
-    found = hf.require("model_type", *TOWERS, *wholes, "llava", "llava_next")
+    supported = (*TOWERS, *wholes, "llava", "llava_next")
+    if (found := hf.get("model_type")) in VISION_LANGUAGE and found not in supported:
+        raise UserError(
+            f"{hf.path}: of the model_type {found!r} the language model alone is read. Vision "
+            f"towers are those of {', '.join(supported)}"
+        )
+    found = hf.require("model_type", *supported)
     if found in TOWERS:
         return hf, found
     if "vision_config" not in hf:
