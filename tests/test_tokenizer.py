@@ -180,7 +180,7 @@ def test_configured_roles_are_honoured(beside, tmp_path):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("tokenizer_config.json", "", r"tokenizer_config\.json, line 1: not valid JSON"),
+        ("tokenizer_config.json", "", r"tokenizer_config\.json, line 1: empty"),
         ("tokenizer_config.json", {"eos_token": "<x>"}, "eos_token is '<x>', which is not in"),
         ("tokenizer_config.json", {"eos_token": {}}, r"eos_token is {}; expected a token"),
         ("tokenizer_config.json", {"eos_token": 5}, r"eos_token is 5; expected a token"),
