@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.comparison import COPY, is_ours, speedup
+from mmalign.files import write_text
 
 FOLDER = Path(__file__).parent
 RESULTS, PATH = FOLDER / "results", FOLDER / "RESULTS.md"
@@ -202,10 +203,8 @@ def duration(seconds: float) -> str:
 
 def draw_roofline(files: Mapping[str, Mapping], path: Path) -> None:
     """FLOP/s over FLOP per byte of every kernel: filled ours, hollow the fastest peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     benchmarks = {name: content for name, content in files.items() if "benchmarks" in content}
     rows = [row for content in benchmarks.values() for row in entries(content)]
@@ -221,8 +220,9 @@ def draw_roofline(files: Mapping[str, Mapping], path: Path) -> None:
     bandwidth = first["measured_peaks"]["copy_bytes_per_second"]
     peak = first["measured_peaks"]["matmul_flops_per_second"]
     names = sorted({row.benchmark for row in rows})
-    colors = {name: pyplot.cm.tab20(i % 20) for i, name in enumerate(names)}
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    colors = {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
+    figure = Figure((9, 5.5))
+    axes = figure.subplots()
     intensity = [row.info["flops"] / row.info["bytes"] for row in rows]
     roof = (min(intensity) / 2, peak / bandwidth, max(*intensity, peak / bandwidth) * 2)
     axes.plot(roof, [min(x * bandwidth, peak) for x in roof], color="black")
@@ -243,7 +243,6 @@ def draw_roofline(files: Mapping[str, Mapping], path: Path) -> None:
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(True, which="both", alpha=0.2)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 # ---- the command ----
@@ -271,7 +270,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(0 if current else "bench/RESULTS.md is not current: python -m bench.render")
     for name, files in machines.items():
         draw_roofline(files, RESULTS / name / ROOFLINE)
-    PATH.write_text(f"{head}\n\n{MARKER}\n\n{render(machines)}")
+    write_text(PATH, f"{head}\n\n{MARKER}\n\n{render(machines)}")
 
 
 if __name__ == "__main__":

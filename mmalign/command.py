@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -55,11 +57,18 @@ def reason(error: OSError) -> str:
 
 
 def _end(kind, error, trace) -> None:
-    """sys.excepthook: Ctrl-C while a script imports its modules ends in one line, too."""
+    """sys.excepthook: Ctrl-C or a broken matplotlibrc at a script's imports is one line, too."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+    elif issubclass(kind, (OSError, UnicodeDecodeError)) and _in_matplotlib(trace):
+        print(f"error: {error}. Repair or remove this matplotlibrc", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _in_matplotlib(trace: TracebackType | None) -> bool:
+    """Whether the error was raised while matplotlib was loaded."""
+    return any(x.f_globals.get("__name__") == "matplotlib" for x, _ in walk_tb(trace))
 
 
 sys.excepthook = _end

@@ -29,16 +29,28 @@ _KINDS = {  # first bytes, in lower case
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def naming(path: str | Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, as of a full disk, gets the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w", newline: str | None = None) -> Iterator[IO]:
     """A file that takes the place of `path` when the block ends, whole or not at all.
 
     It is on the disk before it appears under its name, so a kill or a full disk leaves the old
-    file, and several processes can write the same name.
+    file, and several processes can write the same name. newline: as open() takes it.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    encoding = None if "b" in mode else "utf-8"
     try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path), os.fdopen(descriptor, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -36,7 +36,7 @@ from mmalign.data.report import (
 )
 from mmalign.data.survey import Survey
 from mmalign.evaluation.questions import read_questions
-from mmalign.files import write_json, write_text
+from mmalign.files import naming, write_json, write_text
 from mmalign.validation import validate
 
 NUM_PICTURES = 24  # of the contact sheet
@@ -85,12 +85,14 @@ def draw(checked: Checked, folder: Path) -> list[str]:
     """The names of the figures."""
     report = checked.report
     lengths = {"pictures expanded": report.lengths, "supervised": report.num_loss_tokens}
-    plot_lengths(lengths, folder / "lengths.png")
+    with naming(folder / "lengths.png"):
+        plot_lengths(lengths, folder / "lengths.png")
     shown = report.kept[report.num_images > 0]
     if not len(shown):
         return ["lengths.png"]
     places = np.linspace(0, len(shown) - 1, min(NUM_PICTURES, len(shown))).astype(int)
-    contact_sheet(checked.dataset, shown[places].tolist(), folder / "pictures.png")
+    with naming(folder / "pictures.png"):
+        contact_sheet(checked.dataset, shown[places].tolist(), folder / "pictures.png")
     return ["lengths.png", "pictures.png"]
 
 

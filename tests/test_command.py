@@ -1,5 +1,6 @@
 """How a command ends, and what it writes into a log."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -39,6 +40,34 @@ def test_every_ending_is_one_line(body, code, said):
     result = run(body)
     assert (result.returncode, result.stdout) == (code, "") and said in result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """RLIMIT_FSIZE stands for the disk: neither write() knows the name of its file."""
+    body = (
+        "import resource, signal\nfrom mmalign.files import {0}\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "with {0}('report.md'{1}) as file:\n    file.write('x' * 10000)"
+    )
+    for names in (("replacing", ""), ("naming", "), open('report.md', 'w'")):
+        result = run(body.format(*names), cwd=tmp_path)
+        assert result.stderr == (
+            "error: File too large (report.md). Fix this and rerun the same command.\n"
+        )
+
+
+def test_matplotlib_loads_whatever_its_settings_are(tmp_path):
+    load = "import matplotlib"
+    unknown = os.environ | {"MPLBACKEND": "unknown"}
+    assert run(load, env=unknown).stderr == ""
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe")
+    code = f"import mmalign.command\n{load}"  # as scripts do, outside of command_line
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith("Repair or remove this matplotlibrc\n")
 
 
 def test_a_message_cannot_control_the_terminal():

@@ -3,15 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from mmalign.evaluation.items import Items, read_items, read_results
 from mmalign.evaluation.metrics import percent, percent_interval
-from mmalign.evaluation.report.plots import COLORS
+from mmalign.evaluation.report.plots import COLORS, drawing
 from mmalign.evaluation.report.tables import make_table, open_console
 from mmalign.evaluation.tasks import TASKS, score_rows
 from mmalign.files import markdown_table, write_text
@@ -113,27 +107,24 @@ def plot_corruptions(results: Mapping[str, dict], path: Path) -> None:
         corruption, _, severity = name.rpartition("-")
         if corruption:
             curves.setdefault(corruption, {})[int(severity)] = score_rows(found)
-    figure, axes = plt.subplots(
-        1, len(clean), figsize=(4.6 * len(clean) + 1.6, 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (task, row) in zip(axes[0], clean.items(), strict=True):
-        for number, (corruption, rows) in enumerate(curves.items()):
-            severities = sorted(rows)
-            scores = [100 * x["acc"] for x in (row, *(rows[s][task] for s in severities))]
-            style = {"marker": "osD^v"[number // len(COLORS) % 5], "markersize": 4}
-            color = COLORS[number % len(COLORS)]
-            axis.plot([0, *severities], scores, color=color, label=corruption, **style)
-        if constant := row.get("baselines"):
-            best = 100 * max(constant.values())
-            axis.axhline(best, color="black", linestyle=":", label="best constant answer")
-        axis.set_title(task.replace("_", " "))
-        axis.set_xlabel("severity")
-        axis.set_xticks(range(6))
-    axes[0, 0].set_ylabel("score (%)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (4.6 * len(clean) + 1.6, 3.6)
+    with drawing(path, size, columns=len(clean)) as (figure, axes):
+        for axis, (task, row) in zip(axes[0], clean.items(), strict=True):
+            for number, (corruption, rows) in enumerate(curves.items()):
+                severities = sorted(rows)
+                scores = [100 * x["acc"] for x in (row, *(rows[s][task] for s in severities))]
+                style = {"marker": "osD^v"[number // len(COLORS) % 5], "markersize": 4}
+                color = COLORS[number % len(COLORS)]
+                axis.plot([0, *severities], scores, color=color, label=corruption, **style)
+            if constant := row.get("baselines"):
+                best = 100 * max(constant.values())
+                axis.axhline(best, color="black", linestyle=":", label="best constant answer")
+            axis.set_title(task.replace("_", " "))
+            axis.set_xlabel("severity")
+            axis.set_xticks(range(6))
+        axes[0, 0].set_ylabel("score (%)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
 
 
 def _caveats(results: dict, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmalign.evaluation.report.plots import COLORS, STYLE, plt
+from mmalign.evaluation.report.plots import COLORS, drawing
 from mmalign.study.contrasts import Answer, RunKey
 from mmalign.study.scores import RunScores, score
 from mmalign.study.tables import mean_score, short
@@ -21,8 +21,7 @@ _COLOR = {
 def plot_contrasts(answers: Sequence[Answer], path: Path) -> None:
     """A forest plot: every test with its 95% interval, and the margin of equivalences."""
     shown = [test for test in answers if test.estimate]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8.2, 1.2 + 0.32 * len(shown)), layout="constrained")
+    with drawing(path, (8.2, 1.2 + 0.32 * len(shown))) as (figure, [[axes]]):
         axes.axvline(0, color="black", linewidth=1)
         for row, test in enumerate(shown):
             assert test.estimate is not None
@@ -41,8 +40,6 @@ def plot_contrasts(answers: Sequence[Answer], path: Path) -> None:
         for verdict, color in _COLOR.items():
             axes.plot([], [], "o", color=color, label=verdict)
         figure.legend(loc="outside upper center", ncols=len(_COLOR))
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def plot_amounts(answers: Sequence[Answer], scores: Scores, path: Path) -> bool:
@@ -50,13 +47,7 @@ def plot_amounts(answers: Sequence[Answer], scores: Scores, path: Path) -> bool:
     slopes = [test for test in answers if test.question.amounts and test.estimate]
     if not slopes:
         return False
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            *(1, len(slopes)),
-            figsize=(3.6 * len(slopes), 3.2),
-            squeeze=False,
-            layout="constrained",
-        )
+    with drawing(path, (3.6 * len(slopes), 3.2), columns=len(slopes)) as (_, panels):
         for axes, test in zip(panels[0], slopes, strict=True):
             names = [name for name, _ in test.contrast.variants]
             means = [mean_score(scores, test.parent, name, test.metric) for name in names]
@@ -71,8 +62,6 @@ def plot_amounts(answers: Sequence[Answer], scores: Scores, path: Path) -> bool:
             axes.set_title(f"{test.parent}: {short(test.metric)}")
             axes.set_xlabel("amount of data")
         panels[0, 0].set_ylabel("score (%)")
-        figure.savefig(path)
-        plt.close(figure)
     return True
 
 
@@ -82,13 +71,7 @@ def plot_severities(
     path: Path,
 ) -> None:
     """curves: task -> name of the model -> severity -> score; a panel for each task."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            *(1, len(curves)),
-            figsize=(3.4 * len(curves) + 2, 3.2),
-            squeeze=False,
-            layout="constrained",
-        )
+    with drawing(path, (3.4 * len(curves) + 2, 3.2), columns=len(curves)) as (figure, panels):
         for axes, (task, models) in zip(panels[0], curves.items(), strict=True):
             for index, (name, scores) in enumerate(models.items()):
                 values = [100 * x for x in scores.values()]
@@ -103,8 +86,6 @@ def plot_severities(
         panels[0, 0].set_ylabel("score (%)")
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def plot_categories(
@@ -112,10 +93,7 @@ def plot_categories(
 ) -> None:
     """gains: name of the variant -> category -> (gain over the base, number of documents)."""
     categories = sorted({name for found in gains.values() for name in found})
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            figsize=(8.2, 1.2 + 0.24 * len(categories)), layout="constrained"
-        )
+    with drawing(path, (8.2, 1.2 + 0.24 * len(categories))) as (figure, [[axes]]):
         axes.axvline(0, color="black", linewidth=1)
         for index, (name, found) in enumerate(gains.items()):
             rows = [categories.index(category) for category in found]
@@ -127,14 +105,11 @@ def plot_categories(
         axes.set_ylim(len(categories) - 0.5, -0.5)
         axes.set_xlabel(f"gain in {short(metric)} over the base (points); area: documents")
         figure.legend(loc="outside upper center", ncols=min(4, len(gains)))
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def plot_yes_rates(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
     """points: name of the variant -> (change of the share of yes, gain) of each of its runs."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    with drawing(path, (5.6, 4.2)) as (figure, [[axes]]):
         axes.axhline(0, color="black", linewidth=1)
         axes.axvline(0, color="black", linewidth=1)
         for index, (name, found) in enumerate(points.items()):
@@ -145,14 +120,11 @@ def plot_yes_rates(points: Mapping[str, Sequence[tuple[float, float]]], path: Pa
         axes.set_xlabel("change of the share of yes (points)")
         axes.set_ylabel("gain in the mean of ETHICS (points)")
         figure.legend(loc="outside right upper", fontsize=8)
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def plot_styles(points: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
     """points: name of the variant -> (r with length, r with hedging, gain) of each of its runs."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(8.2, 3.6), sharey=True, layout="constrained")
+    with drawing(path, (8.2, 3.6), columns=2, sharey=True) as (figure, [panels]):
         for axes, style in zip(panels, ("length", "hedging"), strict=True):
             axes.axhline(0, color="black", linewidth=1)
             axes.axvline(0, color="black", linewidth=1)
@@ -166,5 +138,3 @@ def plot_styles(points: Mapping[str, Sequence[tuple[float, float, float]]], path
                 label = name if axes is panels[0] else None
                 axes.plot(r, 100 * gains, marker, color=color, label=label, markersize=5.5)
         figure.legend(loc="outside right upper", fontsize=8)
-        figure.savefig(path)
-        plt.close(figure)

@@ -10,7 +10,7 @@ from mmalign.evaluation.document_scores import MEANS
 from mmalign.evaluation.items import read_results
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.tasks import TASKS, score_rows
-from mmalign.files import markdown_table
+from mmalign.files import markdown_table, replacing
 from mmalign.study.checkpoint_noise import Noise, noise_of
 from mmalign.study.contrasts import BASE, BASE_SEED, Answer, Question, RunKey, answer
 from mmalign.study.identity import Orders
@@ -136,7 +136,7 @@ def contrast_table(answers: Sequence[Answer], noise: Noise) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

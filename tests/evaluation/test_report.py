@@ -3,6 +3,7 @@
 import csv
 import json
 
+import matplotlib
 import pytest
 from PIL import Image
 
@@ -10,6 +11,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.items import read_results
 from mmalign.evaluation.metrics import caveats
 from mmalign.evaluation.report import write_report
+from mmalign.evaluation.report.plots import plot_scores
 from mmalign.evaluation.report.tables import abridged, cell
 
 from .synthetic import make_evaluation, make_run
@@ -38,6 +40,15 @@ def assert_tables_are_whole(text):
         if block.startswith("|"):  # every row of a table has as many cells as its heading
             lines = block.replace("\\|", "").splitlines()
             assert len({line.count("|") for line in lines}) == 1, block
+
+
+def test_settings_of_matplotlib_change_no_figure(tmp_path):
+    results = {"$\\frac$": read_results(make_virtue(tmp_path / "base", 50))}  # a name is no formula
+    plot_scores(results, tmp_path / "ours.png")
+    with matplotlib.rc_context({"font.size": 40, "savefig.dpi": 30, "text.usetex": True}):
+        plot_scores(results, tmp_path / "theirs.png")
+    assert_image(tmp_path / "ours.png")
+    assert (tmp_path / "ours.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
 
 
 def test_report(tmp_path):

@@ -8,7 +8,7 @@ from mmalign.evaluation.beside import METHOD
 from mmalign.evaluation.metrics import percent
 from mmalign.evaluation.report.tables import bullets, is_resolved, rule_cell
 from mmalign.evaluation.tasks import ENTRIES, MEANS, TASKS, score_rows
-from mmalign.files import markdown_table
+from mmalign.files import markdown_table, replacing
 
 # in the order of columns
 DEFINITIONS = {
@@ -159,7 +159,7 @@ def _rules(results: Results) -> list[str]:
 
 def write_beside(path: Path, results: Results) -> None:
     """One line for each model, task and kind; shares, 0 to 1."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("model", "task", "metric", "n", "acc", "low", "high"))
         for model, found in results.items():

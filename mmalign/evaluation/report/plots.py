@@ -1,21 +1,21 @@
 """The figures of report.md, drawn without a display."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmalign.evaluation.tasks import score_rows
+from mmalign.files import replacing
 
 # Okabe and Ito: safe for colour-blind eyes. The base model has the first, the tuned the second.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -35,21 +35,31 @@ STYLE: dict[Any, object] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a name with $ is a name
 }
+
+
+@contextmanager
+def drawing(
+    path: Path, figsize: tuple[float, float], rows: int = 1, columns: int = 1, **panels: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its panels (rows, columns), written to `path` when the block ends.
+
+    panels: options of Figure.subplots. Neither a matplotlibrc nor a backend changes the figure.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **panels)
+        with replacing(path, "wb") as file:
+            figure.savefig(file, format="png")
 
 
 def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
     """Loss and tokens/s over the optimizer steps; one column per stage. stages: metrics.jsonl."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2,
-            len(stages),
-            figsize=(5 * len(stages), 5.2),
-            sharex="col",
-            squeeze=False,
-            height_ratios=(2, 1),
-            layout="constrained",
-        )
+    size = (5 * len(stages), 5.2)
+    with drawing(path, size, 2, len(stages), sharex="col", height_ratios=(2, 1)) as (figure, axes):
         for column, (name, records) in enumerate(stages.items()):
             loss, speed = axes[:, column]
             color = _STAGE_COLORS.get(name, COLORS[2])
@@ -66,8 +76,6 @@ def plot_training(stages: dict[str, list[dict]], path: Path) -> None:
         for axis in axes[0]:
             axis.legend()
         figure.align_ylabels()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _plot_series(axes: Axes, records: list[dict], key: str, color: str) -> None:
@@ -92,9 +100,8 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
     tasks = list(dict.fromkeys(task for rows in scored.values() for task in rows))
     places = {task: place for place, task in enumerate(tasks)}
     lanes = np.linspace(-0.3, 0.3, len(scored) + 1)  # of a row; the last: constant answers
-    with plt.rc_context(STYLE):
-        height = 1.5 + len(tasks) * (0.3 + 0.13 * len(scored))
-        figure, axes = plt.subplots(figsize=(8.2, height), layout="constrained")
+    height = 1.5 + len(tasks) * (0.3 + 0.13 * len(scored))
+    with drawing(path, (8.2, height)) as (figure, [[axes]]):
         axes.grid(axis="y", visible=False)
         for place in range(1, len(tasks), 2):  # bands lead the eye from the name to the marks
             axes.axhspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0)
@@ -114,8 +121,6 @@ def plot_scores(evaluations: dict[str, dict], path: Path) -> None:
         columns = max(1, min(5, 90 // (max(map(len, scored)) + 6)))
         figure.legend(handles=models, loc="outside upper center", ncols=columns)
         figure.legend(handles=references, loc="outside lower center", ncols=len(references))
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _plot_model(
@@ -177,15 +182,8 @@ def plot_curves(curve: dict[int, dict], path: Path) -> None:
     tasks = list(scored[0])
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(max(3.1 * columns, 6.2), 2.5 * rows + 0.5),
-            sharex=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    size = (max(3.1 * columns, 6.2), 2.5 * rows + 0.5)
+    with drawing(path, size, rows, columns, sharex=True) as (figure, axes):
         for axis, task in zip(axes.flat, tasks, strict=False):
             _plot_curve(axis, steps, [rows[task] for rows in scored])
             axis.set_title(task.replace("_", " "))
@@ -203,8 +201,6 @@ def plot_curves(curve: dict[int, dict], path: Path) -> None:
                 handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]
             }
         figure.legend(handles=handles.values(), loc="outside upper center", ncols=len(handles))
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _plot_curve(axes: Axes, steps: list[int], summaries: list[dict]) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mmalign.evaluation.metrics import percent, percent_interval
 from mmalign.evaluation.tasks import ENTRIES, score_rows
+from mmalign.files import replacing
 
 # ---- cells ----
 
@@ -300,7 +301,7 @@ def _joined(values: Mapping[str, float] | None) -> str:
 
 
 def _write_csv(path: Path, columns: Sequence[str], lines: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
