@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from traceback import walk_tb
 from types import TracebackType
@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from mmalign.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+_MAY_BE_EMPTY = ("--wandb", "--profile", "--prompt")  # nowhere, no step; chat says what it needs
 _SECONDS_PER_LINE = 10.0  # of progress in a log file
 
 
@@ -30,6 +31,7 @@ def command_line() -> Iterator[None]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.raiseExceptions = False  # a log whose reader has gone is not worth a traceback
     try:
+        _refuse_empty(sys.argv[1:])
         with logging_redirect_tqdm():  # messages get lines of their own beside a bar
             yield
         sys.stdout.flush()
@@ -48,6 +50,25 @@ def command_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         sys.exit(f"error: {reason(error)}. Fix this and rerun the same command.")
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """UserError for an empty argument, such as of a shell's unset variable.
+
+    As a path it would be the current folder, or as good as left out.
+    """
+    flag = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            flag, is_empty = name, bool(equals) and not value.strip()
+        else:
+            is_empty = not argument.strip()
+        if is_empty and flag not in _MAY_BE_EMPTY:
+            raise UserError(
+                f"{flag or 'an argument'} is empty; expected a value. Leave it out, or check the "
+                "variable that it comes from"
+            )
 
 
 def reason(error: OSError) -> str:

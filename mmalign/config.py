@@ -27,7 +27,7 @@ class ModelConfig:
     projector: str = ""
     """Trained projector to start from: a stage 1 run, .safetensors or LLaVA's mm_projector.bin."""
     tokenizer: str = ""
-    """Folder or file with tokenizer.model or tokenizer.json; empty: the decoder's folder."""
+    """Folder or file with tokenizer.model or tokenizer.json; unset: the decoder's folder."""
 
 
 LoraTarget = Literal[

@@ -4,16 +4,13 @@ python scripts/chat.py --model RUN --image PATH --prompt TEXT   (one answer)
 python scripts/chat.py --model RUN                              (a conversation)
 """
 
-import logging
-import os
-import sys
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from mmalign.chat import ChatTemplate, Conversation, answer_once, talk
-from mmalign.errors import UserError
+from mmalign.command import command_line
 from mmalign.model.generate import GenerationOptions
 
 
@@ -54,12 +51,5 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with command_line():
         tyro.cli(main, description=__doc__)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the answers has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -42,6 +42,22 @@ def test_every_ending_is_one_line(body, code, said):
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--run-dir", ""], "error: --run-dir is empty; expected a value."),
+        (["a", "--data.path="], "error: --data.path is empty"),
+        (["--tasks", "pope", " "], "error: --tasks is empty"),
+        (["", "b"], "error: an argument is empty"),
+        (["--wandb", "", "--seed=1", "--json"], "done"),
+    ],
+)
+def test_an_empty_argument_is_refused(arguments, said):
+    """Path("") is the current folder."""
+    result = run(f"sys.argv[1:] = {arguments}\nwith command_line():\n    print('done')")
+    assert (result.stdout or result.stderr).startswith(said)
+
+
 def test_a_full_disk_names_the_file(tmp_path):
     """RLIMIT_FSIZE stands for the disk: neither write() knows the name of its file."""
     body = (
