@@ -8,6 +8,7 @@ Takes the fields of the recipe as train.py does. Without folders the recipe's pu
 assumed; without --data.path samples as long as LLaVA's, with one image each. No weights are read.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from mmalign.training.memory.table import (
     render,
     total_of,
 )
+from mmalign.training.unused import refuse_unused
 from mmalign.validation import validate
 
 
@@ -84,4 +86,6 @@ def sample_of(config: TrainConfig) -> AverageSample | None:
 if __name__ == "__main__":
     presets = {name: (text, PlanMemory(name, run)) for name, (text, run) in RECIPES.items()}
     with command_line():
-        print(report(tyro.extras.overridable_config_cli(presets, description=__doc__)))
+        options = tyro.extras.overridable_config_cli(presets, description=__doc__)
+        refuse_unused(options.config, sys.argv[1:])
+        print(report(options))

@@ -18,6 +18,7 @@ from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
 from mmalign.training.loop import train
 from mmalign.training.run_folder import config_json
+from mmalign.training.unused import refuse_unused
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     if config.print_config:
         print(config_json(config))
         return
+    refuse_unused(config, sys.argv[1:])
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         train(config)

@@ -11,6 +11,7 @@
     metrics.py         metrics.jsonl, progress bar, TensorBoard; telemetry.py: rates, MFU, NVML;
                        weights_and_biases.py: the same on that service
     run_folder.py      config.json, and whether a command matches it
+    unused.py          settings of a command that others turn off
     inputs.py          inputs.json: what the run is made from, by content, and its identity
     checkpoint/        atomic, checksummed, written in the background; for any number of ranks;
                        read without executing anything
