@@ -11,6 +11,7 @@ import tyro
 
 from mmalign.chat import ChatTemplate, Conversation, answer_once, talk
 from mmalign.command import command_line
+from mmalign.errors import UserError
 from mmalign.model.generate import GenerationOptions
 
 
@@ -42,6 +43,8 @@ def main(
         precision: Of weights and activations. auto: bf16 on a GPU, fp32 on a CPU.
         device: auto takes a GPU if there is one.
     """
+    if top_p != 1 and temperature == 0:
+        raise UserError("--top-p has no effect at --temperature 0. Leave it out, or raise that")
     options = GenerationOptions(max_new_tokens, temperature, top_p=top_p, seed=seed)
     conversation = Conversation(model, image, template, precision, device)
     if prompt is None:

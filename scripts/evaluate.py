@@ -20,6 +20,8 @@ from mmalign.evaluation.tasks import TASKS, TaskName, resolve_tasks
 from mmalign.evaluation.tasks.vision_task import Protocol
 from mmalign.evaluation.vision import evaluate_pictures
 
+BATCH_TOKENS = 8192
+
 
 def main(
     model: Path,
@@ -27,7 +29,7 @@ def main(
     output: Path,
     tasks: tuple[TaskName, ...] = ("truthfulqa", "ethics"),
     limit: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     overwrite: bool = False,
@@ -60,15 +62,22 @@ def main(
         workers: Processes that decode pictures.
     """
     if any(TASKS[name].kind == "vision" for name in resolve_tasks(tasks)):
+        if corruption_seed > 0 and not corruptions:
+            raise UserError("--corruption-seed has no effect without --corruptions. Leave it out")
+        if batch_tokens != BATCH_TOKENS:
+            raise UserError(
+                "--batch-tokens is for tasks that are scored by log-likelihoods, not for "
+                f"{' and '.join(tasks)}. Leave it out"
+            )
         evaluate_pictures(
             model, tasks, data_root, output, limit, protocol, template, corruptions, controls,
             corruption_seed, workers, batch_tokens, precision, device, overwrite=overwrite,
         )  # fmt: skip
         return
-    if controls or corruptions or template or protocol != "standard":
+    if controls or corruptions or corruption_seed or template or protocol != "standard":
         raise UserError(
-            "--protocol, --template, --controls and --corruptions are for tasks about pictures, "
-            f"not for {' and '.join(tasks)}. Leave them out"
+            "--protocol, --template, --controls, --corruptions and --corruption-seed are for tasks "
+            f"about pictures, not for {' and '.join(tasks)}. Leave them out"
         )
     how = (limit, batch_tokens, precision, device)
     evaluate_model(model, tasks, data_root, output, *how, overwrite=overwrite)

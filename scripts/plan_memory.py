@@ -31,7 +31,7 @@ from mmalign.training.memory.table import (
     render,
     total_of,
 )
-from mmalign.training.unused import refuse_unused
+from mmalign.training.unused import options_in, refuse_unused
 from mmalign.validation import validate
 
 
@@ -87,5 +87,5 @@ if __name__ == "__main__":
     presets = {name: (text, PlanMemory(name, run)) for name, (text, run) in RECIPES.items()}
     with command_line():
         options = tyro.extras.overridable_config_cli(presets, description=__doc__)
-        refuse_unused(options.config, sys.argv[1:])
+        refuse_unused(options.config, options_in(sys.argv))
         print(report(options))

@@ -17,6 +17,7 @@ from rich.console import Console
 from mmalign.command import command_line
 from mmalign.config import DataConfig
 from mmalign.data.preview import PreviewModel, open_dataset, show, write_json
+from mmalign.errors import UserError
 from mmalign.validation import validate
 
 
@@ -44,6 +45,8 @@ if __name__ == "__main__":
     with command_line():
         config = tyro.cli(Preview, description=__doc__)
         validate(config)
+        if config.json and config.figure:
+            raise UserError("--figure is of the view for people. Leave out --json or --figure")
         data = config.data
         if data.num_samples is None and not config.json:
             data = replace(data, num_samples=4)

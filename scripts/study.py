@@ -39,8 +39,19 @@ class Options:
     """Whose GPU-hours --dry-run prints."""
 
 
+def _refuse_together(options: Options) -> None:
+    """UserError for options of which one would be ignored."""
+    instead = {"--dry-run": options.dry_run, "--report": options.report, "--slurm": options.slurm}
+    modes = [flag for flag, given in instead.items() if given]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} are different commands. Give one of them")
+    if options.report and (options.only or options.seeds):
+        raise UserError("--report is of the whole study. Leave out --only and --seeds")
+
+
 def main() -> None:
     options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    _refuse_together(options)
     orders = Orders(read_study(options.study, parse_overrides(rest)), dry=options.dry_run)
     chosen = orders.study.chosen(options.only, options.seeds)
     if options.dry_run:

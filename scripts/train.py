@@ -18,7 +18,7 @@ from mmalign.evaluation.report import write_report
 from mmalign.recipes import RECIPES
 from mmalign.training.loop import train
 from mmalign.training.run_folder import config_json
-from mmalign.training.unused import refuse_unused
+from mmalign.training.unused import options_in, refuse_unused
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     if config.print_config:
         print(config_json(config))
         return
-    refuse_unused(config, sys.argv[1:])
+    refuse_unused(config, options_in(sys.argv))
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         train(config)

@@ -222,6 +222,7 @@ ERRORS = {
     "image": (["--prompt", "<image> what"], "the question has 1 <image>, but 0 images are shown"),
     "not text": (["--prompt", "\udcff"], "not UTF-8"),
     "too long": (["--prompt", "red " * 400], r"tokens.* context of 400; ask something shorter"),
+    "greedy": (["--top-p", "0.5"], "--top-p has no effect at --temperature 0"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
 }
 

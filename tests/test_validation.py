@@ -130,6 +130,32 @@ def test_commands_without_a_run_refuse_the_same(monkeypatch, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+EVALUATE = "evaluate --model none --data-root none --output none"
+PREVIEW = "preview_batch --model.tokenizer none --data.path none"
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (f"{EVALUATE} --tasks pope --corruption-seed 3", "--corruption-seed has no effect without"),
+        (
+            f"{EVALUATE} --tasks pope --batch-tokens 99",
+            "--batch-tokens is for tasks that",
+        ),
+        (f"{EVALUATE} --corruption-seed 3", "for tasks about pictures, not for truthfulqa and"),
+        (f"{PREVIEW} --json --figure a.png", "--figure is of the view for people"),
+        ("study none --dry-run --slurm", "--dry-run and --slurm are different commands"),
+        ("study none --report --seeds 0", "--report is of the whole study. Leave out"),
+        ("plan_memory finetune-7b --lora.alpha 3", "--lora.alpha would have no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(monkeypatch, command, said):
+    script, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+
+
 def test_an_unknown_template_is_named_with_the_known_ones():
     with pytest.raises(UserError, match="unknown template 'v9': --data.template takes plain, v0"):
         validate(with_field(CONFIG, "data.template", "v9"))

@@ -23,6 +23,7 @@ from mmalign.evaluation.tasks import TASKS, resolve_tasks
 from mmalign.recipes import RECIPES
 from mmalign.study.contrasts import BASE, BASE_SEED, Question
 from mmalign.study.settings import with_settings
+from mmalign.training.unused import refuse_unused
 from mmalign.validation import validate
 
 PRETRAIN = "pretrain"  # like BASE a variant that every study has
@@ -177,6 +178,7 @@ class Study:
         if variant.control:
             own = {**own, **CONTROLS[variant.control].settings}
         config = self._config(parent, variant.finetune, "finetune", seed, where, own)
+        refuse_unused(config, variant.settings, where)
         wanted = (variant.control, variant.control_data, variant.samples, variant.supervised_tokens)
         transform = Transform(*wanted) if any(wanted) else None
         return Run(

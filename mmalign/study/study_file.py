@@ -51,9 +51,22 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     questions = [_question(table, variants) for table in tables.get("questions", [])]
     for table in (settings, *variants.values()):
         validate(table)
+    _refuse_unused(path, settings, tables.get("study", {}))
     study = Study(path, settings, parents, variants, questions, stages)
     _check(study)
     return study
+
+
+def _refuse_unused(path: Path, settings: Settings, given: dict) -> None:
+    """UserError for keys of [study] that another one would have to be there for."""
+    needs = {"visual-questions-images": ("visual-questions", settings.visual_questions)}
+    pictures = ("a task about pictures in tasks", picture_tasks(settings.tasks))
+    needs |= {"controls": pictures, "corruptions": pictures}
+    for name, (needed, found) in needs.items():
+        if not found and (given.get(name) or given.get(name.replace("-", "_"))):
+            raise UserError(
+                f"{path}, [study]: {name} has no effect without {needed}. Leave it out, or add that"
+            )
 
 
 def _require_tables(path: Path, tables: dict) -> None:

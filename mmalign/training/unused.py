@@ -1,7 +1,7 @@
-"""Settings that a command names although nothing in the run would read them."""
+"""Settings that a user gives although nothing in the run would read them."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mmalign.config import TrainConfig
@@ -59,7 +59,7 @@ _SWITCHES = (
         lambda config: config.num_steps is not None,
         ("num-epochs",),
         "the number of steps is given (num-steps)",
-        ", or add --num-steps None",
+        " to train for so many steps, or add --num-steps None",
     ),
     _Switch(
         "parallel.sharding",
@@ -70,20 +70,25 @@ _SWITCHES = (
 )
 
 
-def refuse_unused(config: TrainConfig, arguments: Sequence[str]) -> None:
-    """UserError for a setting among the arguments that another one turns off.
+def refuse_unused(config: TrainConfig, given: Iterable[str], where: str = "") -> None:
+    """UserError for a setting among `given` (their names) that another one turns off.
 
-    A recipe's settings are no mistake of the user, and where the command line has the switch, too,
-    the log says what is not used.
+    A recipe's settings are no mistake of the user; where the switch is among `given`, too, the log
+    says what is not used. where: the table of a study file; empty: the names are options.
     """
-    options = [x.partition("=")[0] for x in arguments if x.startswith("--")]
-    given = {x.removeprefix("--").replace("_", "-") for x in options}
+    given = {name.replace("_", "-") for name in given}
+    lead, dashes = (f"{where}: ", "") if where else ("", "--")
     for switch in _SWITCHES:
-        unused = [f"--{name}" for name in switch.others if name in given]
-        if not unused or not switch.is_off(config):
+        names = [dashes + name for name in switch.others if name in given]
+        if not names or not switch.is_off(config):
             continue
-        names = " and ".join(unused)
-        sentence = f"{names} would have no effect: {switch.why}"
+        sentence = f"{lead}{' and '.join(names)} would have no effect: {switch.why}"
         if switch.name not in given:
             raise UserError(f"{sentence}. Leave it out{switch.remedy}")
         log.warning("%s", sentence)
+
+
+def options_in(arguments: Iterable[str]) -> list[str]:
+    """Names of the options of a command line."""
+    options = (x.partition("=")[0] for x in arguments if x.startswith("--"))
+    return [x.removeprefix("--") for x in options]
