@@ -1,4 +1,7 @@
-"""One owner per folder: a second process that would write there is refused."""
+"""One owner per folder: a second process that would write there is refused.
+
+And so is what stands in the way of the files that a command writes at its end.
+"""
 
 import errno
 import fcntl
@@ -6,7 +9,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +56,23 @@ def owned(
     finally:
         if file is not None:
             file.close()
+
+
+def require_names(folder: str | Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """UserError where a folder has the name of a file to be written, or a file that of a folder.
+
+    Names are patterns below `folder`. To be asked first: they are written after hours of work.
+    """
+    for names, kind, is_it in (
+        (files, "a file", os.path.isfile),
+        (folders, "a folder", os.path.isdir),
+    ):
+        for path in (path for name in names for path in sorted(Path(folder).glob(name))):
+            if not is_it(path):
+                raise UserError(
+                    f"{path} is in the way: {kind} will be written under this name. Move it away, "
+                    f"or name another folder than {folder}"
+                )
 
 
 def is_owned(folder: str | Path) -> bool:

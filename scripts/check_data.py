@@ -35,8 +35,10 @@ from mmalign.data.report import (
     show,
 )
 from mmalign.data.survey import Survey
+from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.questions import read_questions
 from mmalign.files import naming, write_json, write_text
+from mmalign.ownership import require_names
 from mmalign.validation import validate
 
 NUM_PICTURES = 24  # of the contact sheet
@@ -100,7 +102,8 @@ def main(config: Check) -> bool:
     """Whether all samples are usable."""
     validate(config)
     if config.output:
-        config.output.mkdir(parents=True, exist_ok=True)  # what fails does so before the check
+        make_folder(config.output)
+        require_names(config.output, ("report.json", "report.md", "lengths.png", "pictures.png"))
     questions, problems = {}, ["evaluation questions were not looked for: give --data-root"]
     if config.data_root:
         questions, problems = read_questions(config.data_root)

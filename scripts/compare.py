@@ -16,6 +16,7 @@ from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
 from mmalign.evaluation.report.tables import print_comparison
 from mmalign.files import write_json
+from mmalign.ownership import require_names
 
 
 def main(
@@ -35,8 +36,10 @@ def main(
     """
     folders = [dir_a, dir_b, *others]
     names = name_evaluations(folders)
+    output = output or folders[-1] / "comparison"
+    require_names(output, ("report.md", "*.png", "*.csv", "flipped*.jsonl", "comparison.json"))
     comparisons = compare_with_base(names)
-    output = make_folder(output or folders[-1] / "comparison")
+    make_folder(output)
     title = "Evaluations side by side"
     report = write_report(output / "report.md", {}, names, title=title, comparisons=comparisons)
     kept = [{k: v for k, v in found.items() if k != "flipped"} for found in comparisons.values()]

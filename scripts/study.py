@@ -11,9 +11,10 @@ import tyro
 
 from mmalign.command import command_line
 from mmalign.errors import UserError
+from mmalign.ownership import require_names
 from mmalign.study.identity import Orders
 from mmalign.study.preview import preview
-from mmalign.study.report import write_study
+from mmalign.study.report import FILES, write_study
 from mmalign.study.schedule import run_study
 from mmalign.study.slurm import slurm_script
 from mmalign.study.study_file import parse_overrides, read_study
@@ -58,6 +59,7 @@ def main() -> None:
         return print(preview(orders, chosen, options.jobs, options.gpu))
     if options.slurm:
         return print(slurm_script(orders, chosen, [str(options.study), *rest]))
+    require_names(orders.study.output, FILES, ("runs",))
     failed = {} if options.report else run_study(orders, chosen, options.jobs)
     if options.report or not (options.only or options.seeds):
         print(write_study(orders))

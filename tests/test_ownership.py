@@ -11,7 +11,7 @@ import torch
 from mmalign.distributed import DistributedContext
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
-from mmalign.ownership import owned
+from mmalign.ownership import owned, require_names
 
 context = multiprocessing.get_context("spawn")
 
@@ -79,3 +79,26 @@ def test_an_evaluation_owns_its_output(tmp_path):
     first.join()
     with pytest.raises(UserError, match="absent is not a directory"):
         evaluate_model("absent", ["ethics"], "absent", tmp_path)
+
+
+def test_what_stands_in_the_way_of_a_name_is_refused(tmp_path):
+    require_names(tmp_path / "absent", ["report.md"], ["export"])
+    (tmp_path / "report.md").touch()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "export")
+    require_names(tmp_path, ["report.md", "*.png"], ["export", "link", "export/llama"])
+    (tmp_path / "a.png").mkdir()
+    os.mkfifo(tmp_path / "export/pipe")
+    for files, folders, found in (
+        (["*.png"], [], "a.png is in the way: a file will be written"),
+        (["export/pipe"], [], "pipe is in the way: a file"),
+        ([], ["report.md"], "report.md is in the way: a folder will be written"),
+    ):
+        with pytest.raises(UserError, match=f"{found} .* name another folder than {tmp_path}"):
+            require_names(tmp_path, files, folders)
+
+
+def test_an_evaluation_looks_for_it_first(tmp_path):
+    (tmp_path / "items.jsonl").mkdir()
+    with pytest.raises(UserError, match="items.jsonl is in the way"):
+        evaluate_model("absent", ["truthfulqa"], "absent", tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.evaluation.beside import summarize_beside
-from mmalign.evaluation.items import PROTOCOL, Items, require_same_model, write_items
+from mmalign.evaluation.items import FILES, PROTOCOL, Items, require_same_model, write_items
 from mmalign.evaluation.report.tables import print_results
 from mmalign.evaluation.requests import Request
 from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
@@ -31,7 +31,7 @@ from mmalign.model.decoder import Decoder
 from mmalign.model.generate import Generation, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
-from mmalign.ownership import owned
+from mmalign.ownership import owned, require_names
 from mmalign.system import DTYPES, choose_device, choose_precision, versions
 from mmalign.tokenizer import Tokenizer
 from mmalign.validation import check
@@ -200,6 +200,7 @@ def evaluate_model(
     check("limit", limit)
     check("batch_tokens", batch_tokens)
     with owned(output, "--output"):
+        require_names(output, FILES)
         if not overwrite:
             require_same_model(Path(output), find_weights(model))
         return _evaluate(

@@ -40,6 +40,10 @@ def require_same_model(output: Path, weights: Path) -> None:
         )
 
 
+# what an evaluation writes, and its report
+FILES = ("results.json", "items.jsonl", "answers.jsonl", "*.md", "*.png", "*.csv")
+
+
 def make_folder(output: str | Path) -> Path:
     """Creates `output` where it does not exist; UserError where that is impossible."""
     try:

@@ -22,7 +22,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.answer_log import AnswerLog
 from mmalign.evaluation.corruptions import parse_corruptions
 from mmalign.evaluation.evaluation import Evaluation
-from mmalign.evaluation.items import Items, is_finished, read_results, require_same_model
+from mmalign.evaluation.items import FILES, Items, is_finished, read_results, require_same_model
 from mmalign.evaluation.pictures import Control, Shown, exchanged, load_pictures
 from mmalign.evaluation.shown_pictures import write_shown_report
 from mmalign.evaluation.tasks import TASKS, load_documents, resolve_tasks
@@ -40,7 +40,7 @@ from mmalign.evaluation.vision_model import VisionModel, find_llava, log_odds
 from mmalign.evaluation.weather import frost_folder
 from mmalign.model.generate import generate
 from mmalign.model.tiles import Pixels, num_image_tokens
-from mmalign.ownership import owned
+from mmalign.ownership import owned, require_names
 from mmalign.system import DTYPES, choose_device, choose_precision
 from mmalign.validation import check
 
@@ -86,6 +86,8 @@ def evaluate_pictures(
     precision = choose_precision(precision, target)
     num_workers, _ = choose_workers(num_workers, True, DistributedContext(0, 1, target))
     with owned(output, "--output"):
+        ways = [x.name for x in shown if x.name]
+        require_names(output, [*FILES, *(f"{x}/{y}" for x in ways for y in FILES)], ways)
         if not overwrite:
             require_same_model(Path(output), weights)
         documents = load_documents(names, data_root, limit)

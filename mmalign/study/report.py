@@ -38,6 +38,8 @@ from mmalign.study.tables import (
     write_tables,
 )
 
+FILES = ("report.md", "documents.parquet", "*.csv", "*.png")
+
 
 def write_study(orders: Orders) -> str:
     """Writes documents.parquet, the CSV files, the figures and report.md from what is done.

@@ -19,7 +19,7 @@ from mmalign.distributed import DistributedContext, start_distributed
 from mmalign.errors import UserError
 from mmalign.evaluation.during_training import EvaluationDuringTraining
 from mmalign.flops import Workload, step_flops
-from mmalign.ownership import owned
+from mmalign.ownership import owned, require_names
 from mmalign.tokenizer import Tokenizer
 from mmalign.training.build import (
     build_dataset,
@@ -38,7 +38,7 @@ from mmalign.training.memory.table import plan_run
 from mmalign.training.metrics import Metrics
 from mmalign.training.out_of_memory import explain_out_of_memory, memory_history
 from mmalign.training.profile import StepProfiler, steps_to_profile
-from mmalign.training.run_folder import check_shared, write_config
+from mmalign.training.run_folder import FILES, FOLDERS, check_shared, write_config
 from mmalign.training.step_result import StepNumbers, StepResult
 from mmalign.training.telemetry import Telemetry
 from mmalign.training.trainer import Trainer
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> None:
     ):
         config = resolve(config)
         with owned(config.run_dir, "--run-dir", ranks):
+            require_names(config.run_dir, FILES, FOLDERS)
             if ranks.is_main:
                 log.info("%s", openmp.describe())
             tokenizer = Tokenizer.from_pretrained(config.model.tokenizer)

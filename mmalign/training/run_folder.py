@@ -47,6 +47,11 @@ FREE_FIELDS = (
     "data.image_root",
     "evaluation.data_root",
 )
+# what a run writes, and its report
+FILES = ("config.json", "inputs.json", "data_check.npz", "*_samples.txt", "metrics.jsonl")
+FILES += ("report.md", "*.png", "export/projector.safetensors")
+FOLDERS = ("checkpoints", "evaluation", "evaluation/*", "profile", "tensorboard")
+FOLDERS += ("export", "export/llama", "export/llava", "export/adapter")
 _RESTORE = "Restore a copy of it, or use another --run-dir."
 
 

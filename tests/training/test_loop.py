@@ -248,3 +248,12 @@ def test_typing_errors_get_a_suggestion():
     script = str(REPOSITORY / "scripts" / "train.py")
     result = run_command([sys.executable, script, "tiny-pretrain", "--data.shufle", "False"])
     assert result.returncode == 2 and "--data.shuffle" in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("name", ["export", "report.md"])
+def test_what_stands_in_the_way_of_the_export_is_found_first(small_world, tmp_path, name):
+    wrong = tmp_path / name
+    wrong.touch() if name == "export" else wrong.mkdir()
+    with pytest.raises(UserError, match=f"{name} is in the way"):
+        train(small_config(small_world, tmp_path))
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".lock", name]
