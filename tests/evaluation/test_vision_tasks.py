@@ -1,6 +1,7 @@
 """Tasks about pictures: published files in, scores out, and what is wrong with a file."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -338,3 +339,40 @@ def test_protocols_share_no_row(root):
     assert TASKS["pope"].protocol()["protocol"] == "standard"
     assert TASKS["pope_as_released"].protocol()["protocol"] == "as-released"
     assert TEMPLATE.stop == ("###",)
+
+
+def test_a_question_that_stands_twice(root, tmp_path):
+    write_pope(root)
+    path = root / POPE
+    lines = path.read_text().splitlines()
+    twice = json.dumps(json.loads(lines[2]) | {"question_id": 99, "label": "no"})
+    path.write_text("\n".join([*lines, twice]))
+    with pytest.raises(UserError, match="line 9 asks the same .* as line 3. Remove one"):
+        TASKS["pope"].load(root)
+    questions, _ = write_vqa(root)
+    rows = json.loads(questions.read_text())["questions"]
+    questions.write_text(json.dumps({"questions": [*rows, rows[1]]}))
+    with pytest.raises(UserError, match="entries 1 and 12 .* are both question 1. Remove one"):
+        TASKS["vqav2"].load(root)
+    write_mme(tmp_path, (*PERCEPTION, *COGNITION))
+    (tmp_path / "mme/count/1.txt").write_text("Is it?\tYes\nIs it?\tNo\n")
+    with pytest.raises(UserError, match="count/1.txt: both lines ask the same"):
+        TASKS["mme"].load(tmp_path)
+
+
+def test_mme_folders_that_would_be_passed_over(tmp_path):
+    write_mme(tmp_path, (*PERCEPTION, *COGNITION))
+    (tmp_path / "mme/eval_tool/Your_Results").mkdir(parents=True)
+    (tmp_path / "mme/eval_tool/Your_Results/count.txt").write_text("as published")
+    assert TASKS["mme"].load(tmp_path)
+    write_mme(tmp_path, ("counting",))
+    with pytest.raises(UserError, match="mme/counting holds questions, but MME has no subtask"):
+        TASKS["mme"].load(tmp_path)
+    shutil.rmtree(tmp_path / "mme/counting")
+    (tmp_path / "mme/posters/0.txt").write_text("Is it?\tYes\nIs it not?\tNo\n")
+    with pytest.raises(UserError, match="posters: expected questions .* found both"):
+        TASKS["mme"].load(tmp_path)
+    shutil.rmtree(tmp_path / "mme/posters")
+    (tmp_path / "mme/posters").mkdir()
+    with pytest.raises(UserError, match="posters: expected questions .* found none"):
+        TASKS["mme"].load(tmp_path)

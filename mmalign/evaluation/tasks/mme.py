@@ -78,8 +78,14 @@ class Mme(VisionTask):
         names = [name for name in (*PERCEPTION, *COGNITION) if name not in self.left_out]
         if missing := [name for name in names if not (root / name).is_dir()]:
             raise UserError(f"{root} lacks {', '.join(missing)}. Put all subtasks there")
-        inner = [(name, root / name / "questions_answers_YN") for name in names]
-        return [(name, texts if texts.is_dir() else texts.parent) for name, texts in inner]
+        known = {*PERCEPTION, *COGNITION}
+        for path in sorted(root.iterdir()):
+            if path.name not in known and any(_texts(path)):
+                raise UserError(
+                    f"{path} holds questions, but MME has no subtask {path.name!r}, so they would "
+                    f"not be asked. Rename it, or move it out of {root}"
+                )
+        return [(name, _folder_of_texts(root / name)) for name in names]
 
     def _pairs(self, data_root: Path, subtask: str, folder: Path) -> list[list[tuple]]:
         pictures = folder.parent / "images" if folder.name == "questions_answers_YN" else folder
@@ -163,6 +169,21 @@ def _variance(items: Sequence[dict]) -> float:
     return float(np.var(points, ddof=1) / len(points)) if len(points) > 1 else 0.0
 
 
+def _texts(subtask: Path) -> tuple[list[Path], list[Path]]:
+    """Of the two layouts: in the folder itself, and in questions_answers_YN."""
+    return list(subtask.glob("*.txt")), list(subtask.glob("questions_answers_YN/*.txt"))
+
+
+def _folder_of_texts(subtask: Path) -> Path:
+    found = [texts[0].parent for texts in _texts(subtask) if texts]
+    if len(found) != 1:
+        raise UserError(
+            f"{subtask}: expected questions (*.txt) there or in questions_answers_YN, found "
+            f"{'both' if found else 'none'}. Put the published folder there"
+        )
+    return found[0]
+
+
 def _read_pair(path: Path) -> list[tuple[str, str]]:
     """(question, yes or no) of both lines."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -172,6 +193,10 @@ def _read_pair(path: Path) -> list[tuple[str, str]]:
         raise UserError(
             f"{path}: expected two lines, a question, a tab and Yes, and the same with No; found "
             f"{lines[:3]!r}. Download the file again"
+        )
+    if pair[0][0].strip() == pair[1][0].strip():
+        raise UserError(
+            f"{path}: both lines ask the same, one with Yes and one with No. Download it again"
         )
     return [(row[0].strip(), label) for row, label in zip(pair, labels, strict=True)]
 

@@ -124,7 +124,7 @@ def _scores(items: Sequence[dict]) -> dict:
 
 
 def _read(path: Path, category: str) -> list[dict]:
-    rows = []
+    rows, places = [], {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
@@ -139,6 +139,12 @@ def _read(path: Path, category: str) -> list[dict]:
         if row["label"] not in ("yes", "no"):
             raise UserError(
                 f"{path}, line {number}: the label is {row['label']!r}; expected yes or no"
+            )
+        first = places.setdefault((row["image"], row["text"].strip()), number)
+        if first != number:
+            raise UserError(
+                f"{path}, line {number} asks the same about the same picture as line {first}. "
+                "Remove one of them"
             )
         rows.append(row)
     if not rows:

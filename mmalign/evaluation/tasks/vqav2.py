@@ -1,6 +1,6 @@
 """VQAv2 validation (visualqa.org): ten people's answers to each of 214,354 questions."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +149,14 @@ def _by_id(path: Path, annotations: list[dict]) -> dict[int, dict]:
 def _require_same(
     questions: list[dict], annotations: dict[int, dict], question_file: Path, annotation_file: Path
 ) -> None:
-    ids = Counter(row["question_id"] for row in questions)
-    if twice := [x for x, number in ids.items() if number > 1]:
-        raise UserError(f"{question_file}: question {twice[0]} stands there twice. Remove one")
+    ids: dict[int, int] = {}
+    for place, row in enumerate(questions):
+        first = ids.setdefault(row["question_id"], place)
+        if first != place:
+            raise UserError(
+                f"{question_file}: entries {first} and {place} (from 0) are both question "
+                f"{row['question_id']}. Remove one of them"
+            )
     lost, extra = ids.keys() - annotations.keys(), annotations.keys() - ids.keys()
     if lost or extra:
         raise UserError(
