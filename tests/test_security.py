@@ -10,12 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import evaluate_model
 from mmalign.tokenizer import Tokenizer
+from mmalign.tokenizer.bounded_jinja import BoundedEnvironment
 from mmalign.tokenizer.chat_template import ChatTemplate
 from mmalign.training.loop import train
+from tests.conftest import no_longer_than
 from tests.evaluation.test_during_training import TASKS, data_root  # noqa: F401  a fixture
 from tests.training.conftest import small_world  # noqa: F401  a fixture
 from tests.training.helpers import small_config
@@ -67,3 +71,66 @@ def test_chat_templates_run_in_a_sandbox(small_world, tmp_path, text):  # noqa: 
     template = ChatTemplate(tmp_path, Tokenizer.from_pretrained(small_world.decoder))
     with pytest.raises(UserError, match=r"chat_template\.jinja"):
         template.render([{"role": "user", "content": "x"}], True)
+
+
+TWICE = (
+    "{%% set n = namespace(x='a') %%}{%% for i in range(60) %%}"
+    "{%% set n.x = %s %%}{%% endfor %%}{{ n.x }}"
+)
+MACRO = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(TWICE % x for x in ("n.x ~ n.x", "n.x + n.x", "[n.x, n.x]|join", "[n.x, n.x]")),
+        *(TWICE % x for x in ("dict(x=n.x, y=n.x)", "namespace(x=n.x, y=n.x)", "n.x * 2")),
+        *(
+            "{{ 'a'|center(10**11) }}",
+            "{{ 'a'.ljust(10**11) }}",
+            "{{ ('a'|attr('zfill'))(10**11) }}",
+        ),
+        *(
+            "{{ '%99999999999d' % 1 }}",
+            "{{ '%*d' % (10**11, 1) }}",
+            "{{ '%*d'|format(10**11, 1) }}",
+        ),
+        *("{{ '{:>99999999999}'.format(1) }}", "{{ '{:>{w}}'.format(1, w=10**11) }}"),
+        "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+        "{{ ('a' * 10**6)|wordwrap(1, wrapstring='b' * 10**6) }}",
+        "{{ ('a' * 10**6).join(range(10**5)|map('string')) }}",
+        "{{ [1]|tojson(indent=10**11) }}",
+        "{{ 1.5|round(10**11, 'ceil') }}",
+        "{{ (2 ** (10**6)) ** (10**6) }}",
+        "{% filter center(10**11) %}a{% endfilter %}",
+        "{% for i in range(10**5) %}" + "a" * 10**4 + "{% endfor %}",
+        "{% set x %}{% for i in range(10**5) %}" + "a" * 10**4 + "{% endfor %}{% endset %}",
+    ],
+)
+def test_a_chat_template_cannot_fill_the_memory(text):
+    """A text of gigabytes would be made in one operation of Python."""
+    with pytest.raises(TemplateError, match="larger than|more than"), no_longer_than(60):
+        BoundedEnvironment().compiled(text).render()
+
+
+def test_a_chat_template_that_calls_itself_ends(monkeypatch):
+    monkeypatch.setattr("mmalign.tokenizer.bounded_jinja._MOST_STEPS", 10**4)
+    with pytest.raises(TemplateError, match="steps"), no_longer_than(60):
+        BoundedEnvironment().compiled(MACRO + "{{ f(60) }}").render()
+
+
+def test_bounds_change_no_text():
+    """Against the environment of transformers, jinja2's own sandbox."""
+    text = (
+        "{% macro row(m, sep=', ') %}{{ m.role ~ sep ~ (m.content|trim)[:4] }}{% endmacro %}"
+        "{% for m in messages %}{% set a, b = (loop.index, '%05d' % 1700000000) %}"
+        "{{ row(m, sep=' | ') }}{{ [a, {'b': b}] }}{{ missing }}{{ none ~ 1.5 }}\n{% endfor %}"
+        "{{ messages|map(attribute='role')|join('-') }}{{ 'a' * 3 + 'b'.center(7) }}"
+        "{{ ['x', 'y'] + [1] }}{{ messages|tojson(indent=2) }}{{ '{:>{w}}'.format(1, w=5) }}"
+        "{% for x in [[1, [2]], [3]] recursive %}{{ x if x is number else loop(x) }};{% endfor %}"
+        "{% set c = cycler('r', 's') %}{{ c.next() }}{{ 'a b'|indent(3, true) ~ 2 ** 10 }}"
+    )
+    messages = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "<hi>"}]
+    options = {"trim_blocks": True, "lstrip_blocks": True}
+    theirs = ImmutableSandboxedEnvironment(**options).from_string(text).render(messages=messages)
+    assert BoundedEnvironment().compiled(text).render(messages=messages) == theirs

@@ -1,27 +1,18 @@
 """The chat template of a model's folder, written as transformers writes it, span by span."""
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
-
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmalign.errors import UserError
 from mmalign.files import read_json, read_text
+from mmalign.tokenizer.bounded_jinja import BEGIN, END, BoundedEnvironment
 from mmalign.tokenizer.tokenizer import Tokenizer
 
 _FIRST_MARK = 0xE000  # private use: stand for the turns while the template's own text is looked up
-_MOST_STEPS = 10**6  # of a template's loops and products in one conversation: more never end
-_BEGIN, _END = "\uf8f0", "\uf8f1"  # around what {% generation %} marks
 
 
 @dataclass(frozen=True)
@@ -31,32 +22,6 @@ class Span:
     text: str
     supervised: bool
     is_content: bool  # of a turn; else the template's own, in which special tokens are parsed
-
-
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which templates mark the model's answers."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller) -> str:
-        return f"{_BEGIN}{caller()}{_END}"
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """A sandbox in which products stay small, too."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if isinstance(x, Sized) else abs(x) for x in (left, right)]
-        if math.prod(sizes[operator == "**" :]) > _MOST_STEPS:
-            raise TemplateError(f"a product in it is larger than {_MOST_STEPS:,}")
-        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -114,11 +79,11 @@ class ChatTemplate:
                 f"{self.path} writes more or less of a turn than its text, so its answers cannot "
                 "be told apart. Choose another --data.template"
             )
-        has_marks, inside = any(_BEGIN in piece for piece in shape), False
+        has_marks, inside = any(BEGIN in piece for piece in shape), False
         for i, piece in enumerate(shape):
-            for part in re.split(f"({_BEGIN}|{_END})", piece):
-                if part in (_BEGIN, _END):
-                    inside = part == _BEGIN
+            for part in re.split(f"({BEGIN}|{END})", piece):
+                if part in (BEGIN, END):
+                    inside = part == BEGIN
                     continue
                 is_after_answer = i > first and (i - first) % 2 == 0
                 end = self._end_of_turn(part) if is_after_answer and not has_marks else 0
@@ -162,7 +127,7 @@ class ChatTemplate:
 
     def _write(self, messages: Sequence[dict], add_generation_prompt: bool) -> str:
         names = self._names | {"add_generation_prompt": add_generation_prompt}
-        self._steps = 0
+        self._environment.start()
         try:
             return self._compiled.render(messages=messages, **names)
         except Exception as error:  # a template can raise anything
@@ -171,25 +136,12 @@ class ChatTemplate:
             raise UserError(f"{self.path}{given}: {error}") from error
 
     @cached_property
-    def _compiled(self):
-        environment = _Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, "jinja2.ext.loopcontrols"],
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.filters["counted"] = self._counted
-        tree = environment.parse(self.text)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
-        return environment.from_string(tree)
+    def _environment(self) -> BoundedEnvironment:
+        return BoundedEnvironment()
 
-    def _counted(self, values: Iterable) -> Iterator:
-        for value in values:
-            self._steps += 1
-            if self._steps > _MOST_STEPS:
-                raise TemplateError(f"its loops take more than {_MOST_STEPS:,} steps")
-            yield value
+    @cached_property
+    def _compiled(self):
+        return self._environment.compiled(self.text)
 
 
 def _messages(contents: Sequence[str], has_system: bool) -> list[dict]:
@@ -213,8 +165,4 @@ def _find_contents(text: str, pieces: Sequence[str], contents: Sequence[str]) ->
 
 
 def _without_marks(text: str) -> str:
-    return text.replace(_BEGIN, "").replace(_END, "")
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+    return text.replace(BEGIN, "").replace(END, "")

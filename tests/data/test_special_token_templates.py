@@ -288,7 +288,7 @@ LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 @pytest.mark.parametrize(
     "text, said",
     [
-        (LOOPS, "its loops take more than 1,000,000 steps"),
+        (LOOPS, "its loops and calls take more than 1,000,000 steps"),
         ("{{ 'a' * 10**10 }}", "a product in it is larger than 1,000,000"),
         ("{{ eos_token * 999999 }}", "a product in it is larger than 1,000,000"),
         ("{% for m in messages %}", "Unexpected end of template"),
