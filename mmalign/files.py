@@ -308,8 +308,8 @@ def markdown_table(
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of the file's bytes."""
-    with open(path, "rb") as file:
+    """Hex digest of the file's bytes; UserError for what is no file, such as a device."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from mmalign.command import command_line
+from mmalign.errors import UserError
 from mmalign.evaluation.items import make_folder
 from mmalign.evaluation.report import compare_with_base, name_evaluations, write_report
 from mmalign.evaluation.report.tables import print_comparison
@@ -37,6 +38,8 @@ def main(
     folders = [dir_a, dir_b, *others]
     names = name_evaluations(folders)
     output = output or folders[-1] / "comparison"
+    if output.resolve() in [folder.resolve() for folder in folders]:
+        raise UserError(f"--output {output} is an evaluation, whose report would be replaced")
     require_names(output, ("report.md", "*.png", "*.csv", "flipped*.jsonl", "comparison.json"))
     comparisons = compare_with_base(names)
     make_folder(output)

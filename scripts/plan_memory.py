@@ -31,6 +31,7 @@ from mmalign.training.memory.table import (
     render,
     total_of,
 )
+from mmalign.training.optimizer import check_update_in_backward
 from mmalign.training.unused import options_in, refuse_unused
 from mmalign.validation import validate
 
@@ -47,6 +48,7 @@ class PlanMemory:
 def report(options: PlanMemory) -> str:
     validate(options.config)
     validate(options)
+    check_update_in_backward(options.config.optimizer, options.world_size)
     config, parallel, world_size = options.config, options.config.parallel, options.world_size
     if parallel.sharding == "hybrid" and not parallel.shard_size:
         raise UserError("the number of processes per node is unknown: set --parallel.shard-size")

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from mmalign.errors import UserError
-from mmalign.files import read_json, read_steps, read_toml
+from mmalign.files import read_json, read_steps, read_toml, sha256
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,8 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfa = 1\r\n")
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_toml(tmp_path / "a.toml") == read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_device_has_no_checksum():
+    with pytest.raises(UserError, match="/dev/zero is a device"):
+        sha256("/dev/zero")

@@ -147,6 +147,8 @@ PREVIEW = "preview_batch --model.tokenizer none --data.path none"
         ("study none --dry-run --slurm", "--dry-run and --slurm are different commands"),
         ("study none --report --seeds 0", "--report is of the whole study. Leave out"),
         ("plan_memory finetune-7b --lora.alpha 3", "--lora.alpha would have no effect"),
+        ("plan_memory finetune-7b --optimizer.update-in-backward True", "update-in-backward"),
+        ("compare none other --output ./other", "--output other is an evaluation"),
     ],
 )
 def test_options_without_effect_are_refused(monkeypatch, command, said):

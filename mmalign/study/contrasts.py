@@ -23,7 +23,7 @@ from mmalign.study.statistics import ALPHA, Estimate, Part, estimate
 
 BASE = "base"  # the variant that is the parent itself, without a seed
 BASE_SEED = -1  # of models that are scored as they are: base, and published ones
-Verdict = Literal["supported", "contradicted", "cannot tell", "not run"]
+Verdict = Literal["supported", "contradicted", "cannot tell", "not run", "too few documents"]
 RunKey = tuple[str, str, int]  # (parent, variant, seed)
 Scores = Mapping[RunKey, Mapping[str, DocumentScores]]
 
@@ -166,7 +166,10 @@ def _test(
         metric not in scores.get(_run(scores, p, v, seed), ()) for p, v, metric, seed in keys
     ):
         return not_run
-    found = estimate(_parts(cells, seeds, scores))
+    parts = _parts(cells, seeds, scores)
+    if any(len(np.unique(part.clusters)) < 2 for part in parts):
+        return replace(not_run, verdict="too few documents")
+    found = estimate(parts)
     p = found.p_equivalence(question.margin / 100) if contrast.equivalence else found.p_difference()
     seeded = found.seed_error is not None
     return replace(not_run, estimate=found, num_seeds=len(seeds), seeded=seeded, p=p)
@@ -249,7 +252,7 @@ def words(test: Answer) -> str:
     """The verdict of one test, and the numbers that decide it."""
     where = f"{test.metric} of {test.parent}"
     if test.estimate is None:
-        return f"{where}: not run"
+        return f"{where}: {test.verdict}"
     low, high = (100 * bound for bound in test.estimate.interval())
     margin = f" within {test.question.margin:g} points" if test.contrast.equivalence else ""
     seeds = f"{test.num_seeds} seeds" if test.seeded else "one seed: these checkpoints only"

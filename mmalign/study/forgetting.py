@@ -10,6 +10,7 @@ from mmalign.errors import UserError
 from mmalign.files import write_json
 
 _METRICS = ("acc", "exact_match", "exact", "em", "f1")  # the first that a task has
+_MISSING = 'forgetting needs lm-evaluation-harness: pip install ".[harness]", or leave it out'
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -19,6 +20,22 @@ def parse_task(name: str) -> tuple[str, int]:
     if not task or not (shots or "0").isdecimal():
         raise UserError(f"forgetting: {name!r}; expected TASK or TASK:SHOTS, such as gsm8k:8")
     return task, int(shots or 0)
+
+
+def require_tasks(names: Sequence[str]) -> None:
+    """UserError where lm-evaluation-harness is missing, or does not know one of the tasks."""
+    if not names:
+        return
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(_MISSING) from error
+    known = {*TaskManager().all_tasks}
+    if unknown := [name for name in names if parse_task(name)[0] not in known]:
+        raise UserError(
+            f"forgetting: lm-evaluation-harness has no task {unknown[0]!r}. lm-eval ls tasks lists "
+            "them"
+        )
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -39,9 +56,7 @@ def score_forgetting(model: Path, names: Sequence[str], folder: Path) -> None:
 
         from mmalign.lm_eval import MmalignLM
     except ImportError as error:
-        raise UserError(
-            'forgetting needs lm-evaluation-harness: pip install ".[harness]", or leave it out'
-        ) from error
+        raise UserError(_MISSING) from error
     folder.mkdir(exist_ok=True)
     language_model = MmalignLM(pretrained=str(model))
     for name in left:

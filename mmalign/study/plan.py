@@ -195,6 +195,8 @@ class Study:
         for name in (*self.stages[stage], *settings):
             if name.replace("_", "-") in ("seed", "run-dir"):
                 raise UserError(f"{where}: {name} is given by [study], as seeds and output")
+            if name.replace("_", "-") in ("stage", "print-config"):
+                raise UserError(f"{where}: {name} is not for a study's runs. Leave it out")
         config = RECIPES[recipe][1]
         model = {"model.decoder": parent.decoder, "model.vision-tower": parent.vision_tower}
         given = {name: value for name, value in model.items() if value}
@@ -206,6 +208,7 @@ class Study:
         config = with_settings(config, given | evaluation | self.stages[stage], f"[{stage}]")
         config = replace(with_settings(config, settings, where), seed=seed)
         validate(config)
+        refuse_unused(config, {"num-epochs", "num_epochs"} & {*self.stages[stage]}, f"[{stage}]")
         return config
 
     def chosen(self, only: Sequence[str], seeds: Sequence[int]) -> list[Run]:

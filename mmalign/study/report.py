@@ -86,10 +86,12 @@ def _planned(orders: Orders, answers: Sequence[Answer]) -> list[Answer]:
 
 def _verdict(question: Question, answers: Sequence[Answer]) -> str:
     """A sentence; with several tests how they ended, and a line for each."""
-    mine = [test for test in answers if test.question == question and test.estimate]
+    asked = [test for test in answers if test.question == question]
+    mine = [test for test in asked if test.estimate]
     about = f"**{question.name}** {question.asks}"
     if not mine:
-        return f"{about} **not run**."
+        why = dict.fromkeys(test.verdict for test in asked) or ["not run"]
+        return f"{about} **{', '.join(why)}**."
     if len(mine) == 1:
         return verdict_sentence(question, mine)
     counts = Counter(f"**{test.verdict}**" for test in mine)

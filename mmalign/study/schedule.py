@@ -14,6 +14,7 @@ import torch
 from mmalign.command import Stopped, StopSignal, progress_bar
 from mmalign.errors import UserError
 from mmalign.files import read_steps
+from mmalign.study.forgetting import require_tasks
 from mmalign.study.identity import Orders
 from mmalign.study.plan import PRETRAIN, Run
 from mmalign.study.run import IN_USE, delete_weights, execute, write_failure
@@ -30,6 +31,8 @@ def run_study(orders: Orders, chosen: list[Run], jobs: int) -> dict[str, str]:
     """Returns why runs failed, by name. Raises Stopped when a signal has stopped them all."""
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}, expected at least 1")
+    if any(run.is_evaluated for run in chosen):
+        require_tasks(orders.study.settings.forgetting)
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // jobs)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when the server imports torch

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,9 @@ def with_settings(config: T, settings: Mapping[str, Any], where: str) -> T:
 
     Raises UserError for a setting that does not exist, and for a value of another type.
     """
+    names = Counter(name.replace("-", "_") for name in settings)
+    if twice := [name for name in names if names[name] > 1]:
+        raise UserError(f"{where}: {twice[0]} stands there twice, with - and with _. Remove one")
     for name, value in settings.items():
         config = _with_setting(config, name.replace("-", "_").split("."), value, name, where)
     return config
@@ -31,6 +35,8 @@ def _with_setting(config: Any, path: list[str], value: Any, name: str, where: st
         raise UserError(f"{where}: there is no setting {name!r}{_similar(config, name)}")
     if rest:
         value = _with_setting(getattr(config, first), rest, value, name, where)
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: {name} is {value!r}, which holds a NUL character")
     elif not _fits(value, hints[first]):
         kind = str(hints[first]).replace("typing.", "")
         expected = hints[first].__name__ if isinstance(hints[first], type) else kind

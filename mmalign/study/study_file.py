@@ -208,6 +208,12 @@ def _check(study: Study) -> None:
         parse_task(task)
     if settings.keep not in ("all", "scores"):
         raise UserError(f"{where}, [study]: keep is {settings.keep!r}; expected all or scores")
+    if settings.name.startswith(".") or "/" in settings.name:
+        raise UserError(f"{where}, [study]: name is {settings.name!r}; expected one without a /")
+    if study.stages["pretrain"] and not any(x.pretrain for x in study.parents.values()):
+        raise UserError(
+            f"{where}: [pretrain] has no effect: no parent has pretrain = RECIPE. Leave it out"
+        )
     if not study.parents or not study.variants:
         raise UserError(f"{where}: expected at least one [parents.NAME] and one [variants.NAME]")
     if len(set(settings.seeds)) < len(settings.seeds) or not settings.seeds:

@@ -59,7 +59,7 @@ _SWITCHES = (
         lambda config: config.num_steps is not None,
         ("num-epochs",),
         "the number of steps is given (num-steps)",
-        " to train for so many steps, or add --num-steps None",
+        ", or add --num-steps None",
     ),
     _Switch(
         "parallel.sharding",
@@ -84,7 +84,8 @@ def refuse_unused(config: TrainConfig, given: Iterable[str], where: str = "") ->
             continue
         sentence = f"{lead}{' and '.join(names)} would have no effect: {switch.why}"
         if switch.name not in given:
-            raise UserError(f"{sentence}. Leave it out{switch.remedy}")
+            remedy = "" if where else switch.remedy  # which names options
+            raise UserError(f"{sentence}. Leave it out{remedy}")
         log.warning("%s", sentence)
 
 

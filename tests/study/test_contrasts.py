@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -186,6 +188,16 @@ def test_missing_runs_leave_a_gap_and_unequal_seeds_are_not_paired():
     runs.num_seeds = 2
     runs.add("b", {})
     assert runs.answer(question("a - b"))[0].num_seeds == 2
+
+
+def test_documents_of_one_cluster_bear_no_interval():
+    runs = Runs().add("base", {}).add("a", {})
+    runs.scores = {
+        key: {name: replace(x, clusters=np.zeros_like(x.clusters)) for name, x in run.items()}
+        for key, run in runs.scores.items()
+    }
+    [test] = runs.answer(question("a - base"))
+    assert test.estimate is None and "too few documents" in verdict_sentence(test.question, [test])
 
 
 def test_models_that_are_not_trained_have_no_seed():

@@ -8,7 +8,13 @@ import pytest
 from mmalign.errors import UserError
 from mmalign.files import read_json
 from mmalign.lm_eval import MmalignLM
-from mmalign.study.forgetting import by_document, parse_task, path_of, score_forgetting
+from mmalign.study.forgetting import (
+    by_document,
+    parse_task,
+    path_of,
+    require_tasks,
+    score_forgetting,
+)
 from tests.evaluation.conftest import llama_folder, tokenizer_model  # noqa: F401  fixtures
 from tests.evaluation.test_lm_eval_paper_tasks import documents  # noqa: F401  a fixture
 
@@ -52,3 +58,9 @@ def test_samples_of_the_harness():
 def test_mistakes():
     with pytest.raises(UserError, match="'gsm8k:x'; expected TASK or TASK:SHOTS"):
         parse_task("gsm8k:x")
+
+
+def test_a_task_that_the_harness_does_not_know_is_named_before_the_runs():
+    require_tasks(["boolq:0", "mmlu"])
+    with pytest.raises(UserError, match="no task 'boolqq:2'"):
+        require_tasks(["boolq", "boolqq:2"])
