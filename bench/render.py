@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.comparison import COPY, is_ours, speedup
-from mmalign.files import write_text
+from mmalign.command import command_line
+from mmalign.errors import UserError
+from mmalign.files import read_json, write_text
 
 FOLDER = Path(__file__).parent
 RESULTS, PATH = FOLDER / "results", FOLDER / "RESULTS.md"
@@ -258,10 +260,20 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
     return found
 
 
+def _tables_of(path: str) -> str:
+    content = read_json(path, "Expected --check, or files that pytest bench/ has written.")
+    try:
+        return "\n".join(tables(content))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no result of pytest bench/ ({type(error).__name__}: {error})"
+        ) from error
+
+
 def main(arguments: Sequence[str]) -> None:
-    if arguments and arguments[0] != "--check":
+    if arguments and [*arguments] != ["--check"]:
         for path in arguments:
-            print("\n".join(tables(json.loads(Path(path).read_text()))))
+            print(_tables_of(path))
         return
     machines, before = read(RESULTS), PATH.read_text()
     head = before.partition(MARKER)[0].rstrip()
@@ -274,4 +286,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with command_line():
+        main(sys.argv[1:])

@@ -9,8 +9,9 @@ import tomllib
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from mmalign.errors import UserError
 
@@ -86,7 +87,7 @@ def require_file(path: str | Path, hint: str = "") -> None:
         raise UserError(f"{path} is not a regular file. {hint}".rstrip())
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """The file, open for reading; OSError where that fails.
 
     Raises UserError at once for what is not a regular file: a FIFO or a device may never end.

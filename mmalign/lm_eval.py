@@ -33,6 +33,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from mmalign.command import command_line
 from mmalign.errors import UserError
 from mmalign.evaluation.evaluation import find_weights
 from mmalign.evaluation.requests import EncodedRequest
@@ -69,7 +70,7 @@ class MmalignLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         precision: str = "auto",
         device: str = "auto",
         batch_tokens: int = 8192,
@@ -86,6 +87,8 @@ class MmalignLM(TemplateLM):
             raise UserError(
                 f"--model_args {', '.join(unknown)}: supported are {', '.join(_MODEL_ARGUMENTS)}"
             )
+        sizes = {"cache_tokens": cache_tokens, "max_length": max_length}
+        _require_arguments(pretrained, add_bos_token, batch_tokens=batch_tokens, **sizes)
         check("batch_tokens", batch_tokens)
         if str(batch_size) != "1" or max_batch_size is not None:
             log.warning("--batch_size has no effect: use batch_tokens and cache_tokens")
@@ -278,6 +281,17 @@ class MmalignLM(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
 
+def _require_arguments(pretrained: object, add_bos_token: object, **numbers: object) -> None:
+    """UserError for values of --model_args that cannot be; a number may be None."""
+    if not isinstance(pretrained, str) or not pretrained:
+        raise UserError("--model_args needs pretrained=DIR, a Hugging Face folder or a run")
+    if add_bos_token not in (None, True, False):
+        raise UserError(f"add_bos_token is {add_bos_token!r}; expected True or False")
+    for name, value in numbers.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{name} is {value!r}; expected a number of tokens, at least 1")
+
+
 def _choose_device(device: str) -> torch.device:
     """lm_eval passes cuda:0 where --device is not given, even on machines without a GPU."""
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -316,4 +330,5 @@ def _adds_bos(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    with command_line():
+        cli_evaluate()

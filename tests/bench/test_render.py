@@ -6,6 +6,7 @@ import pytest
 
 from bench import render
 from bench.render import draw_roofline
+from mmalign.errors import UserError
 from mmalign.files import write_json
 
 PEAKS = {
@@ -114,3 +115,12 @@ def test_check_tells_whether_the_document_is_current(content, tmp_path, monkeypa
 def test_roofline_is_drawn(content, tmp_path):
     draw_roofline({"all.json": content}, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": [{}]}', '{"benchmarks": 5}'])
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    for name in (path, tmp_path / "--nope"):
+        with pytest.raises(UserError, match=f"^{name}"):
+            render.main([str(name)])

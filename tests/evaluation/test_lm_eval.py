@@ -238,3 +238,18 @@ def test_chat_template_equals_the_hugging_face_backend(folder, tmp_path):
         ours.apply_chat_template([{"role": "system", "content": "x"}])
     with pytest.raises(UserError, match="has no chat template"):
         MmalignLM(str(folder), device="cpu").chat_template(True)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({}, "needs pretrained=DIR"),
+        ({"pretrained": ""}, "needs pretrained=DIR"),
+        ({"pretrained": "x", "max_length": 0}, "max_length is 0; expected a number of tokens"),
+        ({"pretrained": "x", "cache_tokens": "y"}, "cache_tokens is 'y'"),
+        ({"pretrained": "x", "add_bos_token": "maybe"}, "expected True or False"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, said):
+    with pytest.raises(UserError, match=said):
+        MmalignLM(**arguments)
