@@ -12,12 +12,7 @@ distributed.py, files.py, flops.py, system.py and tokenizer/ serve all of them. 
 openmp.py set up the libraries under PyTorch; openmp.py has its effect here, before it is loaded.
 """
 
-import os
-
 from mmalign.openmp import choose_how_threads_wait
 
 __version__ = "0.1.0"
 choose_how_threads_wait()
-if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # as a notebook sets it
-    # an unknown name keeps matplotlib from loading, and our figures need no backend
-    os.environ.pop("MPLBACKEND", None)

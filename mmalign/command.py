@@ -93,6 +93,9 @@ def _in_matplotlib(trace: TracebackType | None) -> bool:
 
 
 sys.excepthook = _end
+if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # as a notebook sets it
+    # an unknown name keeps matplotlib from loading, and the commands' figures need no backend
+    os.environ.pop("MPLBACKEND", None)
 
 
 class Stopped(BaseException):
