@@ -43,7 +43,7 @@ def command_line(config, *launcher: str) -> list[str]:
         "--checkpoint.every": config.checkpoint.every,
         "--device": "cpu",
     }
-    arguments = [str(part) for pair in flags.items() for part in pair]
+    arguments = [str(part) for pair in flags.items() if pair[1] != "" for part in pair]
     script = str(REPOSITORY / "scripts" / "train.py")
     return [sys.executable, *launcher, script, f"tiny-{config.stage}", *arguments]
 

@@ -128,7 +128,7 @@ class DecoderConfig:
 
 
 def _model_type(hf: Settings) -> str:
-    if (found := hf.get("model_type")) in DECODERS:
+    if (found := hf.get("model_type")) in list(DECODERS):  # it may be anything
         return found
     supported = " or ".join(repr(name) for name in DECODERS)
     if not hf.within:  # else the language model inside of one that is known

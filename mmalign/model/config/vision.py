@@ -139,7 +139,8 @@ def _tower_settings(hf: Settings) -> tuple[Settings, str]:
     """The tower's settings and its model_type: hf itself, or the vision part of a whole model."""
     wholes = {kind.of_model: name for name, kind in TOWERS.items()}
     supported = (*TOWERS, *wholes, "llava", "llava_next")
-    if (found := hf.get("model_type")) in VISION_LANGUAGE and found not in supported:
+    found = hf.get("model_type")
+    if found in list(VISION_LANGUAGE) and found not in supported:  # it may be anything
         raise UserError(
             f"{hf.path}: of the model_type {found!r} the language model alone is read. Vision "
             f"towers are those of {', '.join(supported)}"
