@@ -266,7 +266,7 @@ def _tables_of(path: str) -> str:
         return "\n".join(tables(content))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{path} is no result of pytest bench/ ({type(error).__name__}: {error})"
+            f"{path} was not written by pytest bench/ ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -309,7 +309,7 @@ def markdown_table(
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of the file's bytes; UserError for what is no file, such as a device."""
+    """Hex digest of the file's bytes; UserError where it is not a regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

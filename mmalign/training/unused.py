@@ -73,7 +73,7 @@ _SWITCHES = (
 def refuse_unused(config: TrainConfig, given: Iterable[str], where: str = "") -> None:
     """UserError for a setting among `given` (their names) that another one turns off.
 
-    A recipe's settings are no mistake of the user; where the switch is among `given`, too, the log
+    The user did not write a recipe's settings; where the switch is among `given`, too, the log
     says what is not used. where: the table of a study file; empty: the names are options.
     """
     given = {name.replace("_", "-") for name in given}

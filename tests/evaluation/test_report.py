@@ -43,7 +43,7 @@ def assert_tables_are_whole(text):
 
 
 def test_settings_of_matplotlib_change_no_figure(tmp_path):
-    results = {"$\\frac$": read_results(make_virtue(tmp_path / "base", 50))}  # a name is no formula
+    results = {"$\\frac$": read_results(make_virtue(tmp_path / "base", 50))}  # shown as written
     plot_scores(results, tmp_path / "ours.png")
     with matplotlib.rc_context({"font.size": 40, "savefig.dpi": 30, "text.usetex": True}):
         plot_scores(results, tmp_path / "theirs.png")
