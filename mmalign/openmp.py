@@ -46,13 +46,14 @@ def choose_how_threads_wait() -> None:
 def describe() -> str:
     """For a run's log: what is set, and why."""
     chosen = _chosen()
-    if any(thread.name == "processor watch" for thread in threading.enumerate()):
+    watched = any(thread.name == "processor watch" for thread in threading.enumerate())
+    if watched and _libgomp() is not None:
         return (
             "threads that wait spin while this process has its processors to itself, and soon "
             "sleep beside other processes (OMP_WAIT_POLICY or GOMP_SPINCOUNT choose for good)"
         )
     settings = " ".join(f"{name}={value}" for name, value in chosen.items())
-    if chosen == _UNWATCHED:
+    if chosen in (_WATCHED, _UNWATCHED):
         return f"{settings}: threads that wait soon sleep, so that other processes can run"
     return f"how threads wait: {settings or 'as OpenMP does by default'}"
 
@@ -69,6 +70,19 @@ def _chosen() -> dict[str, str]:
     return {name: os.environ[name] for name in _CHOICES if name in os.environ}
 
 
+def _libgomp() -> ctypes.CDLL | None:
+    """GNU's OpenMP as PyTorch uses it; None where PyTorch is not loaded yet or has another one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.__file__:
+        return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with suppress(OSError):  # not loaded
+        loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # finds its own
+        if hasattr(loaded, "GOMP_parallel") and not hasattr(loaded, "kmp_get_blocktime"):
+            return loaded
+    return None
+
+
 class IdleThreads:
     """One thread more than there are processors in a team of libgomp's, all blocked."""
 
@@ -82,19 +96,13 @@ class IdleThreads:
 
     @classmethod
     def start(cls) -> "IdleThreads | None":
-        """None where PyTorch is not loaded yet, has another OpenMP, or computes in one thread."""
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.__file__:
+        """None where no thread of GNU's OpenMP waits for another."""
+        libgomp = _libgomp()
+        if libgomp is None or libgomp.omp_get_max_threads() == 1:
             return None
-        library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-        with suppress(OSError):  # not loaded
-            loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # finds its own
-            gnu = hasattr(loaded, "GOMP_parallel") and not hasattr(loaded, "kmp_get_blocktime")
-            if gnu and loaded.omp_get_max_threads() > 1:
-                idle_threads = cls(loaded)
-                idle_threads.thread.start()
-                return idle_threads
-        return None
+        idle_threads = cls(libgomp)
+        idle_threads.thread.start()
+        return idle_threads
 
     def is_alive(self) -> bool:
         """A signal ends the wait of the thread that it is handled by."""

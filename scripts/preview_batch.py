@@ -38,7 +38,7 @@ class Preview:
     figure: Path | None = None
     """Also draw the first micro-batch: a PNG file."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one JSON object per sample instead of the view for people."""
+    """Print one JSON object per sample instead of coloured text."""
 
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ if __name__ == "__main__":
         config = tyro.cli(Preview, description=__doc__)
         validate(config)
         if config.json and config.figure:
-            raise UserError("--figure is of the view for people. Leave out --json or --figure")
+            raise UserError("--json prints the samples, --figure draws them. Leave one of them out")
         data = config.data
         if data.num_samples is None and not config.json:
             data = replace(data, num_samples=4)

@@ -47,7 +47,7 @@ def _refuse_together(options: Options) -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} are different commands. Give one of them")
     if options.report and (options.only or options.seeds):
-        raise UserError("--report is of the whole study. Leave out --only and --seeds")
+        raise UserError("--report covers the whole study. Leave out --only and --seeds")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from mmalign import openmp
+from mmalign.data.workers import usable_cores
 from tests.conftest import REPOSITORY
 
 SECOND = 1_000_000_000  # nanoseconds
@@ -83,6 +84,12 @@ def test_threads_soon_sleep_where_the_system_tells_nothing(monkeypatch, tmp_path
     assert os.environ == openmp._UNWATCHED
 
 
+def test_another_openmp_than_gnus_is_not_said_to_be_watched(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**openmp._WATCHED})
+    monkeypatch.setattr(openmp, "_libgomp", lambda: None)
+    assert openmp.describe().startswith("KMP_BLOCKTIME=0: threads that wait soon sleep")
+
+
 SWITCHES = """
 import mmalign, resource, time, torch
 from mmalign.openmp import IdleThreads
@@ -107,7 +114,7 @@ print(*found)
 """
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="threads spin only on several processors")
+@pytest.mark.skipif(len(usable_cores()) == 1, reason="threads spin only on several processors")
 def test_threads_sleep_while_idle_threads_exist():
     _, line = spin_count(SWITCHES, GOMP_SPINCOUNT="1000000000", OMP_NUM_THREADS="2")
     before, meanwhile, after = map(int, line.split())

@@ -122,9 +122,9 @@ class TarArchive(Archive):
                 self.problem = f"no header at byte {end:,}, and no end mark"
             elif num_bytes - end > _MOST_PADDING or self.pread(_MOST_PADDING, end).strip(b"\0"):
                 self.problem = (
-                    f"it goes on behind its end mark at byte {end:,}, which nothing reads; "
+                    f"more follows its end mark at byte {end:,}, which no program reads; join "
+                    "archives with tar --concatenate, not with cat"
                 )
-                self.problem += "join archives with tar --concatenate, not with cat"
         except UserError:
             raise
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:

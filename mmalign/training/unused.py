@@ -44,7 +44,7 @@ _SWITCHES = (
         "lora.rank",
         lambda config: config.lora.rank == 0,
         _LORA,
-        "there are no adapters (lora.rank is 0)",
+        "the run trains without adapters (lora.rank is 0)",
         ", or set --lora.rank",
     ),
     _Switch(

@@ -224,7 +224,9 @@ def test_tars_that_cat_has_joined(world):
     path, files = world.root / "archive", contents(world)
     first = write_tar(path, {x: y for x, y in files.items() if x != BAD}).read_bytes()
     path.write_bytes(first + write_tar(path, {BAD: files[BAD]}).read_bytes())
-    with pytest.raises(SampleError, match="sample 'sample-5': .*behind its end mark .* tar --conc"):
+    with pytest.raises(
+        SampleError, match="sample 'sample-5': .*follows its end mark .* tar --conc"
+    ):
         check_samples(world.dataset(image_root=str(path)), num_workers=0, progress=False)
 
 
