@@ -1,5 +1,6 @@
 """The processes of a run: one alone, or as many as torchrun started."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,8 +98,10 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
     rank = dist.get_rank()
     try:
         yield DistributedContext(rank, world_size, chosen, new_cpu_group(CPU_GROUP_TIMEOUT))
-    except RuntimeError as error:
-        if not any(words in str(error).lower() for words in LOST):
+    except BaseException as error:
+        _never_free_process_group()
+        lost = any(words in str(error).lower() for words in LOST)
+        if not lost or not isinstance(error, RuntimeError):
             raise
         raise UserError(
             f"rank {rank} lost its connection to a rank that exited; see that rank's log. Fix the "
@@ -106,6 +109,15 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _never_free_process_group() -> None:
+    """DistributedDataParallel frees it, with Python's lock held, and waits for gloo's threads.
+
+    After a failed collective, one of them may wait for that lock, to free a Python object of which
+    it holds the last reference: neither would end.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 def new_cpu_group(timeout: timedelta) -> dist.ProcessGroup:

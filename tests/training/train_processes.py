@@ -51,6 +51,12 @@ class Running:
         assert self.wait() == [0] * len(self.processes), "\n".join(self.outputs())[-4000:]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(
     config: TrainConfig,
     world_size: int = 1,
@@ -59,9 +65,7 @@ def start(
     """Trains in `world_size` processes. prepare(rank), a function of a module, runs first."""
     folder = config.run_dir.with_name(f"{config.run_dir.name}_output").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         _context.Process(target=_run, args=(config, rank, world_size, port, folder, prepare))
         for rank in range(world_size)
