@@ -52,7 +52,8 @@ def main(
         batch_tokens: Tokens in one forward pass; a longer document takes several.
         precision: Of weights and activations. auto: bf16 on a GPU, fp32 on a CPU.
         device: auto takes a GPU where there is one.
-        overwrite: Replace the results of another model in the output folder.
+        overwrite: Replace results of another model, of other tasks or of more documents in the
+            output folder.
         protocol: Of tasks about pictures. as-released: what the paper's scripts run.
         template: Conversation template, of tasks about pictures; unset: that of the run.
         controls: Ask again without the picture (blind), or with another one (mismatched).

@@ -11,7 +11,7 @@ import torch
 
 from mmalign.errors import UserError
 from mmalign.evaluation.beside import summarize_beside
-from mmalign.evaluation.items import FILES, PROTOCOL, Items, require_same_model, write_items
+from mmalign.evaluation.items import FILES, PROTOCOL, Items, require_no_loss, write_items
 from mmalign.evaluation.report.tables import print_results
 from mmalign.evaluation.requests import Request
 from mmalign.evaluation.scoring import Score, ScoringPlan, plan_scoring, run_plan
@@ -193,16 +193,16 @@ def evaluate_model(
 
     tasks: names that resolve_tasks knows; data_root holds their files; limit keeps the first
     documents of each task. Writes output/items.jsonl and output/results.json, which replace earlier
-    ones when both are complete; those of another model only with overwrite. Prints progress and a
-    table unless quiet. Raises UserError for bad arguments, data or weights, and for an output that
-    another process writes.
+    ones when both are complete; those of another model, of other tasks or of more documents only
+    with overwrite. Prints progress and a table unless quiet. Raises UserError for bad arguments,
+    data or weights, and for an output that another process writes.
     """
     check("limit", limit)
     check("batch_tokens", batch_tokens)
     with owned(output, "--output"):
         require_names(output, FILES)
         if not overwrite:
-            require_same_model(Path(output), find_weights(model))
+            require_no_loss(Path(output), find_weights(model), resolve_tasks(tasks), limit)
         return _evaluate(
             model, tasks, data_root, Path(output), limit, batch_tokens, precision, device, quiet
         )

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,33 @@ _CONFIG_KEYS = {*PROTOCOL, "tasks", "versions", "data_files", "model", "limit", 
 _CONFIG_KEYS |= {"tokenizer", "tokenizer_sha256", "max_length", "num_requests"}
 
 
-def require_same_model(output: Path, weights: Path) -> None:
-    """UserError where `output` holds the results of other weights than these, or damaged ones."""
+def require_no_loss(output: Path, weights: Path, tasks: Collection[str], limit: int | None) -> None:
+    """UserError where `output` holds results that an evaluation of this kind would not replace.
+
+    Those are of other weights, of other tasks or of more documents; or they are damaged.
+    """
     if not (output / "results.json").exists():
         return
+    remedy = "Name another --output, or replace them with --overwrite"
     try:
-        before = read_results(output)["config"]["weights"]
+        before = read_results(output)["config"]
     except UserError as error:
         raise UserError(
             f"{error}, name another --output, or replace it with --overwrite"
         ) from error
-    if before != str(weights.resolve()):
+    if before["weights"] != str(weights.resolve()):
         raise UserError(
-            f"{output} holds the results of {before}, not of {weights}. Name another --output, or "
-            "replace them with --overwrite"
+            f"{output} holds the results of {before['weights']}, not of {weights}. {remedy}"
+        )
+    if others := sorted(before["tasks"].keys() - set(tasks)):
+        raise UserError(
+            f"{output} holds the results of {', '.join(others)}, which --tasks leaves out. {remedy}"
+        )
+    if limit is not None and (before["limit"] is None or before["limit"] > limit):
+        held = "all" if before["limit"] is None else f"the first {before['limit']}"
+        raise UserError(
+            f"{output} holds the results of {held} documents of each task, more than --limit "
+            f"{limit}. {remedy}"
         )
 
 
@@ -104,6 +117,11 @@ def read_results(folder: str | Path) -> dict:
     if not all(isinstance(config[key], dict) for key in ("tasks", "versions", "data_files")):
         raise UserError(
             f"{path}: tasks, versions or data_files is damaged. Evaluate the model again"
+        )
+    if not (config["limit"] is None or type(config["limit"]) is int):
+        raise UserError(
+            f"{path}: limit is {config['limit']!r}; expected null or a number of documents. "
+            "Evaluate the model again"
         )
     try:
         for name, row in (score_rows(results) | _beside(results)).items():

@@ -22,7 +22,7 @@ from mmalign.errors import UserError
 from mmalign.evaluation.answer_log import AnswerLog
 from mmalign.evaluation.corruptions import parse_corruptions
 from mmalign.evaluation.evaluation import Evaluation
-from mmalign.evaluation.items import FILES, Items, is_finished, read_results, require_same_model
+from mmalign.evaluation.items import FILES, Items, is_finished, read_results, require_no_loss
 from mmalign.evaluation.pictures import Control, Shown, exchanged, load_pictures
 from mmalign.evaluation.shown_pictures import write_shown_report
 from mmalign.evaluation.tasks import TASKS, load_documents, resolve_tasks
@@ -71,7 +71,8 @@ def evaluate_pictures(
 
     Returns {name: folder} of its evaluations, "" being the one with the pictures as they are. An
     interrupted call continues where its answers end, and leaves out what is finished. seed: of the
-    corruptions. Raises UserError for bad arguments, data or weights.
+    corruptions. overwrite: replace answers of another model, of other tasks or of more documents.
+    Raises UserError for bad arguments, data or weights.
     """
     check("limit", limit)
     check("batch_tokens", batch_tokens)
@@ -89,7 +90,8 @@ def evaluate_pictures(
         ways = [x.name for x in shown if x.name]
         require_names(output, [*FILES, *(f"{x}/{y}" for x in ways for y in FILES)], ways)
         if not overwrite:
-            require_same_model(Path(output), weights)
+            for folder in (output, *(Path(output) / way for way in ways)):
+                require_no_loss(Path(folder), weights, names, limit)
         documents = load_documents(names, data_root, limit)
         vision_model = VisionModel.load(weights, template, DTYPES[precision], target)
         run = VisionEvaluation(
@@ -97,8 +99,9 @@ def evaluate_pictures(
             batch_tokens, quiet,
         )  # fmt: skip
         folders = {x.name: Path(output) / x.name for x in shown}
-        for x in shown:
-            run.evaluate(documents, x, folders[x.name], overwrite)
+        logs = [run.answer_log(documents, x, folders[x.name], overwrite) for x in shown]
+        for x, log_file in zip(shown, logs, strict=True):
+            run.evaluate(documents, x, log_file)
         write_shown_report(Path(output), folders)
     return folders
 
@@ -130,17 +133,26 @@ class VisionEvaluation:
     batch_tokens: int
     quiet: bool
 
-    def evaluate(
+    def answer_log(
         self, documents: dict[str, list[VisualDocument]], shown: Shown, output: Path, anew: bool
-    ) -> None:
-        """Asks all questions and writes the evaluation, unless it is there already."""
+    ) -> AnswerLog:
+        """Of an evaluation; UserError where one that has not finished would lose its answers."""
         about = json.loads(json.dumps(self._about(documents, shown)))  # as it is read back
         log_file = AnswerLog(output / "answers.jsonl", about)
-        if not anew and _is_written(output, about):
+        if not anew and not (output / "results.json").exists():
+            log_file.require_own()
+        return log_file
+
+    def evaluate(
+        self, documents: dict[str, list[VisualDocument]], shown: Shown, log_file: AnswerLog
+    ) -> None:
+        """Asks what the log does not answer and writes the evaluation beside it, unless it is."""
+        output, about = log_file.path.parent, log_file.about
+        if _is_written(output, about):
             return
         output.mkdir(parents=True, exist_ok=True)
         items: Items = {}
-        with log_file.open(anew):
+        with log_file.open():
             for name, rows in documents.items():
                 task = TASKS[name]
                 assert isinstance(task, VisionTask)

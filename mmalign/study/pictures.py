@@ -68,6 +68,7 @@ def ask_about_pictures(
             controls=asked.controls,
             num_workers=num_workers,
             quiet=True,
+            overwrite=True,
         )
 
 

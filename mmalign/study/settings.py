@@ -38,9 +38,10 @@ def _with_setting(config: Any, path: list[str], value: Any, name: str, where: st
     elif isinstance(value, str) and "\0" in value:
         raise UserError(f"{where}: {name} is {value!r}, which holds a NUL character")
     elif not _fits(value, hints[first]):
-        kind = str(hints[first]).replace("typing.", "")
-        expected = hints[first].__name__ if isinstance(hints[first], type) else kind
-        raise UserError(f"{where}: {name} is {value!r}, expected {expected}")
+        expected = _in_words(hints[first])
+        if _fits([value], hints[first]):
+            expected += f", such as {[value]!r}"
+        raise UserError(f"{where}: {name} is {value!r}; expected {expected}")
     elif isinstance(value, list):
         value = tuple(value)
     elif hints[first] is Path:
@@ -63,6 +64,19 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, str if hint is Path else hint)
+
+
+def _in_words(hint: Any) -> str:
+    """What TOML calls a value of this type."""
+    arguments = [x for x in typing.get_args(hint) if x not in (types.NoneType, ...)]
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, arguments))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each item {_in_words(arguments[0])}"
+    if arguments:
+        return " or ".join(map(_in_words, arguments))
+    words = {int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
+    return words.get(hint, "a string")
 
 
 def _similar(config: Any, name: str) -> str:

@@ -13,7 +13,7 @@ from mmalign.evaluation.items import (
     is_finished,
     read_items,
     read_results,
-    require_same_model,
+    require_no_loss,
     write_items,
 )
 from mmalign.evaluation.report import write_report
@@ -105,7 +105,7 @@ def test_damaged_results_are_named(evaluation, text):
         read_results(evaluation)
     assert not is_finished(evaluation)
     with pytest.raises(UserError, match="results.json.*--overwrite"):
-        require_same_model(evaluation, evaluation)
+        require_no_loss(evaluation, evaluation, TASKS, None)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,23 @@ def test_what_is_said_about_scores_may_come_from_another_version(evaluation):
         read_items(evaluation)
 
 
-def test_another_models_results_are_kept(evaluation, tmp_path):
-    require_same_model(evaluation, tmp_path / "model")
-    require_same_model(tmp_path / "nothing", tmp_path / "another")
+def test_results_that_an_evaluation_would_drop_are_kept(evaluation, tmp_path):
+    """Of another model, of another task or of more documents; the same again replaces them."""
+    model, other = tmp_path / "model", tmp_path / "another"
+    tasks = {*TASKS, "truthfulqa_gen"}
+    require_no_loss(evaluation, model, [*tasks, "ethics_virtue"], None)
+    require_no_loss(tmp_path / "nothing", other, [], 1)
     with pytest.raises(UserError, match="holds the results of .*model, not of .*another"):
-        require_same_model(evaluation, tmp_path / "another")
+        require_no_loss(evaluation, other, tasks, None)
+    with pytest.raises(UserError, match="results of truthfulqa_gen, which --tasks leaves out"):
+        require_no_loss(evaluation, model, TASKS, None)
+    with pytest.raises(UserError, match="results of all documents of each task, more than --limit"):
+        require_no_loss(evaluation, model, tasks, 3)
+    few = make_evaluation(tmp_path / "few", TASKS, weights=str(model), limit=3)
+    require_no_loss(few, model, TASKS, 3)
+    require_no_loss(few, model, TASKS, None)
+    with pytest.raises(UserError, match="results of the first 3 documents .* more than --limit 2"):
+        require_no_loss(few, model, TASKS, 2)
 
 
 def test_a_failed_write_leaves_the_results_of_before(evaluation, monkeypatch):

@@ -138,8 +138,21 @@ def test_interrupted_evaluation_continues(run, data, tmp_path, monkeypatch):
     before = len(calls)
     evaluate(run, data, tmp_path / "cut")  # finished: nothing is asked
     assert len(calls) == before
-    evaluate(run, data, tmp_path / "cut", limit=3)  # other questions
-    assert read_results(tmp_path / "cut")["pope"]["n"] == 3
+
+
+def test_answers_of_other_questions_are_replaced_only_where_asked(run, data, tmp_path):
+    """Finished or not."""
+    output = tmp_path / "output"
+    evaluate(run, data, output, limit=4)
+    with pytest.raises(UserError, match="first 4 documents of each task, more than --limit 3"):
+        evaluate(run, data, output, limit=3)
+    assert read_results(output)["pope"]["n"] == 4
+    (output / "results.json").unlink()  # as if the evaluation had been stopped
+    for limit in (3, None):
+        with pytest.raises(UserError, match="answers.jsonl holds the answers of .* another limit"):
+            evaluate(run, data, output, limit=limit)
+    evaluate(run, data, output, limit=3, overwrite=True)
+    assert read_results(output)["pope"]["n"] == 3
 
 
 def test_command_line(run, data, tmp_path, monkeypatch, capsys):

@@ -51,7 +51,12 @@ def test_overrides_of_the_command_line(study_file):
     "old, new, said",
     [
         ("num-steps = 3", "num-step = 3", r"\[pretrain\]: there is no setting 'num-step'; did"),
-        ("num-steps = 3", 'num-steps = "3"', r"num-steps is '3', expected int"),
+        ("num-steps = 3", 'num-steps = "3"', r"num-steps is '3'; expected an integer"),
+        (
+            '["truthfulqa"]',
+            '"truthfulqa"',
+            r"tasks is 'truthfulqa'; expected a list, each item a string, such as \['truthfulqa'\]",
+        ),
         ("num-steps = 3", "num-steps = 0", "--num-steps is 0, expected"),
         ('"plain"', '"plane"', "plane"),
         ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds are \(1, 1\); expected distinct"),
