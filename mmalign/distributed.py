@@ -16,7 +16,7 @@ from mmalign.system import choose_device
 
 CPU_GROUP_TIMEOUT = timedelta(days=7)  # the main process may check data or export for hours
 # how gloo, NCCL and the store say that a rank has exited
-LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "got 0 bytes")
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "got 0 bytes")
 
 T = TypeVar("T")
 
@@ -100,15 +100,21 @@ def start_distributed(device: str, timeout_minutes: float) -> Iterator[Distribut
         yield DistributedContext(rank, world_size, chosen, new_cpu_group(CPU_GROUP_TIMEOUT))
     except BaseException as error:
         _never_free_process_group()
-        lost = any(words in str(error).lower() for words in LOST)
-        if not lost or not isinstance(error, RuntimeError):
+        lost = lost_peer(str(error), rank) if isinstance(error, RuntimeError) else None
+        if lost is None:
             raise
         raise UserError(
-            f"rank {rank} lost its connection to a rank that exited; see that rank's log. Fix the "
-            "cause there and rerun the same command to resume."
+            f"{lost}. Fix the cause there and rerun the same command to resume."
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def lost_peer(error: str, rank: int) -> str | None:
+    """Which rank saw it, where the text of a collective's error says that another rank exited."""
+    if not any(words in error.lower() for words in _LOST):
+        return None
+    return f"rank {rank} lost its connection to a rank that exited; see that rank's log"
 
 
 def _never_free_process_group() -> None:

@@ -20,6 +20,7 @@ from mmalign.errors import UserError
 from mmalign.files import read_json_lines
 from mmalign.training import loop, run_folder
 from mmalign.training.build import build_model
+from mmalign.training.checkpoint.writers import Together
 from mmalign.training.guards import MAX_SKIPPED, MIN_LOSSES, LossSpikeDetector
 from mmalign.training.heartbeat import Heartbeat
 from mmalign.training.loop import train
@@ -208,6 +209,21 @@ def test_who_loses_another_process_says_so_and_what_is_safe(small_world, tmp_pat
     if sharding == "none":
         assert newest == done
     assert newest == done or f"Step {newest} is safe" in text, text
+
+
+def killed_while_saving(rank: int) -> None:
+    if rank == 1:
+        Together.save = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_who_loses_another_process_while_saving_says_so(small_world, tmp_path):
+    config = small_config(small_world, tmp_path / "run")
+    config = replace(config, parallel=ParallelConfig(sharding="full"))
+    running = start(config, 2, killed_while_saving)
+    assert running.wait() == [1, -signal.SIGKILL]
+    text = running.outputs()[0]
+    assert "rank 0 lost its connection to a rank that exited; see that rank's log. " in text
+    assert "no earlier checkpoint" in text and "Traceback" not in text, text
 
 
 def on_a_disk_of_its_own(rank: int) -> None:

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from mmalign.distributed import DistributedContext, new_cpu_group
+from mmalign.distributed import DistributedContext, lost_peer, new_cpu_group
 from mmalign.errors import UserError
 from mmalign.training.checkpoint import manifest
 from mmalign.training.checkpoint.reader import Reader
@@ -155,9 +155,11 @@ class Checkpoints:
             self.wait()
         except CheckpointError as caught:
             error = caught
-        of_main = self.ranks.broadcast_from_main(None if error is None else str(error))
-        if error is not None:
-            raise error
+        try:
+            of_main = self.ranks.broadcast_from_main(None if error is None else str(error))
+        finally:
+            if error is not None:  # also where the ranks cannot tell each other any more
+                raise error
         if of_main is not None:
             raise CheckpointError(of_main)
 
@@ -191,6 +193,7 @@ class Checkpoints:
             writers.share(lambda: writers.is_first and self._complete(folder, step, files))
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
             cause = _root_cause(error)
+            cause = lost_peer(cause, self.ranks.rank) or cause
             if shutil.disk_usage(self.folder).free < 2**20:  # PyTorch's messages do not say it
                 cause = f"no space left on the disk ({cause})"
             if writers.is_first:
