@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -103,4 +104,5 @@ _HELP = (
 
 
 if __name__ == "__main__":
+    ArgumentParser("python -m mmalign_kernels", description=__doc__).parse_args()
     print(report())
