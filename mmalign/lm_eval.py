@@ -40,6 +40,7 @@ from mmalign.evaluation.requests import EncodedRequest
 from mmalign.evaluation.scoring import Score, make_plan, run_plan
 from mmalign.evaluation.warm_up import compiled_kernels
 from mmalign.files import read_json
+from mmalign.model.config import DecoderConfig
 from mmalign.model.generate import GenerationOptions, Prompt, generate
 from mmalign.model.hf import load_decoder
 from mmalign.model.llava import Llava
@@ -97,6 +98,8 @@ class MmalignLM(TemplateLM):
         self._device = _choose_device(device)
         precision = choose_precision(precision, self._device)
         self._tokens = Tokenizer.from_pretrained(weights)
+        if prefix_token_id is not None:
+            _require_token(prefix_token_id, DecoderConfig.from_hf(weights).vocab_size)
         dtype = DTYPES[precision]
         with compiled_kernels(weights, dtype, self._device, scores=True, answers=True):
             decoder = load_decoder(weights, dtype).to(self._device)
@@ -290,6 +293,13 @@ def _require_arguments(pretrained: object, add_bos_token: object, **numbers: obj
     for name, value in numbers.items():
         if value is not None and (type(value) is not int or value < 1):
             raise UserError(f"{name} is {value!r}; expected a number of tokens, at least 1")
+
+
+def _require_token(number: object, vocab_size: int) -> None:
+    if type(number) is not int or not 0 <= number < vocab_size:
+        raise UserError(
+            f"prefix_token_id is {number!r}; expected the id of a token, from 0 to {vocab_size - 1}"
+        )
 
 
 def _choose_device(device: str) -> torch.device:

@@ -211,6 +211,9 @@ def test_what_cannot_be_done(folder):
         MmalignLM(pretrained=str(folder), dtype="float16")
     with pytest.raises(UserError, match="precision is 'fp8'"):
         MmalignLM(pretrained=str(folder), precision="fp8")
+    for number in (-1, 10**6, "x", True):
+        with pytest.raises(UserError, match=f"prefix_token_id is {number!r}; expected the id of a"):
+            MmalignLM(pretrained=str(folder), prefix_token_id=number)
 
 
 def test_chat_template_equals_the_hugging_face_backend(folder, tmp_path):
