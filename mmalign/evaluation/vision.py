@@ -146,7 +146,7 @@ class VisionEvaluation:
     def evaluate(
         self, documents: dict[str, list[VisualDocument]], shown: Shown, log_file: AnswerLog
     ) -> None:
-        """Asks what the log does not answer and writes the evaluation beside it, unless it is."""
+        """Asks what the log does not answer, then writes the evaluation beside it, if not there."""
         output, about = log_file.path.parent, log_file.about
         if _is_written(output, about):
             return

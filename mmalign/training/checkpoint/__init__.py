@@ -193,7 +193,8 @@ class Checkpoints:
             writers.share(lambda: writers.is_first and self._complete(folder, step, files))
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
             cause = _root_cause(error)
-            cause = lost_peer(cause, self.ranks.rank) or cause
+            if self.group is not None:
+                cause = lost_peer(cause, self.ranks.rank) or cause
             if shutil.disk_usage(self.folder).free < 2**20:  # PyTorch's messages do not say it
                 cause = f"no space left on the disk ({cause})"
             if writers.is_first:
